@@ -1,0 +1,355 @@
+"""Makes a small captioned data set out of nothing: "a small red star on a blue background", and marks pictures drawn from it.
+
+    python data/shapes/prepare.py                          # seconds: 20000 + 1000 pictures, captions, tokenizer, prompts
+    python data/shapes/prepare.py --n_train=2000           # fewer
+    python data/shapes/prepare.py --score=out/samples      # how many sampled pictures show what their prompt says
+
+Picture i of a split is a function of (seed, split, i) alone. A tenth of the shape-colour-background combinations is held
+out of both splits, so that a prompt score on them tells composition from memory. The judge learns nothing: it draws the
+picture that it believes it sees, and compares. Here "color" is the shape's, "background" the other one.
+"""
+
+import base64
+import functools
+import json
+import os
+import re
+import sys
+import zlib
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+n_train = 20000  # pictures in out_dir/train
+n_val = 1000  # pictures in out_dir/val
+size = 64  # side of a picture in pixels
+seed = 0  # of the pictures and of the choice of held-out combinations
+vocab_size = 512  # most tokens the tokenizer may have; it stops earlier when each word is one token
+out_dir = "data/shapes"  # where all of it goes
+score = ""  # a folder with samples.jsonl and its PNGs: score these instead of making anything
+
+# the corners of the RGB cube, a little inside: as far apart as eight colours can be
+PALETTE = dict(red=(215, 40, 40), green=(40, 190, 60), blue=(45, 70, 215), yellow=(240, 215, 45))
+PALETTE |= dict(cyan=(60, 205, 220), magenta=(210, 50, 210), black=(25, 25, 25), white=(240, 240, 240))
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring")
+RADII = dict(small=0.17, large=0.29)  # half the extent of a shape, in picture sides
+RADIUS_JITTER, BRIGHTNESS_JITTER = 0.06, 0.05  # relative, uniform, both ways
+MARGIN = 2  # pixels between a shape and the border, which are background for certain
+N_PROMPTS, N_HELD_OUT_PROMPTS = 256, 64
+BPE_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+
+# -- captions ----------------------------------------------------------------------------------------------------------
+
+ATTRIBUTES = ("size", "color", "shape", "background")
+COLOR = "|".join(PALETTE)
+GRAMMAR = rf"a ({'|'.join(RADII)}) ({COLOR}) ({'|'.join(SHAPES)}) on a ({COLOR}) background"
+
+
+def caption(size, color, shape, background):
+    return f"a {size} {color} {shape} on a {background} background"
+
+
+def parse(text):
+    """The attributes that a caption names, in any letter case, or None where it is none of ours."""
+    match = re.fullmatch(GRAMMAR, " ".join(text.lower().split()))
+    return dict(zip(ATTRIBUTES, match.groups())) if match else None
+
+
+@functools.cache
+def held_out(seed=0):
+    """The (shape, color, background) kept out of training: 39 of 392, no color pair twice, every shape 5 or 6 times."""
+    pairs = [(color, background) for color in PALETTE for background in PALETTE if color != background]
+    rng = np.random.default_rng((seed, zlib.crc32(b"held out")))
+    order = rng.permutation(len(pairs))[: len(SHAPES) * len(pairs) // 10]
+    return frozenset((SHAPES[k % len(SHAPES)], *pairs[i]) for k, i in enumerate(order))
+
+
+def is_held_out(shape, color, background, seed=0):
+    return (shape, color, background) in held_out(seed)
+
+
+@functools.cache
+def combinations(seed=0):
+    """Every (size, color, shape, background) that may occur in training, in a fixed order."""
+    every = [(s, c, sh, b) for s in RADII for c in PALETTE for sh in SHAPES for b in PALETTE if c != b]
+    return [(s, c, sh, b) for s, c, sh, b in every if not is_held_out(sh, c, b, seed)]
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def signed_distance(shape, x, y):
+    """Distance to the outline of a shape that fills about [-1, 1]^2, negative inside; x points right and y down."""
+    x = abs(x)  # all are symmetric
+    if shape == "circle":
+        return np.hypot(x, y) - 1
+    if shape == "ring":
+        return abs(np.hypot(x, y) - 0.77) - 0.23
+    if shape == "square":
+        return np.maximum(x, abs(y)) - 0.9
+    if shape == "cross":
+        return np.maximum(np.minimum(x, abs(y)) - 0.33, np.maximum(x, abs(y)) - 1)
+    if shape == "triangle":  # equilateral, side 2
+        h = 0.75**0.5
+        return np.maximum(y - h, h * x - 0.5 * (y + h))
+    if shape == "heart":  # a square on its corner, and a disc on each of its two upper sides
+        h = 0.586
+        y = y - 0.146 * h
+        return np.minimum((x + abs(y)) / 2**0.5 - h, np.hypot(x - h / 2**0.5, y + h / 2**0.5) - h)
+    if shape == "star":  # a pentagram is what lies inside at least four of its five lines
+        first = second = np.full(np.broadcast_shapes(x.shape, y.shape), -np.inf, dtype=np.float32)
+        for k in range(5):
+            angle = 2 * np.pi * k / 5
+            d = x * np.float32(np.sin(angle)) - (y - 0.1) * np.float32(np.cos(angle)) - 1.05 * np.cos(0.4 * np.pi)
+            first, second = np.maximum(first, d), np.maximum(second, np.minimum(first, d))
+        return second
+    raise ValueError(f"shape {shape!r} is none of {', '.join(SHAPES)}")
+
+
+def draw_mask(shape, cx, cy, radius, side):
+    """Coverage in [0, 1] of each pixel by a shape; cx, cy, radius (N,) in pixels -> (N, side, side)."""
+    cx, cy, radius = (np.asarray(a, dtype=np.float32).reshape(-1, 1, 1) for a in (cx, cy, radius))
+    centers = np.arange(side, dtype=np.float32) + 0.5
+    x, y = (centers - cx) / radius, (centers[:, None] - cy) / radius
+    return np.clip(0.5 - radius * signed_distance(shape, x, y), 0, 1)
+
+
+def make_split(split, n, side, seed):
+    """images (n, side, side, 3) uint8, captions, labels; picture i depends on (seed, split, i) alone."""
+    key = (seed, zlib.crc32(split.encode()))
+    u = np.stack([np.random.default_rng((*key, i)).random(6, dtype=np.float32) for i in range(n)])  # (n, 6) in [0, 1)
+    scenes = [combinations(seed)[int(v * len(combinations(seed)))] for v in u[:, 0]]
+    signed = 2 * u - 1
+    radius = side * np.array([RADII[size] for size, *_ in scenes]) * (1 + RADIUS_JITTER * signed[:, 1])
+    cx, cy = (side / 2 + signed[:, j] * (side / 2 - radius - MARGIN) for j in (2, 3))
+    fg = np.array([PALETTE[color] for _, color, _, _ in scenes], dtype=np.float32)
+    bg = np.array([PALETTE[background] for *_, background in scenes], dtype=np.float32)
+    fg, bg = (c * (1 + BRIGHTNESS_JITTER * signed[:, j, None]) for c, j in ((fg, 4), (bg, 5)))
+    labels = np.array([SHAPES.index(shape) for _, _, shape, _ in scenes])
+    images = np.empty((n, side, side, 3), dtype=np.uint8)
+    for label, shape in enumerate(SHAPES):
+        members = np.flatnonzero(labels == label)
+        for i in np.split(members, range(64, len(members), 64)):  # 64 at a time stay in the cache
+            mask = draw_mask(shape, cx[i], cy[i], radius[i], side)[..., None]
+            images[i] = bg[i, None, None] + mask * (fg - bg)[i, None, None] + 0.5
+    return images, [caption(*scene) for scene in scenes], labels
+
+
+# -- judging -----------------------------------------------------------------------------------------------------------
+
+
+def blur(a):
+    """(..., H, W, C) smoothed by (1, 2, 1) / 4 both ways: takes most of the noise and little of the shape."""
+    for axis in (-3, -2):
+        pad = [(0, 0)] * a.ndim
+        pad[axis] = (1, 1)
+        p, n = np.pad(a, pad, mode="edge"), a.shape[axis]
+        a = sum(w * np.take(p, range(k, k + n), axis) for k, w in enumerate((0.25, 0.5, 0.25)))
+    return a
+
+
+def normalize(a):
+    """(..., H, W) with mean 0 and norm 1, so that the inner product of two is their correlation."""
+    a = a - a.mean((-2, -1), keepdims=True)
+    return a / np.sqrt((a * a).sum((-2, -1), keepdims=True))
+
+
+@functools.cache
+def templates(side):
+    """names (K,) of (shape, radius in sides), their blurred masks in the middle (K, side, side), and the masks' spectra."""
+    radii = np.geomspace(0.12, 0.40, 17)  # 8 % apart
+    names = [(shape, radius) for shape in SHAPES for radius in radii]
+    middle = np.full(len(radii), side / 2)
+    masks = np.concatenate([draw_mask(shape, middle, middle, radii * side, side) for shape in SHAPES])[..., None]
+    sharp = blur(masks)  # as the judge blurs what it sees
+    soft = functools.reduce(lambda m, _: blur(m), range(6), sharp)
+    names, masks = names * 2, np.concatenate([sharp, soft])[..., 0]
+    return names, masks, np.conj(np.fft.rfft2(normalize(masks)))
+
+
+def nearest_color(rgb):
+    """Name of the palette color within 85 of rgb (about half of the closest pair's distance), else None."""
+    distance = {name: np.linalg.norm(rgb - np.array(value)) for name, value in PALETTE.items()}
+    name = min(distance, key=distance.get)
+    return name if distance[name] < 85 else None
+
+
+def read(image, min_fit=0.8):
+    """What a picture (S, S, 3) uint8 or PIL shows: size, color, shape, background, each None where it cannot be told.
+
+    The border's median is the background. The distance from it, a picture of all that is not background, is correlated
+    with every shape at every radius and place. The best of these in its best color must explain the share min_fit of
+    the difference to an empty background, so that two things, a wrong outline or two colors are nothing.
+    """
+    image = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"a picture to judge is (S, S, 3) uint8, not {image.shape} {image.dtype}: crop or convert it")
+    side = len(image)
+    found = dict.fromkeys(ATTRIBUTES)
+    pixels = image.astype(np.float32)
+    border = np.ones((side, side), dtype=bool)
+    border[MARGIN:-MARGIN, MARGIN:-MARGIN] = False
+    background = np.median(pixels[border], axis=0)
+    found["background"] = nearest_color(background)
+    difference = blur(pixels - background)  # (S, S, 3)
+    distance = np.linalg.norm(difference, axis=2)
+    if distance.max() < 60:  # blank
+        return found
+    names, masks, spectra = templates(side)
+    correlation = np.fft.irfft2(np.fft.rfft2(normalize(distance)) * spectra, s=(side, side))  # (K, S, S)
+    best, dy, dx = np.unravel_index(correlation.argmax(), correlation.shape)
+    mask = np.roll(masks[best], (dy, dx), (0, 1))[..., None]
+    contrast = (mask * difference).sum((0, 1)) / (mask * mask).sum()  # least squares
+    if ((difference - mask * contrast) ** 2).sum() > (1 - min_fit) * (difference**2).sum():
+        return found
+    found["shape"], radius = names[best]
+    found["color"] = nearest_color(background + contrast)
+    found["size"] = next((name for name, r in RADII.items() if 0.8 < radius / r < 1.25), None)
+    return found
+
+
+def judge(image, text):
+    """Whether a picture shows all that its caption says."""
+    wanted = parse(text)
+    if wanted is None:
+        raise ValueError(f"{text!r} is no caption of this data set: write it like {caption(*combinations()[0])!r}")
+    return read(image) == wanted
+
+
+def accuracy(images, captions):
+    """Share of the pictures that show what their captions say."""
+    return float(np.mean([judge(image, text) for image, text in zip(images, captions, strict=True)]))
+
+
+def score_folder(folder, seed):
+    """Prints the prompt score of a folder of samples, in all and in parts; returns the exit status."""
+    index = os.path.join(folder, "samples.jsonl")
+    if not os.path.exists(index):
+        print(f"{index} is missing: set score to a folder that sample.py wrote", file=sys.stderr)
+        return 1
+    with open(index) as f:
+        records = [json.loads(line) for line in f if line.strip()]
+    rows, bad = [], []
+    for record in records:
+        wanted, path = parse(record["prompt"]), os.path.join(folder, record["file"])
+        if wanted is None:
+            bad.append(f"{record['file']}: {record['prompt']!r} is no caption of this data set")
+            continue
+        try:
+            got = read(Image.open(path))
+        except (OSError, ValueError) as e:
+            bad.append(f"{record['file']}: {e}")
+            continue
+        held = is_held_out(wanted["shape"], wanted["color"], wanted["background"], seed)
+        rows.append((held, [got[a] == wanted[a] for a in ATTRIBUTES]))
+
+    def report(name, hits):
+        if hits:
+            print(f"{name} {100 * sum(hits) / len(hits):.1f} % ({sum(hits)} of {len(hits)})")
+
+    report("prompt score", [all(right) for _, right in rows])
+    report("  seen combinations", [all(right) for held, right in rows if not held])
+    report("  held-out combinations", [all(right) for held, right in rows if held])
+    for j, name in enumerate(ATTRIBUTES):
+        report(f"  {name}", [right[j] for _, right in rows])
+    if bad or not rows:
+        print(f"{len(bad)} of {len(records)} samples cannot be scored: {'; '.join(bad[:3])}", file=sys.stderr)
+    return 1 if bad or not rows else 0
+
+
+# -- tokenizer ---------------------------------------------------------------------------------------------------------
+
+
+def train_bpe(captions, vocab_size):
+    """Byte-level BPE in tiktoken's text form: a line 'base64(token) rank' each, the 256 bytes first, then merges."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(BPE_PATTERN), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    # GPT-2 writes bytes as printable characters: those that print as themselves, the other 68 in order from 256 on
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    byte_of = {chr(b): b for b in plain} | {chr(256 + k): b for k, b in enumerate(others)}
+    by_rank = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    merged = [bytes(byte_of[c] for c in token) for token in by_rank if len(token) > 1]
+    tokens = [bytes([b]) for b in range(256)] + merged
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def write(path, save):
+    """Calls save(file) on a temporary name and moves the file to path, so that no half-written one is ever there."""
+    with open(path + ".tmp", "wb") as f:
+        save(f)
+    os.replace(path + ".tmp", path)
+
+
+def write_text(path, text):
+    write(path, lambda f: f.write(text.encode()))
+
+
+def choose_prompts(train_captions, seed):
+    """N_PROMPTS captions, all different where there are enough; every fourth shows a combination that is held out."""
+    rng = np.random.default_rng((seed, zlib.crc32(b"prompts")))
+    unseen = sorted(caption(s, color, shape, background) for s in RADII for shape, color, background in held_out(seed))
+    seen = sorted(set(train_captions))
+    unseen = np.resize(rng.permutation(unseen), N_HELD_OUT_PROMPTS)
+    seen = np.resize(rng.permutation(seen), N_PROMPTS - N_HELD_OUT_PROMPTS)
+    return [str(text) for row in zip(*seen.reshape(3, -1), unseen) for text in row]
+
+
+def contact_sheet(images, captions, columns=8):
+    cell = 132
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * cell, rows * (cell + 28)), "gray")
+    pen = ImageDraw.Draw(sheet)
+    for k, (image, text) in enumerate(zip(images, captions)):
+        x, y = k % columns * cell, k // columns * (cell + 28)
+        sheet.paste(Image.fromarray(image).resize((128, 128), Image.NEAREST), (x + 2, y + 2))
+        pen.text((x + 2, y + 130), text.removeprefix("a ").replace(" on a ", "\non "), fill="white")
+    return sheet
+
+
+def prepare(out_dir, n_train, n_val, size, seed, vocab_size):
+    """Makes everything below out_dir that is not there already; meta.json comes last and tells what a split is."""
+    drawing = dict(size=size, seed=seed, vocab_size=vocab_size, palette={k: list(v) for k, v in PALETTE.items()})
+    drawing |= dict(shapes=list(SHAPES), radii=RADII, radius_jitter=RADIUS_JITTER, brightness_jitter=BRIGHTNESS_JITTER)
+    for split, n in (("val", n_val), ("train", n_train)):
+        folder, meta = os.path.join(out_dir, split), dict(drawing, split=split, count=n)
+        meta_path = os.path.join(folder, "meta.json")
+        if os.path.exists(meta_path):
+            with open(meta_path) as f:
+                if json.load(f) == meta:
+                    print(f"{folder}: already there")
+                    continue
+            os.remove(meta_path)
+        os.makedirs(folder, exist_ok=True)
+        images, captions, labels = make_split(split, n, size, seed)
+        write(os.path.join(folder, "images.npy"), lambda f: np.save(f, images))
+        write(os.path.join(folder, "labels.npy"), lambda f: np.save(f, labels))
+        write_text(os.path.join(folder, "captions.jsonl"), "".join(json.dumps([text]) + "\n" for text in captions))
+        if split == "val":
+            write(os.path.join(out_dir, "sheet.png"), lambda f: contact_sheet(images[:40], captions).save(f, "PNG"))
+        else:
+            write_text(os.path.join(out_dir, "classes.json"), json.dumps(SHAPES) + "\n")
+            write_text(os.path.join(out_dir, "bpe.tiktoken"), train_bpe(captions, vocab_size))
+            write_text(os.path.join(out_dir, "prompts.txt"), "\n".join(choose_prompts(captions, seed)) + "\n")
+        write_text(meta_path, json.dumps(meta, indent=1) + "\n")
+        print(f"{folder}: {n} pictures of {size} x {size}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
+    from configurator import configure
+
+    configure(globals())
+    if score:
+        sys.exit(score_folder(score, seed))
+    prepare(out_dir, n_train, n_val, size, seed, vocab_size)

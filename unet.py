@@ -1,0 +1,521 @@
+"""The denoiser: a U-Net with attention on noisy latents, and the text encoder that it listens to.
+
+By settings it is every U-Net of the reference systems (Ho et al. 2020; Dhariwal & Nichol 2021; Rombach et al. 2022):
+
+    Stable Diffusion 1   channels=320 channel_mult=(1,2,4,4) attention_ds=(1,2,4) num_heads=8 context_dim=768
+    Stable Diffusion 2   the same with num_heads=0 head_dim=64 context_dim=1024 linear_proj=True
+    LDM class (cin-v2)   channels=192 channel_mult=(1,2,3,5) attention_ds=(8,4,2) num_heads=1 context_dim=512
+    LDM unconditional    channels=224 channel_mult=(1,2,3,4) attention_ds=(8,4,2) head_dim=32 transformer_depth=0
+
+    unet = UNet(channels=64, channel_mult=(1,2), context_dim=128)
+    text = TextEncoder(width=128)
+    prediction = unet(x_t, 1000 * t, context=text(["a red star"]))
+"""
+
+import base64
+import math
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# --- attention ---
+
+
+def attention(q, k, v, causal=False, backend="auto"):
+    """softmax(q k^T / sqrt(d)) v on (B, L, heads, d), any d; k and v may have another length than q.
+
+    backend: "auto" and "sdpa" are torch.nn.functional.scaled_dot_product_attention, "reference" is the formula itself.
+    """
+    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or k.shape != v.shape:
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+    if backend not in ("auto", "sdpa", "reference"):
+        raise ValueError(f"attention backend {backend!r} is not one of auto, sdpa, reference")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,heads,L,d)
+    if backend == "reference":
+        logits = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+        if causal:
+            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
+        out = logits.softmax(dim=-1).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return out.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x (B,L,dim) to a context (B,M,context_dim), or to x itself.
+
+    With `linear`, self-attention is softmax(q) (softmax(k)^T v), linear in L (Shen et al., arXiv 1812.01243).
+    """
+
+    def __init__(self, dim, context_dim, num_heads, head_dim, qk_norm=False, linear=False, bias=False, causal=False):
+        super().__init__()
+        inner = num_heads * head_dim
+        self.num_heads, self.linear, self.causal = num_heads, linear, causal
+        self.to_q = nn.Linear(dim, inner, bias=bias)
+        self.to_k = nn.Linear(context_dim, inner, bias=bias)
+        self.to_v = nn.Linear(context_dim, inner, bias=bias)
+        self.to_out = nn.Linear(inner, dim)
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = (
+            h.unflatten(-1, (self.num_heads, -1)) for h in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.linear:
+            summary = torch.einsum("blhd,blhe->bhde", k.softmax(dim=1), v)
+            h = torch.einsum("blhd,bhde->blhe", q.softmax(dim=-1), summary)
+        else:
+            h = attention(q, k, v, causal=self.causal)
+        return self.to_out(h.flatten(2))
+
+
+# --- the U-Net's blocks ---
+
+
+def zeros(module):
+    """Zero-initialised, so that a residual branch starts as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def timestep_embedding(t, dim, max_period=10000.0):
+    """Sinusoids of t (B,) in [0, 1000] -> (B, dim) float32: cosines, then sines (Ho et al. 2020)."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * freqs[None]
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, dim - 2 * half))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c, resample):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1) if resample == "conv" else nn.AvgPool2d(2)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, c, resample):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1) if resample == "conv" else nn.Identity()
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """Residual block told the time: its embedding is added after the first convolution, or scales and shifts (FiLM).
+
+    `resample`: "down" and "up" halve or double the sides inside the block (Dhariwal & Nichol 2021).
+    """
+
+    def __init__(self, c_in, c_out, emb_dim, scale_shift=False, dropout=0.0, resample="none", groups=32):
+        super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, 2 * c_out if scale_shift else c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zeros(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        h = F.silu(self.norm1(x))
+        if self.resample == "down":
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        elif self.resample == "up":
+            x, h = (F.interpolate(a, scale_factor=2.0, mode="nearest") for a in (x, h))
+        h = self.conv1(h)
+        e = self.emb(F.silu(emb))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + e)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels, residual; what models without a context use."""
+
+    def __init__(self, c, num_heads, qk_norm=False, linear=False, groups=32):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-5)
+        self.attn = Attention(c, c, num_heads, c // num_heads, qk_norm, linear, bias=True)
+        zeros(self.attn.to_out)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        h = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
+        return x + self.attn(h).reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
+class GEGLU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)  # the exact GELU: published weights were trained with it
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: self-attention, cross-attention to the context, gated feed-forward (Rombach et al. 2022, appendix)."""
+
+    def __init__(self, dim, context_dim, num_heads, head_dim, qk_norm, linear, self_attention):
+        super().__init__()
+        self.self_attention = self_attention
+        # where self-attention is switched off the first attention, too, looks at the context (SD's x4 upscaler)
+        first = dim if self_attention else context_dim
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, first, num_heads, head_dim, qk_norm, linear and self_attention)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, context_dim or dim, num_heads, head_dim, qk_norm, linear and not context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = nn.Sequential(GEGLU(dim, 4 * dim), nn.Linear(4 * dim, dim))
+
+    def forward(self, x, context):
+        x = x + self.attn1(self.norm1(x), None if self.self_attention else context)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """`depth` transformer blocks over the pixels as a sequence, residual."""
+
+    def __init__(self, c, context_dim, num_heads, depth, linear_proj, qk_norm, linear, self_attention, groups=32):
+        super().__init__()
+        self.linear_proj = linear_proj
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, c) if linear_proj else nn.Conv2d(c, c, 1)
+        blocks = (
+            TransformerBlock(c, context_dim, num_heads, c // num_heads, qk_norm, linear, self_attention)
+            for _ in range(depth)
+        )
+        self.blocks = nn.ModuleList(blocks)
+        self.proj_out = zeros(nn.Linear(c, c) if linear_proj else nn.Conv2d(c, c, 1))
+
+    def forward(self, x, context):
+        B, C, H, W = x.shape
+        h = self.norm(x)
+        if not self.linear_proj:
+            h = self.proj_in(h)
+        h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view in channels_last
+        if self.linear_proj:
+            h = self.proj_in(h)
+        for block in self.blocks:
+            h = block(h, context)
+        if self.linear_proj:
+            h = self.proj_out(h)
+        h = h.reshape(B, H, W, C).permute(0, 3, 1, 2)
+        return x + (h if self.linear_proj else self.proj_out(h))
+
+
+class Stage(nn.ModuleList):
+    """Layers called one after the other, each given what it listens to."""
+
+    def forward(self, x, emb, context):
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """The denoiser; `unet.settings` holds the arguments it was built with."""
+
+    def __init__(
+        self,
+        in_channels=4,
+        out_channels=4,
+        concat_channels=0,
+        channels=320,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        attention_ds=(1, 2, 4),
+        num_heads=8,
+        head_dim=0,
+        transformer_depth=1,
+        context_dim=0,
+        linear_proj=False,
+        self_attention=True,
+        middle_attention=True,
+        linear_attention=False,
+        qk_norm=False,
+        num_classes=0,
+        scale_shift=False,
+        resblock_updown=False,
+        resample="conv",
+        norm_groups=32,
+        unet_dropout=0.0,
+    ):
+        """channels * channel_mult are the widths of the levels, each half the side of the one before.
+
+        concat_channels: channels of image conditioning (masks, low-resolution latents) joined to the input.
+        num_res_blocks: a number, or one for each level.
+        attention_ds: down-sampling factors (1 is the input's own side) whose levels have attention; () is none.
+        num_heads or head_dim: one of them, the other 0.
+        transformer_depth: blocks of each spatial transformer; 0 uses plain self-attention blocks instead.
+        context_dim: width of the context for cross-attention; 0 is no context.
+        self_attention: False, or one value for each level, lets the transformer's first attention look at the context.
+        num_classes: size of the class embedding that is added to the time's (count the null class too); 0 is none.
+        resample: conv | pool, how levels change size unless resblock_updown does it.
+        """
+        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.settings = settings
+        levels, emb_dim = len(channel_mult), 4 * channels
+        res_blocks = num_res_blocks if isinstance(num_res_blocks, tuple) else (num_res_blocks,) * levels
+        self_attn = self_attention if isinstance(self_attention, tuple) else (self_attention,) * levels
+        _check_settings(settings, res_blocks, self_attn)
+        self.side_multiple = 2 ** (levels - 1)
+
+        def res_block(c_in, c_out, resampling="none"):
+            return ResBlock(c_in, c_out, emb_dim, scale_shift, unet_dropout, resampling, norm_groups)
+
+        def attention_block(c, with_self_attention=True):
+            heads = num_heads or c // head_dim
+            if transformer_depth == 0:
+                return AttentionBlock(c, heads, qk_norm, linear_attention, norm_groups)
+            return SpatialTransformer(
+                c,
+                context_dim,
+                heads,
+                transformer_depth,
+                linear_proj,
+                qk_norm,
+                linear_attention,
+                with_self_attention,
+                norm_groups,
+            )
+
+        self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.class_embed = nn.Embedding(num_classes, emb_dim) if num_classes else None
+
+        # the way down: every stage's output is kept for the way up
+        conv_in = nn.Conv2d(in_channels + concat_channels, channels, 3, padding=1)
+        self.input_blocks = nn.ModuleList([Stage([conv_in])])
+        kept, c, ds = [channels], channels, 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(res_blocks[level]):
+                stage = Stage([res_block(c, channels * mult)])
+                c = channels * mult
+                if ds in attention_ds:
+                    stage.append(attention_block(c, self_attn[level]))
+                self.input_blocks.append(stage)
+                kept.append(c)
+            if level != levels - 1:
+                self.input_blocks.append(
+                    Stage([res_block(c, c, "down") if resblock_updown else Downsample(c, resample)])
+                )
+                kept.append(c)
+                ds *= 2
+
+        middle = [res_block(c, c), attention_block(c), res_block(c, c)]
+        self.middle_block = Stage(middle if middle_attention else middle[::2])
+
+        # the way up: one residual block a level more, each fed with one kept output
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(res_blocks[level] + 1):
+                stage = Stage([res_block(c + kept.pop(), channels * mult)])
+                c = channels * mult
+                if ds in attention_ds:
+                    stage.append(attention_block(c, self_attn[level]))
+                if level and i == res_blocks[level]:
+                    stage.append(res_block(c, c, "up") if resblock_updown else Upsample(c, resample))
+                    ds //= 2
+                self.output_blocks.append(stage)
+
+        self.norm_out = nn.GroupNorm(norm_groups, c, eps=1e-5)
+        self.conv_out = zeros(nn.Conv2d(c, out_channels, 3, padding=1))
+
+    def forward(self, x, t, context=None, y=None, concat=None):
+        """Noisy latents -> prediction (B,out_channels,H,W).
+
+        x: (B,in_channels,H,W), sides multiples of 2^(levels-1).  t: (B,) floats in [0, 1000].
+        context: (B,L,context_dim).  y: (B,) class indices.  concat: (B,concat_channels,H,W).
+        """
+        s = self.settings
+        for name, given, wanted in (
+            ("context", context, s["context_dim"]),
+            ("y", y, s["num_classes"]),
+            ("concat", concat, s["concat_channels"]),
+        ):
+            if (given is not None) != bool(wanted):
+                raise ValueError(
+                    f"this U-Net takes {'a' if wanted else 'no'} {name} and was given {'none' if wanted else 'one'}"
+                )
+        for side in x.shape[-2:]:
+            if side % self.side_multiple:
+                raise ValueError(
+                    f"latent side {side} is not a multiple of {self.side_multiple}: choose another image size"
+                )
+        emb = self.time_embed(timestep_embedding(t, s["channels"]).to(self.conv_out.weight.dtype))
+        if y is not None:
+            emb = emb + self.class_embed(y)
+        h = x if concat is None else torch.cat([x, concat], dim=1)
+        kept = []
+        for stage in self.input_blocks:
+            h = stage(h, emb, context)
+            kept.append(h)
+        h = self.middle_block(h, emb, context)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, kept.pop()], dim=1), emb, context)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    @classmethod
+    def from_pretrained(cls, path, **settings):
+        """The denoiser (its EMA) in a stage-2 checkpoint of ours, in eval mode; path is the file or its out_dir."""
+        import convert
+
+        return convert.load_unet(cls, path, **settings)
+
+
+def _check_settings(s, res_blocks, self_attn):
+    levels = len(s["channel_mult"])
+    if len(res_blocks) != levels or len(self_attn) != levels:
+        raise ValueError(f"num_res_blocks and self_attention need one value, or one for each of the {levels} levels")
+    if bool(s["num_heads"]) == bool(s["head_dim"]):
+        raise ValueError(f"num_heads={s['num_heads']} and head_dim={s['head_dim']}: set one of them and the other to 0")
+    if s["resample"] not in ("conv", "pool"):
+        raise ValueError(f"resample={s['resample']!r} is not one of conv, pool")
+    if s["context_dim"] and s["transformer_depth"] == 0:
+        raise ValueError("a context needs transformer blocks: set transformer_depth to 1 or more")
+    if not all(self_attn) and not s["context_dim"]:
+        raise ValueError("self_attention=False leaves nothing to attend to without a context: set context_dim")
+    for level, mult in enumerate(s["channel_mult"]):
+        width = s["channels"] * mult
+        if width % s["norm_groups"]:
+            raise ValueError(f"{width} channels do not divide into norm_groups={s['norm_groups']} groups")
+        has_attention = 2**level in s["attention_ds"] or (level == levels - 1 and s["middle_attention"])
+        if has_attention and width % (s["num_heads"] or s["head_dim"]):
+            raise ValueError(
+                f"{width} channels do not divide into heads: num_heads={s['num_heads']}, head_dim={s['head_dim']}"
+            )
+
+
+# --- text ---
+
+# GPT-2's way to split text into words before BPE; prepare.py trains with the same
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def make_tokenizer(source="bytes"):
+    """A tiktoken Encoding from: "bytes"; a .tiktoken file of "base64(token) rank" lines, by path or content; a name.
+
+    Only names ("gpt2", "cl100k_base", ...) may need a download, which tiktoken does by itself.
+    """
+    import tiktoken
+
+    if source == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+    elif isinstance(source, str) and not os.path.exists(source):
+        try:
+            return tiktoken.get_encoding(source)
+        except ValueError:
+            raise ValueError(f"tokenizer {source!r} is no file, not 'bytes', and no name that tiktoken knows") from None
+        except Exception as e:  # tiktoken fetches names through requests; offline that fails in many ways
+            raise ValueError(
+                f"tokenizer {source!r} could not be fetched ({type(e).__name__}): use bytes or a file"
+            ) from None
+    else:
+        if isinstance(source, str):
+            with open(source, "rb") as f:
+                source = f.read()
+        try:
+            lines = (line.split() for line in source.splitlines() if line.strip())
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        except ValueError as e:
+            raise ValueError(f"not a .tiktoken file of 'base64 rank' lines: {e}") from None
+    return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+class TextEncoder(nn.Module):
+    """Strings -> (B, length, width): a transformer trained together with the U-Net, as in LDM's text-to-image model.
+
+    Tokens are the tokenizer's, then one end token, then padding, which is attended to as in Stable Diffusion.
+    """
+
+    def __init__(self, text_width=512, text_layers=6, text_heads=8, text_length=77, tokenizer="bytes"):
+        """text_length: tokens of a prompt, the end token included.  tokenizer: see make_tokenizer."""
+        super().__init__()
+        self.settings = dict(
+            text_width=text_width, text_layers=text_layers, text_heads=text_heads, text_length=text_length
+        )
+        if text_width % text_heads:
+            raise ValueError(f"text_width={text_width} does not divide into text_heads={text_heads}")
+        self.tokenizer = make_tokenizer(tokenizer)
+        self.length, self.end, self.pad = text_length, self.tokenizer.n_vocab, self.tokenizer.n_vocab + 1
+        self.token_embedding = nn.Embedding(self.tokenizer.n_vocab + 2, text_width)
+        self.position_embedding = nn.Parameter(0.01 * torch.randn(text_length, text_width))
+        self.blocks = nn.ModuleList(TextBlock(text_width, text_heads) for _ in range(text_layers))
+        self.norm_out = nn.LayerNorm(text_width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def bpe(self):
+        """The tokenizer as the content of a .tiktoken file, or its name as bytes if it is one of tiktoken's own."""
+        if self.tokenizer.name != "bpe":
+            return self.tokenizer.name.encode()
+        tokens = [self.tokenizer.decode_single_token_bytes(i) for i in range(self.tokenizer.n_vocab)]
+        return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+
+    def count_tokens(self, prompt):
+        """Tokens of a prompt, the end token included; more than `length` will be cut."""
+        return len(self.tokenizer.encode_ordinary(prompt)) + 1
+
+    def tokenize(self, prompts):
+        """List of B strings -> token ids (B, length), cut or padded."""
+        rows = torch.full((len(prompts), self.length), self.pad)
+        for row, prompt in zip(rows, prompts):
+            ids = self.tokenizer.encode_ordinary(prompt)[: self.length - 1] + [self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+    def forward(self, prompts):
+        """List of B strings, or their token ids (B, length) -> (B, length, width)."""
+        tokens = prompts if isinstance(prompts, torch.Tensor) else self.tokenize(prompts)
+        x = self.token_embedding(tokens.to(self.position_embedding.device)) + self.position_embedding
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_out(x)
+
+
+class TextBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, width, heads, width // heads, bias=True)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Denoiser(nn.Module):
+    """A U-Net with the text encoder trained beside it, as one module for DDP, EMA and the checkpoint."""
+
+    def __init__(self, unet, text=None):
+        super().__init__()
+        self.unet, self.text = unet, text
+
+    def forward(self, x, t, tokens=None, y=None, concat=None):
+        """As UNet.forward, with tokens (B, length) in place of the context."""
+        context = self.text(tokens) if self.text is not None else None
+        return self.unet(x, t, context=context, y=y, concat=concat)

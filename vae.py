@@ -1,0 +1,349 @@
+"""The autoencoder: images (B,3,H,W) in [-1,1] <-> latents (B,C,H/f,W/f).
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752). The defaults are
+the published KL-f8 (83,653,863 parameters); the other published shapes are settings away:
+
+    kl-f4   ch_mult=(1,2,4)        z_channels=3
+    kl-f16  ch_mult=(1,1,2,2,4)    z_channels=16  attn_resolutions=(16,)
+    kl-f32  ch_mult=(1,1,2,2,4,4)  z_channels=64  attn_resolutions=(16,8)
+
+    vae = VAE()
+    posterior = vae.encode(images)            # mean, logvar: (B,4,H/8,W/8)
+    x0 = vae.normalize(posterior.sample())    # unit variance, what the denoiser sees
+    images = vae.decode(vae.denormalize(x0))
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block: (norm, SiLU, conv) twice; with `gated` the second SiLU is a SwiGLU."""
+
+    def __init__(self, c_in, c_out, groups, gated=False, dropout=0.0):
+        super().__init__()
+        hidden = 2 * c_out if gated else c_out  # a gate halves the channels again
+        self.gated = gated
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, hidden, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, hidden, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h)
+        if self.gated:
+            gate, h = h.chunk(2, dim=1)
+            h = F.silu(gate) * h
+        else:
+            h = F.silu(h)
+        return self.skip(x) + self.conv2(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all pixels, scale C^-0.5, residual."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # (B,1,HW,C)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(B, C, H, W))
+
+
+class LinearAttention(nn.Module):
+    """Self-attention in time linear in the pixels: softmax(q) (softmax(k)^T v) (Shen et al., arXiv 1812.01243)."""
+
+    def __init__(self, c, groups, heads=4):
+        super().__init__()
+        self.heads = heads if c % heads == 0 else 1
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.qkv = nn.Conv2d(c, 3 * c, 1, bias=False)
+        self.proj_out = nn.Conv2d(c, c, 1)
+        nn.init.zeros_(self.proj_out.weight)  # starts as the identity
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).unbind(1)  # (B,heads,d,HW)
+        context = k.softmax(dim=-1) @ v.transpose(-1, -2)  # (B,heads,d,d): a summary of the whole picture
+        h = context.transpose(-1, -2) @ q.softmax(dim=-2)
+        return x + self.proj_out(h.reshape(B, C, H, W))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c, resample, groups, linear_attention):
+        super().__init__()
+        self.resample = resample
+        self.conv = nn.Conv2d(c, c, 3, stride=2) if resample == "conv" else nn.Identity()
+        self.attn = LinearAttention(c, groups) if linear_attention else nn.Identity()
+
+    def forward(self, x):
+        if self.resample == "conv":
+            x = self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and below only, as the published weights want it
+        else:
+            x = F.avg_pool2d(x, 2) if self.resample == "avg" else F.max_pool2d(x, 2)
+        return self.attn(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, c, mode, groups, linear_attention):
+        super().__init__()
+        self.mode = mode
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+        self.attn = LinearAttention(c, groups) if linear_attention else nn.Identity()
+
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=2.0, mode=self.mode)
+        return self.attn(self.conv(x))
+
+
+class Level(nn.Module):
+    """One resolution of the encoder or decoder: residual blocks, each followed by attention if asked, a resampler."""
+
+    def __init__(self, channels, groups, gated, dropout, with_attention, resampler):
+        super().__init__()
+        pairs = list(zip(channels[:-1], channels[1:]))
+        self.block = nn.ModuleList(ResBlock(a, b, groups, gated, dropout) for a, b in pairs)
+        self.attn = nn.ModuleList(Attention(b, groups) if with_attention else nn.Identity() for _, b in pairs)
+        self.resample = resampler
+
+    def forward(self, x):
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
+        return self.resample(x)
+
+
+class Middle(nn.Module):
+    def __init__(self, c, groups, gated, dropout, with_attention):
+        super().__init__()
+        self.block_1 = ResBlock(c, c, groups, gated, dropout)
+        self.attn_1 = Attention(c, groups) if with_attention else nn.Identity()
+        self.block_2 = ResBlock(c, c, groups, gated, dropout)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Images (B,3,H,W) -> moments (B,2 z_channels,H/f,W/f)."""
+
+    def __init__(self, s):
+        super().__init__()
+        widths, gated = [s["ch"] * m for m in s["ch_mult"]], s["activation"] == "swiglu"
+        self.patch_size = s["patch_size"]
+        self.conv_in = nn.Conv2d(s["image_channels"] * s["patch_size"] ** 2, s["ch"], 3, padding=1)
+        self.down = nn.ModuleList()
+        c = s["ch"]
+        for i, width in enumerate(widths):
+            last = i == len(widths) - 1
+            channels = [c] + [width] * s["num_res_blocks"]
+            resampler = Downsample(width, s["downsample"], s["norm_groups"], s["linear_attention"])
+            with_attention = s["resolution"] // s["patch_size"] // 2**i in s["attn_resolutions"]
+            resampler = nn.Identity() if last else resampler
+            self.down.append(Level(channels, s["norm_groups"], gated, s["dropout"], with_attention, resampler))
+            c = width
+        self.mid = Middle(c, s["norm_groups"], gated, s["dropout"], s["mid_attention"])
+        self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
+        self.conv_out = nn.Conv2d(c, 2 * s["z_channels"], 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Latents (B,z_channels,H/f,W/f) -> images (B,3,H,W). One residual block a level more than the encoder."""
+
+    def __init__(self, s):
+        super().__init__()
+        widths, gated = [s["ch"] * m for m in s["ch_mult"]], s["activation"] == "swiglu"
+        self.patch_size, self.tanh_out = s["patch_size"], s["tanh_out"]
+        c = widths[-1]
+        self.conv_in = nn.Conv2d(s["z_channels"], c, 3, padding=1)
+        self.mid = Middle(c, s["norm_groups"], gated, s["dropout"], s["mid_attention"])
+        levels = []
+        for i, width in reversed(list(enumerate(widths))):
+            channels = [c] + [width] * (s["num_res_blocks"] + 1)
+            resampler = Upsample(width, s["upsample"], s["norm_groups"], s["linear_attention"]) if i else nn.Identity()
+            with_attention = s["resolution"] // s["patch_size"] // 2**i in s["attn_resolutions"]
+            levels.append(Level(channels, s["norm_groups"], gated, s["dropout"], with_attention, resampler))
+            c = width
+        self.up = nn.ModuleList(reversed(levels))  # up[0] is full resolution, as in the published weights
+        self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
+        self.conv_out = nn.Conv2d(c, s["image_channels"] * s["patch_size"] ** 2, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
+        return torch.tanh(x) if self.tanh_out else x
+
+
+class Posterior:
+    """A diagonal Gaussian over latents; mean and logvar (B,C,h,w), logvar clamped to [-30, 20]."""
+
+    def __init__(self, moments):
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    @property
+    def std(self):
+        return torch.exp(0.5 * self.logvar)
+
+    def mode(self):
+        return self.mean
+
+    def sample(self, noise=None, generator=None):
+        """mean + std * noise; the noise is given, or drawn from `generator` (which lives on the latents' device)."""
+        if noise is None:
+            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise
+
+    def kl(self):
+        """KL(q || N(0, I)) of every latent dimension in nats, (B,C,h,w)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar)
+
+
+class VAE(nn.Module):
+    """The KL autoencoder; `vae.settings` holds the arguments it was built with."""
+
+    def __init__(
+        self,
+        ch=128,
+        ch_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        z_channels=4,
+        attn_resolutions=(),
+        resolution=256,
+        mid_attention=True,
+        latent_proj=True,
+        activation="silu",
+        downsample="conv",
+        upsample="nearest",
+        linear_attention=False,
+        patch_size=1,
+        norm_groups=32,
+        dropout=0.0,
+        tanh_out=False,
+        image_channels=3,
+    ):
+        """ch * ch_mult are the channels of each level; f = patch_size * 2^(levels - 1) is the down-sampling factor.
+
+        attn_resolutions: sides, in pixels of a `resolution`-sized image (after the patch stem), whose levels have
+            attention too; any size can be encoded whatever `resolution` says.
+        latent_proj: the 1x1 convolutions quant_conv and post_quant_conv around the latents.
+        activation: silu | swiglu.  downsample: conv | avg | max.  upsample: nearest | bilinear | bicubic.
+        linear_attention: linear-time attention after every resampler.
+        patch_size: p > 1 folds p x p pixels into channels first (a stem that makes small models fast).
+        """
+        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.settings = settings
+        _check_choice("activation", activation, ("silu", "swiglu"))
+        _check_choice("downsample", downsample, ("conv", "avg", "max"))
+        _check_choice("upsample", upsample, ("nearest", "bilinear", "bicubic"))
+        for width in [ch] + [ch * m for m in ch_mult]:
+            if width % norm_groups:
+                raise ValueError(f"{width} channels (ch * ch_mult) do not divide into norm_groups={norm_groups} groups")
+        self.factor = patch_size * 2 ** (len(ch_mult) - 1)
+        self.z_channels = z_channels
+        self.encoder = Encoder(settings)
+        self.decoder = Decoder(settings)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if latent_proj else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if latent_proj else nn.Identity()
+        # measured over the training set at the end of stage 1; NaN says that nobody has yet
+        self.register_buffer("latent_mean", torch.full((z_channels,), math.nan))
+        self.register_buffer("latent_std", torch.full((z_channels,), math.nan))
+
+    @property
+    def has_latent_statistics(self):
+        return bool(torch.isfinite(self.latent_mean).all() and torch.isfinite(self.latent_std).all())
+
+    def encode(self, x):
+        """Images (B,3,H,W) in [-1,1], sides multiples of f -> Posterior over latents (B,C,H/f,W/f)."""
+        for side in x.shape[-2:]:
+            if side % self.factor:
+                raise ValueError(
+                    f"image side {side} is not a multiple of {self.factor}: "
+                    f"resize or crop to {max(self.factor, side // self.factor * self.factor)}"
+                )
+        return Posterior(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z):
+        """Latents (B,C,h,w) as `encode` gives them (not normalised) -> images (B,3,f h,f w), about [-1,1]."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def normalize(self, z):
+        """Latents -> unit variance per channel."""
+        return (z - self.latent_mean.view(1, -1, 1, 1)) / self.latent_std.view(1, -1, 1, 1)
+
+    def denormalize(self, x0):
+        """Unit-variance latents -> latents that `decode` takes."""
+        return x0 * self.latent_std.view(1, -1, 1, 1) + self.latent_mean.view(1, -1, 1, 1)
+
+    def forward(self, x, noise=None):
+        """Images -> (reconstruction, posterior); noise (B,C,h,w) picks the posterior sample, None draws one."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(noise)), posterior
+
+    @classmethod
+    def from_pretrained(cls, path, **settings):
+        """The autoencoder in a checkpoint of ours (stage 1: its EMA; stage 2: its first stage), in eval mode.
+
+        path: a .safetensors file or the out_dir that holds latest.safetensors.
+        settings: tell only what the file does not (our own files tell all).
+        """
+        import convert
+
+        return convert.load_vae(cls, path, **settings)
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of images (B,3,H,W) in [-1,1] (clamped), one for each pair: (B,)."""
+    mse = ((x.clamp(-1, 1) - y.clamp(-1, 1)).double() ** 2).mean(dim=(1, 2, 3))
+    return 10.0 * torch.log10(4.0 / mse.clamp_min(1e-12))
+
+
+def ssim(x, y):
+    """Structural similarity (Wang et al. 2004) of images (B,3,H,W) in [-1,1] (clamped), sides >= 11: (B,).
+
+    Gaussian window of 11 pixels and sigma 1.5, K = 0.01, 0.03, on RGB channel by channel, no padding.
+    """
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(f"ssim looks through an 11x11 window; images of {tuple(x.shape[-2:])} are smaller")
+    x, y = x.clamp(-1, 1).float(), y.clamp(-1, 1).float()
+    C = x.shape[1]
+    g = torch.exp(-((torch.arange(11, device=x.device, dtype=x.dtype) - 5) ** 2) / (2 * 1.5**2))
+    g = g / g.sum()
+
+    def blur(a):
+        a = F.conv2d(a, g.view(1, 1, 11, 1).expand(C, 1, 11, 1), groups=C)
+        return F.conv2d(a, g.view(1, 1, 1, 11).expand(C, 1, 1, 11), groups=C)
+
+    c1, c2 = (0.01 * 2.0) ** 2, (0.03 * 2.0) ** 2  # 2.0 is the range of [-1, 1]
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    s = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return s.mean(dim=(1, 2, 3))
