@@ -11,6 +11,7 @@ Later arguments win. A config file holds literal assignments and is parsed, neve
 import ast
 import contextlib
 import difflib
+import io
 import sys
 import tokenize
 from pathlib import Path
@@ -55,7 +56,7 @@ def configure(scope, argv=None):
 
 
 def find_settings(scope):
-    """{name: Setting} of a script, in its order: top-level `name = value`, lower case, a bool, int, float, str or tuple.
+    """{name: Setting} of a script, in its order: lower-case top-level `name = value`, a bool, int, float, str or tuple.
 
     A scope without `__file__` (a plain dict) has no comments, and every name in it counts.
     """
@@ -63,8 +64,8 @@ def find_settings(scope):
         return {name: Setting(value) for name, value in scope.items() if is_setting(name, value)}
     with tokenize.open(scope["__file__"]) as file:  # honours the file's encoding line
         source = file.read()
-    lines = source.splitlines()
-    tokens = tokenize.generate_tokens(iter(source.splitlines(keepends=True)).__next__)
+    lines = source.split("\n")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     settings = {}
     for node in ast.parse(source).body:

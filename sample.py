@@ -1,0 +1,558 @@
+"""The diffusion process: noise schedules, objectives, samplers, all pure functions; below them the command that draws.
+
+A noisy sample is x_t = alpha(t) x0 + sigma(t) eps. Time runs from t = 0, data, to t = 1, noise. A schedule is the pair
+(alpha, sigma), an objective is a linear combination of x0 and eps, and a sampler sees the network only as
+`denoise(x, t) -> x0_hat`; so every objective goes with every schedule and every sampler.
+"""
+
+import functools
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+import convert
+from configurator import configure
+from unet import Denoiser, TextEncoder, UNet
+from vae import VAE, psnr, ssim
+
+# --- noise schedules ---
+
+
+class Schedule(NamedTuple):
+    name: str
+    alpha: Callable  # of a float tensor t in [0, 1], any shape, dtype and device; alpha(0) = 1
+    sigma: Callable  # likewise; sigma(0) = 0
+    discrete: int  # T for a DDPM table, whose index i stands at t = (i + 1) / T; 0 for continuous time
+
+
+@functools.cache  # a training step may ask for it every time
+def make_schedule(name, beta_start=0.00085, beta_end=0.012, T=1000):
+    """The noise schedule of that name; the betas and T matter to the two DDPM tables only.
+
+    linear         beta linear in i (Ho et al. 2020, there 1e-4 to 0.02)
+    scaled_linear  sqrt(beta) linear in i: Stable Diffusion, where CompVis calls it "linear"
+    cosine         alpha = cos(pi t / 2), sigma = sin(pi t / 2)
+    flow           alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023)
+    """
+    if name == "linear":
+        return table_schedule(name, torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
+    if name == "scaled_linear":
+        return table_schedule(name, torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2)
+    if name == "cosine":  # the cosine is written as a sine so that alpha(1) is exactly 0
+        return Schedule(name, lambda t: torch.sin(math.pi / 2 * (1 - t)), lambda t: torch.sin(math.pi / 2 * t), 0)
+    if name == "flow":
+        return Schedule(name, lambda t: 1 - t, lambda t: t, 0)
+    raise ValueError(f"unknown schedule {name!r}: choose linear, scaled_linear, cosine or flow")
+
+
+def table_schedule(name, betas):
+    """A DDPM table in continuous time: log-SNR is linear between entries, sigma^2 between the first entry and t = 0."""
+    T = len(betas)
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    log_snr = torch.log(alpha_bar / (1 - alpha_bar))  # sigmoid(-log_snr) is sigma^2, exact where 1 - alpha_bar is not
+    first_variance = float(1 - alpha_bar[0])
+
+    @functools.cache  # one copy per device, not one per step
+    def table(device, dtype):
+        return log_snr.to(device=device, dtype=dtype)
+
+    def variance(t, sign):
+        """alpha^2 for sign = 1, sigma^2 for sign = -1."""
+        position = t * T  # entry i stands at i + 1
+        entries, below = table(t.device, t.dtype), position.long().clamp(1, T - 1)
+        between = torch.sigmoid(sign * torch.lerp(entries[below - 1], entries[below], position - below))
+        start = first_variance * position
+        return torch.where(position < 1, 1 - start if sign == 1 else start, between)
+
+    return Schedule(name, lambda t: variance(t, 1).sqrt(), lambda t: variance(t, -1).sqrt(), T)
+
+
+def unet_time(schedule, t):
+    """What the network is told of t: 1000 t, or a table's index (fractional between entries, 0 below the first)."""
+    return (schedule.discrete * t - 1).clamp(min=0) if schedule.discrete else 1000 * t
+
+
+# --- objectives: what the network predicts ---
+
+OBJECTIVES = ("eps", "v", "x0", "flow")
+
+
+def target(objective, x0, eps, alpha, sigma):
+    """What the network should predict at alpha x0 + sigma eps; alpha and sigma broadcast, as (B, 1, 1, 1) does."""
+    if objective == "eps":
+        return eps
+    if objective == "v":
+        return alpha * eps - sigma * x0  # Salimans & Ho 2022, section 4
+    if objective == "x0":
+        return x0
+    if objective == "flow":
+        return eps - x0
+    raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+
+
+def to_x0(objective, prediction, x, alpha, sigma):
+    """The x0 that a prediction at x = alpha x0 + sigma eps stands for: the inverse of `target`, for any alpha, sigma.
+
+    "eps" divides by alpha: at alpha = 0 the noise is all that is seen and says nothing of x0.
+    """
+    if objective == "eps":
+        return (x - sigma * prediction) / alpha
+    if objective == "v":
+        return (alpha * x - sigma * prediction) / (alpha**2 + sigma**2)
+    if objective == "x0":
+        return prediction
+    if objective == "flow":
+        return (x - sigma * prediction) / (alpha + sigma)
+    raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+
+
+# --- the steps of a sampler ---
+
+
+def t_max(objective, schedule):
+    """Where sampling starts (and training ends): 1, or 0.995 where eps would meet alpha = 0 and tell nothing of x0."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    blind = objective == "eps" and schedule.alpha(torch.ones(1)).item() == 0
+    return 0.995 if blind else 1.0
+
+
+def sample_times(steps, schedule, objective="v"):
+    """Times of `steps` equal steps from t_max down to 0: float64 (steps + 1,); on a table they fall on its entries.
+
+    The first is always the noisiest ("trailing" in Lin et al. 2024, table 2), whatever the number of steps.
+    """
+    T = schedule.discrete
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: at least 1 is needed")
+    if T and steps > T:
+        raise ValueError(f"steps is {steps}: schedule {schedule.name!r} has only {T} times")
+    remaining = torch.arange(steps, -1, -1)
+    if T:
+        return ((2 * T * remaining + steps) // (2 * steps)).double() / T  # rounded in integers: all distinct
+    return t_max(objective, schedule) * remaining.double() / steps
+
+
+def steps_of(times, schedule):
+    """(t, s, alpha_t, alpha_s, sigma_t, sigma_s) of every step from a time t to the next, s.
+
+    Python floats: samplers weigh in float64 whatever the dtype of x.
+    """
+    times = times.double().cpu()
+    t, alpha, sigma = times.tolist(), schedule.alpha(times).tolist(), schedule.sigma(times).tolist()
+    return list(zip(t[:-1], t[1:], alpha[:-1], alpha[1:], sigma[:-1], sigma[1:], strict=True))
+
+
+def randn(shape, generators=None, device=None, dtype=None):
+    """Standard normal noise; with `generators` (CPU, one per image) an image's noise is its own, whatever the batch."""
+    if generators is None:
+        return torch.randn(shape, device=device, dtype=dtype)
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for {shape[0]} images: give one each")
+    noise = [torch.randn(shape[1:], generator=generator) for generator in generators]  # float32: the same for any dtype
+    return torch.stack(noise).to(device=device, dtype=dtype)
+
+
+# --- samplers: (denoise, x, times, schedule, generators=None, **options) -> x0 ---
+# x is the sample at times[0], pure noise where that is t = 1; times descend to 0.
+
+
+def sample_ddpm(denoise, x, times, schedule, generators=None, noise_scale=1.0):
+    """Ancestral sampling from the posterior q(x_s | x_t, x0_hat) (Ho et al. 2020, eq. 7; Kingma et al. 2021, eq. 25).
+
+    `noise_scale` multiplies the noise put in at each step: below 1 for smoother samples.
+    """
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        x0 = denoise(x, t)
+        alpha_ts = alpha_t / alpha_s  # q(x_t | x_s) = N(alpha_ts x_s, var_ts)
+        var_ts = sigma_t**2 - alpha_ts**2 * sigma_s**2
+        x = (alpha_ts * sigma_s**2 / sigma_t**2) * x + (alpha_s * var_ts / sigma_t**2) * x0
+        std = noise_scale * var_ts**0.5 * sigma_s / sigma_t
+        if std > 0:
+            x = x + std * randn(x.shape, generators, x.device, x.dtype)
+    return x
+
+
+def sample_ddim(denoise, x, times, schedule, generators=None, eta=0.0):
+    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic at eta = 0, the very steps of `sample_ddpm` at eta = 1."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: choose between 0 (DDIM) and 1 (DDPM)")
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        x0 = denoise(x, t)
+        eps = (x - alpha_t * x0) / sigma_t
+        var_ts = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
+        std = eta * var_ts**0.5 * sigma_s / sigma_t  # eq. 16
+        x = alpha_s * x0 + (sigma_s**2 - std**2) ** 0.5 * eps  # eq. 12
+        if std > 0:
+            x = x + std * randn(x.shape, generators, x.device, x.dtype)
+    return x
+
+
+def sample_euler(denoise, x, times, schedule, generators=None):
+    """Euler's method on the probability-flow ODE (Song et al. 2021b, eq. 13) along straight lines.
+
+    With z = x / (alpha + sigma) and r = sigma / (alpha + sigma), z = (1 - r) x0 + r eps and dz/dr = (z - x0_hat) / r,
+    finite at both ends of every schedule. A step keeps x0_hat and eps fixed, so it is DDIM's at eta = 0.
+    """
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        z, r_t, r_s = x / (alpha_t + sigma_t), sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
+        slope = (z - denoise(x, t)) / r_t
+        x = (z + (r_s - r_t) * slope) * (alpha_s + sigma_s)
+    return x
+
+
+def sample_heun(denoise, x, times, schedule, generators=None):
+    """Heun's second-order method (Karras et al. 2022, Algorithm 1) in the coordinates z, r of `sample_euler`.
+
+    The last step, to r = 0, is Euler's; so S steps take 2 S - 1 evaluations.
+    """
+    for t, s, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        z, r_t, r_s = x / (alpha_t + sigma_t), sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
+        slope = (z - denoise(x, t)) / r_t
+        z_s = z + (r_s - r_t) * slope
+        if r_s > 0:
+            slope_s = (z_s - denoise(z_s * (alpha_s + sigma_s), s)) / r_s
+            z_s = z + (r_s - r_t) * (slope + slope_s) / 2
+        x = z_s * (alpha_s + sigma_s)
+    return x
+
+
+def sample_dpmpp_2m(denoise, x, times, schedule, generators=None):
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order at one evaluation a step.
+
+    h is the step's length in log(alpha / sigma). Of first order are the first step, one after alpha = 0 (infinitely
+    long) and the last, to sigma = 0 (likewise).
+    """
+    x0_before, h_before = 0, math.inf
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        x0 = denoise(x, t)
+        h = math.log(alpha_s * sigma_t / (alpha_t * sigma_s)) if alpha_t > 0 and sigma_s > 0 else math.inf
+        weight = h / (2 * h_before) if h < math.inf else 0  # 1 / (2 r)
+        D = (1 + weight) * x0 - weight * x0_before
+        x = (sigma_s / sigma_t) * x + (alpha_s - alpha_t * sigma_s / sigma_t) * D
+        x0_before, h_before = x0, h
+    return x
+
+
+samplers = {
+    "ddpm": sample_ddpm,
+    "ddim": sample_ddim,
+    "euler": sample_euler,
+    "heun": sample_heun,
+    "dpmpp_2m": sample_dpmpp_2m,
+}
+
+
+# --- the network as a denoiser ---
+
+
+def make_denoiser(model, schedule, objective, cond, null=None, cfg=1.0):
+    """`denoise(x, t) -> x0_hat` of a network `model(x, unet_time, **cond) -> prediction`; classifier-free guidance.
+
+    cond, null: the condition and its empty twin, dicts of the same keys, of tensors batched as x is. The guided x0 is
+    x0_null + cfg (x0_cond - x0_null) (Ho & Salimans 2022, eq. 6 with cfg = 1 + w; linear, hence the same for eps and
+    x0); cfg = 1 runs the condition alone. `denoise.evaluations` counts network evaluations per image: 2 when guided.
+    """
+    guided = cfg != 1
+    if guided and (null is None or null.keys() != cond.keys()):
+        raise ValueError(
+            f"cfg={cfg} needs an empty condition for {list(cond)}, got {null and list(null)}: or set cfg=1"
+        )
+    dtype = next((p.dtype for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+    inputs = {key: torch.cat([cond[key], null[key]]) if guided else cond[key] for key in cond}
+    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+    @torch.no_grad()
+    def denoise(x, t):
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        alpha, sigma = schedule.alpha(t).item(), schedule.sigma(t).item()
+        x_in = torch.cat([x, x]) if guided else x
+        t_in = torch.full((len(x_in),), unet_time(schedule, t).item(), device=x.device, dtype=torch.float32)
+        prediction = model(x_in.to(dtype=dtype), t_in, **inputs).to(x.dtype)
+        denoise.evaluations += 2 if guided else 1
+        x0 = to_x0(objective, prediction, x_in, alpha, sigma)
+        if guided:
+            x0, x0_null = x0.chunk(2)
+            x0 = x0_null + cfg * (x0 - x0_null)
+        return x0
+
+    denoise.evaluations = 0
+    return denoise
+
+
+# --- the command ---
+
+# what to draw
+ckpt = "out/ldm"  # a stage-2 checkpoint or its out_dir; for --reconstruct a stage-1 one will do
+prompt = ""  # draw this; nothing at all draws what the checkpoint was shown with in training
+prompts = ""  # file with a prompt a line
+cls = ""  # class number or name, or several with commas
+n = 0  # pictures of each prompt or class; 0 is 4 of a single one and 1 of each of several
+size = 0  # side in pixels; 0 is the trained one
+# how
+seed = 0  # picture i starts from the noise of seed + i
+sampler = "ddim"  # ddpm | ddim | euler | heun | dpmpp_2m
+steps = 50  # from 1 up
+cfg = 3.0  # guidance scale; 1 is none
+eta = 0.0  # ddim: 0 is deterministic, 1 is DDPM
+batch_size = 16  # pictures at a time
+device = "auto"  # auto | cpu | cuda
+dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16
+# where to
+out_dir = ""  # PNGs, samples.jsonl and grid.png; "" is the folder samples beside the checkpoint
+show = False  # open the grid
+reconstruct = ""  # instead: a folder of images, shown above their reconstructions, with PSNR and SSIM
+
+
+class Pipeline(NamedTuple):
+    """All that drawing needs."""
+
+    denoiser: torch.nn.Module  # unet.Denoiser
+    vae: torch.nn.Module | None  # None draws pixels
+    schedule: Schedule
+    objective: str
+    latent_shape: tuple  # (C, h, w) as trained
+    num_classes: int  # 0 where it is not class-conditional
+    classes: list  # their names, or []
+    shown: list  # what it draws when nothing is asked for: prompts, class numbers, or None
+
+    def caption(self, condition):
+        if isinstance(condition, int):
+            return self.classes[condition] if self.classes else f"class {condition}"
+        return condition or ""
+
+
+def load_pipeline(path):
+    """The pipeline in a stage-2 checkpoint (EMA weights), on the CPU."""
+    _, meta = convert.read_checkpoint(path)
+    if meta["stage"] != "ldm":
+        raise ValueError(f"{path} is an autoencoder (stage 1): train_ldm.py --first_stage={path} makes what can draw")
+    model = meta["model"]
+    text = convert.load_text_encoder(TextEncoder, path) if model["text"] else None
+    vae = VAE.from_pretrained(path) if meta["vae"] else None
+    unet = UNet.from_pretrained(path)
+    side = model["image_size"] // (vae.factor if vae else 1)
+    return Pipeline(
+        Denoiser(unet, text).eval(),
+        vae,
+        make_schedule(model["schedule"], model["beta_start"], model["beta_end"]),
+        model["objective"],
+        (unet.settings["in_channels"], side, side),
+        model["num_classes"] if model["cond"] == "class" else 0,
+        meta["classes"],
+        meta["shown"],
+    )
+
+
+@torch.no_grad()
+def generate(pipeline, conditions, seeds, steps, cfg=1.0, sampler="ddim", size=0, batch_size=16, **options):
+    """Draws one picture for each condition (a prompt, a class number, or None): (N,3,H,W) in [-1,1] on the CPU.
+
+    seeds: of each picture's noise, which is the same in any batch.  size: side in pixels, 0 as trained.
+    options: the sampler's own.  The number of network evaluations per picture is in `generate.evaluations`.
+    """
+    denoiser, vae, schedule, objective, shape = pipeline[:5]
+    if sampler not in samplers:
+        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(samplers)}")
+    factor = vae.factor if vae is not None else 1
+    multiple = factor * denoiser.unet.side_multiple
+    if size % multiple:
+        raise ValueError(
+            f"size={size} is not a multiple of {multiple}: choose {max(1, round(size / multiple)) * multiple}"
+        )
+    shape = (shape[0], size // factor, size // factor) if size else shape
+    weight = next(denoiser.parameters())
+    times, pictures = sample_times(steps, schedule, objective), []
+    for start in range(0, len(conditions), batch_size):
+        some = conditions[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + batch_size]]
+        condition, null = {}, {}
+        if denoiser.text is not None:
+            condition, null = {"context": denoiser.text(some)}, {"context": denoiser.text([""] * len(some))}
+        elif pipeline.num_classes:
+            condition = {"y": torch.tensor(some, device=weight.device)}
+            null = {"y": torch.full_like(condition["y"], pipeline.num_classes)}
+        denoise = make_denoiser(denoiser.unet, schedule, objective, condition, null, cfg if condition else 1.0)
+        x = randn((len(some), *shape), generators, weight.device, weight.dtype)
+        x = schedule.sigma(times[:1]).item() * x.contiguous(memory_format=torch.channels_last)
+        x = samplers[sampler](denoise, x, times, schedule, generators, **options)
+        pictures.append((vae.decode(vae.denormalize(x)) if vae is not None else x).float().cpu())
+        generate.evaluations = denoise.evaluations
+    return torch.cat(pictures).clamp(-1, 1)
+
+
+def read_prompts(path):
+    """The lines of a prompts file that are not empty."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = [line.strip() for line in f if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8: give a file with a prompt a line") from None
+    if not lines:
+        raise ValueError(f"{path} holds no prompts: give a file with a prompt a line")
+    return lines
+
+
+def to_pil(image):
+    """(3,H,W) in [-1,1] -> PIL."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_grid(path, images, captions, settings=None):
+    """One PNG of images (N,3,H,W), near square, captions below; `settings` go into the file as text."""
+    N, _, H, W = images.shape
+    columns, zoom = math.ceil(N**0.5), max(1, 128 // W)
+    lines = 2 if any(captions) else 0
+    cell_w, cell_h = W * zoom + 4, H * zoom + 4 + 12 * lines
+    grid = Image.new("RGB", (columns * cell_w, -(-N // columns) * cell_h), "white")
+    pen = ImageDraw.Draw(grid)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = i % columns * cell_w + 2, i // columns * cell_h + 2
+        grid.paste(to_pil(image).resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (x, y))
+        wrapped = textwrap.wrap(caption, max(8, cell_w // 6))[:lines]
+        pen.text((x, y + H * zoom), "\n".join(wrapped).encode("latin-1", "replace").decode("latin-1"), fill="black")
+    info = PngInfo()
+    info.add_text("settings", json.dumps(settings or {}), zip=True)
+    grid.save(path, pnginfo=info)
+    return grid
+
+
+def choose_conditions(pipeline, prompt, prompts, cls):
+    """What the settings ask to draw, as a list of prompts, class numbers or Nones."""
+    text, count = pipeline.denoiser.text, pipeline.num_classes
+    if (prompt or prompts) and text is None:
+        raise ValueError(f"this checkpoint takes no prompt: use {'--cls' if count else 'neither --prompt nor --cls'}")
+    if cls and not count:
+        raise ValueError(f"this checkpoint takes no class: use {'--prompt' if text else 'neither --prompt nor --cls'}")
+    if prompt and prompts:
+        raise ValueError("prompt and prompts are both set: choose one")
+    if text is not None:
+        wanted = [prompt] if prompt else read_prompts(prompts) if prompts else pipeline.shown
+        for p in wanted:
+            if text.count_tokens(p) > text.length:
+                print(f"prompt of {text.count_tokens(p)} tokens cut to {text.length}: {p[:60]}...")
+        return wanted
+    if not cls:
+        return pipeline.shown
+    wanted = []
+    for name in map(str.strip, cls.split(",")):
+        number = pipeline.classes.index(name) if name in pipeline.classes else int(name) if name.isdigit() else -1
+        if not 0 <= number < count:
+            names = f", or one of {', '.join(pipeline.classes[:10])}" if pipeline.classes else ""
+            raise ValueError(f"cls={name} is no class of this checkpoint: choose 0 to {count - 1}{names}")
+        wanted.append(number)
+    return wanted
+
+
+@torch.no_grad()
+def show_reconstructions(vae, folder, out_dir, device):
+    """Encodes and decodes every image of a folder at its own size; originals over reconstructions in reconstructions.png."""
+    from data.dataset import BadImage, Dataset, to_tensor
+
+    images, pairs, scores = Dataset(folder, "all", image_size=vae.factor), [], []
+    for i in range(len(images)):
+        try:
+            image = images.rgb(i)
+        except BadImage as e:
+            print(f"skipped a bad image: {e}")
+            continue
+        W, H = (side // vae.factor * vae.factor for side in image.size)  # the last few pixels may not fit
+        if min(W, H) < max(vae.factor, 11):
+            print(f"skipped {images.key(i)}: {image.size[0]}x{image.size[1]} is too small")
+            continue
+        x = to_tensor(image.crop((0, 0, W, H)))[None].to(device, next(vae.parameters()).dtype)
+        y = vae.decode(vae.encode(x).mode())
+        scores.append((psnr(y, x).item(), ssim(y, x).item()))
+        print(f"{images.key(i)} {W}x{H}: PSNR {scores[-1][0]:.2f} dB, SSIM {scores[-1][1]:.4f}", flush=True)
+        if len(pairs) < 8:
+            pairs.append((to_pil(x[0].float()), to_pil(y[0].float())))
+    if not scores:
+        raise ValueError(f"{folder} holds no image that can be reconstructed")
+    mean = [sum(s) / len(scores) for s in zip(*scores)]
+    height = max(a.height for a, _ in pairs)
+    sheet = Image.new("RGB", (sum(a.width + 4 for a, _ in pairs), 2 * height + 4), "white")
+    left = 0
+    for pair in pairs:
+        for row, picture in enumerate(pair):
+            sheet.paste(picture, (left, row * (height + 4)))
+        left += pair[0].width + 4
+    sheet.save(f"{out_dir}/reconstructions.png")
+    print(f"{len(scores)} images: PSNR {mean[0]:.2f} dB, SSIM {mean[1]:.4f}; {out_dir}/reconstructions.png")
+    return sheet
+
+
+def one_line_error(kind, error, trace):
+    """Users' mistakes as one line; TRACEBACK=1 shows where they were noticed, all else shows it always."""
+    if issubclass(kind, (ValueError, OSError, ImportError)) and not os.environ.get("TRACEBACK"):
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if __name__ == "__main__":
+    config = configure(globals())
+    sys.excepthook = one_line_error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    autocast = torch.autocast(
+        device, torch.bfloat16, enabled=dtype == "bfloat16" or (dtype == "auto" and device == "cuda")
+    )
+    file = convert.find_checkpoint(ckpt)
+    out_dir = out_dir or os.path.join(os.path.dirname(file), "samples")
+    os.makedirs(out_dir, exist_ok=True)
+
+    if reconstruct:
+        vae = VAE.from_pretrained(file).to(device, memory_format=torch.channels_last)
+        with autocast:
+            sheet = show_reconstructions(vae, reconstruct, out_dir, device)
+        if show:
+            sheet.show()
+        sys.exit(0)
+
+    pipeline = load_pipeline(file)
+    conditional = pipeline.denoiser.text is not None or pipeline.num_classes > 0
+    if not conditional and "cfg" in config.changed:
+        raise ValueError(f"cfg={cfg}: this checkpoint is unconditional, so there is nothing to guide towards")
+    options = {"eta": eta} if sampler == "ddim" else {}
+    if "eta" in config.changed and not options:
+        raise ValueError(f"eta={eta} belongs to sampler=ddim, not {sampler}")
+    for net in (pipeline.denoiser, pipeline.vae):
+        if net is not None:
+            net.to(device, memory_format=torch.channels_last)
+    wanted = choose_conditions(pipeline, prompt, prompts, cls)
+    if n < 0:
+        raise ValueError(f"n={n} pictures cannot be drawn: choose 1 or more")
+    each = n or (4 if len(wanted) == 1 else 1)
+    wanted = wanted[:n] if n and not conditional else [w for w in wanted for _ in range(each)]
+    if not conditional:
+        wanted = [None] * (n or len(pipeline.shown))
+    seeds = list(range(seed, seed + len(wanted)))
+
+    started = time.time()
+    with autocast:
+        pictures = generate(pipeline, wanted, seeds, steps, cfg, sampler, size, batch_size, **options)
+    seconds = time.time() - started
+    with open(os.path.join(out_dir, "samples.jsonl"), "w") as f:
+        for i, (picture, condition) in enumerate(zip(pictures, wanted)):
+            name, info = f"{i:05d}.png", PngInfo()
+            record = {"file": name, "prompt": pipeline.caption(condition), "seed": seeds[i]}
+            info.add_text("settings", json.dumps(record | {"config": config}), zip=True)
+            to_pil(picture).save(os.path.join(out_dir, name), pnginfo=info)
+            f.write(json.dumps(record) + "\n")
+    captions = [pipeline.caption(condition) for condition in wanted]
+    grid = save_grid(os.path.join(out_dir, "grid.png"), pictures[:64], captions[:64], {"config": config})
+    per_image = f"{generate.evaluations} network evaluations each"
+    print(
+        f"{len(pictures)} pictures in {seconds:.1f} s, {len(pictures) / seconds:.2f} images/s, {per_image}: {out_dir}/grid.png"
+    )
+    if show:
+        grid.show()

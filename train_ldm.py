@@ -1,0 +1,810 @@
+"""Stage 2: trains the denoiser on the latents of a trained autoencoder, or on pixels.
+
+    python train_ldm.py config/shapes_ldm.py                                          # 2 CPU cores, minutes
+    python train_ldm.py --dataset=DIR --first_stage=out/vae --cond=text               # one GPU
+    torchrun --nproc_per_node=8 train_ldm.py --dataset=DIR --first_stage=out/vae      # eight GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ldm.py --dataset=DIR
+
+DIR is what stage 1 was trained on, or another; captions or labels lie in it. The same command again resumes the run.
+"""
+
+import copy
+import datetime
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import configure
+from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
+from sample import Pipeline, generate, make_schedule, read_prompts, save_grid, t_max, target, unet_time
+from unet import Denoiser, TextEncoder, UNet
+from vae import VAE
+
+# data
+dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy
+image_size = 256  # side in pixels of the pictures it learns to draw
+flip = True  # mirror half of the images
+workers = 4  # processes that read latents or decode images; 0 does it in the main one
+first_stage = "out/vae"  # the autoencoder: a stage-1 checkpoint or its out_dir | none (diffuse pixels)
+cache_latents = True  # encode every image once, before training; False encodes at every step
+cache_dir = "cache"  # where the latents are kept, the same folder for all nodes
+# conditioning
+cond = "text"  # none | class | text
+cond_drop = 0.1  # share of examples trained without their condition, for guidance
+tokenizer = "auto"  # auto (DATASET/bpe.tiktoken if there, else bytes) | bytes | a .tiktoken file | a tiktoken name
+text_width = 512  # of the text encoder
+text_layers = 6  # of the text encoder
+text_heads = 8  # of the text encoder
+text_length = 77  # tokens of a prompt, the end token included
+# model: what UNet() takes; the defaults are Stable Diffusion 2's
+channels = 320  # at the latents' full side
+channel_mult = (1, 2, 4, 4)  # times channels: widths of the levels, each half the side of the one before
+num_res_blocks = 2  # in each level on the way down; one more on the way up
+attention_ds = (1, 2, 4)  # down-sampling factors whose levels have attention
+num_heads = 0  # heads of every attention, or
+head_dim = 64  # channels of each head; the other one is 0
+transformer_depth = 1  # blocks of each spatial transformer; 0 is plain self-attention, without text
+linear_proj = True  # into and out of the transformers: linear (SD 2) or 1x1 convolution (SD 1)
+self_attention = True  # False: the transformers look at the text only
+middle_attention = True  # attention in the middle
+linear_attention = False  # linear-time self-attention
+qk_norm = False  # RMS-normalised queries and keys
+scale_shift = False  # the time scales and shifts (FiLM) instead of being added
+resblock_updown = False  # residual blocks change the side instead of convolutions
+resample = "conv"  # conv | pool
+norm_groups = 32  # groups of every GroupNorm
+unet_dropout = 0.0  # in every residual block
+# diffusion
+objective = "v"  # eps | v | x0 | flow
+schedule = "cosine"  # cosine | flow | linear | scaled_linear (what CompVis calls linear)
+beta_start = 0.00085  # of linear and scaled_linear
+beta_end = 0.012  # of linear and scaled_linear
+# optimizer
+batch_size = 32  # images per process and micro-step
+grad_accum = 1  # micro-steps per optimizer step
+max_steps = 400_000  # optimizer steps
+lr = 1e-4  # absolute: nothing rescales it
+lr_schedule = "constant"  # constant | cosine (to lr_end) | onecycle (up and down to lr_end) | multistep
+lr_end = 0.0  # where cosine and onecycle end, as a share of lr
+lr_milestones = (0.6, 0.8, 0.9)  # multistep: shares of max_steps at which lr_decay strikes
+lr_decay = 0.1  # multistep: factor at each milestone
+warmup_steps = 1000  # steps of linear warm-up
+beta1 = 0.9  # AdamW
+beta2 = 0.999  # AdamW
+weight_decay = 0.01  # AdamW, on matrices and kernels only
+grad_clip = 1.0  # largest gradient norm; 0 is no clipping
+ema_decay = 0.9999  # of the averaged weights, warmed up as (1 + n) / (10 + n)
+# run
+out_dir = "out/ldm"  # checkpoint, log and pictures
+seed = 0  # of weights, data order and noise
+eval_every = 5000  # steps between evaluations: validation loss and a sample grid
+val_images = 1000  # validation images, each with its own fixed noise and time
+prompts = ""  # file with a prompt a line for the sample grids; else captions of the validation set
+n_samples = 16  # pictures of a grid
+sample_steps = 50  # of DDIM
+cfg = 3.0  # guidance scale of the grids
+save_every = 1000  # steps between checkpoints
+snapshot_every = 0  # steps between kept EMA snapshots ema_STEP.safetensors; 0 keeps none
+log_every = 50  # steps between progress lines
+device = "auto"  # auto | cpu | cuda
+dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16 | float64
+compile = "auto"  # torch.compile: auto (on CUDA) | true | false
+deterministic = False  # bit-exact on CUDA too, slower
+wandb = False  # send the log to Weights & Biases too
+
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+    "V100": 125,
+}  # dense bf16 (V100: fp16)
+SHARD = 1024  # images in a file of the latent cache
+
+
+def squared_error(models, batch, noise, cfg):
+    """The objective's mean squared error of each example, (B,).
+
+    batch["x0"] (B,C,h,w) of unit variance; with text batch["tokens"] and batch["null_tokens"] (B,L), with classes
+    batch["y"] and batch["null_y"] (B,). noise["eps"] like x0; noise["t"], noise["drop"] (B,) uniform in [0,1).
+    """
+    x0, eps = batch["x0"], noise["eps"]
+    process = make_schedule(cfg["schedule"], cfg["beta_start"], cfg["beta_end"])
+    t = noise["t"] * t_max(cfg["objective"], process)
+    if process.discrete:  # on the table's grid
+        t = (torch.floor(t * process.discrete) + 1) / process.discrete
+    alpha, sigma = (f(t).to(x0.dtype).view(-1, 1, 1, 1) for f in (process.alpha, process.sigma))
+    condition, dropped = {}, noise["drop"] < cfg["cond_drop"]
+    if cfg["cond"] == "text":
+        condition["tokens"] = torch.where(dropped[:, None], batch["null_tokens"], batch["tokens"])
+    elif cfg["cond"] == "class":
+        condition["y"] = torch.where(dropped, batch["null_y"], batch["y"])
+    prediction = models["denoiser"](alpha * x0 + sigma * eps, unet_time(process, t).to(x0.dtype), **condition)
+    error = prediction.to(x0.dtype) - target(cfg["objective"], x0, eps, alpha, sigma)
+    return error.square().mean(dim=(1, 2, 3))
+
+
+def train_step(models, batch, noise, cfg):
+    """One forward pass -> {name: scalar loss term}; "loss" is the one to differentiate. See squared_error."""
+    return {"loss": squared_error(models, batch, noise, cfg).mean()}
+
+
+@torch.no_grad()
+def evaluate(denoiser, examples, count, cfg, rank, world, device, autocast):
+    """Loss over `count` validation images, in all and in ten bins over t; each has its own noise and t for ever.
+
+    examples(rows) gives the batch of those images.
+    """
+    sums = torch.zeros(2, 10, dtype=torch.float64, device=device)
+    for start in range(rank, count, world * cfg["batch_size"]):
+        rows = list(range(start, min(start + world * cfg["batch_size"], count), world))
+        batch = examples(rows)
+        like, shape = batch["x0"], batch["x0"].shape[1:]
+        eps = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("val", i))) for i in rows]
+        t = (0.5 + torch.tensor(rows, dtype=torch.float64) * 0.6180339887498949) % 1.0  # golden ratio: evenly spread
+        noise = {"eps": torch.stack(eps).to(like), "t": t.to(like), "drop": torch.ones(len(rows), device=device)}
+        with autocast():
+            losses = squared_error({"denoiser": denoiser}, batch, noise, cfg)
+        for k, values in enumerate((losses.double(), torch.ones_like(losses).double())):
+            sums[k].index_add_(0, (t * 10).long().to(device), values)
+    if world > 1:
+        dist.all_reduce(sums)
+    bins = [s / n if n else None for s, n in sums.T.tolist()]
+    return {"val_loss": (sums[0].sum() / sums[1].sum()).item(), "val_loss_by_t": bins}
+
+
+# -- the latent cache --
+
+
+class Images(torch.utils.data.Dataset):
+    """Centre crops by index; one that does not decode is all NaN, and so are its latents."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        try:
+            return self.images.pixels(i)
+        except BadImage as e:
+            print(f"skipped a bad image: {e}", flush=True)
+            return torch.full((3, self.images.image_size, self.images.image_size), math.nan)
+
+
+class LatentCache(torch.utils.data.Dataset):
+    """cache[p]: posterior mean and std for position p of a Stream, as Stream[p] gives pixels.
+
+    Shard files of (SHARD, 1 or 2, 2, C, h, w) float16: of an image and its mirror, mean and std. The file's name is its
+    done mark. The folder's name is a hash of the autoencoder, the data's index, size and flip: a change of any of them
+    makes another cache.
+    """
+
+    def __init__(self, stream, vae, folder):
+        self.stream, self.images = stream, stream.dataset
+        self.flips = 2 if stream.flip else 1
+        side = self.images.image_size // vae.factor
+        self.shape = (self.flips, 2, vae.z_channels, side, side)
+        key = seed_of(hash_weights(vae), self.images.fingerprint, self.images.image_size, self.flips)
+        self.folder, self.shards = f"{folder}/latents-{key:016x}", {}
+        self.count = -(-len(self.images) // SHARD)
+
+    def path(self, shard):
+        return f"{self.folder}/{shard:06d}.npy"
+
+    @torch.no_grad()
+    def build(self, vae, device, autocast, workers, rank, world):
+        """Every rank encodes its shards, those that are there already excepted, then waits for the others'."""
+        os.makedirs(self.folder, exist_ok=True)
+        missing = [shard for shard in range(self.count) if not os.path.exists(self.path(shard))]
+        if missing and rank == 0:
+            size = len(self.images) * 2 * math.prod(self.shape) / 2**30
+            print(f"caching the latents of {len(self.images)} images in {self.folder}: {size:.3g} GiB", flush=True)
+        for shard in missing[rank::world]:
+            members = range(shard * SHARD, min((shard + 1) * SHARD, len(self.images)))
+            subset = torch.utils.data.Subset(Images(self.images), members)
+            parts = []
+            for x in torch.utils.data.DataLoader(subset, batch_size=32, num_workers=workers):
+                x = x.to(device, vae.latent_mean.dtype)
+                pair = []
+                for y in (x, x.flip(-1))[: self.flips]:
+                    with autocast():
+                        posterior = vae.encode(y)
+                    pair.append(torch.stack([posterior.mean, posterior.std], dim=1))
+                parts.append(torch.stack(pair, dim=1).half().cpu().numpy())  # (32, flips, 2, C, h, w)
+            temporary = f"{self.path(shard)}.{os.getpid()}.tmp"
+            try:
+                with open(temporary, "wb") as f:
+                    np.save(f, np.concatenate(parts))
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(temporary, self.path(shard))
+            except OSError as e:
+                if os.path.exists(temporary):
+                    os.remove(temporary)
+                raise OSError(
+                    f"could not write {self.path(shard)}: {e}; what is cached stays: make room, run again"
+                ) from None
+        while not all(os.path.exists(self.path(shard)) for shard in missing):
+            time.sleep(1)
+
+    def moments(self, index, flip):
+        """(2, C, h, w) float16: mean and std; ValueError where the image did not decode."""
+        shard, row = divmod(index, SHARD)
+        if shard not in self.shards:
+            self.shards[shard] = np.load(self.path(shard), mmap_mode="r")
+        moments = self.shards[shard][row, int(flip)]
+        if np.isnan(moments.flat[0]):
+            raise ValueError(f"image {index} did not decode when its latents were cached")
+        return moments
+
+    def __getitem__(self, p):
+        for attempt in range(100):
+            try:
+                drawn = self.stream.draw(p, attempt)
+                moments = self.moments(drawn["index"], drawn["flip"])
+            except ValueError:
+                continue
+            return {"moments": np.array(moments), **{name: drawn[name] for name in ("label", "text", "key")}}
+        raise ValueError(
+            f"none of 100 images of {self.images.path} drawn at position {p} has latents: look at the data"
+        )
+
+    def __getstate__(self):
+        return {**self.__dict__, "shards": {}}  # a worker maps its own
+
+
+def collate_latents(samples):
+    """Samples of a LatentCache -> dict(moments (B,2,C,h,w) float16, label (B,), text list)."""
+    return {
+        "moments": torch.from_numpy(np.stack([sample["moments"] for sample in samples])),
+        "label": torch.tensor([sample["label"] for sample in samples]),
+        "text": [sample["text"] for sample in samples],
+        "bad": [],
+    }
+
+
+def hash_weights(model):
+    """Hex digest of a module's parameters and buffers."""
+    h = hashlib.blake2b(digest_size=16)
+    for name, t in sorted(model.state_dict().items()):
+        h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
+    return h.hexdigest()
+
+
+# -- what stands in train_vae.py too, line for line --
+
+
+def learning_rate(step, cfg):
+    """The learning rate of optimizer step `step` (counted from 0)."""
+    if step < cfg["warmup_steps"] and cfg["lr_schedule"] != "onecycle":
+        return cfg["lr"] * (step + 1) / (cfg["warmup_steps"] + 1)
+    if cfg["lr_schedule"] == "constant":
+        return cfg["lr"]
+    if cfg["lr_schedule"] == "multistep":
+        return cfg["lr"] * cfg["lr_decay"] ** sum(step >= m * cfg["max_steps"] for m in cfg["lr_milestones"])
+    done = min(1.0, (step - cfg["warmup_steps"]) / max(1, cfg["max_steps"] - cfg["warmup_steps"]))
+    if cfg["lr_schedule"] == "onecycle" and step < cfg["warmup_steps"]:  # up from lr / 25 (Smith & Topin 2017)
+        return cfg["lr"] * (1 / 25 + (1 - 1 / 25) * 0.5 * (1 - math.cos(math.pi * step / cfg["warmup_steps"])))
+    return cfg["lr"] * (cfg["lr_end"] + (1 - cfg["lr_end"]) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema <- d ema + (1 - d) model with d = min(decay, (1 + n) / (10 + n)) after optimizer step n = 1, 2, ..."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+
+
+def save_checkpoint(path, tensors, meta):
+    """Writes one .safetensors file whole or not at all; tensors are named, meta is JSON-able."""
+    text = json.dumps(meta)
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, temporary, metadata={"latent_diffusion": text, "crc32": str(zlib.crc32(text.encode()))})
+        for name in (temporary, os.path.dirname(path) or "."):  # the file is on the disk before its name is
+            fd = os.open(name, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+            if name == temporary:
+                os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        sys.exit(
+            f"could not save {path}: {e}; the checkpoint before it is untouched: make room and run the same command"
+        )
+
+
+def load_checkpoint(path, stage):
+    """(tensors on the CPU, meta) of a checkpoint of ours; ValueError says what is wrong with the file."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            text = (f.metadata() or {}).get("latent_diffusion")
+            if text is None or str(zlib.crc32(text.encode())) != f.metadata().get("crc32"):
+                raise ValueError(f"{path} is not a checkpoint of this repository, or its settings were altered")
+            meta = json.loads(text)
+            if meta["stage"] != stage:
+                raise ValueError(f"{path} is a checkpoint of stage {meta['stage']!r}, not {stage!r}")
+            return {name: f.get_tensor(name) for name in f.keys()}, meta
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{path} is cut short or damaged ({e}): delete it, or put a good copy in its place") from None
+
+
+def optimizer_tensors(optimizer, model, prefix):
+    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}."""
+    state = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
+    return {f"{prefix}.{name}.{key}": t for name, s in state for key, t in s.items()}
+
+
+def load_optimizer(optimizer, model, prefix, tensors):
+    for name, p in model.named_parameters():
+        state = {key: tensors[f"{prefix}.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
+        step = state.pop("step").to(p.device)
+        optimizer.state[p] = {key: torch.empty_like(p).copy_(t) for key, t in state.items()} | {"step": step}
+
+
+def with_prefix(prefix, state):
+    return {f"{prefix}.{name}": t for name, t in state.items()}
+
+
+def without_prefix(prefix, tensors):
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+def check_same_model(path, saved, now):
+    """ValueError with both values side by side where a model's settings differ from its checkpoint's."""
+    now = json.loads(json.dumps(now))  # tuples as lists, as they were saved
+    rows = [f"{k}: {saved.get(k)} in the checkpoint, {now.get(k)} now" for k in now if saved.get(k) != now[k]]
+    if rows:
+        raise ValueError(f"{path} holds another model ({'; '.join(rows)}): use its settings, or another out_dir")
+
+
+def plot_log(out_dir):
+    """loss.png: training and validation loss over steps, and the last validation loss over t."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(f"{out_dir}/log.jsonl") as f:
+        records = [json.loads(line) for line in f]
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    for axis, names in zip(axes, (("loss", "val_loss"), ("grad_norm",))):
+        for name in names:
+            points = [(r["step"], r[name]) for r in records if r[name] is not None]
+            if points:
+                axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+                axis.set_yscale("log")
+        axis.set_xlabel("step")
+        axis.legend()
+    by_t = [(r["step"], r["val_loss_by_t"]) for r in records if r["val_loss_by_t"]]
+    for step, bins in by_t[-1:] if len(by_t) < 2 else (by_t[0], by_t[-1]):
+        points = [(0.05 + 0.1 * i, b) for i, b in enumerate(bins) if b is not None]
+        axes[2].plot(*zip(*points), marker=".", label=f"validation loss at step {step}")
+    axes[2].set_xlabel("t: data to noise")
+    axes[2].legend()
+    figure.tight_layout()
+    figure.savefig(f"{out_dir}/loss.png", dpi=80)
+    plt.close(figure)
+
+
+def count_tflop(denoiser, shape):
+    """TFLOP of training on one example: forward and twice that for backward, counted operator by operator."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    twin = copy.deepcopy(denoiser).to("meta")
+    x, t, condition = torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta"), {}
+    if twin.text is not None:
+        condition["tokens"] = torch.zeros(1, twin.text.length, dtype=torch.long, device="meta")
+    if twin.unet.class_embed is not None:
+        condition["y"] = torch.zeros(1, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin.to(torch.float32)(x, t, **condition)
+    return 3 * counter.get_total_flops() / 1e12
+
+
+def check_settings(cfg):
+    for name, choices in (
+        ("cond", ("none", "class", "text")),
+        ("objective", ("eps", "v", "x0", "flow")),
+        ("schedule", ("cosine", "flow", "linear", "scaled_linear")),
+        ("lr_schedule", ("constant", "cosine", "onecycle", "multistep")),
+        ("device", ("auto", "cpu", "cuda")),
+        ("dtype", ("auto", "float32", "bfloat16", "float64")),
+        ("compile", ("auto", "true", "false")),
+    ):
+        if cfg[name].lower() not in choices:
+            raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
+    for name in ("batch_size", "grad_accum", "max_steps", "eval_every", "save_every", "log_every", "n_samples"):
+        if cfg[name] < 1:
+            raise ValueError(f"{name}={cfg[name]} must be at least 1")
+
+
+def one_line_error(kind, error, trace):
+    """Users' mistakes as one line; TRACEBACK=1 shows where they were noticed, all else shows it always."""
+    if issubclass(kind, (ValueError, OSError, ImportError, FloatingPointError)) and not os.environ.get("TRACEBACK"):
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if __name__ == "__main__":
+    config = configure(globals())
+    sys.excepthook = one_line_error
+    check_settings(config)
+
+    # derive
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    use_compile = compile.lower() == "true" or (compile.lower() == "auto" and device == "cuda")
+
+    # distributed: torchrun sets RANK, WORLD_SIZE, LOCAL_RANK
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    master = rank == 0
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    # data
+    images = Dataset(dataset, "train", image_size)
+    stream = Stream(images, seed, flip=flip)
+    try:
+        validation = Dataset(dataset, "val", image_size)
+    except ValueError:  # too few images to set any aside
+        validation = images
+    num_classes = images.num_classes
+    if cond == "class" and not num_classes:
+        raise ValueError(f"cond=class, but the images in {dataset} have no labels: use cond=none or cond=text")
+    if cond == "text" and not any(validation.meta(i)["text"] for i in range(min(8, len(validation)))):
+        raise ValueError(f"cond=text, but the images in {dataset} have no captions: use cond=none or cond=class")
+
+    # resume, first half: a checkpoint brings its own autoencoder and tokenizer
+    latest, step, images_per_step = f"{out_dir}/latest.safetensors", 0, batch_size * grad_accum * world
+    os.makedirs(out_dir, exist_ok=True)
+    resumed = os.path.exists(latest)
+    if resumed:
+        tensors, meta = load_checkpoint(latest, "ldm")
+
+    # first stage: frozen, or none
+    if first_stage == "none":
+        vae, latent_shape = None, (3, image_size, image_size)
+    else:
+        if resumed and meta["vae"]:
+            vae = VAE(**meta["vae"])
+            vae.load_state_dict(without_prefix("vae", tensors))
+            if os.path.exists(first_stage) and hash_weights(VAE.from_pretrained(first_stage)) != hash_weights(vae):
+                raise ValueError(f"{latest} was trained on another autoencoder than {first_stage}: use another out_dir")
+        else:
+            vae = VAE.from_pretrained(first_stage)
+        if not vae.has_latent_statistics:
+            raise ValueError(
+                f"{first_stage} has no latent statistics: finish its training, or run "
+                f"train_vae.py with its settings and --measure_latents"
+            )
+        if image_size % vae.factor:
+            raise ValueError(f"image_size={image_size} is not a multiple of the autoencoder's {vae.factor}")
+        vae.requires_grad_(False).eval()
+        vae.to(device, torch.float64 if dtype == "float64" else torch.float32, memory_format=torch.channels_last)
+        latent_shape = (vae.z_channels, image_size // vae.factor, image_size // vae.factor)
+
+    # model
+    torch.manual_seed(seed_of(seed, "init"))
+    text = None
+    if cond == "text":
+        if tokenizer == "auto":
+            tokenizer = f"{dataset}/bpe.tiktoken" if os.path.exists(f"{dataset}/bpe.tiktoken") else "bytes"
+        source = bytes(tensors["text.bpe"].tolist()) if resumed else tokenizer
+        text = TextEncoder(text_width, text_layers, text_heads, text_length, source)
+    unet_settings = {name: config[name] for name in inspect.signature(UNet).parameters if name in config}
+    unet_settings |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0])
+    unet_settings |= dict(context_dim=text_width if text else 0, num_classes=num_classes + 1 if cond == "class" else 0)
+    model = Denoiser(UNet(**unet_settings), text)
+    side_multiple = model.unet.side_multiple
+    if latent_shape[1] % side_multiple:
+        raise ValueError(
+            f"image_size={image_size} gives latents of side {latent_shape[1]}, not a multiple of {side_multiple}, "
+            f"which {len(channel_mult)} levels divide by: change image_size or channel_mult"
+        )
+    model.to(device, torch.float64 if dtype == "float64" else torch.float32, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    param_dtype = next(model.parameters()).dtype
+    process = make_schedule(schedule, beta_start, beta_end)
+    model_settings = {"unet": model.unet.settings, "text": text and text.settings, "cond": cond}
+    model_settings |= {
+        "first_stage": "none" if vae is None else "vae",
+        "num_classes": num_classes,
+        "image_size": image_size,
+    }
+    model_settings |= {"objective": objective, "schedule": schedule, "beta_start": beta_start, "beta_end": beta_end}
+
+    # optimizer: no weight decay on biases and norms
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
+
+    # resume, second half
+    if resumed:
+        check_same_model(latest, meta["model"], model_settings)
+        model.load_state_dict(without_prefix("model", tensors))
+        ema.load_state_dict(without_prefix("ema", tensors))
+        load_optimizer(optimizer, model, "optim", tensors)
+        step = meta["step"]
+        if meta["images_per_step"] != images_per_step:  # another number of processes, or another batch_size
+            grad_accum, rest = divmod(meta["images_per_step"], batch_size * world)
+            if rest:
+                raise ValueError(
+                    f"{latest} was trained with {meta['images_per_step']} images per step, which "
+                    f"batch_size={batch_size} on {world} processes cannot make up: change batch_size"
+                )
+            images_per_step = meta["images_per_step"]
+        del tensors
+
+    # what the sample grids show: prompts from a file or the validation captions, or one class after the other
+    shown = [None] * n_samples
+    if cond == "text":
+        captions = [validation.meta(i)["text"] for i in range(min(4 * n_samples, len(validation)))]
+        shown = read_prompts(prompts) if prompts else list(dict.fromkeys(c[0] for c in captions if c))
+        shown = shown[:n_samples]
+        for prompt in shown:
+            if text.count_tokens(prompt) > text_length and master:
+                print(f"prompt cut to text_length={text_length} tokens: {prompt[:60]}...")
+    elif cond == "class":
+        shown = [i % num_classes for i in range(n_samples)]
+
+    def checkpoint():
+        """Rank 0 writes all that a resumed run, sampling and a reader need."""
+        if not master:
+            return
+        tensors = with_prefix("model", model.state_dict()) | with_prefix("ema", ema.state_dict())
+        tensors |= optimizer_tensors(optimizer, model, "optim") | frozen_tensors
+        now = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
+        save_checkpoint(latest, tensors, about | now)
+
+    # the first log lines
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=sys.path[0])
+    git_revision = git.stdout.strip() or "unknown"
+    tflop = count_tflop(model, latent_shape)
+    frozen_tensors = with_prefix("vae", vae.state_dict()) if vae is not None else {}
+    if text is not None:
+        frozen_tensors["text.bpe"] = torch.tensor(list(text.bpe()), dtype=torch.uint8)
+    about = {"format": 1, "stage": "ldm", "model": model_settings, "vae": vae and vae.settings, "shown": shown}
+    about |= {"classes": images.classes, "config": config, "git": git_revision}
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in hardware), 0)
+    if master:
+        print(f"command: {' '.join(sys.argv)}")
+        print(f"git {git_revision}, python {platform.python_version()}, torch {torch.__version__}")
+        print(f"{world} x {hardware}, {dtype}; settings not default: {config.changed}")
+        print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {dataset}")
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tflop:.4g} TFLOP per trained example")
+        print(f"latents of {latent_shape}; cond={cond}; {objective} objective on the {schedule} schedule")
+        print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
+        print(f"resumed from {latest} at step {step}" if resumed else f"a new run in {out_dir}", flush=True)
+        if resumed and os.path.exists(f"{out_dir}/log.jsonl"):  # what came after the checkpoint is done again
+            with open(f"{out_dir}/log.jsonl") as f:
+                kept = [line for line in f if json.loads(line)["step"] <= step]
+            with open(f"{out_dir}/log.jsonl", "w") as f:
+                f.writelines(kept)
+        elif os.path.exists(f"{out_dir}/log.jsonl"):
+            os.remove(f"{out_dir}/log.jsonl")
+        if wandb:
+            import wandb as wandb_client
+
+            wandb_client.init(project="latent-diffusion", name=out_dir, config=dict(config))
+
+    terms_logged = ("loss", "grad_norm")
+    fields = ("step", "images_seen", *terms_logged, "lr", "images_per_s", "mfu", "memory_gb")
+    fields += ("val_loss", "val_loss_by_t")
+
+    def log(**record):
+        """One line of log.jsonl, the same fields each time."""
+        if master:
+            record = {"step": step} | record
+            record["images_seen"] = record["step"] * images_per_step
+            with open(f"{out_dir}/log.jsonl", "a") as f:
+                f.write(json.dumps({name: record.get(name) for name in fields}) + "\n")
+            if wandb:
+                wandb_client.log({k: v for k, v in record.items() if v is not None}, step=step)
+
+    # latents: cached on disk, or encoded at every step, or the pixels themselves
+    cached = vae is not None and cache_latents
+    validation_stream = Stream(validation, seed, train=False)
+    collate_fn = collate
+    if cached:
+        collate_fn = collate_latents
+        stream, validation_stream = (LatentCache(s, vae, cache_dir) for s in (stream, validation_stream))
+        for cache in (validation_stream, stream):
+            cache.build(vae, device, autocast, workers, rank, world)
+    if text is not None:
+        null_tokens = text.tokenize([""]).to(device)
+
+    def examples(batch, noise):
+        """A collated batch on the device, as train_step takes it; noise (B,C,h,w) picks the posterior sample."""
+        n = len(batch["label"])
+        if vae is None:
+            out = {"x0": batch["image"].to(device, param_dtype, non_blocking=True)}
+        elif cached:
+            mean, std = batch["moments"].to(device, non_blocking=True).to(param_dtype).unbind(1)
+            out = {"x0": vae.normalize(mean + std * noise)}
+        else:
+            with torch.no_grad(), autocast():
+                posterior = vae.encode(batch["image"].to(device, param_dtype, non_blocking=True))
+            out = {"x0": vae.normalize(posterior.sample(noise.to(param_dtype)))}
+        out["x0"] = out["x0"].contiguous(memory_format=torch.channels_last)
+        if cond == "text":
+            out["tokens"] = text.tokenize(batch["text"]).to(device, non_blocking=True)
+            out["null_tokens"] = null_tokens.expand(n, -1)
+        elif cond == "class":
+            out["y"] = batch["label"].to(device, non_blocking=True)
+            out["null_y"] = torch.full((n,), num_classes, device=device)
+        return out
+
+    def validation_examples(rows):
+        return examples(collate_fn([validation_stream[i] for i in rows]), 0.0 * torch.zeros((), device=device))
+
+    # compile, DDP
+    net = torch.compile(model) if use_compile else model
+    if world > 1:
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers, collate_fn)
+
+    # SIGTERM and SIGINT ask for a stop; every rank learns of it with the loss terms and stops at the same step
+    asked_to_stop = []
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, lambda number, frame: asked_to_stop.append(number))
+
+    clock = {"time": time.time(), "step": step}  # since the last progress line
+
+    def settle(pending):
+        """Waits for the numbers of a step, stops the run if they are bad, logs them when due; returns the stop flag."""
+        at_step, host, ready = pending
+        if ready is not None:
+            ready.synchronize()
+        *values, finite, stop = host.tolist()
+        terms = dict(zip(terms_logged, values))
+        if not finite:
+            bad = [name for name, value in terms.items() if not math.isfinite(value)]
+            bad = [name for name in bad if name not in ("loss", "grad_norm")] or bad
+            raise FloatingPointError(
+                f"{' and '.join(bad)} not finite at step {at_step}: no such step touches the weights, and {latest}, if "
+                f"saved before, is good: lower lr, set grad_clip or raise warmup_steps, and run the same command"
+            )
+        if at_step % log_every == 0 or at_step == max_steps:
+            images_seen, lr_then = at_step * images_per_step, learning_rate(at_step - 1, config)
+            speed = (at_step - clock["step"]) * images_per_step / (time.time() - clock["time"])
+            clock.update(time=time.time(), step=at_step)
+            mfu = speed * tflop / (world * peak) if peak else None
+            memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+            log(step=at_step, **terms, lr=lr_then, images_per_s=round(speed, 2), mfu=mfu, memory_gb=memory)
+            if master:
+                text = f"step {at_step}, {images_seen} images: "
+                text += ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+                text += f", lr {lr_then:.2e}, {speed:.1f} images/s" + (f", MFU {mfu:.1%}" if mfu else "")
+                text += f", {memory:.1f} GiB" if memory else ""
+                left = (max_steps - at_step) * images_per_step / max(speed, 1e-9)
+                print(f"{text}, {datetime.timedelta(seconds=int(left))} left", flush=True)
+        return bool(stop)
+
+    model.train()
+    pending, stop, bad_items, start_step, started = None, False, 0, step, time.time()
+    while True:
+        # learning rate
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+
+        # evaluate, save, stop
+        finished = step >= max_steps
+        if pending and (finished or stop or step % eval_every == 0 or step % save_every == 0):
+            stop, pending = settle(pending) or stop, None
+        if (step % eval_every == 0 and step > start_step) or finished:
+            count = min(len(validation), val_images)
+            scores = evaluate(ema, validation_examples, count, config, rank, world, device, autocast)
+            log(**scores)
+            if master:
+                bins = " ".join("-" if b is None else f"{b:.3f}" for b in scores["val_loss_by_t"])
+                print(f"evaluation: loss {scores['val_loss']:.4f}, by tenths of t {bins}", flush=True)
+                pipeline = Pipeline(ema, vae, process, objective, latent_shape, num_classes, images.classes, shown)
+                with autocast():
+                    pictures = generate(
+                        pipeline, shown, seeds=range(len(shown)), steps=sample_steps, cfg=cfg if cond != "none" else 1.0
+                    )
+                save_grid(f"{out_dir}/samples_{step:08d}.png", pictures, [pipeline.caption(c) for c in shown])
+                plot_log(out_dir)
+            clock.update(time=time.time(), step=step)  # evaluation does not count as training
+        if finished or stop or (step % save_every == 0 and step > start_step):
+            checkpoint()
+        if snapshot_every and step % snapshot_every == 0 and step > start_step and master:
+            snapshot = with_prefix("ema", ema.state_dict()) | frozen_tensors
+            save_checkpoint(f"{out_dir}/ema_{step:08d}.safetensors", snapshot, about | {"step": step})
+        if finished or stop:
+            break
+
+        # forward and backward
+        generator = torch.Generator(device).manual_seed(seed_of(seed, "ldm noise", step))
+        slots = (grad_accum, world, batch_size)  # every rank draws the whole step's noise and takes its own
+        shapes = {"posterior": latent_shape, "eps": latent_shape, "t": (), "drop": ()}
+        draws = {k: torch.rand if k in ("t", "drop") else torch.randn for k in shapes}
+        noise = {
+            k: draws[k]((*slots, *shape), generator=generator, device=device)[:, rank] for k, shape in shapes.items()
+        }
+        if unet_dropout:
+            torch.manual_seed(seed_of(seed, "dropout", step, rank))
+        sums = torch.zeros(len(terms_logged) - 1, device=device, dtype=param_dtype)
+        for micro in range(grad_accum):
+            batch = next(batches)
+            for item in batch["bad"]:
+                bad_items += 1
+                print(f"skipped a bad image ({bad_items} so far on rank {rank}): {item}", flush=True)
+            now = {k: v[micro].to(param_dtype) for k, v in noise.items()}
+            batch = examples(batch, now["posterior"])
+            if world > 1:
+                net.require_backward_grad_sync = micro == grad_accum - 1  # one all-reduce a step
+            with autocast():
+                terms = train_step({"denoiser": net}, batch, now, config)
+            (terms["loss"] / grad_accum).backward()
+            sums += torch.stack([terms[name].detach() for name in terms_logged[:-1]]) / grad_accum
+
+        # clip, step, ema
+        if world > 1:
+            dist.all_reduce(sums)
+            sums /= world
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        finite = torch.isfinite(grad_norm) & torch.isfinite(sums).all()
+        optimizer.found_inf = (~finite).float()  # AdamW leaves weights and moments alone where this is 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        update_ema(ema, model, step, ema_decay)
+
+        # log: this step's numbers travel to the host while the next step runs
+        wants_stop = torch.tensor([float(bool(asked_to_stop))], device=device, dtype=sums.dtype)
+        if world > 1:
+            dist.all_reduce(wants_stop, op=dist.ReduceOp.MAX)
+        if pending:
+            stop = settle(pending)
+        numbers = torch.cat([sums, grad_norm[None], finite[None].to(sums.dtype), wants_stop])
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
+        host.copy_(numbers, non_blocking=True)
+        ready = torch.cuda.Event() if device.type == "cuda" else None
+        if ready is not None:
+            ready.record()
+        pending = (step, host, ready)
+
+    if master:
+        print(f"{'finished' if finished else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")
+    if world > 1:
+        dist.destroy_process_group()
+    if not finished:
+        sys.exit(128 + (asked_to_stop or [signal.SIGTERM])[0])
