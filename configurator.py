@@ -186,7 +186,7 @@ def help_text(doc, settings):
     """The script's docstring, then every setting with its default and comment, under the headings of their groups."""
     texts = {name: f"  --{name}={shown(setting.default)}" for name, setting in settings.items()}
     width = min(40, max(map(len, texts.values()), default=0))
-    lines = [doc.strip(), ""] if doc else []
+    lines = [doc.strip()] if doc else []
     for name, setting in settings.items():
         if setting.heading:
             lines += ["", setting.heading]

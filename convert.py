@@ -26,7 +26,7 @@ def find_checkpoint(path):
 
 
 def read_checkpoint(path, *prefixes):
-    """(tensors whose names begin with one of `prefixes.`, meta) of a checkpoint of ours; ValueError names what is wrong."""
+    """(tensors whose names begin with one of `prefixes.`, meta) of a checkpoint of ours; ValueError says what is wrong."""
     file = find_checkpoint(path)
     try:
         with safe_open(file, framework="pt") as f:

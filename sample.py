@@ -129,7 +129,8 @@ def t_max(objective, schedule):
 def sample_times(steps, schedule, objective="v"):
     """Times of `steps` equal steps from t_max down to 0: float64 (steps + 1,); on a table they fall on its entries.
 
-    The first is always the noisiest ("trailing" in Lin et al. 2024, table 2), whatever the number of steps.
+    The first is always the noisiest ("trailing" in Lin et al. 2024, table 2), whatever the number of steps. On a table
+    sigma ~ sqrt(t) near 0, so the last step is the large one: second-order samplers gain less there.
     """
     T = schedule.discrete
     if steps < 1:
@@ -269,7 +270,7 @@ def make_denoiser(model, schedule, objective, cond, null=None, cfg=1.0):
         )
     dtype = next((p.dtype for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
     inputs = {key: torch.cat([cond[key], null[key]]) if guided else cond[key] for key in cond}
-    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    inputs = {key: value.to(dtype=dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
     @torch.no_grad()
     def denoise(x, t):
@@ -455,7 +456,7 @@ def choose_conditions(pipeline, prompt, prompts, cls):
 
 @torch.no_grad()
 def show_reconstructions(vae, folder, out_dir, device):
-    """Encodes and decodes every image of a folder at its own size; originals over reconstructions in reconstructions.png."""
+    """Encodes and decodes every image of a folder at its own size: reconstructions.png has originals above."""
     from data.dataset import BadImage, Dataset, to_tensor
 
     images, pairs, scores = Dataset(folder, "all", image_size=vae.factor), [], []
@@ -550,9 +551,7 @@ if __name__ == "__main__":
             f.write(json.dumps(record) + "\n")
     captions = [pipeline.caption(condition) for condition in wanted]
     grid = save_grid(os.path.join(out_dir, "grid.png"), pictures[:64], captions[:64], {"config": config})
-    per_image = f"{generate.evaluations} network evaluations each"
-    print(
-        f"{len(pictures)} pictures in {seconds:.1f} s, {len(pictures) / seconds:.2f} images/s, {per_image}: {out_dir}/grid.png"
-    )
+    speed = f"{len(pictures) / seconds:.2f} images/s, {generate.evaluations} network evaluations each"
+    print(f"{len(pictures)} pictures in {seconds:.1f} s, {speed}: {out_dir}/grid.png")
     if show:
         grid.show()

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import SettingError, configure, find_settings, help_text, parse
 
 DEFAULTS = {

@@ -268,6 +268,15 @@ def test_folder_without_classes_has_no_labels(tmp_path):
     assert [item["label"] for item in items] == [-1] * 6 and ds.classes == [] and ds.num_classes == 0
 
 
+def test_folder_links(tmp_path):
+    make_folder(tmp_path / "elsewhere", 4)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/cat").symlink_to(tmp_path / "elsewhere/cat")
+    (tmp_path / "set/cat/up").symlink_to(tmp_path / "set")  # leads back up: no end but for the guard
+    ds = Dataset(tmp_path / "set", "all")
+    assert [ds.key(i) for i in range(len(ds))] == ["cat/000.png", "cat/002.png"]
+
+
 def test_folder_classes_with_numbers_for_names_are_sorted_names(tmp_path):
     ds, items = everything(make_folder(tmp_path, 6, ("10", "9", "train")), image_size=8)  # and train is a class here
     assert ds.classes == ["10", "9", "train"]
@@ -479,6 +488,10 @@ def test_each_bad_item_says_what_is_wrong(tmp_path, monkeypatch):
     good = encoded(picture(0, (64, 64)), "JPEG")
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "cut.jpg").write_bytes(good[: len(good) // 2])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(picture(0, (64, 64)), "JPEG", exif=exif)
+    (tmp_path / "turned.jpg").write_bytes(turned[: len(turned) // 2])  # turning it must not hide that it is cut
     (tmp_path / "text.png").write_bytes(b"<html>404</html>")
     (tmp_path / "huge.png").write_bytes(encoded(np.zeros((40, 400, 3), np.uint8)))
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
@@ -492,6 +505,7 @@ def test_each_bad_item_says_what_is_wrong(tmp_path, monkeypatch):
     expected = {
         "empty.jpg": "0 bytes",
         "cut.jpg": "truncated",
+        "turned.jpg": "truncated",
         "text.png": "not an image",
         "huge.png": "400x40 is over",
     }
@@ -656,6 +670,17 @@ def test_one_bad_image_is_replaced_and_named(tmp_path):
     assert items[at]["index"] == stream.draw(at, attempt)["index"]  # a reader of cached latents finds the same one
     batches = list(loader(stream, 0, 2, batch_size=4, workers=2))
     assert [line for batch in batches for line in batch["bad"]] == items[at]["bad"]
+
+
+def test_stand_ins_are_of_many_kinds(tmp_path):
+    make_folder(tmp_path, 40)
+    for i in range(0, 40, 2):
+        (tmp_path / f"cat/{i:03d}.png").write_bytes(b"bad")
+    stream = Stream(Dataset(tmp_path, "all", 8), 5)
+    items = [stream[p] for p in range(40)]
+    stand_ins = {item["key"] for item in items if item["bad"]}
+    assert sum(bool(item["bad"]) for item in items) == 20 and len(stand_ins) > 8
+    assert all(item["key"].startswith("dog/") for item in items)
 
 
 def test_all_bad_is_an_error_that_says_so(tmp_path):

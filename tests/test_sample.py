@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,31 +161,34 @@ def test_sample_times(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("sampler", samplers)
-def test_every_number_of_steps(sampler, name):
+def test_any_number_of_steps(sampler, name):
     schedule = make_schedule(name)
-    for steps in [*range(1, 51), 1000]:
-        for dtype in (torch.float64, torch.float32) if steps in (1, 2, 7, 1000) else (torch.float32,):
-            denoise = gaussian_denoiser(schedule)
-            x0 = samplers[sampler](denoise, normal(2, 2).to(dtype), sample_times(steps, schedule), schedule)
-            assert x0.isfinite().all() and x0.shape == (2, 2) and x0.dtype == dtype
-            assert (x0 - MEAN).abs().max() < 10
-            assert len(denoise.times) == (2 * steps - 1 if sampler == "heun" else steps)
-            assert min(denoise.times) > 0, "the network is never asked at t = 0"
+    for steps in [*range(1, 21), 27, 36, 37, 50, *([1000] if name == "linear" else [])]:
+        dtype = torch.float32 if steps % 2 else torch.float64
+        denoise = gaussian_denoiser(schedule)
+        x0 = samplers[sampler](denoise, normal(2, 2).to(dtype), sample_times(steps, schedule), schedule)
+        assert x0.isfinite().all() and x0.shape == (2, 2) and x0.dtype == dtype
+        assert (x0 - MEAN).abs().max() < 10
+        assert len(denoise.times) == (2 * steps - 1 if sampler == "heun" else steps)
+        assert min(denoise.times) > 0, "the network is never asked at t = 0"
 
 
 @pytest.mark.parametrize("name", ["cosine", "flow", "scaled_linear"])
-@pytest.mark.parametrize(
-    "sampler, low, high", [("ddim", 1.8, 2.4), ("euler", 1.8, 2.4), ("heun", 3.3, 9), ("dpmpp_2m", 3, 9)]
-)
-def test_order_of_convergence(sampler, low, high, name):
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
+def test_order_of_convergence(sampler, order, name):
     """Against the exact flow of Gaussian data, twice the steps leave 1/2 (first order) or 1/4 (second) of the error."""
     schedule = make_schedule(name)
     z = normal(64, 2)
     errors = []
-    for steps in (50, 100, 200):
-        x0 = samplers[sampler](gaussian_denoiser(schedule), noisy(schedule, z), sample_times(steps, schedule), schedule)
+    for steps in (100, 200, 400):
+        times = sample_times(steps, schedule)
+        if schedule.discrete:  # sigma ~ sqrt(t) near 0 would make the last of equal steps large: take equal ones in r
+            t = FINE**3
+            r = schedule.sigma(t) / (schedule.alpha(t) + schedule.sigma(t))
+            times = torch.from_numpy(np.interp(r[-1] * torch.linspace(1, 0, steps + 1), r, t))
+        x0 = samplers[sampler](gaussian_denoiser(schedule), noisy(schedule, z), times, schedule)
         errors.append((x0 - (MEAN + STD * z)).abs().max().item())
-    print(sampler, name, errors, errors[0] / errors[1], errors[1] / errors[2])
+    low, high = {1: (1.9, 2.2), 2: (3, 5)}[order]
     assert low < errors[0] / errors[1] < high and low < errors[1] / errors[2] < high, errors
 
 
@@ -199,13 +203,12 @@ def test_euler_is_ddim(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_ddpm_is_ddim_with_eta_1_and_draws_the_data_distribution(name):
     schedule = make_schedule(name)
-    z, times = normal(8000, 2), sample_times(250, schedule)
+    z, times = normal(8000, 2), sample_times(400, schedule)
     torch.manual_seed(0)
     ddpm = samplers["ddpm"](gaussian_denoiser(schedule), noisy(schedule, z), times, schedule)
     torch.manual_seed(0)
     ddim = samplers["ddim"](gaussian_denoiser(schedule), noisy(schedule, z), times, schedule, eta=1.0)
     torch.testing.assert_close(ddpm, ddim, rtol=1e-9, atol=1e-9)
-    print((ddpm.mean(0) - MEAN) / STD, ddpm.std(0) / STD)
     assert ((ddpm.mean(0) - MEAN).abs() < 0.05 * STD).all()
     assert ((ddpm.std(0) / STD - 1).abs() < 0.05).all()
 
@@ -303,8 +306,10 @@ def test_denoiser_runs_in_the_dtype_of_the_network():
     assert t.dtype == torch.float32 and t.tolist() == [1000, 1000]
 
 
-def test_denoiser_of_a_function_without_condition():
+def test_denoiser_of_a_plain_function():
     schedule = make_schedule("linear")
+    shift = make_denoiser(lambda x, t, shift: x + shift, schedule, "x0", {"shift": torch.ones(2, 1)})
+    assert shift(torch.zeros(2, 1), 0.5).tolist() == [[1], [1]]
     denoise = make_denoiser(lambda x, t: t.view(-1, 1), schedule, "x0", {})
     assert denoise(torch.zeros(2, 1), 0.5).tolist() == [[499], [499]]
     with pytest.raises(ValueError, match="cfg=2 needs an empty condition"):

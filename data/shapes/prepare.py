@@ -1,6 +1,6 @@
 """Makes a small captioned data set, "a small red star on a blue background", and marks pictures drawn by its prompts.
 
-    python data/shapes/prepare.py                        # ten seconds: pictures, captions, tokenizer, prompts
+    python data/shapes/prepare.py                        # seconds: pictures, captions, tokenizer, prompts
     python data/shapes/prepare.py --n_train=2000         # fewer pictures
     python data/shapes/prepare.py --score=out/samples    # how many sampled pictures show what their prompt says
 
@@ -13,6 +13,7 @@ import base64
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -100,8 +101,8 @@ def signed_distance(shape, x, y):
     if shape == "star":  # a pentagram is what lies inside at least four of its five lines
         first = second = np.full(np.broadcast_shapes(x.shape, y.shape), -np.inf, dtype=np.float32)
         for k in range(5):
-            angle = 2 * np.pi * k / 5
-            d = x * np.float32(np.sin(angle)) - (y - 0.1) * np.float32(np.cos(angle)) - 1.05 * np.cos(0.4 * np.pi)
+            angle = 2 * math.pi * k / 5
+            d = x * math.sin(angle) - (y - 0.1) * math.cos(angle) - 1.05 * math.cos(0.4 * math.pi)
             first, second = np.maximum(first, d), np.maximum(second, np.minimum(first, d))
         return second
     raise ValueError(f"shape {shape!r} is none of {', '.join(SHAPES)}")
