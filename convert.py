@@ -26,7 +26,7 @@ def find_checkpoint(path):
 
 
 def read_checkpoint(path, *prefixes):
-    """(tensors whose names begin with one of `prefixes.`, meta) of a checkpoint of ours; ValueError says what is wrong."""
+    """(tensors below any of `prefixes`, meta) of a checkpoint of ours; ValueError says what is wrong with it."""
     file = find_checkpoint(path)
     try:
         with safe_open(file, framework="pt") as f:
@@ -54,26 +54,26 @@ def tuples(settings):
 
 def check_settings(path, saved, given):
     """ValueError where settings that were asked for contradict the file's."""
-    rows = [f"{k}: {saved.get(k)} in the file, {v} asked for" for k, v in given.items() if saved.get(k) != v]
+    rows = [f"{k}: {saved.get(k)} in the file, {v} asked for" for k, v in tuples(given).items() if saved.get(k) != v]
     if rows:
         raise ValueError(f"{path} tells its own settings ({'; '.join(rows)}): leave them out")
 
 
 def load_vae(cls, path, **settings):
     """The EMA autoencoder of a stage-1 checkpoint, or the first stage inside a stage-2 checkpoint."""
-    tensors, meta = read_checkpoint(path, "ema", "vae")
+    _, meta = read_checkpoint(path)
     own, prefix = (meta["model"], "ema") if meta["stage"] == "vae" else (meta["vae"], "vae")
     if own is None:
         raise ValueError(f"{path} was trained on pixels: it holds no autoencoder")
     check_settings(path, tuples(own), settings)
     vae = cls(**tuples(own))
-    vae.load_state_dict(part(tensors, prefix))
+    vae.load_state_dict(part(read_checkpoint(path, prefix)[0], prefix))
     return vae.requires_grad_(False).eval()
 
 
 def load_unet(cls, path, **settings):
     """The EMA U-Net of a stage-2 checkpoint."""
-    tensors, meta = read_checkpoint(path, "ema")
+    tensors, meta = read_checkpoint(path, "ema.unet")
     if meta["stage"] != "ldm":
         raise ValueError(f"{path} is an autoencoder (stage 1): it holds no U-Net")
     own = tuples(meta["model"]["unet"])
@@ -85,7 +85,7 @@ def load_unet(cls, path, **settings):
 
 def load_text_encoder(cls, path, **settings):
     """The EMA text encoder trained inside a stage-2 checkpoint, or None where there is none."""
-    tensors, meta = read_checkpoint(path, "ema", "text")
+    tensors, meta = read_checkpoint(path, "ema.text", "text")
     own = meta["model"]["text"] if meta["stage"] == "ldm" else None
     if own is None:
         raise ValueError(f"{path} holds no text encoder")

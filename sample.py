@@ -366,10 +366,12 @@ def generate(pipeline, conditions, seeds, steps, cfg=1.0, sampler="ddim", size=0
         raise ValueError(f"sampler {sampler!r} is not one of {', '.join(samplers)}")
     factor = vae.factor if vae is not None else 1
     multiple = factor * denoiser.unet.side_multiple
-    if size % multiple:
+    if size % multiple or size < 0:
         raise ValueError(
             f"size={size} is not a multiple of {multiple}: choose {max(1, round(size / multiple)) * multiple}"
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} pictures at a time: choose 1 or more")
     shape = (shape[0], size // factor, size // factor) if size else shape
     weight = next(denoiser.parameters())
     times, pictures = sample_times(steps, schedule, objective), []
@@ -394,7 +396,7 @@ def generate(pipeline, conditions, seeds, steps, cfg=1.0, sampler="ddim", size=0
 def read_prompts(path):
     """The lines of a prompts file that are not empty."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # some editors begin a file with a byte order mark
             lines = [line.strip() for line in f if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not text in UTF-8: give a file with a prompt a line") from None
@@ -445,8 +447,8 @@ def choose_conditions(pipeline, prompt, prompts, cls):
     if not cls:
         return pipeline.shown
     wanted = []
-    for name in map(str.strip, cls.split(",")):
-        number = pipeline.classes.index(name) if name in pipeline.classes else int(name) if name.isdigit() else -1
+    for name in [cls] if cls in pipeline.classes else map(str.strip, cls.split(",")):  # a name may hold commas
+        number = pipeline.classes.index(name) if name in pipeline.classes else int(name) if name.isdecimal() else -1
         if not 0 <= number < count:
             names = f", or one of {', '.join(pipeline.classes[:10])}" if pipeline.classes else ""
             raise ValueError(f"cls={name} is no class of this checkpoint: choose 0 to {count - 1}{names}")
@@ -502,6 +504,11 @@ def one_line_error(kind, error, trace):
 if __name__ == "__main__":
     config = configure(globals())
     sys.excepthook = one_line_error
+    for name, choices in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16"))):
+        if config[name] not in choices:
+            raise ValueError(f"{name}={config[name]} is not one of {', '.join(choices)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch sees no GPU here: mend its installation, or set device=cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.autocast(

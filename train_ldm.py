@@ -107,14 +107,8 @@ compile = "auto"  # torch.compile: auto (on CUDA) | true | false
 deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # send the log to Weights & Biases too
 
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "RTX 4090": 165,
-    "V100": 125,
-}  # dense bf16 (V100: fp16)
+# dense bf16 (V100: fp16)
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}
 SHARD = 1024  # images in a file of the latent cache
 
 
@@ -153,7 +147,7 @@ def evaluate(denoiser, examples, count, cfg, rank, world, device, autocast):
     """
     sums = torch.zeros(2, 10, dtype=torch.float64, device=device)
     for start in range(rank, count, world * cfg["batch_size"]):
-        rows = list(range(start, min(start + world * cfg["batch_size"], count), world))
+        rows = range(start, min(start + world * cfg["batch_size"], count), world)
         batch = examples(rows)
         like, shape = batch["x0"], batch["x0"].shape[1:]
         eps = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("val", i))) for i in rows]
@@ -190,7 +184,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class LatentCache(torch.utils.data.Dataset):
-    """cache[p]: posterior mean and std for position p of a Stream, as Stream[p] gives pixels.
+    """cache[p] is stream[p] with the posterior's mean and std (2,C,h,w) in the place of the image.
 
     Shard files of (SHARD, 1 or 2, 2, C, h, w) float16: of an image and its mirror, mean and std. The file's name is its
     done mark. The folder's name is a hash of the autoencoder, the data's index, size and flip: a change of any of them
@@ -217,7 +211,9 @@ class LatentCache(torch.utils.data.Dataset):
         if missing and rank == 0:
             size = len(self.images) * 2 * math.prod(self.shape) / 2**30
             print(f"caching the latents of {len(self.images)} images in {self.folder}: {size:.3g} GiB", flush=True)
-        for shard in missing[rank::world]:
+        for shard in missing:
+            if shard % world != rank:  # by number: ranks may not find the same ones missing
+                continue
             members = range(shard * SHARD, min((shard + 1) * SHARD, len(self.images)))
             subset = torch.utils.data.Subset(Images(self.images), members)
             parts = []
@@ -239,46 +235,33 @@ class LatentCache(torch.utils.data.Dataset):
             except OSError as e:
                 if os.path.exists(temporary):
                     os.remove(temporary)
-                raise OSError(
-                    f"could not write {self.path(shard)}: {e}; what is cached stays: make room, run again"
-                ) from None
+                raise OSError(f"could not write {self.path(shard)} ({e}): make room and run again") from None
         while not all(os.path.exists(self.path(shard)) for shard in missing):
             time.sleep(1)
 
     def moments(self, index, flip):
-        """(2, C, h, w) float16: mean and std; ValueError where the image did not decode."""
+        """(2, C, h, w) float16: mean and std, all NaN where the image did not decode."""
         shard, row = divmod(index, SHARD)
         if shard not in self.shards:
             self.shards[shard] = np.load(self.path(shard), mmap_mode="r")
-        moments = self.shards[shard][row, int(flip)]
-        if np.isnan(moments.flat[0]):
-            raise ValueError(f"image {index} did not decode when its latents were cached")
-        return moments
+        return torch.from_numpy(np.array(self.shards[shard][row, int(flip)]))
 
     def __getitem__(self, p):
+        bad = []
         for attempt in range(100):
             try:
                 drawn = self.stream.draw(p, attempt)
-                moments = self.moments(drawn["index"], drawn["flip"])
-            except ValueError:
+            except BadImage as e:
+                bad.append(str(e))
                 continue
-            return {"moments": np.array(moments), **{name: drawn[name] for name in ("label", "text", "key")}}
-        raise ValueError(
-            f"none of 100 images of {self.images.path} drawn at position {p} has latents: look at the data"
-        )
+            moments = self.moments(drawn["index"], drawn["flip"])
+            if not moments.isnan().any():
+                return {"image": moments, "bad": bad, **drawn}
+            bad.append(f"{drawn['key']}: did not decode when its latents were cached")
+        raise ValueError(f"all {len(bad)} images tried in {self.images.path} are bad ({bad[0]}): look at the data")
 
     def __getstate__(self):
         return {**self.__dict__, "shards": {}}  # a worker maps its own
-
-
-def collate_latents(samples):
-    """Samples of a LatentCache -> dict(moments (B,2,C,h,w) float16, label (B,), text list)."""
-    return {
-        "moments": torch.from_numpy(np.stack([sample["moments"] for sample in samples])),
-        "label": torch.tensor([sample["label"] for sample in samples]),
-        "text": [sample["text"] for sample in samples],
-        "bad": [],
-    }
 
 
 def hash_weights(model):
@@ -315,9 +298,8 @@ def update_ema(ema, model, step, decay):
 
 def save_checkpoint(path, tensors, meta):
     """Writes one .safetensors file whole or not at all; tensors are named, meta is JSON-able."""
-    text = json.dumps(meta)
-    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    temporary = f"{path}.{os.getpid()}.tmp"
+    text, temporary = json.dumps(meta), f"{path}.tmp"  # always the same name: what a killed run left is overwritten
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         save_file(tensors, temporary, metadata={"latent_diffusion": text, "crc32": str(zlib.crc32(text.encode()))})
         for name in (temporary, os.path.dirname(path) or "."):  # the file is on the disk before its name is
@@ -329,9 +311,7 @@ def save_checkpoint(path, tensors, meta):
     except (OSError, SafetensorError) as e:
         if os.path.exists(temporary):
             os.remove(temporary)
-        sys.exit(
-            f"could not save {path}: {e}; the checkpoint before it is untouched: make room and run the same command"
-        )
+        raise OSError(f"could not save {path} ({e}): make room and run again, the one before is untouched") from None
 
 
 def load_checkpoint(path, stage):
@@ -372,7 +352,12 @@ def without_prefix(prefix, tensors):
 
 def check_same_model(path, saved, now):
     """ValueError with both values side by side where a model's settings differ from its checkpoint's."""
-    now = json.loads(json.dumps(now))  # tuples as lists, as they were saved
+
+    def flat(settings):
+        parts = (flat(value) if isinstance(value, dict) else {name: value} for name, value in settings.items())
+        return {name: value for part in parts for name, value in part.items()}
+
+    saved, now = flat(saved), flat(json.loads(json.dumps(now)))  # tuples as lists, as they were saved
     rows = [f"{k}: {saved.get(k)} in the checkpoint, {now.get(k)} now" for k in now if saved.get(k) != now[k]]
     if rows:
         raise ValueError(f"{path} holds another model ({'; '.join(rows)}): use its settings, or another out_dir")
@@ -380,8 +365,10 @@ def check_same_model(path, saved, now):
 
 def plot_log(out_dir):
     """loss.png: training and validation loss over steps, and the last validation loss over t."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:  # an extra: no reason to lose a run
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -430,11 +417,12 @@ def check_settings(cfg):
         ("lr_schedule", ("constant", "cosine", "onecycle", "multistep")),
         ("device", ("auto", "cpu", "cuda")),
         ("dtype", ("auto", "float32", "bfloat16", "float64")),
-        ("compile", ("auto", "true", "false")),
+        ("compile", ("auto", "true", "false", "True", "False")),
     ):
-        if cfg[name].lower() not in choices:
+        if cfg[name] not in choices:
             raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
-    for name in ("batch_size", "grad_accum", "max_steps", "eval_every", "save_every", "log_every", "n_samples"):
+    counts = ("batch_size", "grad_accum", "max_steps", "eval_every", "save_every", "log_every", "val_images")
+    for name in (*counts, "n_samples", "sample_steps"):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
 
@@ -442,7 +430,8 @@ def check_settings(cfg):
 def one_line_error(kind, error, trace):
     """Users' mistakes as one line; TRACEBACK=1 shows where they were noticed, all else shows it always."""
     if issubclass(kind, (ValueError, OSError, ImportError, FloatingPointError)) and not os.environ.get("TRACEBACK"):
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        line = str(error).strip().rsplit("\n", 1)[-1]  # of a data worker's error, which holds its traceback
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -462,6 +451,8 @@ if __name__ == "__main__":
     # distributed: torchrun sets RANK, WORLD_SIZE, LOCAL_RANK
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device=cuda, but PyTorch sees no GPU here: mend its installation, or set device=cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if world > 1:
@@ -483,7 +474,7 @@ if __name__ == "__main__":
         validation = Dataset(dataset, "val", image_size)
     except ValueError:  # too few images to set any aside
         validation = images
-    num_classes = images.num_classes
+    num_classes = images.num_classes if cond == "class" else 0
     if cond == "class" and not num_classes:
         raise ValueError(f"cond=class, but the images in {dataset} have no labels: use cond=none or cond=text")
     if cond == "text" and not any(validation.meta(i)["text"] for i in range(min(8, len(validation)))):
@@ -497,16 +488,13 @@ if __name__ == "__main__":
         tensors, meta = load_checkpoint(latest, "ldm")
 
     # first stage: frozen, or none
-    if first_stage == "none":
-        vae, latent_shape = None, (3, image_size, image_size)
-    else:
-        if resumed and meta["vae"]:
-            vae = VAE(**meta["vae"])
-            vae.load_state_dict(without_prefix("vae", tensors))
-            if os.path.exists(first_stage) and hash_weights(VAE.from_pretrained(first_stage)) != hash_weights(vae):
+    param_dtype = torch.float64 if dtype == "float64" else torch.float32
+    vae, latent_shape = None, (3, image_size, image_size)
+    if first_stage != "none":
+        vae = VAE.from_pretrained(latest if resumed else first_stage)
+        if resumed and os.path.exists(first_stage):
+            if hash_weights(VAE.from_pretrained(first_stage)) != hash_weights(vae):
                 raise ValueError(f"{latest} was trained on another autoencoder than {first_stage}: use another out_dir")
-        else:
-            vae = VAE.from_pretrained(first_stage)
         if not vae.has_latent_statistics:
             raise ValueError(
                 f"{first_stage} has no latent statistics: finish its training, or run "
@@ -514,8 +502,7 @@ if __name__ == "__main__":
             )
         if image_size % vae.factor:
             raise ValueError(f"image_size={image_size} is not a multiple of the autoencoder's {vae.factor}")
-        vae.requires_grad_(False).eval()
-        vae.to(device, torch.float64 if dtype == "float64" else torch.float32, memory_format=torch.channels_last)
+        vae.to(device, param_dtype, memory_format=torch.channels_last)
         latent_shape = (vae.z_channels, image_size // vae.factor, image_size // vae.factor)
 
     # model
@@ -524,7 +511,7 @@ if __name__ == "__main__":
     if cond == "text":
         if tokenizer == "auto":
             tokenizer = f"{dataset}/bpe.tiktoken" if os.path.exists(f"{dataset}/bpe.tiktoken") else "bytes"
-        source = bytes(tensors["text.bpe"].tolist()) if resumed else tokenizer
+        source = bytes(tensors["text.bpe"].tolist()) if resumed and meta["model"]["text"] else tokenizer
         text = TextEncoder(text_width, text_layers, text_heads, text_length, source)
     unet_settings = {name: config[name] for name in inspect.signature(UNet).parameters if name in config}
     unet_settings |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0])
@@ -536,17 +523,13 @@ if __name__ == "__main__":
             f"image_size={image_size} gives latents of side {latent_shape[1]}, not a multiple of {side_multiple}, "
             f"which {len(channel_mult)} levels divide by: change image_size or channel_mult"
         )
-    model.to(device, torch.float64 if dtype == "float64" else torch.float32, memory_format=torch.channels_last)
+    model.to(device, param_dtype, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    param_dtype = next(model.parameters()).dtype
     process = make_schedule(schedule, beta_start, beta_end)
-    model_settings = {"unet": model.unet.settings, "text": text and text.settings, "cond": cond}
-    model_settings |= {
-        "first_stage": "none" if vae is None else "vae",
-        "num_classes": num_classes,
-        "image_size": image_size,
-    }
-    model_settings |= {"objective": objective, "schedule": schedule, "beta_start": beta_start, "beta_end": beta_end}
+    model_settings = {"unet": model.unet.settings, "text": text and text.settings}
+    model_settings["first_stage"] = "none" if vae is None else "vae"
+    model_settings |= dict(cond=cond, num_classes=num_classes, image_size=image_size)
+    model_settings |= dict(objective=objective, schedule=schedule, beta_start=beta_start, beta_end=beta_end)
 
     # optimizer: no weight decay on biases and norms
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -593,8 +576,9 @@ if __name__ == "__main__":
         save_checkpoint(latest, tensors, about | now)
 
     # the first log lines
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=sys.path[0])
-    git_revision = git.stdout.strip() or "unknown"
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=here)
+    git_revision = git.stdout.strip() or "unknown"  # no git, no repository
     tflop = count_tflop(model, latent_shape)
     frozen_tensors = with_prefix("vae", vae.state_dict()) if vae is not None else {}
     if text is not None:
@@ -614,7 +598,7 @@ if __name__ == "__main__":
         print(f"resumed from {latest} at step {step}" if resumed else f"a new run in {out_dir}", flush=True)
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):  # what came after the checkpoint is done again
             with open(f"{out_dir}/log.jsonl") as f:
-                kept = [line for line in f if json.loads(line)["step"] <= step]
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
             with open(f"{out_dir}/log.jsonl", "w") as f:
                 f.writelines(kept)
         elif os.path.exists(f"{out_dir}/log.jsonl"):
@@ -636,14 +620,12 @@ if __name__ == "__main__":
             with open(f"{out_dir}/log.jsonl", "a") as f:
                 f.write(json.dumps({name: record.get(name) for name in fields}) + "\n")
             if wandb:
-                wandb_client.log({k: v for k, v in record.items() if v is not None}, step=step)
+                wandb_client.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
 
     # latents: cached on disk, or encoded at every step, or the pixels themselves
     cached = vae is not None and cache_latents
     validation_stream = Stream(validation, seed, train=False)
-    collate_fn = collate
     if cached:
-        collate_fn = collate_latents
         stream, validation_stream = (LatentCache(s, vae, cache_dir) for s in (stream, validation_stream))
         for cache in (validation_stream, stream):
             cache.build(vae, device, autocast, workers, rank, world)
@@ -656,29 +638,29 @@ if __name__ == "__main__":
         if vae is None:
             out = {"x0": batch["image"].to(device, param_dtype, non_blocking=True)}
         elif cached:
-            mean, std = batch["moments"].to(device, non_blocking=True).to(param_dtype).unbind(1)
+            mean, std = batch["image"].to(device, non_blocking=True).to(param_dtype).unbind(1)
             out = {"x0": vae.normalize(mean + std * noise)}
         else:
             with torch.no_grad(), autocast():
                 posterior = vae.encode(batch["image"].to(device, param_dtype, non_blocking=True))
-            out = {"x0": vae.normalize(posterior.sample(noise.to(param_dtype)))}
+            out = {"x0": vae.normalize(posterior.sample(noise))}
         out["x0"] = out["x0"].contiguous(memory_format=torch.channels_last)
         if cond == "text":
             out["tokens"] = text.tokenize(batch["text"]).to(device, non_blocking=True)
             out["null_tokens"] = null_tokens.expand(n, -1)
         elif cond == "class":
-            out["y"] = batch["label"].to(device, non_blocking=True)
-            out["null_y"] = torch.full((n,), num_classes, device=device)
+            y, out["null_y"] = batch["label"].to(device), torch.full((n,), num_classes, device=device)
+            out["y"] = torch.where(y < 0, out["null_y"], y)  # no label, no condition
         return out
 
     def validation_examples(rows):
-        return examples(collate_fn([validation_stream[i] for i in rows]), 0.0 * torch.zeros((), device=device))
+        return examples(collate([validation_stream[i] for i in rows]), torch.zeros((), device=device))
 
     # compile, DDP
     net = torch.compile(model) if use_compile else model
     if world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers, collate_fn)
+    batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers)
 
     # SIGTERM and SIGINT ask for a stop; every rank learns of it with the loss terms and stops at the same step
     asked_to_stop = []
@@ -689,7 +671,7 @@ if __name__ == "__main__":
 
     def settle(pending):
         """Waits for the numbers of a step, stops the run if they are bad, logs them when due; returns the stop flag."""
-        at_step, host, ready = pending
+        at_step, host, ready, at_time = pending
         if ready is not None:
             ready.synchronize()
         *values, finite, stop = host.tolist()
@@ -703,8 +685,8 @@ if __name__ == "__main__":
             )
         if at_step % log_every == 0 or at_step == max_steps:
             images_seen, lr_then = at_step * images_per_step, learning_rate(at_step - 1, config)
-            speed = (at_step - clock["step"]) * images_per_step / (time.time() - clock["time"])
-            clock.update(time=time.time(), step=at_step)
+            speed = (at_step - clock["step"]) * images_per_step / (at_time - clock["time"])
+            clock.update(time=at_time, step=at_step)
             mfu = speed * tflop / (world * peak) if peak else None
             memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
             log(step=at_step, **terms, lr=lr_then, images_per_s=round(speed, 2), mfu=mfu, memory_gb=memory)
@@ -737,9 +719,7 @@ if __name__ == "__main__":
                 print(f"evaluation: loss {scores['val_loss']:.4f}, by tenths of t {bins}", flush=True)
                 pipeline = Pipeline(ema, vae, process, objective, latent_shape, num_classes, images.classes, shown)
                 with autocast():
-                    pictures = generate(
-                        pipeline, shown, seeds=range(len(shown)), steps=sample_steps, cfg=cfg if cond != "none" else 1.0
-                    )
+                    pictures = generate(pipeline, shown, range(len(shown)), sample_steps, cfg)
                 save_grid(f"{out_dir}/samples_{step:08d}.png", pictures, [pipeline.caption(c) for c in shown])
                 plot_log(out_dir)
             clock.update(time=time.time(), step=step)  # evaluation does not count as training
@@ -753,30 +733,29 @@ if __name__ == "__main__":
 
         # forward and backward
         generator = torch.Generator(device).manual_seed(seed_of(seed, "ldm noise", step))
-        slots = (grad_accum, world, batch_size)  # every rank draws the whole step's noise and takes its own
-        shapes = {"posterior": latent_shape, "eps": latent_shape, "t": (), "drop": ()}
-        draws = {k: torch.rand if k in ("t", "drop") else torch.randn for k in shapes}
-        noise = {
-            k: draws[k]((*slots, *shape), generator=generator, device=device)[:, rank] for k, shape in shapes.items()
-        }
+        slots, draw = (grad_accum, world, batch_size), dict(generator=generator, device=device)
+        noise = {name: torch.randn((*slots, *latent_shape), **draw) for name in ("posterior", "eps")}
+        noise |= {name: torch.rand(slots, **draw) for name in ("t", "drop")}
+        noise = {name: n[:, rank] for name, n in noise.items()}  # every rank draws the whole step's, takes its own
         if unet_dropout:
             torch.manual_seed(seed_of(seed, "dropout", step, rank))
-        sums = torch.zeros(len(terms_logged) - 1, device=device, dtype=param_dtype)
+        sums = torch.zeros(len(terms_logged), device=device, dtype=param_dtype)  # the loss terms, then a wish to stop
         for micro in range(grad_accum):
             batch = next(batches)
             for item in batch["bad"]:
                 bad_items += 1
                 print(f"skipped a bad image ({bad_items} so far on rank {rank}): {item}", flush=True)
-            now = {k: v[micro].to(param_dtype) for k, v in noise.items()}
+            now = {name: n[micro].to(param_dtype) for name, n in noise.items()}
             batch = examples(batch, now["posterior"])
             if world > 1:
                 net.require_backward_grad_sync = micro == grad_accum - 1  # one all-reduce a step
             with autocast():
                 terms = train_step({"denoiser": net}, batch, now, config)
             (terms["loss"] / grad_accum).backward()
-            sums += torch.stack([terms[name].detach() for name in terms_logged[:-1]]) / grad_accum
+            sums[:-1] += torch.stack([terms[name].detach() for name in terms_logged[:-1]]) / grad_accum
 
         # clip, step, ema
+        sums[-1] = bool(asked_to_stop)
         if world > 1:
             dist.all_reduce(sums)
             sums /= world
@@ -789,18 +768,15 @@ if __name__ == "__main__":
         update_ema(ema, model, step, ema_decay)
 
         # log: this step's numbers travel to the host while the next step runs
-        wants_stop = torch.tensor([float(bool(asked_to_stop))], device=device, dtype=sums.dtype)
-        if world > 1:
-            dist.all_reduce(wants_stop, op=dist.ReduceOp.MAX)
         if pending:
             stop = settle(pending)
-        numbers = torch.cat([sums, grad_norm[None], finite[None].to(sums.dtype), wants_stop])
+        numbers = torch.cat([sums[:-1], grad_norm[None], finite[None].to(sums.dtype), sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event() if device.type == "cuda" else None
         if ready is not None:
             ready.record()
-        pending = (step, host, ready)
+        pending = (step, host, ready, time.time())
 
     if master:
         print(f"{'finished' if finished else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")

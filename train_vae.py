@@ -89,14 +89,8 @@ compile = "auto"  # torch.compile: auto (on CUDA) | true | false
 deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # send the log to Weights & Biases too
 
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "RTX 4090": 165,
-    "V100": 125,
-}  # dense bf16 (V100: fp16)
+# dense bf16 (V100: fp16)
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}
 
 
 def train_step(models, batch, noise, cfg):
@@ -113,12 +107,12 @@ def train_step(models, batch, noise, cfg):
 
 
 @torch.no_grad()
-def evaluate(vae, images, cfg, rank, world, device, autocast):
+def evaluate(vae, stream, cfg, rank, world, device, autocast):
     """Means over the validation images, and (originals, reconstructions) of this rank's first eight."""
     sums, pictures = torch.zeros(6, dtype=torch.float64, device=device), None
-    count = min(len(images), cfg["val_images"])
+    count = min(len(stream.dataset), cfg["val_images"])
     for start in range(rank, count, world * cfg["batch_size"]):
-        rows = [images[i] for i in range(start, min(start + world * cfg["batch_size"], count), world)]
+        rows = [stream[i] for i in range(start, min(start + world * cfg["batch_size"], count), world)]
         x = torch.stack([row["image"] for row in rows]).to(device)
         with autocast():
             posterior = vae.encode(x.to(vae.latent_mean.dtype))
@@ -186,9 +180,8 @@ def update_ema(ema, model, step, decay):
 
 def save_checkpoint(path, tensors, meta):
     """Writes one .safetensors file whole or not at all; tensors are named, meta is JSON-able."""
-    text = json.dumps(meta)
-    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    temporary = f"{path}.{os.getpid()}.tmp"
+    text, temporary = json.dumps(meta), f"{path}.tmp"  # always the same name: what a killed run left is overwritten
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         save_file(tensors, temporary, metadata={"latent_diffusion": text, "crc32": str(zlib.crc32(text.encode()))})
         for name in (temporary, os.path.dirname(path) or "."):  # the file is on the disk before its name is
@@ -200,9 +193,7 @@ def save_checkpoint(path, tensors, meta):
     except (OSError, SafetensorError) as e:
         if os.path.exists(temporary):
             os.remove(temporary)
-        sys.exit(
-            f"could not save {path}: {e}; the checkpoint before it is untouched: make room and run the same command"
-        )
+        raise OSError(f"could not save {path} ({e}): make room and run again, the one before is untouched") from None
 
 
 def load_checkpoint(path, stage):
@@ -243,7 +234,12 @@ def without_prefix(prefix, tensors):
 
 def check_same_model(path, saved, now):
     """ValueError with both values side by side where a model's settings differ from its checkpoint's."""
-    now = json.loads(json.dumps(now))  # tuples as lists, as they were saved
+
+    def flat(settings):
+        parts = (flat(value) if isinstance(value, dict) else {name: value} for name, value in settings.items())
+        return {name: value for part in parts for name, value in part.items()}
+
+    saved, now = flat(saved), flat(json.loads(json.dumps(now)))  # tuples as lists, as they were saved
     rows = [f"{k}: {saved.get(k)} in the checkpoint, {now.get(k)} now" for k in now if saved.get(k) != now[k]]
     if rows:
         raise ValueError(f"{path} holds another model ({'; '.join(rows)}): use its settings, or another out_dir")
@@ -258,8 +254,10 @@ def save_grid(path, rows):
 
 def plot_log(out_dir):
     """loss.png: the curves of log.jsonl, one panel for each quantity."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:  # an extra: no reason to lose a run
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -298,11 +296,12 @@ def check_settings(cfg):
         ("lr_schedule", ("constant", "cosine", "onecycle", "multistep")),
         ("device", ("auto", "cpu", "cuda")),
         ("dtype", ("auto", "float32", "bfloat16", "float64")),
-        ("compile", ("auto", "true", "false")),
+        ("compile", ("auto", "true", "false", "True", "False")),
     ):
-        if cfg[name].lower() not in choices:
+        if cfg[name] not in choices:
             raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
-    for name in ("batch_size", "grad_accum", "max_steps", "eval_every", "save_every", "log_every", "val_images"):
+    counts = ("batch_size", "grad_accum", "max_steps", "eval_every", "save_every", "log_every", "val_images")
+    for name in (*counts, "latent_images"):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
 
@@ -310,7 +309,8 @@ def check_settings(cfg):
 def one_line_error(kind, error, trace):
     """Users' mistakes as one line; TRACEBACK=1 shows where they were noticed, all else shows it always."""
     if issubclass(kind, (ValueError, OSError, ImportError, FloatingPointError)) and not os.environ.get("TRACEBACK"):
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        line = str(error).strip().rsplit("\n", 1)[-1]  # of a data worker's error, which holds its traceback
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -330,6 +330,8 @@ if __name__ == "__main__":
     # distributed: torchrun sets RANK, WORLD_SIZE, LOCAL_RANK
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device=cuda, but PyTorch sees no GPU here: mend its installation, or set device=cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if world > 1:
@@ -351,6 +353,7 @@ if __name__ == "__main__":
         validation = Dataset(dataset, "val", image_size)
     except ValueError:  # too few images to set any aside
         validation = images
+    validation_stream = Stream(validation, seed, train=False)
 
     # model
     torch.manual_seed(seed_of(seed, "init"))
@@ -379,6 +382,9 @@ if __name__ == "__main__":
         ema.load_state_dict(without_prefix("ema", tensors))
         load_optimizer(optimizer, model, "optim", tensors)
         step = meta["step"]
+        if step < max_steps and not measure_latents:  # statistics of an earlier end do not hold for what follows
+            for statistics in (model.latent_mean, model.latent_std, ema.latent_mean, ema.latent_std):
+                statistics.fill_(math.nan)
         if meta["images_per_step"] != images_per_step:  # another number of processes, or another batch_size
             grad_accum, rest = divmod(meta["images_per_step"], batch_size * world)
             if rest:
@@ -409,8 +415,9 @@ if __name__ == "__main__":
             print(f"latent mean {[round(m, 4) for m in mean.tolist()]}, std {[round(s, 4) for s in std.tolist()]}")
 
     # the first log lines
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=sys.path[0])
-    git_revision = git.stdout.strip() or "unknown"
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=here)
+    git_revision = git.stdout.strip() or "unknown"  # no git, no repository
     about = {"format": 1, "stage": "vae", "model": model.settings, "config": config, "git": git_revision}
     tflop = count_tflop(model, config)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -425,7 +432,7 @@ if __name__ == "__main__":
         print(f"resumed from {latest} at step {step}" if resumed else f"a new run in {out_dir}", flush=True)
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):  # what came after the checkpoint is done again
             with open(f"{out_dir}/log.jsonl") as f:
-                kept = [line for line in f if json.loads(line)["step"] <= step]
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
             with open(f"{out_dir}/log.jsonl", "w") as f:
                 f.writelines(kept)
         elif os.path.exists(f"{out_dir}/log.jsonl"):
@@ -452,7 +459,7 @@ if __name__ == "__main__":
             with open(f"{out_dir}/log.jsonl", "a") as f:
                 f.write(json.dumps({name: record.get(name) for name in fields}) + "\n")
             if wandb:
-                wandb_client.log({k: v for k, v in record.items() if v is not None}, step=step)
+                wandb_client.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
 
     # compile, DDP
     net = torch.compile(model) if use_compile else model
@@ -470,7 +477,7 @@ if __name__ == "__main__":
 
     def settle(pending):
         """Waits for the numbers of a step, stops the run if they are bad, logs them when due; returns the stop flag."""
-        at_step, host, ready = pending
+        at_step, host, ready, at_time = pending
         if ready is not None:
             ready.synchronize()
         *values, finite, stop = host.tolist()
@@ -484,8 +491,8 @@ if __name__ == "__main__":
             )
         if at_step % log_every == 0 or at_step == max_steps:
             images_seen, lr_then = at_step * images_per_step, learning_rate(at_step - 1, config)
-            speed = (at_step - clock["step"]) * images_per_step / (time.time() - clock["time"])
-            clock.update(time=time.time(), step=at_step)
+            speed = (at_step - clock["step"]) * images_per_step / (at_time - clock["time"])
+            clock.update(time=at_time, step=at_step)
             mfu = speed * tflop / (world * peak) if peak else None
             memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
             log(step=at_step, **terms, lr=lr_then, images_per_s=round(speed, 2), mfu=mfu, memory_gb=memory)
@@ -510,7 +517,7 @@ if __name__ == "__main__":
         if pending and (finished or stop or step % eval_every == 0 or step % save_every == 0):
             stop, pending = settle(pending) or stop, None
         if (step % eval_every == 0 and step > start_step) or finished:
-            scores, pictures = evaluate(ema, validation, config, rank, world, device, autocast)
+            scores, pictures = evaluate(ema, validation_stream, config, rank, world, device, autocast)
             log(**scores)
             if master:
                 text = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in scores.items())
@@ -534,7 +541,9 @@ if __name__ == "__main__":
         noise = noise[:, rank]  # every rank draws the whole step's noise and takes its own
         if dropout:
             torch.manual_seed(seed_of(seed, "dropout", step, rank))
-        sums = torch.zeros(len(terms_logged) - 1, device=device, dtype=model.latent_mean.dtype)
+        sums = torch.zeros(
+            len(terms_logged), device=device, dtype=model.latent_mean.dtype
+        )  # the loss terms, then a wish to stop
         for micro in range(grad_accum):
             batch = next(batches)
             for item in batch["bad"]:
@@ -547,9 +556,10 @@ if __name__ == "__main__":
             with autocast():
                 terms = train_step({"vae": net}, {"image": x}, {"posterior": noise[micro].to(x.dtype)}, config)
             (terms["loss"] / grad_accum).backward()
-            sums += torch.stack([terms[name].detach() for name in terms_logged[:-1]]) / grad_accum
+            sums[:-1] += torch.stack([terms[name].detach() for name in terms_logged[:-1]]) / grad_accum
 
         # clip, step, ema
+        sums[-1] = bool(asked_to_stop)
         if world > 1:
             dist.all_reduce(sums)
             sums /= world
@@ -562,18 +572,15 @@ if __name__ == "__main__":
         update_ema(ema, model, step, ema_decay)
 
         # log: this step's numbers travel to the host while the next step runs
-        wants_stop = torch.tensor([float(bool(asked_to_stop))], device=device, dtype=sums.dtype)
-        if world > 1:
-            dist.all_reduce(wants_stop, op=dist.ReduceOp.MAX)
         if pending:
             stop = settle(pending)
-        numbers = torch.cat([sums, grad_norm[None], finite[None].to(sums.dtype), wants_stop])
+        numbers = torch.cat([sums[:-1], grad_norm[None], finite[None].to(sums.dtype), sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event() if device.type == "cuda" else None
         if ready is not None:
             ready.record()
-        pending = (step, host, ready)
+        pending = (step, host, ready, time.time())
 
     if master:
         print(f"{'finished' if finished else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")

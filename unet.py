@@ -8,7 +8,7 @@ By settings it is every U-Net of the reference systems (Ho et al. 2020; Dhariwal
     LDM unconditional    channels=224 channel_mult=(1,2,3,4) attention_ds=(8,4,2) head_dim=32 transformer_depth=0
 
     unet = UNet(channels=64, channel_mult=(1,2), context_dim=128)
-    text = TextEncoder(width=128)
+    text = TextEncoder(text_width=128)
     prediction = unet(x_t, 1000 * t, context=text(["a red star"]))
 """
 
@@ -34,7 +34,8 @@ def attention(q, k, v, causal=False, backend="auto"):
         raise ValueError(f"attention backend {backend!r} is not one of auto, sdpa, reference")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,heads,L,d)
     if backend == "reference":
-        logits = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+        logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        logits = logits.to(torch.promote_types(q.dtype, torch.float32))
         if causal:
             logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
         out = logits.softmax(dim=-1).to(v.dtype) @ v
@@ -398,10 +399,14 @@ def _check_settings(s, res_blocks, self_attn):
         raise ValueError("a context needs transformer blocks: set transformer_depth to 1 or more")
     if not all(self_attn) and not s["context_dim"]:
         raise ValueError("self_attention=False leaves nothing to attend to without a context: set context_dim")
-    for level, mult in enumerate(s["channel_mult"]):
-        width = s["channels"] * mult
+    reached = [2**level for level in range(levels) if 2**level in s["attention_ds"]]
+    if s["context_dim"] and not reached and not s["middle_attention"]:
+        raise ValueError("a context needs attention that looks at it: set attention_ds or middle_attention")
+    for width in [s["channels"]] + [s["channels"] * mult for mult in s["channel_mult"]]:
         if width % s["norm_groups"]:
             raise ValueError(f"{width} channels do not divide into norm_groups={s['norm_groups']} groups")
+    for level, mult in enumerate(s["channel_mult"]):
+        width = s["channels"] * mult
         has_attention = 2**level in s["attention_ds"] or (level == levels - 1 and s["middle_attention"])
         if has_attention and width % (s["num_heads"] or s["head_dim"]):
             raise ValueError(
@@ -418,10 +423,13 @@ SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 def make_tokenizer(source="bytes"):
     """A tiktoken Encoding from: "bytes"; a .tiktoken file of "base64(token) rank" lines, by path or content; a name.
 
-    Only names ("gpt2", "cl100k_base", ...) may need a download, which tiktoken does by itself.
+    Only names ("gpt2", "cl100k_base", ...) may need a download, which tiktoken does by itself. What TextEncoder.bpe
+    gives, a content or a name as bytes, makes the same tokenizer again.
     """
     import tiktoken
 
+    if isinstance(source, bytes) and b" " not in source:  # a name, from a checkpoint
+        source = source.decode("utf-8", "replace")
     if source == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
     elif isinstance(source, str) and not os.path.exists(source):
@@ -442,6 +450,10 @@ def make_tokenizer(source="bytes"):
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         except ValueError as e:
             raise ValueError(f"not a .tiktoken file of 'base64 rank' lines: {e}") from None
+        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError(
+                "a .tiktoken file needs the ranks 0, 1, 2, ... once each and all 256 single bytes among them"
+            )
     return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 

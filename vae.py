@@ -333,7 +333,7 @@ def ssim(x, y):
     """
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"ssim looks through an 11x11 window; images of {tuple(x.shape[-2:])} are smaller")
-    x, y = x.clamp(-1, 1).float(), y.clamp(-1, 1).float()
+    x, y = x.clamp(-1, 1).double(), y.clamp(-1, 1).double()  # which autocast and TF32 leave alone
     C = x.shape[1]
     g = torch.exp(-((torch.arange(11, device=x.device, dtype=x.dtype) - 5) ** 2) / (2 * 1.5**2))
     g = g / g.sum()

@@ -1,10 +1,18 @@
-"""What all tests share: the repository on sys.path, and the real data where they are."""
+"""What all tests share: the repository on sys.path, the real data where they are, and runs as training leaves them."""
 
+import copy
+import functools
+import json
 import os
+import signal
 import sys
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,3 +25,167 @@ def test_data():
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set LDM_TEST_DATA")
     return folder
+
+
+@torch.no_grad()
+def fill(model, seed=0):
+    """Gives every parameter, the zero-initialised too, noise that depends on its name, its shape and the seed alone."""
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
+        p.copy_(noise / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1 * noise + name.endswith("weight"))
+    return model
+
+
+# --- tiny runs, filled with noise, saved by the training scripts' own functions ---
+
+
+class Saved(NamedTuple):
+    path: str  # its out_dir
+    vae: torch.nn.Module | None  # the autoencoder in it (EMA)
+    denoiser: torch.nn.Module | None  # stage 2: the EMA unet.Denoiser
+    shown: list  # what it draws by default
+
+
+def with_optimizer(script, model, ema):
+    """The tensors of a checkpoint after a step, as `checkpoint()` in both scripts collects them."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    tensors = script.with_prefix("model", model.state_dict()) | script.with_prefix("ema", ema.state_dict())
+    return tensors | script.optimizer_tensors(optimizer, model, "optim")
+
+
+def make_vae_run(path):
+    import train_vae
+    from vae import VAE
+
+    vae = VAE(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=4, patch_size=2, mid_attention=False)
+    vae.latent_mean.copy_(torch.tensor([0.1, -0.2, 0.3]))
+    vae.latent_std.copy_(torch.tensor([0.5, 1.0, 1.5]))
+    model, ema = fill(copy.deepcopy(vae), 1), fill(vae, 2).requires_grad_(False).eval()
+    about = {"format": 1, "stage": "vae", "model": vae.settings, "config": {"seed": 0}, "git": "unknown"}
+    about |= {"step": 1, "images_seen": 4, "images_per_step": 4}
+    path.mkdir()
+    train_vae.save_checkpoint(f"{path}/latest.safetensors", with_optimizer(train_vae, model, ema), about)
+    return Saved(str(path), ema, None, [])
+
+
+def make_ldm_run(path, vae, cond, classes=(), shown=None, objective="v", schedule="cosine", **unet_settings):
+    import train_ldm
+    from unet import Denoiser, TextEncoder, UNet
+
+    text = TextEncoder(16, 1, 2, 16) if cond == "text" else None
+    settings = dict(in_channels=3, out_channels=3, channels=16, channel_mult=(1, 2), num_res_blocks=1)
+    settings |= dict(attention_ds=(2,), num_heads=2, norm_groups=4, context_dim=16 if text else 0)
+    settings |= dict(num_classes=len(classes) + 1 if cond == "class" else 0)
+    denoiser = Denoiser(UNet(**settings | unet_settings), text)
+    model, ema = fill(copy.deepcopy(denoiser), 1), fill(denoiser, 2).requires_grad_(False).eval()
+    tensors = with_optimizer(train_ldm, model, ema)
+    tensors |= train_ldm.with_prefix("vae", vae.state_dict()) if vae else {}
+    if text:
+        tensors["text.bpe"] = torch.tensor(list(text.bpe()), dtype=torch.uint8)
+    about = {"unet": denoiser.unet.settings, "text": text and text.settings, "cond": cond}
+    about |= {"first_stage": "vae" if vae else "none", "num_classes": len(classes), "image_size": 32 if vae else 8}
+    about |= {"objective": objective, "schedule": schedule, "beta_start": 0.0015, "beta_end": 0.0195}
+    about = {"format": 1, "stage": "ldm", "model": about, "vae": vae and vae.settings, "shown": shown or [None] * 3}
+    about |= {"classes": list(classes), "config": {"seed": 0}, "git": "unknown"}
+    about |= {"step": 1, "images_seen": 4, "images_per_step": 4}
+    path.mkdir()
+    train_ldm.save_checkpoint(f"{path}/latest.safetensors", tensors, about)
+    return Saved(str(path), vae, ema, about["shown"])
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Tiny runs by name: an autoencoder (f4), denoisers of its latents told text, classes or nothing, one of pixels."""
+    root = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    made = {"vae": make_vae_run(root / "vae")}
+    vae = made["vae"].vae
+    made["text"] = make_ldm_run(root / "text", vae, "text", shown=["a red star", "a blue circle"])
+    classes, process = ("cat", "dog", "7", "tench, Tinca"), dict(objective="eps", schedule="scaled_linear")
+    made["class"] = make_ldm_run(root / "class", vae, "class", classes, [0, 1, 2, 3], **process)
+    made["none"] = make_ldm_run(root / "none", vae, "none")
+    made["pixels"] = make_ldm_run(root / "pixels", None, "none", channel_mult=(1,), attention_ds=())
+    return made
+
+
+# --- real runs of the training scripts, tiny ones; see helpers.py ---
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """A data set of 24 training and 16 validation images of 16 px, blobs of three colours, with labels and captions."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:16, 0:16]
+    for part, count in (("train", 24), ("val", 16)):
+        (root / part).mkdir()
+        labels = rng.integers(0, 3, count)
+        blob = np.exp(
+            -((y - rng.uniform(4, 12, (count, 1, 1))) ** 2 + (x - rng.uniform(4, 12, (count, 1, 1))) ** 2) / 20
+        )
+        images = 40 * rng.random((count, 16, 16, 3)) + 200 * blob[..., None] * np.eye(3)[labels][:, None, None]
+        np.save(root / part / "images.npy", images.astype(np.uint8))
+        np.save(root / part / "labels.npy", labels)
+        lines = [json.dumps({"text": f"a {'red green blue'.split()[label]} blob"}) for label in labels]
+        (root / part / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def first_stage(tmp_path_factory):
+    """An untrained autoencoder with latent statistics, as a checkpoint of stage 1."""
+    import train_vae
+    from vae import VAE
+
+    torch.manual_seed(0)
+    vae = VAE(ch=8, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4, mid_attention=False)
+    vae.latent_mean.copy_(torch.linspace(-0.2, 0.1, 4))
+    vae.latent_std.copy_(torch.linspace(0.8, 1.4, 4))
+    path = tmp_path_factory.mktemp("first_stage") / "latest.safetensors"
+    meta = {"stage": "vae", "model": vae.settings}
+    train_vae.save_checkpoint(str(path), train_vae.with_prefix("ema", vae.state_dict()), meta)
+    return path
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory, small_data, first_stage):
+    """start(stage, *args, folder=..., ...) starts a training run in a folder of its own: see helpers.Run."""
+    import helpers
+
+    cache = tmp_path_factory.mktemp("cache")
+    places = {"vae": [f"--dataset={small_data}"]}
+    places["ldm"] = [*places["vae"], f"--first_stage={first_stage}", f"--cache_dir={cache}"]
+
+    def start(stage, *args, folder=None, **options):
+        return helpers.Run(stage, folder or tmp_path_factory.mktemp(stage), *places[stage], *args, **options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finished(start):
+    """finished(stage, ranks): a run of six steps with global batch 4, made once for all tests."""
+
+    @functools.cache
+    def finished(stage, ranks=1):
+        args = ("--eval_every=3", "--save_every=3", f"--batch_size={4 // ranks}", "--snapshot_every=3")
+        return start(stage, *args, ranks=ranks, keep=True, plots=ranks == 1).finish()
+
+    return finished
+
+
+@pytest.fixture(scope="session")
+def killed(start):
+    """killed(stage, ranks): the same run, killed by SIGKILL in the middle of step 5: step 3 is saved, 4 is logged."""
+
+    @functools.cache
+    def killed(stage, ranks=1):
+        args = ("--eval_every=3", "--save_every=3", f"--batch_size={4 // ranks}", "--snapshot_every=3")
+        run = start(stage, *args, ranks=ranks, trap=("step 4,", signal.SIGKILL))
+        assert run.wait() == [-signal.SIGKILL] * ranks
+        return run
+
+    return killed

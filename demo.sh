@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# From nothing to pictures from a prompt: prepare, train both stages, draw 256 prompts, score them.
+set -ex
+cd "$(dirname "$0")"
+python data/shapes/prepare.py
+python train_vae.py config/shapes_vae.py
+python train_ldm.py config/shapes_ldm.py
+python sample.py --ckpt=out/shapes_ldm --prompts=data/shapes/prompts.txt
+python data/shapes/prepare.py --score=out/shapes_ldm/samples

@@ -1,0 +1,152 @@
+"""Running the training scripts as a user does, in processes of their own, and reading what they leave.
+
+A forkserver that has torch loaded starts them, so that a run costs its own second and not torch's three. All else is
+as on the command line: argv, folder, environment, output, signals, exit status.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+VAE_ARGS = "--image_size=16 --ch=8 --ch_mult=1,2 --num_res_blocks=1 --norm_groups=4 --mid_attention=false --beta2=0.99"
+UNET_ARGS = "--image_size=16 --channels=8 --channel_mult=1,2 --num_res_blocks=1 --attention_ds=2 --head_dim=8"
+UNET_ARGS += " --norm_groups=4 --text_width=16 --text_layers=1 --text_heads=2 --text_length=12"
+UNET_ARGS += " --n_samples=3 --sample_steps=2"
+RUN_ARGS = (
+    "--device=cpu --workers=0 --batch_size=4 --grad_accum=1 --lr=1e-3 --warmup_steps=2 --log_every=1 --max_steps=6"
+)
+ARGS = {"vae": f"{VAE_ARGS} {RUN_ARGS} --out_dir=out", "ldm": f"{UNET_ARGS} {RUN_ARGS} --out_dir=out"}
+
+context = multiprocessing.get_context("forkserver")
+preload = ["torch._dynamo", "torch.utils.flop_counter", "matplotlib.pyplot", "sample", "train_ldm", "helpers"]
+context.set_forkserver_preload(preload)
+
+
+class Trap:
+    """stdout that sends a signal to its own process as soon as a text is printed: an exact moment to be killed at."""
+
+    def __init__(self, stream, text, number):
+        self.stream, self.text, self.number = stream, text, number
+
+    def write(self, text):
+        self.stream.write(text)
+        if self.text in text:
+            self.stream.flush()
+            os.kill(os.getpid(), self.number)
+
+    def flush(self):
+        self.stream.flush()
+
+
+def _main(script, args, folder, environment, trap, limit, keep, plots):
+    """In the new process: the script as __main__; the weights it ends with, on success or error, go to `keep`."""
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    os.chdir(folder)
+    os.environ.update(environment)
+    sys.argv, sys.path[0] = [script, *args], str(ROOT)
+    if trap:
+        sys.stdout = Trap(sys.stdout, *trap)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if not plots:
+        sys.modules["matplotlib"] = None  # as if it were not installed: drawing takes longer than training
+    torch.set_num_threads(1)
+    status = 0
+    try:
+        scope = runpy.run_path(f"{ROOT}/{script}", run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:
+        kind, error, trace = sys.exc_info()
+        sys.excepthook(kind, error, trace)
+        while trace.tb_next and "model" not in trace.tb_frame.f_globals:
+            trace = trace.tb_next
+        scope, status = trace.tb_frame.f_globals, 1
+    if keep and "model" in scope:
+        save_file({name: t.contiguous() for name, t in scope["model"].state_dict().items()}, keep)
+    sys.exit(status)
+
+
+class Run:
+    """Processes of a training run, started with --name=value arguments on top of ARGS[stage]."""
+
+    def __init__(self, stage, folder, *args, ranks=1, trap=None, limit=None, keep=False, plots=False):
+        """trap: (text, signal), see Trap, for rank 0.  limit: of the size of files.  keep: each rank's last weights.
+
+        plots: False hides matplotlib.
+        """
+        self.stage, self.folder, self.out = stage, Path(folder), Path(folder) / "out"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        self.processes = []
+        for rank in range(ranks):
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            kept = f"{self.folder}/rank{rank}.safetensors" if keep else None
+            everything = (f"train_{stage}.py", [*ARGS[stage].split(), *args], str(folder), environment)
+            everything += (trap if rank == 0 else None, limit, kept, plots)
+            self.processes.append(context.Process(target=_main, args=everything))
+            self.processes[-1].start()
+
+    def wait(self, timeout=60):
+        """Exit statuses by rank; where rank 0 was killed the others are killed too."""
+        end = time.time() + timeout
+        for process in self.processes:
+            process.join(max(0, end - time.time()))
+            if process.exitcode in (None, -signal.SIGKILL):
+                for other in self.processes:
+                    other.kill()
+                    other.join()
+        self.codes = [process.exitcode for process in self.processes]
+        self.stdout, self.stderr = ((self.folder / name).read_text() for name in ("stdout0", "stderr0"))
+        return self.codes
+
+    def finish(self):
+        """Waits for the run and insists on its success."""
+        assert self.wait() == [0] * len(self.processes), self.stderr
+        return self
+
+    def fail(self):
+        """Waits for the run and insists on its failure with one line on stderr, which it returns."""
+        codes = self.wait()
+        lines = [line for line in self.stderr.splitlines() if line.strip()]
+        assert codes[0] not in (0, None) and codes[0] > 0 and len(lines) == 1, (codes, self.stderr)
+        assert lines[0].startswith(f"train_{self.stage}.py: "), lines
+        return lines[0].removeprefix(f"train_{self.stage}.py: ")
+
+    @property
+    def checkpoint(self):
+        return read(self.out / "latest.safetensors")
+
+    @property
+    def log(self):
+        return [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines()]
+
+
+def read(path):
+    """(tensors, meta) of a checkpoint."""
+    with safe_open(path, framework="pt") as f:
+        text = (f.metadata() or {}).get("latent_diffusion", "null")
+        return {name: f.get_tensor(name) for name in f.keys()}, json.loads(text)
+
+
+def assert_same(a, b, atol=0.0):
+    """Two dicts of tensors, equal bit for bit or to atol; NaN equals NaN."""
+    assert a.keys() == b.keys()
+    for name in a:
+        message = f"{name}: {a[name].flatten()[:4]} and {b[name].flatten()[:4]}"
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, equal_nan=True, msg=message)

@@ -1,0 +1,334 @@
+"""Stage 2 by itself; what it promises together with stage 1 (resume, ranks, faults, errors) is in test_train_vae.py."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same, read
+from test_train_vae import continued, make_images
+
+import sample
+import train_ldm
+from data.dataset import Dataset, Stream, seed_of
+from train_ldm import LatentCache, squared_error, train_step
+from unet import Denoiser, UNet
+from vae import VAE
+
+OBJECTIVES, SCHEDULES = ("eps", "v", "x0", "flow"), ("cosine", "flow", "linear", "scaled_linear")
+every_process = [pytest.mark.parametrize("objective", OBJECTIVES), pytest.mark.parametrize("schedule", SCHEDULES)]
+
+
+def settings(**others):
+    defaults = dict(objective="v", schedule="cosine", beta_start=0.00085, beta_end=0.012)
+    return defaults | dict(cond="none", cond_drop=0.1, batch_size=4) | others
+
+
+def draws(n, shape=(4, 8, 8), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = {"eps": torch.randn((n, *shape), generator=generator)}
+    return noise | {name: torch.rand(n, generator=generator) for name in ("t", "drop")}
+
+
+class Recorder(torch.nn.Module):
+    """A network that predicts zero and remembers what it was given."""
+
+    def forward(self, x, t, **condition):
+        self.x, self.t, self.condition = x, t, condition
+        return torch.zeros_like(x)
+
+
+# -- the loss --
+
+
+@every_process[0]
+@every_process[1]
+def test_loss_of_a_network_that_says_zero(objective, schedule):
+    x0, noise, net = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)), draws(6), Recorder()
+    t = noise["t"].double() * (0.995 if objective == "eps" and schedule in ("cosine", "flow") else 1)
+    if schedule == "cosine":
+        alpha, sigma, told = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t), 1000 * t
+    elif schedule == "flow":
+        alpha, sigma, told = 1 - t, t, 1000 * t
+    else:
+        if schedule == "linear":
+            betas = torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64)
+        else:
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        told = torch.floor(1000 * t)  # an index into the table
+        alpha_bar = torch.cumprod(1 - betas, 0)[told.long()]
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    alpha, sigma = alpha.float().view(-1, 1, 1, 1), sigma.float().view(-1, 1, 1, 1)
+    wanted = {"eps": noise["eps"], "v": alpha * noise["eps"] - sigma * x0, "x0": x0, "flow": noise["eps"] - x0}[
+        objective
+    ]
+    cfg = settings(objective=objective, schedule=schedule)
+    losses = squared_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    torch.testing.assert_close(losses, (wanted**2).mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.x, alpha * x0 + sigma * noise["eps"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.t, told.float(), rtol=1e-4, atol=1e-3)
+    assert not net.condition
+    assert train_step({"denoiser": net}, {"x0": x0}, noise, cfg)["loss"] == losses.mean()
+
+
+@every_process[0]
+@every_process[1]
+def test_every_process_trains_a_unet(objective, schedule):
+    torch.manual_seed(0)
+    net = Denoiser(UNet(channels=8, channel_mult=(1,), num_res_blocks=1, attention_ds=(), num_heads=1, norm_groups=4))
+    optimizer, x0, losses = torch.optim.AdamW(net.parameters(), lr=3e-3), torch.randn(8, 4, 8, 8), []
+    for _ in range(6):
+        loss = train_step({"denoiser": net}, {"x0": x0}, draws(8), settings(objective=objective, schedule=schedule))[
+            "loss"
+        ]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.99 * losses[0]
+
+
+@pytest.mark.parametrize("cond_drop", (0.0, 0.3, 1.0))
+def test_condition_dropout_takes_exactly_those_drawn(cond_drop):
+    net, noise, n = Recorder(), draws(20), 20
+    tokens, null_tokens = torch.arange(n * 5).view(n, 5), torch.full((n, 5), -1)
+    y, null_y = torch.arange(n), torch.full((n,), 99)
+    batch = dict(x0=torch.zeros(n, 4, 8, 8), tokens=tokens, null_tokens=null_tokens, y=y, null_y=null_y)
+    dropped = [drop < cond_drop for drop in noise["drop"].tolist()]
+    assert sum(dropped) == {0.0: 0, 1.0: n}.get(cond_drop, sum(dropped)) and (cond_drop != 0.3 or 0 < sum(dropped) < n)
+    for cond, name, null in (("text", "tokens", null_tokens), ("class", "y", null_y)):
+        squared_error({"denoiser": net}, batch, noise, settings(cond=cond, cond_drop=cond_drop))
+        assert list(net.condition) == [name]
+        for i in range(n):
+            assert torch.equal(net.condition[name][i], (null if dropped[i] else batch[name])[i])
+    squared_error({"denoiser": net}, batch, noise, settings(cond="none", cond_drop=cond_drop))
+    assert not net.condition
+
+
+def test_evaluation_gives_every_image_its_own_noise_and_time():
+    def examples(rows):
+        return {"x0": torch.zeros(len(rows), 4, 8, 8)}
+
+    def run(batch_size):
+        cfg = settings(objective="eps", batch_size=batch_size, cond_drop=1.0)
+        cpu = torch.device("cpu")
+        return train_ldm.evaluate(Recorder(), examples, 37, cfg, 0, 1, cpu, contextlib.nullcontext)
+
+    scores = run(5)
+    losses, bins = [], [[] for _ in range(10)]
+    for i in range(37):
+        eps = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed_of("val", i)))
+        losses.append(eps.square().mean().item())
+        bins[int(10 * ((0.5 + i * (5**0.5 - 1) / 2) % 1))].append(losses[-1])
+    assert scores["val_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert all(len(b) in (3, 4, 5) for b in bins), "evenly spread"
+    assert scores["val_loss_by_t"] == pytest.approx([np.mean(b) for b in bins], rel=1e-6)
+    assert run(7)["val_loss_by_t"] == pytest.approx(scores["val_loss_by_t"], rel=1e-12)
+
+
+# -- the latent cache --
+
+
+@pytest.fixture
+def vae(first_stage):
+    return VAE.from_pretrained(str(first_stage))
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(train_ldm, "SHARD", 8)
+
+
+def build(cache, vae, rank=0, world=1):
+    cache.build(vae, torch.device("cpu"), contextlib.nullcontext, 0, rank, world)
+    return cache
+
+
+def contents(cache):
+    return {name: open(f"{cache.folder}/{name}", "rb").read() for name in sorted(os.listdir(cache.folder))}
+
+
+@torch.no_grad()
+def test_the_cache_holds_what_encoding_gives(small_data, vae, tmp_path):
+    for flip in (True, False):
+        images = Dataset(small_data, "train", 16)
+        stream = Stream(images, 3, flip=flip)
+        cache = build(LatentCache(stream, vae, tmp_path), vae)
+        assert list(contents(cache)) == ["000000.npy", "000001.npy", "000002.npy"]
+        seen = set()
+        for p in range(48):
+            got, wanted = cache[p], stream[p]
+            posterior = vae.encode(wanted["image"][None])
+            assert got["image"].dtype == torch.float16
+            moments = torch.stack([posterior.mean[0], posterior.std[0]])
+            torch.testing.assert_close(got["image"].float(), moments, rtol=2e-3, atol=1e-4)
+            for name in ("label", "text", "key", "index", "flip", "bad"):
+                assert got[name] == wanted[name]
+            seen.add(got["flip"])
+        assert seen == ({True, False} if flip else {False})
+
+
+def test_the_cache_goes_on_where_it_was_stopped(small_data, vae, tmp_path):
+    cache = build(LatentCache(Stream(Dataset(small_data, "train", 16), 0), vae, tmp_path), vae)
+    whole, inodes = contents(cache), {name: os.stat(f"{cache.folder}/{name}").st_ino for name in contents(cache)}
+    os.rename(cache.path(1), f"{cache.path(1)}.123.tmp")  # as if killed while it wrote
+    build(LatentCache(cache.stream, vae, tmp_path), vae)
+    os.remove(f"{cache.path(1)}.123.tmp")
+    assert contents(cache) == whole
+    now = {name: os.stat(f"{cache.folder}/{name}").st_ino for name in whole}
+    assert [name for name in whole if now[name] != inodes[name]] == ["000001.npy"]
+
+
+def test_the_cache_belongs_to_weights_and_data(small_data, vae, tmp_path):
+    def folder(data=small_data, size=16, flip=True, model=vae):
+        return LatentCache(Stream(Dataset(data, "train", size), 0, flip=flip), model, "cache").folder
+
+    shutil.copytree(small_data, tmp_path / "data")
+    assert folder(tmp_path / "data") == folder(), "the place does not matter"
+    images = np.load(tmp_path / "data/train/images.npy")
+    images[5] //= 2
+    np.save(tmp_path / "data/train/images.npy", images)
+    other = VAE(**vae.settings)
+    other.load_state_dict(vae.state_dict())
+    assert folder(model=other) == folder()
+    with torch.no_grad():
+        other.decoder.conv_out.bias[0] += 1e-6
+    assert len({folder(), folder(tmp_path / "data"), folder(size=32), folder(flip=False), folder(model=other)}) == 5
+
+
+def test_the_cache_replaces_a_bad_image_as_the_stream_does(vae, tmp_path, capsys):
+    make_images(tmp_path / "images/train", 10, 2)
+    stream = Stream(Dataset(tmp_path / "images", "train", 16), 0)
+    cache = build(LatentCache(stream, vae, tmp_path), vae)
+    assert capsys.readouterr().out.count("skipped a bad image: train/bad") == 2
+    replaced = 0
+    for p in range(24):
+        got, wanted = cache[p], stream[p]
+        assert got["image"].isfinite().all() and got["index"] == wanted["index"] and got["key"].startswith("train/good")
+        assert [line.split(":")[0] for line in got["bad"]] == [line.split(":")[0] for line in wanted["bad"]]
+        replaced += bool(got["bad"])
+    assert replaced == 4
+
+
+@pytest.mark.parametrize("late", (False, True))
+def test_two_ranks_build_the_cache_of_one(small_data, vae, tmp_path, late):
+    stream = Stream(Dataset(small_data, "train", 16), 0, flip=True)
+    one = build(LatentCache(stream, vae, tmp_path / "one"), vae)
+    caches = [LatentCache(stream, vae, tmp_path / "two") for _ in range(2)]
+    threads = [threading.Thread(target=build, args=(c, vae, r, 2), daemon=True) for r, c in enumerate(caches)]
+    threads[0].start()
+    while late and not os.path.exists(caches[0].path(2)):  # rank 0 is done with its shards, 0 and 2
+        assert threads[0].is_alive()
+    threads[1].start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert not any(thread.is_alive() for thread in threads), "a rank waits for what nobody builds"
+    assert contents(caches[0]) == contents(one)
+
+
+def test_a_cache_that_cannot_be_written_says_so(start, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in start("ldm", f"--cache_dir={tmp_path}/file/cache").fail()
+    message = start("ldm", f"--cache_dir={tmp_path}/cache", limit=3000).fail()
+    assert re.search(r"could not write .*/000000.npy \(.*\): make room and run again", message)
+    assert not list(tmp_path.glob("cache/*/*"))
+
+
+# -- runs --
+
+
+def test_latents_encoded_at_every_step_train_like_cached_ones(start, finished, tmp_path):
+    encoded = start("ldm", "--cache_latents=false", "--max_steps=3", f"--cache_dir={tmp_path}/cache").finish()
+    for a, b in zip(finished("ldm").log[:3], encoded.log):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-2
+        )
+    assert not (tmp_path / "cache").exists()
+
+
+def test_classes_some_of_them_unknown(start, small_data, tmp_path):
+    shutil.copytree(small_data, tmp_path / "data")
+    labels = np.load(tmp_path / "data/train/labels.npy")
+    labels[::2] = -1  # no label, no condition
+    np.save(tmp_path / "data/train/labels.npy", labels)
+    args = ("--cond=class", "--objective=eps", "--schedule=scaled_linear", "--transformer_depth=0", "--max_steps=2")
+    run = start("ldm", f"--dataset={tmp_path}/data", *args, "--n_samples=5").finish()
+    meta = run.checkpoint[1]
+    assert meta["shown"] == [0, 1, 2, 0, 1] and meta["model"]["num_classes"] == 3
+    assert run.checkpoint[0]["model.unet.class_embed.weight"].shape[0] == 4
+    assert (run.out / "samples_00000002.png").exists()
+    assert drawn(run).shape == (5, 3, 16, 16)
+    message = start("ldm", "--cond=text", folder=continued(run, tmp_path)).fail()
+    assert (
+        "cond: class in the checkpoint, text now" in message and "text_width: None in the checkpoint, 16 now" in message
+    )
+    os.remove(tmp_path / "data/train/labels.npy"), os.remove(tmp_path / "data/val/labels.npy")
+    message = start("ldm", f"--dataset={tmp_path}/data", "--cond=class").fail()
+    assert re.search("cond=class, but the images in .*/data have no labels: use cond=none or cond=text", message)
+
+
+def test_pixels_without_conditions(start, small_data, tmp_path):
+    """On data that have labels and captions, which it must leave alone; decoded in another process."""
+    args = ("--first_stage=none", "--cond=none", "--objective=flow", "--schedule=flow", "--max_steps=2", "--workers=1")
+    run = start("ldm", *args, "--transformer_depth=0").finish()
+    assert "latents of (3, 16, 16); cond=none; flow objective on the flow schedule" in run.stdout
+    assert not any(name.startswith(("vae.", "text.", "model.text.")) for name in run.checkpoint[0])
+    assert run.checkpoint[1]["vae"] is None and run.checkpoint[1]["shown"] == [None] * 3
+    assert drawn(run).shape == (3, 3, 16, 16)
+    message = start("ldm", *args[1:], "--transformer_depth=0", folder=continued(run, tmp_path)).fail()
+    assert "latest.safetensors was trained on pixels" in message
+    shutil.copytree(small_data, tmp_path / "data")
+    os.remove(tmp_path / "data/train/captions.jsonl"), os.remove(tmp_path / "data/val/captions.jsonl")
+    message = start("ldm", f"--dataset={tmp_path}/data").fail()
+    assert re.search("cond=text, but the images in .*/data have no captions: use cond=none or cond=class", message)
+
+
+def drawn(run):
+    """What sample.py draws with nothing but the checkpoint."""
+    pipeline = sample.load_pipeline(str(run.out))
+    pictures = sample.generate(pipeline, pipeline.shown, range(len(pipeline.shown)), steps=2, cfg=2.0)
+    assert pictures.isfinite().all()
+    return pictures
+
+
+def test_prompts_come_from_a_file_or_from_the_captions(start, finished, tmp_path):
+    run = finished("ldm")
+    assert sorted(run.checkpoint[1]["shown"]) == ["a blue blob", "a green blob", "a red blob"]
+    assert "prompt cut to text_length=12 tokens: a green blob" in run.stdout
+    assert drawn(run).shape == (3, 3, 16, 16)
+    (tmp_path / "prompts.txt").write_text("a red blob\n\na red blob\n")
+    args = (f"--prompts={tmp_path}/prompts.txt", "--objective=x0", "--schedule=linear", "--max_steps=1")
+    other = start("ldm", *args).finish()
+    assert other.checkpoint[1]["shown"] == ["a red blob", "a red blob"]
+    assert "prompts.txt holds no prompts" not in other.stdout
+    (tmp_path / "prompts.txt").write_text("\n")
+    assert "prompts.txt holds no prompts: give a file with a prompt a line" in start("ldm", *args).fail()
+
+
+def test_validation_has_ten_bins(finished):
+    evaluated = [record for record in finished("ldm").log if record["val_loss"] is not None]
+    for record in evaluated:
+        bins = record["val_loss_by_t"]
+        assert len(bins) == 10 and all(math.isfinite(b) for b in bins)
+        assert min(bins) < record["val_loss"] < max(bins)
+    assert evaluated[0]["val_loss"] != evaluated[1]["val_loss"]
+
+
+def test_a_run_keeps_to_its_autoencoder_and_brings_it_along(start, finished, first_stage, tmp_path):
+    folder = continued(finished("ldm"), tmp_path)
+    message = start("ldm", f"--first_stage={finished('vae').out}", folder=folder).fail()
+    assert re.search("latest.safetensors was trained on another autoencoder than .*: use another out_dir", message)
+    tensors = start("ldm", "--first_stage=gone", "--max_steps=7", folder=folder).finish().checkpoint[0]
+    vae, _ = read(first_stage)
+    assert_same(train_ldm.without_prefix("vae", tensors), train_ldm.without_prefix("ema", vae))
+    wanted = r"channels: 8 in the checkpoint, 16 now; objective: v in the checkpoint, eps now"
+    assert wanted in start("ldm", "--channels=16", "--objective=eps", folder=folder).fail()
+    message = start("ldm", "--image_size=18").fail()
+    assert "image_size=18 gives latents of side 9, not a multiple of 2" in message
+    assert json.loads((folder / "out/log.jsonl").read_text().splitlines()[-1])["step"] == 7
