@@ -59,6 +59,7 @@ attention_ds = (1, 2, 4)  # down-sampling factors whose levels have attention
 num_heads = 0  # heads of every attention, or
 head_dim = 64  # channels of each head; the other one is 0
 transformer_depth = 1  # blocks of each spatial transformer; 0 is plain self-attention, without text
+context_pool = False  # the mean of the text joins the time embedding too (GLIDE, Imagen)
 linear_proj = True  # into and out of the transformers: linear (SD 2) or 1x1 convolution (SD 1)
 self_attention = True  # False: the transformers look at the text only
 middle_attention = True  # attention in the middle
@@ -67,6 +68,7 @@ qk_norm = False  # RMS-normalised queries and keys
 scale_shift = False  # the time scales and shifts (FiLM) instead of being added
 resblock_updown = False  # residual blocks change the side instead of convolutions
 resample = "conv"  # conv | pool
+unet_patch = 1  # p > 1 folds p x p latents into channels first: fast small models, and pixels
 norm_groups = 32  # groups of every GroupNorm
 unet_dropout = 0.0  # in every residual block
 # diffusion

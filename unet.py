@@ -252,6 +252,7 @@ class UNet(nn.Module):
         head_dim=0,
         transformer_depth=1,
         context_dim=0,
+        context_pool=False,
         linear_proj=False,
         self_attention=True,
         middle_attention=True,
@@ -261,6 +262,7 @@ class UNet(nn.Module):
         scale_shift=False,
         resblock_updown=False,
         resample="conv",
+        unet_patch=1,
         norm_groups=32,
         unet_dropout=0.0,
     ):
@@ -272,9 +274,11 @@ class UNet(nn.Module):
         num_heads or head_dim: one of them, the other 0.
         transformer_depth: blocks of each spatial transformer; 0 uses plain self-attention blocks instead.
         context_dim: width of the context for cross-attention; 0 is no context.
+        context_pool: the context's mean, projected, joins the time embedding too (GLIDE, Imagen).
         self_attention: False, or one value for each level, lets the transformer's first attention look at the context.
         num_classes: size of the class embedding that is added to the time's (count the null class too); 0 is none.
         resample: conv | pool, how levels change size unless resblock_updown does it.
+        unet_patch: p > 1 folds p x p latents (or pixels) into channels first, so that all work is at a p-th of the side.
         """
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -283,7 +287,7 @@ class UNet(nn.Module):
         res_blocks = num_res_blocks if isinstance(num_res_blocks, tuple) else (num_res_blocks,) * levels
         self_attn = self_attention if isinstance(self_attention, tuple) else (self_attention,) * levels
         _check_settings(settings, res_blocks, self_attn)
-        self.side_multiple = 2 ** (levels - 1)
+        self.side_multiple = unet_patch * 2 ** (levels - 1)
 
         def res_block(c_in, c_out, resampling="none"):
             return ResBlock(c_in, c_out, emb_dim, scale_shift, unet_dropout, resampling, norm_groups)
@@ -307,8 +311,10 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.class_embed = nn.Embedding(num_classes, emb_dim) if num_classes else None
 
+        self.context_embed = nn.Linear(context_dim, emb_dim) if context_pool else None
+
         # the way down: every stage's output is kept for the way up
-        conv_in = nn.Conv2d(in_channels + concat_channels, channels, 3, padding=1)
+        conv_in = nn.Conv2d((in_channels + concat_channels) * unet_patch**2, channels, 3, padding=1)
         self.input_blocks = nn.ModuleList([Stage([conv_in])])
         kept, c, ds = [channels], channels, 1
         for level, mult in enumerate(channel_mult):
@@ -343,12 +349,12 @@ class UNet(nn.Module):
                 self.output_blocks.append(stage)
 
         self.norm_out = nn.GroupNorm(norm_groups, c, eps=1e-5)
-        self.conv_out = zeros(nn.Conv2d(c, out_channels, 3, padding=1))
+        self.conv_out = zeros(nn.Conv2d(c, out_channels * unet_patch**2, 3, padding=1))
 
     def forward(self, x, t, context=None, y=None, concat=None):
         """Noisy latents -> prediction (B,out_channels,H,W).
 
-        x: (B,in_channels,H,W), sides multiples of 2^(levels-1).  t: (B,) floats in [0, 1000].
+        x: (B,in_channels,H,W), sides multiples of unet_patch * 2^(levels-1).  t: (B,) floats in [0, 1000].
         context: (B,L,context_dim).  y: (B,) class indices.  concat: (B,concat_channels,H,W).
         """
         s = self.settings
@@ -369,7 +375,10 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, s["channels"]).to(self.conv_out.weight.dtype))
         if y is not None:
             emb = emb + self.class_embed(y)
+        if self.context_embed is not None:
+            emb = emb + self.context_embed(context.mean(dim=1))
         h = x if concat is None else torch.cat([x, concat], dim=1)
+        h = F.pixel_unshuffle(h, s["unet_patch"])
         kept = []
         for stage in self.input_blocks:
             h = stage(h, emb, context)
@@ -377,7 +386,7 @@ class UNet(nn.Module):
         h = self.middle_block(h, emb, context)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, kept.pop()], dim=1), emb, context)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), s["unet_patch"])
 
     @classmethod
     def from_pretrained(cls, path, **settings):
@@ -397,6 +406,8 @@ def _check_settings(s, res_blocks, self_attn):
         raise ValueError(f"resample={s['resample']!r} is not one of conv, pool")
     if s["context_dim"] and s["transformer_depth"] == 0:
         raise ValueError("a context needs transformer blocks: set transformer_depth to 1 or more")
+    if s["context_pool"] and not s["context_dim"]:
+        raise ValueError("context_pool=True needs a context: set context_dim")
     if not all(self_attn) and not s["context_dim"]:
         raise ValueError("self_attention=False leaves nothing to attend to without a context: set context_dim")
     reached = [2**level for level in range(levels) if 2**level in s["attention_ds"]]
