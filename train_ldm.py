@@ -594,7 +594,7 @@ if __name__ == "__main__":
         print(f"git {git_revision}, python {platform.python_version()}, torch {torch.__version__}")
         print(f"{world} x {hardware}, {dtype}; settings not default: {config.changed}")
         print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {dataset}")
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tflop:.4g} TFLOP per trained example")
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tflop:.4g} TFLOP per trained image")
         print(f"latents of {latent_shape}; cond={cond}; {objective} objective on the {schedule} schedule")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
         print(f"resumed from {latest} at step {step}" if resumed else f"a new run in {out_dir}", flush=True)

@@ -356,13 +356,14 @@ if __name__ == "__main__":
     validation_stream = Stream(validation, seed, train=False)
 
     # model
+    param_dtype = torch.float64 if dtype == "float64" else torch.float32
     torch.manual_seed(seed_of(seed, "init"))
     model = VAE(**{name: config[name] for name in inspect.signature(VAE).parameters if name in config})
     if image_size % model.factor:
         raise ValueError(
             f"image_size={image_size} is not a multiple of {model.factor}, which this autoencoder divides by"
         )
-    model.to(device, torch.float64 if dtype == "float64" else torch.float32, memory_format=torch.channels_last)
+    model.to(device, param_dtype, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
 
     # optimizer: no weight decay on biases and norms
@@ -541,15 +542,13 @@ if __name__ == "__main__":
         noise = noise[:, rank]  # every rank draws the whole step's noise and takes its own
         if dropout:
             torch.manual_seed(seed_of(seed, "dropout", step, rank))
-        sums = torch.zeros(
-            len(terms_logged), device=device, dtype=model.latent_mean.dtype
-        )  # the loss terms, then a wish to stop
+        sums = torch.zeros(len(terms_logged), device=device, dtype=param_dtype)  # the loss terms, then a wish to stop
         for micro in range(grad_accum):
             batch = next(batches)
             for item in batch["bad"]:
                 bad_items += 1
                 print(f"skipped a bad image ({bad_items} so far on rank {rank}): {item}", flush=True)
-            x = batch["image"].to(device, model.latent_mean.dtype, non_blocking=True)
+            x = batch["image"].to(device, param_dtype, non_blocking=True)
             x = x.contiguous(memory_format=torch.channels_last)
             if world > 1:
                 net.require_backward_grad_sync = micro == grad_accum - 1  # one all-reduce a step

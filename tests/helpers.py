@@ -64,6 +64,7 @@ def _main(script, args, folder, environment, trap, limit, keep, plots):
     if not plots:
         sys.modules["matplotlib"] = None  # as if it were not installed: drawing takes longer than training
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as on the command line
     scope, status = {}, 0
     try:
         scope = runpy.run_path(f"{ROOT}/{script}", run_name="__main__")
@@ -77,8 +78,7 @@ def _main(script, args, folder, environment, trap, limit, keep, plots):
         scope, status = trace.tb_frame.f_globals, 1
     if keep and "model" in scope:
         save_file({name: t.contiguous() for name, t in scope["model"].state_dict().items()}, keep)
-    sys.stdout.flush()
-    os._exit(status or 0)  # multiprocessing's own way out waits five seconds for data workers
+    sys.exit(status)
 
 
 class Run:

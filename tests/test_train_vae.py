@@ -94,6 +94,19 @@ def test_sigterm_to_torchrun(small_data, tmp_path):
     assert "train_vae.py: " not in output and "ProcessGroup" not in output, output  # neither rank waited in vain
 
 
+@both_stages
+def test_noise_is_new_at_every_step_and_in_every_place(stage, start, small_data, tmp_path):
+    """One image, and weights that stand still: only noise is left to change the loss."""
+    (tmp_path / "one").mkdir()
+    np.save(tmp_path / "one/images.npy", np.load(small_data / "train/images.npy")[:1])
+    args = (f"--dataset={tmp_path}/one", "--lr=1e-30", "--flip=false", "--max_steps=5", "--batch_size=1")
+    args += (*{"vae": ["--crop=center"], "ldm": ["--cond=none"]}[stage],)
+    one = start(stage, *args).finish()
+    four = start(stage, *args, "--batch_size=2", "--grad_accum=2", folder=tmp_path).finish()
+    losses = [[r["loss"] for r in run.log if r["loss"] is not None] for run in (one, four)]
+    assert len(set(losses[0])) == 5 and not set(losses[0]) & set(losses[1])
+
+
 # -- ranks --
 
 
