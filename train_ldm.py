@@ -76,6 +76,9 @@ objective = "v"  # eps | v | x0 | flow
 schedule = "cosine"  # cosine | flow | linear | scaled_linear (what CompVis calls linear)
 beta_start = 0.00085  # of linear and scaled_linear
 beta_end = 0.012  # of linear and scaled_linear
+timesteps = "uniform"  # how training draws t: uniform | logit_normal, which dwells on the middle (Esser et al. 2024)
+t_mean = 0.0  # of the normal below logit_normal; above 0 is noisier
+t_std = 1.0  # of the normal below logit_normal
 # optimizer
 batch_size = 32  # images per process and micro-step
 grad_accum = 1  # micro-steps per optimizer step
@@ -122,7 +125,10 @@ def squared_error(models, batch, noise, cfg):
     """
     x0, eps = batch["x0"], noise["eps"]
     process = make_schedule(cfg["schedule"], cfg["beta_start"], cfg["beta_end"])
-    t = noise["t"] * t_max(cfg["objective"], process)
+    t = noise["t"]
+    if cfg["timesteps"] == "logit_normal":
+        t = torch.sigmoid(cfg["t_mean"] + cfg["t_std"] * torch.special.ndtri(t))
+    t = t * t_max(cfg["objective"], process)
     if process.discrete:  # on the table's grid
         t = (torch.floor(t * process.discrete) + 1) / process.discrete
     alpha, sigma = (f(t).to(x0.dtype).view(-1, 1, 1, 1) for f in (process.alpha, process.sigma))
@@ -156,7 +162,7 @@ def evaluate(denoiser, examples, count, cfg, rank, world, device, autocast):
         t = (0.5 + torch.tensor(rows, dtype=torch.float64) * 0.6180339887498949) % 1.0  # golden ratio: evenly spread
         noise = {"eps": torch.stack(eps).to(like), "t": t.to(like), "drop": torch.ones(len(rows), device=device)}
         with autocast():
-            losses = squared_error({"denoiser": denoiser}, batch, noise, cfg)
+            losses = squared_error({"denoiser": denoiser}, batch, noise, cfg | {"timesteps": "uniform"})
         for k, values in enumerate((losses.double(), torch.ones_like(losses).double())):
             sums[k].index_add_(0, (t * 10).long().to(device), values)
     if world > 1:
@@ -416,6 +422,7 @@ def check_settings(cfg):
         ("cond", ("none", "class", "text")),
         ("objective", ("eps", "v", "x0", "flow")),
         ("schedule", ("cosine", "flow", "linear", "scaled_linear")),
+        ("timesteps", ("uniform", "logit_normal")),
         ("lr_schedule", ("constant", "cosine", "onecycle", "multistep")),
         ("device", ("auto", "cpu", "cuda")),
         ("dtype", ("auto", "float32", "bfloat16", "float64")),

@@ -27,6 +27,7 @@ every_process = [pytest.mark.parametrize("objective", OBJECTIVES), pytest.mark.p
 
 def settings(**others):
     defaults = dict(objective="v", schedule="cosine", beta_start=0.00085, beta_end=0.012)
+    defaults |= dict(timesteps="uniform", t_mean=0.0, t_std=1.0)
     return defaults | dict(cond="none", cond_drop=0.1, batch_size=4) | others
 
 
@@ -46,6 +47,14 @@ class Recorder(torch.nn.Module):
 
 # -- the loss --
 
+
+def test_logit_normal_timesteps_are_that():
+    n, net = 4000, Recorder()
+    noise = {"eps": torch.zeros(n, 1, 1, 1), "t": (torch.arange(n) + 0.5) / n, "drop": torch.ones(n)}
+    cfg = settings(timesteps="logit_normal", t_mean=0.4, t_std=0.7, schedule="flow")
+    squared_error({"denoiser": net}, {"x0": torch.zeros(n, 1, 1, 1)}, noise, cfg)
+    logits = torch.logit(net.t / 1000)
+    assert logits.mean().item() == pytest.approx(0.4, abs=5e-3) and logits.std().item() == pytest.approx(0.7, abs=5e-3)
 
 @every_process[0]
 @every_process[1]
