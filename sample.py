@@ -516,10 +516,10 @@ if __name__ == "__main__":
     )
     file = convert.find_checkpoint(ckpt)
     out_dir = out_dir or os.path.join(os.path.dirname(file), "samples")
-    os.makedirs(out_dir, exist_ok=True)
 
     if reconstruct:
         vae = VAE.from_pretrained(file).to(device, memory_format=torch.channels_last)
+        os.makedirs(out_dir, exist_ok=True)
         with autocast:
             sheet = show_reconstructions(vae, reconstruct, out_dir, device)
         if show:
@@ -549,6 +549,7 @@ if __name__ == "__main__":
     with autocast:
         pictures = generate(pipeline, wanted, seeds, steps, cfg, sampler, size, batch_size, **options)
     seconds = time.time() - started
+    os.makedirs(out_dir, exist_ok=True)
     with open(os.path.join(out_dir, "samples.jsonl"), "w") as f:
         for i, (picture, condition) in enumerate(zip(pictures, wanted)):
             name, info = f"{i:05d}.png", PngInfo()

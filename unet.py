@@ -278,7 +278,7 @@ class UNet(nn.Module):
         self_attention: False, or one value for each level, lets the transformer's first attention look at the context.
         num_classes: size of the class embedding that is added to the time's (count the null class too); 0 is none.
         resample: conv | pool, how levels change size unless resblock_updown does it.
-        unet_patch: p > 1 folds p x p latents (or pixels) into channels first, so that all work is at a p-th of the side.
+        unet_patch: p > 1 folds p x p latents (or pixels) into channels first: all work is then at a p-th of the side.
         """
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()

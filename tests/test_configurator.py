@@ -1,3 +1,4 @@
+import importlib
 import runpy
 import subprocess
 import sys
@@ -6,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from configurator import SettingError, configure, find_settings, help_text, parse
+
+ROOT = Path(__file__).resolve().parent.parent
 
 DEFAULTS = {
     "batch_size": 12,
@@ -225,3 +228,10 @@ def test_a_script(write):
     assert done.returncode == 0 and "images per process and step" in done.stdout
     done = run("-c", "import train; print(train.batch_size)", "--batch_size=4")
     assert done.stdout == "12\n" and done.stderr == "", "importing parses nothing"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.stem)
+def test_shipped_configs_fit_their_script(path):
+    script = "train_vae" if path.stem.endswith("_vae") else "train_ldm"
+    config = configure(vars(importlib.import_module(script)).copy(), [str(path)])
+    assert config.changed["out_dir"] == f"out/{path.stem}", "every named run leaves its files in its own folder"

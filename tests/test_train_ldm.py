@@ -56,6 +56,7 @@ def test_logit_normal_timesteps_are_that():
     logits = torch.logit(net.t / 1000)
     assert logits.mean().item() == pytest.approx(0.4, abs=5e-3) and logits.std().item() == pytest.approx(0.7, abs=5e-3)
 
+
 @every_process[0]
 @every_process[1]
 def test_loss_of_a_network_that_says_zero(objective, schedule):
