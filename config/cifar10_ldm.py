@@ -1,5 +1,5 @@
 # CIFAR-10 at 32 px by class, on the latents of config/cifar10_vae.py: scenes of the class after 700 steps, 3 minutes.
-dataset = "../shared/data/cifar10"
+dataset = "data/cifar10"  # the parquet files that Hugging Face has, wherever they are: --dataset=DIR
 image_size = 32
 flip = True
 workers = 0

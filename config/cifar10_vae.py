@@ -1,5 +1,5 @@
 # CIFAR-10 at 32 px, f4, 4 channels: 25.4 dB after 1500 of the steps, 3 minutes on 2 CPU cores.
-dataset = "../shared/data/cifar10"
+dataset = "data/cifar10"  # the parquet files that Hugging Face has, wherever they are: --dataset=DIR
 image_size = 32
 crop = "center"
 flip = True
