@@ -1,4 +1,4 @@
-# Shapes at 64 px from captions: the quick start. About 6 minutes on 2 CPU cores: backgrounds right, outlines not yet.
+# Shapes at 64 px from captions: the quick start. 2 CPU cores, 1400 steps in 9 minutes: backgrounds right, outlines not.
 dataset = "data/shapes"
 image_size = 64
 flip = False
@@ -16,7 +16,7 @@ channel_mult = (1, 2)
 num_res_blocks = 1
 attention_ds = (1,)
 head_dim = 16
-context_pool = True  # the backgrounds come right four times sooner
+context_pool = True  # with it the backgrounds were right after 504 steps, without it not after 403
 qk_norm = True
 scale_shift = True
 resample = "pool"
