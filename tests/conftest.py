@@ -27,6 +27,19 @@ def test_data():
     return folder
 
 
+@pytest.fixture(scope="session")
+def lpips_package():
+    """The package `lpips`, to compare with; its torchvision may have been built for another torch than this one."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pytest.skip("no torchvision: pip install -r requirements.txt")
+    except RuntimeError:  # "operator torchvision::nms does not exist": its compiled part, which LPIPS does without
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    return pytest.importorskip("lpips")
+
+
 @torch.no_grad()
 def fill(model, seed=0):
     """Gives every parameter, the zero-initialised too, noise that depends on its name, its shape and the seed alone."""

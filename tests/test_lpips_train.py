@@ -1,0 +1,443 @@
+"""LPIPS against published values and the package `lpips`, then its training: resume, ranks, faults, bad input."""
+
+import ast
+import importlib.util
+import inspect
+import json
+import math
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, assert_same, read
+from PIL import Image
+
+import lpips_train
+import train_vae
+from data.bapps import prepare as bapps
+from lpips_train import LPIPS, TAPS, Judgements, average_precision, load_heads, make_trunk, two_afc
+
+NETS = ("vgg", "alex", "squeeze")
+
+
+@pytest.fixture(scope="session")
+def trunks(tmp_path_factory):
+    """{net: a file of random weights, the `features` of torchvision's model alone}."""
+    folder, files = tmp_path_factory.mktemp("trunks"), {}
+    torch.manual_seed(0)
+    for net in NETS:
+        files[net] = f"{folder}/{net}.pth"
+        with torch.no_grad():
+            state = make_trunk(net).state_dict()
+            for name, t in state.items():
+                t.normal_(0, (2 / t[0].numel()) ** 0.5) if name.endswith("weight") else t.normal_(0, 0.1)
+        torch.save(state, files[net])
+    return files
+
+
+@pytest.fixture
+def assets(test_data):
+    if not (test_data / "assets/squeezenet1_1_features.pth").exists():
+        pytest.skip(f"no model assets at {test_data}/assets: set LDM_TEST_DATA")
+    return test_data / "assets"
+
+
+def error(function, *args, kind=ValueError, **options):
+    with pytest.raises(kind) as caught:
+        function(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- the metric --
+
+
+def test_golden_values(assets):
+    """Of torchmetrics' example and of the authors' example images, with the published weights."""
+    lpips = LPIPS("squeeze", assets / "squeezenet1_1_features.pth", assets / "lpips_v0.1_squeeze.pth")
+    torch.manual_seed(123)
+    x, y = torch.rand(10, 3, 100, 100) * 2 - 1, torch.rand(10, 3, 100, 100) * 2 - 1
+    assert lpips(x, y).shape == (10,) and lpips(x, y).mean().item() == pytest.approx(0.1008, abs=1e-3)
+    images = [np.array(Image.open(assets / f"lpips_ex_{n}.png").convert("RGB")) for n in ("ref", "p0", "p1")]
+    ref, p0, p1 = (torch.from_numpy(a).permute(2, 0, 1)[None] / 127.5 - 1 for a in images)
+    assert lpips(ref, p0).item() == pytest.approx(0.7110, abs=1e-3)
+    assert lpips(ref, p1).item() == pytest.approx(0.1479, abs=1e-3)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.filterwarnings("ignore")  # torchvision's, about the package's use of it
+def test_equals_the_package_in_value_and_gradient(net, lpips_package, tmp_path):
+    """Its random trunk, saved as torchvision saves whole models, and the heads that it has with it."""
+    torch.manual_seed(0)
+    theirs = lpips_package.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
+    state = {f"features.{name.split('.', 1)[1]}": t for name, t in theirs.net.state_dict().items()}
+    torch.save(state | {"classifier.0.weight": torch.zeros(2)}, tmp_path / "whole.pth")
+    ours = LPIPS(net, tmp_path / "whole.pth")
+    x = torch.rand(2, 3, 64, 80) * 2 - 1
+    y = (x + 0.3 * torch.randn_like(x)).clamp(-1, 1)
+    x.requires_grad_(), y.requires_grad_()
+    values = [theirs(x, y).flatten(), ours(x, y)]
+    assert values[0].min() > 0.005
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-7)
+    gradients = [torch.autograd.grad(v.sum(), (x, y)) for v in values]
+    for a, b in zip(*gradients):
+        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+
+
+def test_published_heads_are_read_without_importing_their_package():
+    if importlib.util.find_spec("lpips") is None:
+        pytest.skip("no package lpips: pip install -r requirements.txt")
+    code = "import sys, lpips_train as l; print([len(l.load_heads(n)[0]) for n in l.TAPS], {'lpips', 'torchvision'}"
+    done = subprocess.run(
+        [sys.executable, "-c", code + " & set(sys.modules))"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "[5, 5, 7] set()\n", done.stderr
+
+
+def test_nothing_is_random_or_trained_whatever_the_parents_mode(trunks):
+    parent = torch.nn.Module()
+    parent.lpips = LPIPS("squeeze", trunks["squeeze"], "uniform")
+    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    before = parent.lpips(x, y)
+    parent.train()
+    assert not any(m.training for m in parent.lpips.modules()) and torch.equal(parent.lpips(x, y), before)
+    assert not any(p.requires_grad for p in parent.lpips.parameters())
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_gradients_are_finite_and_distances_never_negative(net, trunks):
+    lpips = LPIPS(net, trunks[net], "uniform")
+    dark = torch.full((1, 3, 32, 32), -1.0)
+    random = torch.rand(1, 3, 32, 32) * 2 - 1
+    for a, b in ((dark, dark), (0 * dark, 0 * dark), (dark, -dark), (random, random), (random, dark)):
+        x = a.clone().requires_grad_()
+        distance = lpips(x, b)
+        distance.sum().backward()
+        assert x.grad.isfinite().all() and distance.item() >= 0
+        assert (distance.item() == 0) == torch.equal(a, b)
+    with torch.no_grad():
+        for p in lpips.trunk.parameters():
+            p.zero_()  # all channels 0 everywhere: the root's own gradient would be infinite
+    x = random.clone().requires_grad_()
+    lpips(x, dark).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_float64_and_grey_sizes(trunks):
+    lpips = LPIPS("squeeze", trunks["squeeze"], "uniform")
+    for size in ((17, 17), (33, 50)):
+        x, y = torch.rand(2, 2, 3, *size) * 2 - 1
+        single = lpips.float()(x, y)
+        double = lpips.double()(x.double(), y.double())
+        assert double.dtype == torch.float64
+        torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-6)
+
+
+def test_images_out_of_range_or_shape(trunks):
+    lpips, x = LPIPS("squeeze", trunks["squeeze"], "uniform"), torch.rand(2, 3, 32, 32)
+    assert "values up to +-255, images are in [-1,1]" in error(lpips, x, 255 * x / x.max())
+    assert "values up to +-1.01" in error(lpips, -1.01 * x / x.max(), x)
+    assert "+-nan" in error(lpips, x * math.nan, x)
+    assert lpips(x / x.max() * 1.0005, x).isfinite().all()  # rounding
+    assert lpips(255 * x, x, check=False).isfinite().all()
+    for a, b in ((x, x[:1]), (x[:, :1], x[:, :1]), (x[0], x[0]), (x[..., :16], x[..., :16])):
+        assert "LPIPS (squeeze) compares two batches (B,3,H,W) of sides >= 17, got (" in error(lpips, a, b)
+
+
+def test_bad_weights_are_named(trunks, tmp_path, monkeypatch):
+    def saved(tensors, name="bad.pth"):
+        torch.save(tensors, tmp_path / name)
+        return tmp_path / name
+
+    assert "net=vgg19 is not one of vgg, alex, squeeze" in error(LPIPS, "vgg19")
+    # trunks
+    message = error(LPIPS, "alex", trunks["squeeze"], "uniform")
+    assert "0.weight is (64, 3, 3, 3), alex wants (64, 3, 11, 11): give alex's weights, or set net" in message
+    message = error(LPIPS, "vgg", saved({"0.weight": torch.zeros(64, 3, 3, 3)}), "uniform")
+    assert "0.bias is not there, vgg wants (64,)" in message
+    assert "0.weight is not there" in error(LPIPS, "vgg", saved([1, 2]), "uniform")
+    assert "nowhere.pth does not load (it is not there)" in error(LPIPS, "vgg", "nowhere.pth", "uniform")
+    (tmp_path / "text.pth").write_text("hello")
+    assert "text.pth does not load" in error(LPIPS, "vgg", tmp_path / "text.pth", "uniform")
+
+    def fetch(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    message = error(LPIPS, "vgg", None, "uniform", kind=OSError)
+    assert "could not fetch https://download.pytorch.org/models/vgg16-397923af.pth (no network): fetch it" in message
+    # heads
+    heads = {f"lin{k}.model.1.weight": torch.ones(1, c, 1, 1) for k, c in enumerate(TAPS["alex"].values())}
+    assert load_heads("alex", saved(heads))[0][1].shape == (192,)
+    message = error(LPIPS, "squeeze", trunks["squeeze"], saved(heads))
+    assert "has heads for [64, 192, 384, 256, 256] channels, squeeze has [64, 128, 256, " in message
+    heads["lin1.model.1.weight"][0, 5] = -0.25
+    assert "has a head weight of -0.25" in error(load_heads, "alex", saved(heads))
+    assert "holds no LPIPS heads" in error(load_heads, "squeeze", trunks["squeeze"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install lpips, or set head_weights" in error(load_heads, "squeeze", kind=ImportError)
+
+
+# -- scores --
+
+
+def test_two_afc_is_the_published_sum():
+    d0, d1 = torch.tensor([0.1, 0.3, 0.2, 0.5]), torch.tensor([0.2, 0.1, 0.2, 0.4])
+    h = torch.tensor([0.2, 1.0, 0.8, 0.0])
+    want = ((d0 < d1) * (1 - h) + (d1 < d0) * h + 0.5 * (d0 == d1)).mean()
+    assert two_afc(torch.stack([d0, d1], dim=1), h).item() == pytest.approx(want.item()) == (0.8 + 1 + 0.5 + 0) / 4
+
+
+def test_average_precision_by_hand():
+    def ap(distances, same):
+        return average_precision(torch.tensor(distances)[:, None], torch.tensor(same)).item()
+
+    assert ap([0.1, 0.2, 0.3, 0.4], [1.0, 1.0, 0.0, 0.0]) == pytest.approx(1)
+    assert ap([0.4, 0.3, 0.2, 0.1], [1.0, 1.0, 0.0, 0.0]) == pytest.approx(0.5)  # 2 hits of 4 at full recall
+    # hits at 1, 3, 4: precision 1, 2/3, 3/4; the envelope lifts the second to 3/4
+    assert ap([0.1, 0.2, 0.3, 0.4], [1.0, 0.0, 1.0, 1.0]) == pytest.approx((1 + 0.75 + 0.75) / 3)
+    # shares of people are shares of hits: 0.5, then 1.5 of 2
+    assert ap([0.1, 0.2], [0.5, 1.0]) == pytest.approx(0.75)
+
+
+# -- real training runs --
+
+ARGS = "--net=squeeze --device=cpu --workers=0 --batch_size=4 --lr=1e-2 --max_steps=6 --eval_every=3 --save_every=3"
+ARGS += " --log_every=1 --out_dir=out"
+
+
+class Run(helpers.Run):
+    """A run of lpips_train.py in a folder of its own."""
+
+    def __init__(self, folder, *args, ranks=1, trap=None, keep=False):
+        self.folder, self.out, self.processes = folder, folder / "out", []
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        for rank in range(ranks):
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            everything = ("lpips_train.py", [*ARGS.split(), *args], str(folder), environment)
+            everything += (
+                trap if rank == 0 else None,
+                None,
+                f"{folder}/rank{rank}.safetensors" if keep else None,
+                False,
+            )
+            self.processes.append(helpers.context.Process(target=helpers._main, args=everything))
+            self.processes[-1].start()
+
+    def fail(self):
+        codes = self.wait()
+        lines = self.stderr.splitlines()
+        assert codes[0] == 1 and len(lines) == 1 and lines[0].startswith("lpips_train.py: "), (codes, self.stderr)
+        return lines[0].removeprefix("lpips_train.py: ")
+
+
+def make_judgements(path, size=20):
+    """A small set as data/bapps/prepare.py leaves it: noise, less of it is better."""
+    rng = np.random.default_rng(0)
+    for task, split, category, count in (
+        ("2afc", "train", "noise", 14),
+        ("2afc", "train", "more", 10),
+        ("2afc", "val", "noise", 9),
+        ("2afc", "val", "more", 5),
+        ("jnd", "val", "noise", 6),
+    ):
+        folder = path / task / split / category
+        folder.mkdir(parents=True)
+        ref = rng.uniform(60, 190, (count, 1, size, size, 3))
+        sigma = rng.uniform(1, 60, (count, 2 if task == "2afc" else 1))
+        noisy = ref + sigma[..., None, None, None] * rng.standard_normal((*sigma.shape, size, size, 3))
+        np.save(folder / "images.npy", np.concatenate([ref, noisy], axis=1).clip(0, 255).astype(np.uint8))
+        judge = sigma[:, 1] < sigma[:, 0] if task == "2afc" else sigma[:, 0] < 20
+        np.save(folder / "judge.npy", judge.astype(np.float32))
+    (path / "meta.json").write_text('{"what": "noise for tests"}')
+    return path
+
+
+@pytest.fixture(scope="session")
+def judgements(tmp_path_factory):
+    return make_judgements(tmp_path_factory.mktemp("judgements"))
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory, judgements, trunks):
+    def start(*args, folder=None, **options):
+        folder = folder or tmp_path_factory.mktemp("lpips")
+        return Run(folder, f"--dataset={judgements}", f"--trunk_weights={trunks['squeeze']}", *args, **options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finished(start):
+    return {ranks: start(f"--batch_size={4 // ranks}", ranks=ranks).finish() for ranks in (1, 2)}
+
+
+def numbers(log):
+    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in log]
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_a_killed_run_resumes_bit_for_bit(ranks, start, finished, tmp_path):
+    args = (f"--batch_size={4 // ranks}",)
+    run = start(*args, ranks=ranks, trap=("step 4,", signal.SIGKILL), folder=tmp_path)
+    assert run.wait() == [-signal.SIGKILL] * ranks and run.checkpoint[1]["step"] == 3
+    resumed = start(*args, ranks=ranks, folder=tmp_path).finish()
+    assert "resumed from out/latest.safetensors at step 3" in resumed.stdout
+    assert_same(resumed.checkpoint[0], finished[ranks].checkpoint[0])
+    assert numbers(resumed.log) == numbers(finished[ranks].log)
+
+
+def test_sigterm_to_one_rank_saves_and_stops_both(start, tmp_path):
+    run = start("--batch_size=2", "--max_steps=50", ranks=2, trap=("step 1,", signal.SIGTERM), folder=tmp_path)
+    assert run.wait() == [128 + signal.SIGTERM] * 2, run.stderr
+    step = run.checkpoint[1]["step"]
+    assert 1 < step < 5 and f"stopped at step {step} " in run.stdout and run.log[-1]["step"] >= step - 1
+
+
+def test_ranks_and_accumulation_are_one_in_float64(start):
+    """Without dropout, which is each rank's own."""
+    args = ("--dtype=float64", "--dropout=0", "--train_trunk=True", "--lr=1e-3")
+    one = start(*args, "--batch_size=4")
+    two = start(*args, "--batch_size=1", "--grad_accum=2", ranks=2, keep=True)
+    one.finish(), two.finish()
+    assert any(name.startswith("optim.trunk.") for name in one.checkpoint[0])
+    assert_same(one.checkpoint[0], two.checkpoint[0], 1e-9)
+    assert_same(*(read(two.folder / f"rank{rank}.safetensors")[0] for rank in range(2)))
+    for a, b in zip(one.log, two.log, strict=True):
+        assert a["val_2afc_by_category"] == b["val_2afc_by_category"] and a["val_jnd"] == b["val_jnd"]
+
+
+def test_what_a_run_leaves(finished, trunks, start):
+    run = finished[1]
+    fields = list(run.log[0])
+    assert all(list(record) == fields for record in run.log)
+    assert [r["step"] for r in run.log if r["loss"] is not None] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in run.log if r["val_2afc"] is not None] == [3, 6]
+    lr = [r["lr"] for r in run.log if r["lr"] is not None]
+    assert lr == pytest.approx([1e-2, 1e-2, 1e-2, 1e-2, 2e-2 / 3, 1e-2 / 3])  # half-time is step 3
+    for text in ("24 training and 14 validation judgements: noise for tests", "parameters", "TFLOP", "jnd  category"):
+        assert text in run.stdout, text
+    tensors, meta = run.checkpoint
+    assert meta["step"] == 6 and meta["images_seen"] == 24 and meta["config"]["max_steps"] == 6
+    assert not any(name.startswith("model.trunk") for name in tensors), "a frozen trunk is named, not kept"
+    ours = LPIPS("squeeze", trunks["squeeze"], run.out)
+    initial = [c**-0.5 for c in TAPS["squeeze"].values()]
+    assert all((w - i).abs().max() > 1e-3 and w.min() >= 0 for w, i in zip(ours.heads, initial))
+    # the table again, without training
+    again = start("--eval_only=True", folder=run.folder)
+    again.finish()
+    table = re.search(r"2afc category.*?\n(?=finished)", run.stdout[run.stdout.index("step 6,") :], re.S)[0]
+    assert again.stdout.endswith(table) and "uniform         L2       SSIM" in table
+    assert run.checkpoint[1]["step"] == 6 and len(run.log) == 8
+    # heads of another network, or of the same one with other weights
+    message = error(LPIPS, "alex", trunks["alex"], run.out)
+    assert "channels (squeeze), alex has [64, 192" in message
+
+
+def test_heads_know_their_trunk(finished, trunks, tmp_path, start):
+    other = {name: t + 0.01 for name, t in torch.load(trunks["squeeze"]).items()}
+    torch.save(other, tmp_path / "other.pth")
+    message = error(LPIPS, "squeeze", tmp_path / "other.pth", finished[1].out)
+    assert "was trained on other weights of squeeze than" in message and "set trunk_weights to those" in message
+    shutil.copytree(finished[1].out, tmp_path / "out")
+    message = start(f"--trunk_weights={tmp_path}/other.pth", folder=tmp_path).fail()
+    assert "holds another model (trunk_crc32: " in message
+    # a run that starts from trained heads begins with their score
+    run = start(f"--head_weights={finished[1].out}", "--eval_only=True").finish()
+    assert run.stdout.split("SSIM\n")[1].split("\n")[0] in finished[1].stdout.split("SSIM\n")[-2]
+
+
+def test_a_trained_trunk_comes_with_its_heads(start, trunks):
+    run = start("--train_trunk=True", "--max_steps=2", "--lr=1e-3").finish()
+    lpips = LPIPS("squeeze", None, run.out)  # nothing is fetched
+    for name, t in torch.load(trunks["squeeze"]).items():
+        assert not torch.equal(lpips.trunk.state_dict()[name], t)
+    assert not any(p.requires_grad for p in lpips.parameters())
+
+
+def test_a_bad_loss_never_reaches_the_weights(start):
+    run = start("--lr=1e30", "--save_every=1", keep=True)
+    message = run.fail()
+    found = re.match(r"loss and grad_norm not finite at step (\d+): no such step touches the weights", message)
+    found = found or re.match(r"(?:loss|grad_norm) not finite at step (\d+): no such step", message)
+    assert found, message
+    tensors, meta = run.checkpoint
+    assert meta["step"] == int(found[1]) - 1 and all(t.isfinite().all() for t in tensors.values())
+    kept = read(run.folder / "rank0.safetensors")[0]
+    assert_same(kept, lpips_train.without_prefix("model", tensors))
+
+
+def test_it_says_the_same_as_train_vae_in_the_same_words():
+    """Functions of one name are one text; the recipe needs one learning-rate schedule more."""
+    own = {"train_step", "evaluate", "plot_log", "count_tflop", "check_settings", "checkpoint", "forward", "__init__"}
+    texts = []
+    for script in (train_vae, lpips_train):
+        source = inspect.getsource(script)
+        functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+        texts.append({f.name: ast.get_source_segment(source, f) for f in functions if f.name not in own})
+    linear = re.compile(r"    if cfg\[\"lr_schedule\"\] == \"linear\":\n.*?\n(?=    \S)", re.S)
+    shared = [name for name in texts[0] if name in texts[1]]
+    assert {"learning_rate", "save_checkpoint", "load_checkpoint", "settle", "log", "autocast"} < set(shared)
+    for name in shared:
+        assert linear.sub("", texts[0][name]) == linear.sub("", texts[1][name]), name
+    assert shared == [name for name in texts[1] if name in texts[0]], "in another order"
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--net=resnet"], "net=resnet is not one of vgg, alex, squeeze"),
+        (["--dropout=1"], "dropout=1.0 is a share"),
+        (["--dataset=nowhere"], "no judgements in nowhere/2afc/train: run data/bapps/prepare.py, or set dataset"),
+        (["--net=vgg"], "vgg wants"),
+        (["--net=alex"], "has patches of 20 pixels, alex needs 31"),
+        (["--trunk_weights=nowhere"], "nowhere does not load (it is not there)"),
+        (["--batch_size=0"], "batch_size=0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(args, said, start):
+    assert said in start(*args).fail()
+
+
+def test_a_damaged_set_is_named(tmp_path):
+    path = make_judgements(tmp_path / "set")
+    np.save(path / "2afc/train/more/judge.npy", np.zeros(3, np.float32))
+    assert "more: 3 judgements, images (10, 3, 20, 20, 3): run" in error(Judgements, str(path), "2afc", "train")
+
+
+def test_every_epoch_sees_every_judgement_once(judgements):
+    train = Judgements(str(judgements), "2afc", "train", seed=3)
+    epochs = [[train[p]["images"].sum().item() for p in range(e * 24, e * 24 + 24)] for e in range(2)]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) and len(set(epochs[0])) == 24
+    assert (
+        list(train.parts) == ["more", "noise"]
+        and train.item(10)["judge"] == np.load(judgements / "2afc/train/noise/judge.npy")[0]
+    )
+    images = train[0]["images"]
+    assert images.shape == (3, 3, 20, 20) and images.dtype == torch.float32 and -1 <= images.min() < images.max() <= 1
+
+
+# -- does it learn? --
+
+
+def test_trained_heads_beat_the_bare_network_and_l2_on_photos_and_distortions_they_never_saw(assets, tmp_path):
+    photos = assets.parent / "kodak"
+    if not photos.is_dir():
+        pytest.skip(f"no photos at {photos}: set LDM_TEST_DATA")
+    bapps.make_standin(str(photos), f"{tmp_path}/published", 32, 80, 40, 0)
+    bapps.prepare(f"{tmp_path}/published", f"{tmp_path}/set", 32, "a stand-in")
+    args = (f"--dataset={tmp_path}/set", f"--trunk_weights={assets}/squeezenet1_1_features.pth", "--lr=1e-2")
+    run = Run(tmp_path, *args, "--batch_size=16", "--max_steps=100", "--eval_every=100", "--log_every=100").finish()
+    names = re.search(r"2afc category +judged +(.*)", run.stdout)[1].split()
+    means = dict(zip(names, map(float, re.search(r"mean +\d+ +(.*)", run.stdout)[1].split())))
+    print(json.dumps(means))
+    assert means["ours"] > means["uniform"] + 0.01 and means["ours"] > means["L2"] + 0.2
