@@ -127,10 +127,9 @@ def make_trunk(net):
             conv(width)
     else:
         conv(64, 3, 2, 0)
-        for narrow, wide in ((0, 0), (16, 64), (16, 64), (0, 0), (32, 128), (32, 128), (0, 0), *[(48, 192)] * 2):
-            layers.append(Fire(channels, narrow, wide) if wide else nn.MaxPool2d(3, 2, ceil_mode=True))
-            channels = 2 * wide or channels
-        layers += [Fire(384, 64, 256), Fire(512, 64, 256)]
+        for narrow in (0, 16, 16, 0, 32, 32, 0, 48, 48, 64, 64):
+            layers.append(Fire(channels, narrow, 4 * narrow) if narrow else nn.MaxPool2d(3, 2, ceil_mode=True))
+            channels = 8 * narrow or channels
     return nn.Sequential(*layers)
 
 
@@ -593,10 +592,8 @@ if __name__ == "__main__":
     side = min(judgements.size for judgements in (train or validation["2afc"], *validation.values()))
     if side < MIN_SIDE[net]:
         raise ValueError(f"{dataset} has patches of {side} pixels, {net} needs {MIN_SIDE[net]}: choose another net")
-    description = f"{dataset}/meta.json"
-    if os.path.exists(description):
-        with open(description) as f:
-            description = json.load(f)["what"]
+    with open(f"{dataset}/meta.json") as f:
+        what = json.load(f)["what"]
 
     # model
     param_dtype = torch.float64 if dtype == "float64" else torch.float32
@@ -621,9 +618,9 @@ if __name__ == "__main__":
         model.load_state_dict(without_prefix("model", tensors))
         load_optimizer(optimizer, model, "optim", tensors)
         step = meta["step"]
-        if (
-            meta["images_per_step"] != images_per_step and not eval_only
-        ):  # another number of processes, or another batch_size
+        if eval_only:
+            images_per_step = meta["images_per_step"]
+        if meta["images_per_step"] != images_per_step:  # another number of processes, or another batch_size
             grad_accum, rest = divmod(meta["images_per_step"], batch_size * world)
             if rest:
                 raise ValueError(
@@ -678,14 +675,14 @@ if __name__ == "__main__":
         print(f"command: {' '.join(sys.argv)}")
         print(f"git {git_revision}, python {platform.python_version()}, torch {torch.__version__}")
         print(f"{world} x {hardware}, {dtype}; settings not default: {config.changed}")
-        print(
-            f"{dataset}: {len(train or ())} training and {len(validation['2afc'])} validation judgements: {description}"
-        )
+        print(f"{len(train or ())} training and {len(validation['2afc'])} validation judgements in {dataset}: {what}")
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tflop:.4g} TFLOP per trained image")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
         print(f"resumed from {latest} at step {step}" if resumed else f"a new run in {out_dir}", flush=True)
     if eval_only:
         assess()
+        if world > 1:
+            dist.destroy_process_group()
         sys.exit(0)
     if master:
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):  # what came after the checkpoint is done again

@@ -140,6 +140,15 @@ def test_float64_and_grey_sizes(trunks):
         torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-6)
 
 
+def test_distances_stay_float32_in_autocast(trunks):
+    lpips = LPIPS("squeeze", trunks["squeeze"], "uniform")
+    x, y = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        distance = lpips(x, y)
+    assert distance.dtype == torch.float32
+    torch.testing.assert_close(distance, lpips(x, y), rtol=0.03, atol=0)
+
+
 def test_images_out_of_range_or_shape(trunks):
     lpips, x = LPIPS("squeeze", trunks["squeeze"], "uniform"), torch.rand(2, 3, 32, 32)
     assert "values up to +-255, images are in [-1,1]" in error(lpips, x, 255 * x / x.max())
@@ -324,7 +333,13 @@ def test_what_a_run_leaves(finished, trunks, start):
     assert [r["step"] for r in run.log if r["val_2afc"] is not None] == [3, 6]
     lr = [r["lr"] for r in run.log if r["lr"] is not None]
     assert lr == pytest.approx([1e-2, 1e-2, 1e-2, 1e-2, 2e-2 / 3, 1e-2 / 3])  # half-time is step 3
-    for text in ("24 training and 14 validation judgements: noise for tests", "parameters", "TFLOP", "jnd  category"):
+    for text in (
+        "24 training and 14 validation judgements in ",
+        ": noise for tests\n",
+        "parameters",
+        "TFLOP",
+        "jnd  category",
+    ):
         assert text in run.stdout, text
     tensors, meta = run.checkpoint
     assert meta["step"] == 6 and meta["images_seen"] == 24 and meta["config"]["max_steps"] == 6
