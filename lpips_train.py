@@ -173,7 +173,7 @@ def load_heads(net, path=None):
     channels, trunk, meta = list(TAPS[net].values()), {}, None
     if path == "uniform":
         return [torch.ones(c) for c in channels], trunk, meta
-    if path is None:
+    if not path:
         package = importlib.util.find_spec("lpips")
         if package is None:
             raise ImportError("the published heads come with the package lpips: pip install lpips, or set head_weights")
