@@ -36,8 +36,11 @@ def read_checkpoint(path, *prefixes):
                 raise ValueError(f"{file} is not a checkpoint of this repository")
             if str(zlib.crc32(text.encode())) != stored.get("crc32"):
                 raise ValueError(f"{file} is damaged: its settings do not match their checksum")
+            meta = json.loads(text)
+            if meta["format"] != 1:
+                raise ValueError(f"{file} has format {meta['format']}, this code reads 1: use the code that wrote it")
             wanted = tuple(f"{prefix}." for prefix in prefixes)
-            return {name: f.get_tensor(name) for name in f.keys() if name.startswith(wanted)}, json.loads(text)
+            return {name: f.get_tensor(name) for name in f.keys() if name.startswith(wanted)}, meta
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{file} is no checkpoint, or one cut short ({e})") from None
 

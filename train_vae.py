@@ -283,7 +283,7 @@ def count_tflop(vae, cfg):
 
     with torch.device("meta"):
         twin = VAE(**vae.settings)
-        x = torch.zeros(1, vae.settings["image_channels"], cfg["image_size"], cfg["image_size"])
+        x = torch.zeros(1, 3, cfg["image_size"], cfg["image_size"])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             twin.decode(twin.encode(x).mode())
     return 3 * counter.get_total_flops() / 1e12

@@ -6,6 +6,9 @@ the published KL-f8 (83,653,863 parameters); the other published shapes are sett
     kl-f4   ch_mult=(1,2,4)        z_channels=3
     kl-f16  ch_mult=(1,1,2,2,4)    z_channels=16  attn_resolutions=(16,)
     kl-f32  ch_mult=(1,1,2,2,4,4)  z_channels=64  attn_resolutions=(16,8)
+    vq-f4   ch_mult=(1,2,4)        z_channels=3   bottleneck="vq"  codebook_size=8192
+    vq-f8   ch_mult=(1,2,2,4)      z_channels=4   attn_resolutions=(32,)  bottleneck="vq"  codebook_size=16384
+    vq-f16  ch_mult=(1,1,2,2,4)    z_channels=8   attn_resolutions=(16,)  bottleneck="vq"  codebook_size=16384
 
     vae = VAE()
     posterior = vae.encode(images)            # mean, logvar: (B,4,H/8,W/8)
@@ -18,6 +21,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 
 class ResBlock(nn.Module):
@@ -138,14 +142,23 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
+def run(module, x, checkpointing):
+    """module(x), whose inner activations are computed again in the backward pass instead of kept, if asked."""
+    if checkpointing and torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+    return module(x)
+
+
 class Encoder(nn.Module):
-    """Images (B,3,H,W) -> moments (B,2 z_channels,H/f,W/f)."""
+    """Images (B,3,H,W) -> moments (B,2 z_channels,H/f,W/f); with VQ the latents themselves (B,z_channels,H/f,W/f)."""
+
+    checkpointing = False  # trades time for memory: see VAE.checkpointing
 
     def __init__(self, s):
         super().__init__()
         widths, gated = [s["ch"] * m for m in s["ch_mult"]], s["activation"] == "swiglu"
         self.patch_size = s["patch_size"]
-        self.conv_in = nn.Conv2d(s["image_channels"] * s["patch_size"] ** 2, s["ch"], 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * s["patch_size"] ** 2, s["ch"], 3, padding=1)
         self.down = nn.ModuleList()
         c = s["ch"]
         for i, width in enumerate(widths):
@@ -158,17 +171,19 @@ class Encoder(nn.Module):
             c = width
         self.mid = Middle(c, s["norm_groups"], gated, s["dropout"], s["mid_attention"])
         self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, 2 * s["z_channels"], 3, padding=1)
+        self.conv_out = nn.Conv2d(c, s["z_channels"] * (2 if s["bottleneck"] == "kl" else 1), 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         for level in self.down:
-            h = level(h)
+            h = run(level, h, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
     """Latents (B,z_channels,H/f,W/f) -> images (B,3,H,W). One residual block a level more than the encoder."""
+
+    checkpointing = False
 
     def __init__(self, s):
         super().__init__()
@@ -186,13 +201,17 @@ class Decoder(nn.Module):
             c = width
         self.up = nn.ModuleList(reversed(levels))  # up[0] is full resolution, as in the published weights
         self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, s["image_channels"] * s["patch_size"] ** 2, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, 3 * s["patch_size"] ** 2, 3, padding=1)
 
-    def forward(self, z):
+    def features(self, z):
+        """All but the last layer: what torch.compile gets, so that gradients at the last layer alone stay cheap."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = level(h)
-        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
+            h = run(level, h, self.checkpointing)
+        return F.silu(self.norm_out(h))
+
+    def forward(self, z):
+        x = F.pixel_shuffle(self.conv_out(self.features(z)), self.patch_size)
         return torch.tanh(x) if self.tanh_out else x
 
 
@@ -221,8 +240,75 @@ class Posterior:
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar)
 
 
+class Quantized:
+    """What a VQ encoder makes of images: latents before quantisation, the nearest codes, the loss between the two.
+
+    mean: (B,D,h,w) before quantisation, what the denoiser models; std: zeros.  indices: (B,h,w) into the codebook.
+    """
+
+    def __init__(self, z, quantizer):
+        self.mean, self.quantizer = z, quantizer
+
+    @property
+    def std(self):
+        return torch.zeros_like(self.mean)
+
+    def mode(self):
+        return self.mean
+
+    def sample(self, noise=None, generator=None):
+        return self.mean
+
+    def kl(self):
+        return torch.zeros_like(self.mean)
+
+    @property
+    def indices(self):
+        return self.quantizer.nearest(self.mean)
+
+
+class Quantizer(nn.Module):
+    """Vector quantisation (van den Oord et al. 2017, arXiv 1711.00937): every latent becomes its nearest code."""
+
+    def __init__(self, codebook_size, dim, beta, legacy):
+        super().__init__()
+        self.beta, self.legacy = beta, legacy
+        self.embedding = nn.Embedding(codebook_size, dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
+
+    @torch.no_grad()
+    def nearest(self, z):
+        """(B,D,h,w) -> (B,h,w), the index of the code at the least Euclidean distance, in float32 or more."""
+        with torch.autocast(z.device.type, enabled=False):
+            codes = self.embedding.weight
+            rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(codes.dtype)
+            # |z - e|^2 without |z|^2, which is the same for every code; in parts, as K x B h w can be large
+            parts = [(codes.square().sum(1) - 2 * part @ codes.T).argmin(1) for part in rows.split(16384)]
+        return torch.cat(parts).reshape(z.shape[0], *z.shape[2:])
+
+    def lookup(self, indices):
+        """(B,h,w) -> codes (B,D,h,w)."""
+        return self.embedding(indices).permute(0, 3, 1, 2).contiguous()
+
+    def forward(self, z):
+        """(B,D,h,w) -> codes with the gradient passed straight through to z, the loss, indices (B,h,w).
+
+        loss = mean |sg(z) - e|^2 + beta mean |z - sg(e)|^2; `legacy` has beta on the first term, as CompVis trained.
+        """
+        indices = self.nearest(z)
+        z, codes = z.to(self.embedding.weight.dtype), self.lookup(indices)
+        codebook, commitment = (codes - z.detach()).square().mean(), (z - codes.detach()).square().mean()
+        loss = self.beta * codebook + commitment if self.legacy else codebook + self.beta * commitment
+        return z + (codes - z).detach(), loss, indices
+
+    @torch.no_grad()
+    def restart(self, dead, candidates):
+        """Puts candidates (K,D) in the place of the codes marked in dead (K,) bool."""
+        self.embedding.weight.copy_(torch.where(dead[:, None], candidates, self.embedding.weight))
+
+
 class VAE(nn.Module):
-    """The KL autoencoder; `vae.settings` holds the arguments it was built with."""
+    """The autoencoder, with a KL or a VQ bottleneck; `vae.settings` holds the arguments it was built with."""
 
     def __init__(
         self,
@@ -234,6 +320,11 @@ class VAE(nn.Module):
         resolution=256,
         mid_attention=True,
         latent_proj=True,
+        bottleneck="kl",
+        codebook_size=8192,
+        embed_dim=0,
+        vq_beta=0.25,
+        vq_legacy=False,
         activation="silu",
         downsample="conv",
         upsample="nearest",
@@ -242,13 +333,14 @@ class VAE(nn.Module):
         norm_groups=32,
         dropout=0.0,
         tanh_out=False,
-        image_channels=3,
     ):
         """ch * ch_mult are the channels of each level; f = patch_size * 2^(levels - 1) is the down-sampling factor.
 
         attn_resolutions: sides, in pixels of a `resolution`-sized image (after the patch stem), whose levels have
             attention too; any size can be encoded whatever `resolution` says.
         latent_proj: the 1x1 convolutions quant_conv and post_quant_conv around the latents.
+        bottleneck: kl | vq, which quantises with codebook_size codes and vq_beta on the commitment (vq_legacy: on the
+            other term).  embed_dim: channels between those convolutions, the latents that count; 0 is z_channels.
         activation: silu | swiglu.  downsample: conv | avg | max.  upsample: nearest | bilinear | bicubic.
         linear_attention: linear-time attention after every resampler.
         patch_size: p > 1 folds p x p pixels into channels first (a stem that makes small models fast).
@@ -256,6 +348,7 @@ class VAE(nn.Module):
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.settings = settings
+        _check_choice("bottleneck", bottleneck, ("kl", "vq"))
         _check_choice("activation", activation, ("silu", "swiglu"))
         _check_choice("downsample", downsample, ("conv", "avg", "max"))
         _check_choice("upsample", upsample, ("nearest", "bilinear", "bicubic"))
@@ -263,31 +356,41 @@ class VAE(nn.Module):
             if width % norm_groups:
                 raise ValueError(f"{width} channels (ch * ch_mult) do not divide into norm_groups={norm_groups} groups")
         self.factor = patch_size * 2 ** (len(ch_mult) - 1)
-        self.z_channels = z_channels
+        self.latent_channels = c = embed_dim or z_channels
+        if c != z_channels and not latent_proj:
+            raise ValueError(f"embed_dim={c} other than z_channels={z_channels} needs latent_proj=True")
+        moments = 2 if bottleneck == "kl" else 1
         self.encoder = Encoder(settings)
         self.decoder = Decoder(settings)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if latent_proj else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if latent_proj else nn.Identity()
+        self.quant_conv = nn.Conv2d(moments * z_channels, moments * c, 1) if latent_proj else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(c, z_channels, 1) if latent_proj else nn.Identity()
+        self.quantize = Quantizer(codebook_size, c, vq_beta, vq_legacy) if bottleneck == "vq" else None
         # measured over the training set at the end of stage 1; NaN says that nobody has yet
-        self.register_buffer("latent_mean", torch.full((z_channels,), math.nan))
-        self.register_buffer("latent_std", torch.full((z_channels,), math.nan))
+        self.register_buffer("latent_mean", torch.full((c,), math.nan))
+        self.register_buffer("latent_std", torch.full((c,), math.nan))
 
     @property
     def has_latent_statistics(self):
         return bool(torch.isfinite(self.latent_mean).all() and torch.isfinite(self.latent_std).all())
 
     def encode(self, x):
-        """Images (B,3,H,W) in [-1,1], sides multiples of f -> Posterior over latents (B,C,H/f,W/f)."""
+        """Images (B,3,H,W) in [-1,1], sides multiples of f -> Posterior over latents (B,C,H/f,W/f); VQ: Quantized."""
         for side in x.shape[-2:]:
             if side % self.factor:
                 raise ValueError(
                     f"image side {side} is not a multiple of {self.factor}: "
                     f"resize or crop to {max(self.factor, side // self.factor * self.factor)}"
                 )
-        return Posterior(self.quant_conv(self.encoder(x)))
+        z = self.quant_conv(self.encoder(x))
+        return Posterior(z) if self.quantize is None else Quantized(z, self.quantize)
 
     def decode(self, z):
-        """Latents (B,C,h,w) as `encode` gives them (not normalised) -> images (B,3,f h,f w), about [-1,1]."""
+        """Latents (B,C,h,w) as `encode` gives them (not normalised) -> images (B,3,f h,f w), about [-1,1].
+
+        VQ: latents before quantisation, which this does.
+        """
+        if self.quantize is not None:
+            z = self.quantize.lookup(self.quantize.nearest(z)).to(z.dtype)
         return self.decoder(self.post_quant_conv(z))
 
     def normalize(self, z):

@@ -179,6 +179,15 @@ def test_altered_settings(runs, tmp_path):
             VAE.from_pretrained(file)
 
 
+def test_a_later_format(runs, tmp_path):
+    original, file = f"{runs['vae'].path}/latest.safetensors", str(tmp_path / "later.safetensors")
+    with safe_open(original, framework="pt") as f:
+        text = json.dumps(json.loads(f.metadata()["latent_diffusion"]) | {"format": 2})
+    save_file(load_file(original), file, metadata={"latent_diffusion": text, "crc32": str(zlib.crc32(text.encode()))})
+    with pytest.raises(ValueError, match="later.safetensors has format 2, this code reads 1"):
+        VAE.from_pretrained(file)
+
+
 def test_one_kind_where_another_is_wanted(runs):
     with pytest.raises(ValueError, match=r"is an autoencoder \(stage 1\): it holds no U-Net"):
         UNet.from_pretrained(runs["vae"].path)

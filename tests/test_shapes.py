@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from data.shapes import prepare as shapes
+from unet import SPLIT_PATTERN
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ["data/shapes/prepare.py"]
@@ -144,7 +145,7 @@ def encoding(made):
     tiktoken = pytest.importorskip("tiktoken")
     pairs = [line.split() for line in (made / "bpe.tiktoken").read_text().splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    return tiktoken.Encoding("shapes", pat_str=shapes.BPE_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding("shapes", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 def test_each_caption_word_is_one_token(encoding):
@@ -167,7 +168,7 @@ def test_training_splits_text_as_tiktoken_will():
     table = shapes.train_bpe([text] * 50, 512)
     ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in table.splitlines()}
     assert list(ranks.values()) == list(range(len(ranks))) and list(ranks)[:256] == [bytes([b]) for b in range(256)]
-    trained = tiktoken.Encoding("t", pat_str=shapes.BPE_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    trained = tiktoken.Encoding("t", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
     pieces = ["It", "'s", " ", " 42", " over", "-", "long", " words", ",", " isn", "'t", " it", "?", "  \n", " yes"]
     assert [trained.decode([token]) for token in trained.encode(text)] == pieces
 
@@ -225,7 +226,7 @@ def add_noise(image):
 
 
 DEGRADATIONS = {
-    "blur": by_pil(lambda image: image.filter(ImageFilter.GaussianBlur(2))),
+    "blur": by_pil(lambda image: image.filter(ImageFilter.GaussianBlur(1.8))),
     "noise": add_noise,
     "jpeg": by_pil(lambda image: as_jpeg(image, 20)),
     "down-up": by_pil(lambda image: image.resize((16, 16), Image.BOX).resize((64, 64), Image.BICUBIC)),
@@ -258,7 +259,7 @@ def test_judge_sees_nothing_where_nothing_is():
 
 def test_judge_rejects_what_is_not_one_clean_shape():
     y, x = np.mgrid[:64, :64] - 31.5
-    disc = np.hypot(x, y) < 18.5
+    disc = np.hypot(x, y) < 20
     assert shapes.read(blob(disc)) == dict(size="large", color="red", shape="circle", background="white")
     strange = {
         "two alike": (np.hypot(x - 16, y) < 11) | (np.hypot(x + 16, y) < 11),
@@ -277,7 +278,7 @@ def test_judge_rejects_what_is_not_one_clean_shape():
     second = blob(disc)
     second[np.hypot(x + 22, y + 22) < 9] = shapes.PALETTE["green"]
     assert shapes.read(second)["shape"] is None
-    middle = shapes.read(blob(np.hypot(x, y) < 64 * 0.222))  # between small and large
+    middle = shapes.read(blob(np.hypot(x, y) < 64 * 0.29))  # between small and large
     assert middle["shape"] == "circle" and middle["size"] is None
 
 
@@ -311,7 +312,7 @@ def percentages(text):
 def test_score_of_true_and_of_shuffled_pictures(pictures, tmp_path):
     images, captions = pictures[0][:64], pictures[1][:64]
     shape, color, background = sorted(shapes.held_out())[0]
-    mask = shapes.draw_mask(shape, 32, 32, 11, 64)[0][..., None]
+    mask = shapes.draw_mask(shape, 32, 32, 14, 64)[0][..., None]
     unseen = (mask * shapes.PALETTE[color] + (1 - mask) * shapes.PALETTE[background]).astype(np.uint8)
     images, captions = [*images, unseen], [*captions, shapes.caption("small", color, shape, background)]
     write_samples(tmp_path / "true", images, captions)

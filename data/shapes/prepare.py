@@ -34,11 +34,10 @@ score = ""  # a folder with samples.jsonl and its PNGs: score these instead of m
 PALETTE = dict(red=(215, 40, 40), green=(40, 190, 60), blue=(45, 70, 215), yellow=(240, 215, 45))
 PALETTE |= dict(cyan=(60, 205, 220), magenta=(210, 50, 210), black=(25, 25, 25), white=(240, 240, 240))
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring")
-RADII = dict(small=0.17, large=0.29)  # half the extent of a shape, in picture sides
+RADII = dict(small=0.23, large=0.37)  # half the extent of a shape, in picture sides
 RADIUS_JITTER, BRIGHTNESS_JITTER = 0.06, 0.05  # relative, uniform, both ways
 MARGIN = 2  # pixels between a shape and the border, which are background for certain
 N_PROMPTS = 256  # every fourth one is held out
-BPE_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 
 # -- captions ----------------------------------------------------------------------------------------------------------
 
@@ -98,13 +97,14 @@ def signed_distance(shape, x, y):
         h = 0.586
         y = y - 0.146 * h
         return np.minimum((x + abs(y)) / 2**0.5 - h, np.hypot(x - h / 2**0.5, y + h / 2**0.5) - h)
-    if shape == "star":  # a pentagram is what lies inside at least four of its five lines
-        first = second = np.full(np.broadcast_shapes(x.shape, y.shape), -np.inf, dtype=np.float32)
-        for k in range(5):
-            angle = 2 * math.pi * k / 5
-            d = x * math.sin(angle) - (y - 0.1) * math.cos(angle) - 1.05 * math.cos(0.4 * math.pi)
-            first, second = np.maximum(first, d), np.maximum(second, np.minimum(first, d))
-        return second
+    if shape == "star":  # five tips: turn each into the first, halve it, and what remains is one straight edge
+        y = y - 0.1
+        angle = np.arctan2(x, -y)
+        angle = abs((angle + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
+        tip, notch = 1.05, 0.53  # distances from the middle; 0.4 would be the pentagram, too thin for a small star
+        ex, ey = notch * math.cos(math.pi / 5) - tip, notch * math.sin(math.pi / 5)
+        rho = np.hypot(x, y)
+        return ((rho * np.cos(angle) - tip) * ey - rho * np.sin(angle) * ex) / math.hypot(ex, ey)
     raise ValueError(f"shape {shape!r} is none of {', '.join(SHAPES)}")
 
 
@@ -206,7 +206,7 @@ def read(image):
         return found
     found["shape"], radius = names[best]
     found["color"] = nearest_color(background + contrast)
-    found["size"] = next((name for name, r in RADII.items() if 0.8 < radius / r < 1.25), None)
+    found["size"] = next((name for name, r in RADII.items() if 0.82 < radius / r < 1.22), None)
     return found
 
 
@@ -267,8 +267,10 @@ def train_bpe(captions, vocab_size):
         raise ValueError(f"vocab_size={vocab_size} does not hold the 256 bytes: set it to 256 or more")
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+    from unet import SPLIT_PATTERN
+
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(BPE_PATTERN), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
