@@ -203,7 +203,7 @@ class LatentCache(torch.utils.data.Dataset):
         self.stream, self.images = stream, stream.dataset
         self.flips = 2 if stream.flip else 1
         side = self.images.image_size // vae.factor
-        self.shape = (self.flips, 2, vae.z_channels, side, side)
+        self.shape = (self.flips, 2, vae.latent_channels, side, side)
         key = seed_of(hash_weights(vae), self.images.fingerprint, self.images.image_size, self.flips)
         self.folder, self.shards = f"{folder}/latents-{key:016x}", {}
         self.count = -(-len(self.images) // SHARD)
@@ -512,7 +512,7 @@ if __name__ == "__main__":
         if image_size % vae.factor:
             raise ValueError(f"image_size={image_size} is not a multiple of the autoencoder's {vae.factor}")
         vae.to(device, param_dtype, memory_format=torch.channels_last)
-        latent_shape = (vae.z_channels, image_size // vae.factor, image_size // vae.factor)
+        latent_shape = (vae.latent_channels, image_size // vae.factor, image_size // vae.factor)
 
     # model
     torch.manual_seed(seed_of(seed, "init"))

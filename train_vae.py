@@ -135,7 +135,7 @@ def latent_statistics(vae, images, cfg, rank, world, device, autocast):
 
     The variance of a sample is the variance of the mean plus the mean of the variance: no noise is drawn.
     """
-    sums = torch.zeros(3, vae.z_channels, dtype=torch.float64, device=device)  # of 1, z, z^2
+    sums = torch.zeros(3, vae.latent_channels, dtype=torch.float64, device=device)  # of 1, z, z^2
     count = min(len(images), cfg["latent_images"])
     picks = [i * len(images) // count for i in range(count)]  # spread over the whole set
     for start in range(rank, count, world * cfg["batch_size"]):
@@ -467,7 +467,7 @@ if __name__ == "__main__":
     if world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers)
-    latent_shape = (z_channels, image_size // model.factor, image_size // model.factor)
+    latent_shape = (model.latent_channels, image_size // model.factor, image_size // model.factor)
 
     # SIGTERM and SIGINT ask for a stop; every rank learns of it with the loss terms and stops at the same step
     asked_to_stop = []

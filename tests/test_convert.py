@@ -114,7 +114,7 @@ def test_read_checkpoint_reads_only_what_is_asked_for(runs):
 
 
 def test_settings_may_be_repeated_but_not_contradicted(runs):
-    assert VAE.from_pretrained(runs["vae"].path, ch_mult=(1, 2), z_channels=3).z_channels == 3
+    assert VAE.from_pretrained(runs["vae"].path, ch_mult=(1, 2), z_channels=3).latent_channels == 3
     with pytest.raises(ValueError, match=r"tells its own settings \(z_channels: 3 in the file, 4 asked for\): leave"):
         VAE.from_pretrained(runs["vae"].path, ch=8, z_channels=4)
     with pytest.raises(
