@@ -467,6 +467,8 @@ def optimizer_tensors(optimizer, model, prefix):
 
 def load_optimizer(optimizer, model, prefix, tensors):
     for name, p in model.named_parameters():
+        if f"{prefix}.{name}.step" not in tensors:  # frozen, or no step taken yet
+            continue
         state = {key: tensors[f"{prefix}.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
         step = state.pop("step").to(p.device)
         optimizer.state[p] = {key: torch.empty_like(p).copy_(t) for key, t in state.items()} | {"step": step}

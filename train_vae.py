@@ -1,9 +1,11 @@
-"""Stage 1: trains the autoencoder on images.
+"""Stage 1: trains the autoencoder on images: L1 or L2 + LPIPS + KL or codebook + GAN.
 
     python data/shapes/prepare.py && python train_vae.py config/shapes_vae.py         # 2 CPU cores, minutes
     python train_vae.py --dataset=DIR                                                 # one GPU, KL-f8 at 256 px
     torchrun --nproc_per_node=8 train_vae.py --batch_size=12 --dataset=DIR            # eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_vae.py --dataset=DIR
+    python train_vae.py config/ft_mse.py --init_from=out/vae --dataset=DIR            # only the decoder, further
+    python train_vae.py --eval_only=True --ckpt=out/vae --dataset=DIR                 # scores and a picture
 
 DIR is a folder of images, of tar or parquet shards, or images.npy. The same command again resumes the run.
 """
@@ -23,14 +25,17 @@ import zlib
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from data.dataset import Dataset, Stream, loader, seed_of
-from vae import VAE, psnr, ssim
+from convert import read_checkpoint
+from data.dataset import Dataset, Stream, loader, seed_of, uniform
+from lpips_train import LPIPS, MIN_SIDE, make_trunk
+from vae import VAE, Attention, Discriminator, ResBlock, psnr, ssim, turn_and_scale
 
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy
@@ -47,6 +52,11 @@ attn_resolutions = ()  # sides whose levels have attention, in pixels of a resol
 resolution = 256  # the side attn_resolutions speaks of; does not limit what can be encoded
 mid_attention = True  # attention in the middle
 latent_proj = True  # 1x1 convolutions around the latents
+bottleneck = "kl"  # kl | vq
+codebook_size = 8192  # vq: how many codes
+embed_dim = 0  # channels of the latents between the 1x1 convolutions; 0 is z_channels
+vq_beta = 0.25  # vq: weight of the commitment term
+vq_legacy = False  # vq: vq_beta on the codebook term instead, as CompVis trained
 activation = "silu"  # silu | swiglu
 downsample = "conv"  # conv | avg | max
 upsample = "nearest"  # nearest | bilinear | bicubic
@@ -55,9 +65,31 @@ patch_size = 1  # p > 1 folds p x p pixels into channels first: fast small model
 norm_groups = 32  # groups of every GroupNorm
 dropout = 0.0  # in every residual block
 tanh_out = False  # tanh on the decoder's output
-# loss: means per pixel
+# loss: means per pixel, so that it does not depend on the resolution
 recon_loss = "l1"  # l1 | l2
+perceptual_weight = 1.0  # of LPIPS; 0 does without it
+lpips_net = "vgg"  # vgg | alex | squeeze
+lpips_trunk = ""  # torchvision's ImageNet weights of it, a .pth; "" fetches them once
+lpips_heads = ""  # our checkpoint or a published .pth; "" is the published v0.1 of the package lpips
 kl_weight = 1e-6  # of the KL summed over an image's latents, divided by its 3 H W values, as the means are
+codebook_weight = 1.0  # vq: of the codebook loss
+restart_every = 1000  # vq: steps after which codes that were unused in them become encoder outputs; 0 is never
+equivariance_prob = 0.0  # share of steps that turn and scale the latents and compare with images treated alike (EQ-VAE)
+# discriminator
+disc_weight = 0.5  # of the generator's GAN term, times the adaptive weight; 0 does without it
+disc_start = 50_001  # the first step (they count from 1) whose autoencoder sees the discriminator
+disc_warmup = 0  # steps before it in which the discriminator trains alone
+disc_ramp = 0  # steps from it on in which the GAN term's weight rises linearly
+disc_loss = "hinge"  # hinge | vanilla | least_squares
+adaptive_weight = True  # times |gradient of recon and LPIPS| / |gradient of GAN| at the decoder's last layer
+adaptive_min = 0.0  # least and ...
+adaptive_max = 0.0509  # ... greatest ratio; CompVis clamps at 1e4 for sums over an image: / 196,608 values at 256 px
+disc_layers = 3  # 3 judges patches of 70 x 70 pixels, 2 of 34 x 34
+disc_norm = "group"  # group | batch (as published; each process for itself) | none
+disc_spectral_norm = False  # spectral normalisation of its kernels
+disc_lr = 1e-4  # follows the curve of lr
+r1_weight = 0.0  # R1: half of it times the squared gradient of the summed real logits, a mean per pixel
+lecam_weight = 0.0  # LeCam: pulls the logits to the other side's running mean, for little data
 # optimizer
 batch_size = 12  # images per process and micro-step
 grad_accum = 2  # micro-steps per optimizer step
@@ -71,8 +103,11 @@ warmup_steps = 1000  # steps of linear warm-up
 beta1 = 0.5  # AdamW
 beta2 = 0.9  # AdamW
 weight_decay = 0.0  # AdamW, on matrices and kernels only
-grad_clip = 1.0  # largest gradient norm; 0 is no clipping
+grad_clip = 1.0  # largest gradient norm of the autoencoder; 0 is no clipping
 ema_decay = 0.9999  # of the averaged weights, warmed up as (1 + n) / (10 + n)
+# where it starts and what it trains
+init_from = ""  # start from the EMA weights of this checkpoint or out_dir; "" starts anew
+train = "all"  # all | decoder: encoder, codebook, latents and their statistics stay as they are
 # run
 out_dir = "out/vae"  # checkpoint, log and pictures
 seed = 0  # of weights, data order and noise
@@ -83,9 +118,14 @@ snapshot_every = 0  # steps between kept EMA snapshots ema_STEP.safetensors; 0 k
 log_every = 50  # steps between progress lines
 latent_images = 10_000  # training images over which the latent statistics are measured
 measure_latents = False  # only measure them again for the checkpoint in out_dir
+eval_only = False  # only evaluate ckpt on val_images images of dataset
+ckpt = ""  # eval_only: a checkpoint or out_dir; "" is out_dir
+eval_split = "all"  # eval_only: all | train | val | test images of dataset
+inception_weights = ""  # eval_only: torch-fidelity's Inception weights, a .pth, for rFID; "" does without it
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16 | float64
 compile = "auto"  # torch.compile: auto (on CUDA) | true | false
+checkpointing = False  # computes inner activations twice instead of keeping them: less memory, a third slower
 deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # send the log to Weights & Biases too
 
@@ -93,23 +133,164 @@ wandb = False  # send the log to Weights & Biases too
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}
 
 
-def train_step(models, batch, noise, cfg):
-    """One forward pass -> {name: scalar loss term}; "loss" is the one to differentiate.
+def widened(x):
+    """x in float32, or in float64 if it is: out of autocast's bfloat16."""
+    return x if x.dtype == torch.float64 else x.float()
 
-    batch["image"] (B,3,H,W) in [-1,1]; noise["posterior"] (B,C,h,w) picks the latent sample.
+
+def generator_loss(fake, kind):
+    """What the autoencoder wants of the logits of its reconstructions: that they look real."""
+    if kind == "hinge":
+        return -fake.mean()
+    return F.softplus(-fake).mean() if kind == "vanilla" else 0.5 * (fake - 1).square().mean()
+
+
+def discriminator_loss(real, fake, kind):
+    """Of the logits of images and of reconstructions; where it tells nothing apart: 1, log 2 and 1/4."""
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    if kind == "vanilla":
+        return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+    return 0.5 * ((real - 1).square().mean() + fake.square().mean())
+
+
+def train_step(models, batch, noise, cfg, gan_weight=None):
+    """One forward pass -> {name: scalar loss term}; the autoencoder has "loss" to differentiate, the other "disc_loss".
+
+    models: vae, and where they take part lpips and disc. batch["image"] (B,3,H,W) in [-1,1]; noise["posterior"]
+    (B,C,h,w) picks the latent sample, noise["transform"], if there, (turns, side) of turn_and_scale for the latents.
+    gan_weight: of the autoencoder's GAN term; None as long as it is not to see the discriminator.
+    The gradient of neither loss reaches the other's parameters. VQ: "indices" (B,h,w) and "latents" are there too.
     """
-    x = batch["image"]
-    reconstruction, posterior = models["vae"](x, noise["posterior"])
-    error = (reconstruction if reconstruction.dtype == torch.float64 else reconstruction.float()) - x
-    recon = error.abs().mean() if cfg["recon_loss"] == "l1" else error.square().mean()
-    kl = posterior.kl().sum() / x.numel()  # nats per value of the images
-    return {"loss": recon + cfg["kl_weight"] * kl, "recon": recon, "kl": kl}
+    x, transform = batch["image"], noise.get("transform", ())
+    reconstruction, posterior = models["vae"](x, noise["posterior"], *transform)
+    reconstruction = widened(reconstruction)
+    per_value = 1 / x.numel()
+    if transform:
+        x = turn_and_scale(x, transform[0], transform[1] and reconstruction.shape[-1])
+    error, terms = reconstruction - x, {}
+    terms["recon"] = error.abs().mean() if cfg["recon_loss"] == "l1" else error.square().mean()
+    terms["nll"] = terms["recon"]
+    if "lpips" in models:
+        terms["perceptual"] = models["lpips"](reconstruction, x, check=False).mean()
+        terms["nll"] = terms["recon"] + cfg["perceptual_weight"] * terms["perceptual"]
+    if getattr(posterior, "indices", None) is not None:
+        terms["codebook"] = posterior.loss
+        terms["loss"] = terms["nll"] + cfg["codebook_weight"] * terms["codebook"]
+        terms |= {"indices": posterior.indices, "latents": posterior.mean.detach()}
+    else:
+        terms["kl"] = posterior.kl().sum() * per_value  # nats per value of the images
+        terms["loss"] = terms["nll"] + cfg["kl_weight"] * terms["kl"]
+    if "disc" in models:
+        disc, kind = models["disc"], cfg["disc_loss"]
+        if gan_weight is not None:
+            disc.requires_grad_(False)  # here only the reconstruction learns
+            terms["gan"] = generator_loss(widened(disc(reconstruction)), kind)
+            disc.requires_grad_(True)
+            terms["gan_weight"] = torch.as_tensor(gan_weight, device=x.device, dtype=x.dtype)
+            terms["loss"] = terms["loss"] + gan_weight * terms["gan"]
+        x = x.detach().requires_grad_(cfg["r1_weight"] > 0)
+        real, fake = widened(disc(x)), widened(disc(reconstruction.detach()))  # apart, that no BatchNorm mixes them
+        terms["disc_loss"] = discriminator_loss(real, fake, kind)
+        if cfg["r1_weight"] > 0:  # Mescheder et al. 2018, arXiv 1801.04406
+            (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
+            terms["disc_loss"] = terms["disc_loss"] + 0.5 * cfg["r1_weight"] * slope.square().mean()
+        if cfg["lecam_weight"] > 0:  # Tseng et al. 2021, arXiv 2104.03310, equation 3
+            usual_real, usual_fake = disc.usual_logits
+            apart = (real - usual_fake).square().mean() + (fake - usual_real).square().mean()
+            terms["disc_loss"] = terms["disc_loss"] + cfg["lecam_weight"] * apart
+        terms |= {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+    return terms
+
+
+def gan_share(nth, cfg):
+    """The ramp's factor of the GAN term in step nth = 1, 2, ...; None before the autoencoder sees the discriminator."""
+    done = nth - cfg["disc_start"] + 1
+    return None if done < 1 else min(1.0, done / (cfg["disc_ramp"] + 1))
+
+
+def adaptive_ratio(gradients, cfg):
+    """Clamped |gradient of nll| / |gradient of GAN| from both at the last layer (2, ...) (Esser et al. 2021, eq. 7)."""
+    nll, gan = gradients.flatten(1).norm(dim=1)
+    return (nll / (gan + 1e-4)).clamp(cfg["adaptive_min"], cfg["adaptive_max"])
+
+
+def latent_transform(step, cfg, factor):
+    """(turns, side) that optimizer step `step`'s latents go through, () for most (EQ-VAE, arXiv 2502.09509)."""
+    if uniform(cfg["seed"], "equivariance", step) >= cfg["equivariance_prob"]:
+        return ()
+    whole = cfg["image_size"] // factor
+    sides = [0] + [side for side in (whole // 4, whole // 2, 3 * whole // 4) if side * factor >= least_side(cfg)]
+    kinds = [(turns, side) for turns in range(4) for side in sides][1:]  # the first would change nothing
+    return kinds[int(uniform(cfg["seed"], "which equivariance", step) * len(kinds))]
+
+
+def least_side(cfg):
+    """Of images, in pixels, that all parts of the loss can look at."""
+    perceptual = MIN_SIDE[cfg["lpips_net"]] if cfg["perceptual_weight"] else 1
+    return max(perceptual, 3 * 2 ** cfg["disc_layers"] if cfg["disc_weight"] else 1)
+
+
+def restart_positions(step, count, codes, cfg):
+    """Which of a global batch's `count` latent vectors stand by for each of the codes: (codes,)."""
+    generator = torch.Generator().manual_seed(seed_of(cfg["seed"], "restart", step))
+    return torch.randint(count, (codes,), generator=generator)
 
 
 @torch.no_grad()
-def evaluate(vae, stream, cfg, rank, world, device, autocast):
-    """Means over the validation images, and (originals, reconstructions) of this rank's first eight."""
-    sums, pictures = torch.zeros(6, dtype=torch.float64, device=device), None
+def restart_codes(model, ema, optimizer, dead, candidates):
+    """Puts candidates (K,D) in the place of the codes marked in dead (K,) bool, which the optimizer then forgets."""
+    codes = model.quantize.embedding.weight
+    for weight in (codes, ema.quantize.embedding.weight):
+        weight.copy_(torch.where(dead[:, None], candidates.to(weight.dtype), weight))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[codes][moment].masked_fill_(dead[:, None], 0.0)
+
+
+def code_use(counts):
+    """(share of the codes used, perplexity: as many codes as would carry as much if used alike) of counts (K,)."""
+    p = counts / counts.sum()
+    return (counts > 0).to(counts.dtype).mean(), torch.special.entr(p).sum().exp()
+
+
+def average_gradients(module, world):
+    """Over all ranks, in one message; for what DDP does not wrap, as the discriminator runs several times a step."""
+    gradients = [p.grad for p in module.parameters()]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, part in zip(gradients, (flat / world).split([g.numel() for g in gradients])):
+        g.copy_(part.view_as(g))
+
+
+def verdict(loss, real, fake, kind):
+    """What is wrong with a discriminator whose averages over many steps are these, in words; "" if nothing is."""
+    blind, numbers = {"hinge": 1.0, "vanilla": math.log(2), "least_squares": 0.25}[kind], f"its loss is {loss:.3f}"
+    numbers += f", its logits are {real:.3f} for images and {fake:.3f} for reconstructions"
+    if abs(loss - blind) < 0.03 * blind and abs(real - fake) < 0.03:
+        return f"the discriminator tells nothing apart ({numbers}): raise disc_lr, or give it disc_warmup steps alone"
+    if loss < 0.03 * blind:
+        return f"the discriminator has won ({numbers}): lower disc_lr or disc_weight, or set r1_weight or lecam_weight"
+    return ""
+
+
+@torch.no_grad()
+def evaluate(vae, stream, cfg, rank, world, device, autocast, lpips=None, inception=None):
+    """Means over the validation images, and (originals, reconstructions) of this rank's first eight.
+
+    Beside them lists by channel: KL, and mean, deviation and farthest value of the latents; the largest activation of
+    any block; for VQ how much of the codebook is used. With inception the rFID.
+    """
+    C, pictures = vae.latent_channels, None
+    sums = torch.zeros(7 + 3 * C, dtype=torch.float64, device=device)
+    largest = torch.zeros(1, dtype=torch.float64, device=device)
+    reach = torch.full((2, C), -math.inf, dtype=torch.float64, device=device)  # of latents and of their negatives
+    codes = torch.zeros(len(vae.quantize.embedding.weight) if vae.quantize else 0, dtype=torch.float64, device=device)
+    seen = torch.zeros(2, 2049, 2048 if inception else 0, dtype=torch.float64, device=device)  # sums of f f^T, and of f
+
+    def watch(module, inputs, output):
+        torch.maximum(largest, output.abs().amax().double(), out=largest)
+
+    hooks = [m.register_forward_hook(watch) for m in vae.modules() if isinstance(m, (ResBlock, Attention))]
     count = min(len(stream.dataset), cfg["val_images"])
     for start in range(rank, count, world * cfg["batch_size"]):
         rows = [stream[i] for i in range(start, min(start + world * cfg["batch_size"], count), world)]
@@ -120,13 +301,66 @@ def evaluate(vae, stream, cfg, rank, world, device, autocast):
         l1 = (reconstruction - x).abs().mean(dim=(1, 2, 3))
         terms = [l1, psnr(reconstruction, x), ssim(reconstruction, x)]
         terms += [posterior.kl().sum(dim=(1, 2, 3)) / x[0].numel(), posterior.std.mean(dim=(1, 2, 3))]
-        sums += torch.stack([term.sum().double() for term in terms] + [torch.tensor(float(len(rows)), device=device)])
+        with autocast():
+            pair = (a.clamp(-1, 1).to(vae.latent_mean.dtype) for a in (reconstruction, x))
+            terms += [lpips(*pair) if lpips else 0 * l1]
+        mean, std = posterior.mean.double(), posterior.std.double()
+        channels = [posterior.kl().sum(dim=(2, 3)), mean.mean(dim=(2, 3)), (mean**2 + std**2).mean(dim=(2, 3))]
+        singles = torch.stack([term.double() for term in (*terms, torch.ones_like(l1))], dim=1)
+        sums += torch.cat([singles, *(value.double() for value in channels)], dim=1).sum(dim=0)
+        reach = torch.maximum(reach, torch.stack([mean, -mean]).amax(dim=(1, 3, 4)))
+        if vae.quantize:
+            codes += torch.bincount(vae.quantize.nearest(posterior.mean).flatten(), minlength=len(codes))
+        if inception:
+            for k, images in enumerate((x, reconstruction)):
+                f = inception(((images.clamp(-1, 1) + 1) * 127.5).round().byte())[0].double()
+                seen[k, :-1] += f.T @ f
+                seen[k, -1] += f.sum(dim=0)
         if pictures is None:
             pictures = (x[:8].cpu(), reconstruction[:8].cpu())
+    for hook in hooks:
+        hook.remove()
     if world > 1:
-        dist.all_reduce(sums)
-    means = (sums[:-1] / sums[-1]).tolist()
-    return dict(zip(("val_l1", "val_psnr", "val_ssim", "val_kl", "val_posterior_std"), means)), pictures
+        for t, how in ((sums, "SUM"), (codes, "SUM"), (seen, "SUM"), (largest, "MAX"), (reach, "MAX")):
+            dist.all_reduce(t, getattr(dist.ReduceOp, how))
+    n = sums[6]
+    kl, mean, square = (sums[7:] / n).view(3, C)
+    names = ("val_l1", "val_psnr", "val_ssim", "val_kl", "val_posterior_std", "val_lpips")
+    scores = dict(zip(names, (sums[:6] / n).tolist()))
+    if not lpips:
+        del scores["val_lpips"]
+    if vae.quantize:
+        scores |= dict(zip(("val_codes_used", "val_perplexity"), (value.item() for value in code_use(codes))))
+    if inception:
+        scores["val_rfid"] = frechet_distance(seen, n)
+    scores["val_largest_activation"] = largest.item()
+    std = (square - mean**2).sqrt()
+    far = torch.maximum(reach[0] - mean, reach[1] + mean) / std
+    lists = {"val_kl_per_channel": kl, "val_latent_mean": mean, "val_latent_std": std, "val_latent_farthest": far}
+    return scores | {name: [round(v, 5) for v in t.tolist()] for name, t in lists.items()}, pictures
+
+
+def load_inception(path):
+    """torch-fidelity's Inception (uint8 (B,3,H,W) -> features (B,2048) in a tuple), the one that FID is told in."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise ImportError(
+            "inception_weights needs torch-fidelity: pip install torch-fidelity, or leave it out"
+        ) from None
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"inception_weights={path} is not there: give torch-fidelity's .pth file")
+    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+
+
+def frechet_distance(seen, n):
+    """FID of two sets of n feature vectors, of which seen (2,D+1,D) has the sums of f f^T and, last, of f."""
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+    mean = seen[:, -1] / n
+    cov = (seen[:, :-1] - n * mean[:, :, None] * mean[:, None]) / (n - 1)
+    parts = [{"mu": m.cpu().numpy(), "sigma": c.cpu().numpy()} for m, c in zip(mean, cov)]
+    return float(fid_statistics_to_metric(*parts, False)["frechet_inception_distance"])
 
 
 @torch.no_grad()
@@ -219,6 +453,8 @@ def optimizer_tensors(optimizer, model, prefix):
 
 def load_optimizer(optimizer, model, prefix, tensors):
     for name, p in model.named_parameters():
+        if f"{prefix}.{name}.step" not in tensors:  # frozen, or no step taken yet
+            continue
         state = {key: tensors[f"{prefix}.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
         step = state.pop("step").to(p.device)
         optimizer.state[p] = {key: torch.empty_like(p).copy_(t) for key, t in state.items()} | {"step": step}
@@ -263,14 +499,20 @@ def plot_log(out_dir):
 
     with open(f"{out_dir}/log.jsonl") as f:
         records = [r for r in map(json.loads, f) if "step" in r]
-    names = ("loss", "recon", "kl", "grad_norm", "val_psnr", "val_ssim")
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7))
+    names = ("loss", "recon", "perceptual", "kl", "codebook", "codes_used", "gan", "disc_loss", "logits", "gan_weight")
+    names += ("grad_norm", "disc_grad_norm", "val_psnr", "val_ssim", "val_lpips", "val_largest_activation")
+    parts = {"logits": ("logits_real", "logits_fake")}
+    names = [n for n in names if any(r.get(part) for r in records for part in parts.get(n, (n,)))]
+    figure, axes = plt.subplots(math.ceil(len(names) / 4), 4, figsize=(17, 3.5 * math.ceil(len(names) / 4)))
     for name, axis in zip(names, axes.flat):
-        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-        axis.plot(*zip(*points), marker="." if len(points) < 30 else None) if points else None
+        for part in parts.get(name, (name,)):
+            points = [(r["step"], r[part]) for r in records if r.get(part) is not None]
+            axis.plot(*zip(*points), marker="." if len(points) < 30 else None, label=part)
         axis.set_title(name)
         axis.set_xlabel("step")
-        if points and name in ("loss", "recon", "grad_norm"):
+        if name in parts:
+            axis.legend()
+        if name in ("loss", "recon", "perceptual", "grad_norm", "disc_grad_norm"):
             axis.set_yscale("log")
     figure.tight_layout()
     figure.savefig(f"{out_dir}/loss.png", dpi=80)
@@ -278,20 +520,36 @@ def plot_log(out_dir):
 
 
 def count_tflop(vae, cfg):
-    """TFLOP of training on one image: forward and twice that for backward, counted operator by operator."""
+    """TFLOP of training on one image, counted operator by operator; the backward pass of all weights is two forward."""
     from torch.utils.flop_counter import FlopCounterMode
+
+    def count(module, x):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            y = module(x)
+        return y, counter.get_total_flops()
 
     with torch.device("meta"):
         twin = VAE(**vae.settings)
         x = torch.zeros(1, 3, cfg["image_size"], cfg["image_size"])
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            twin.decode(twin.encode(x).mode())
-    return 3 * counter.get_total_flops() / 1e12
+        z, encoder = count(lambda x: twin.encode(x).mode(), x)
+        total = (3 if cfg["train"] == "all" else 1) * encoder + 3 * count(
+            lambda z: twin.decoder(twin.post_quant_conv(z)), z
+        )[1]
+        if cfg["perceptual_weight"]:
+            total += 3 * count(make_trunk(cfg["lpips_net"]), x)[1]  # image, reconstruction, back to the latter
+        if cfg["disc_weight"]:
+            total += 8 * count(Discriminator(cfg["disc_layers"]), x)[1]  # likewise 2, and 3 for each of the two
+    return total / 1e12
 
 
 def check_settings(cfg):
     for name, choices in (
         ("recon_loss", ("l1", "l2")),
+        ("lpips_net", tuple(MIN_SIDE)),
+        ("disc_loss", ("hinge", "vanilla", "least_squares")),
+        ("disc_norm", ("group", "batch", "none")),
+        ("train", ("all", "decoder")),
+        ("eval_split", ("all", "train", "val", "test")),
         ("crop", ("random", "center")),
         ("lr_schedule", ("constant", "cosine", "onecycle", "multistep")),
         ("device", ("auto", "cpu", "cuda")),
@@ -301,9 +559,20 @@ def check_settings(cfg):
         if cfg[name] not in choices:
             raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
     counts = ("batch_size", "grad_accum", "max_steps", "eval_every", "save_every", "log_every", "val_images")
-    for name in (*counts, "latent_images"):
+    for name in (*counts, "latent_images", "disc_layers", "codebook_size"):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
+    weights = ("perceptual_weight", "codebook_weight", "disc_weight", "r1_weight", "lecam_weight", "adaptive_min")
+    for name in (*weights, "disc_warmup", "disc_ramp", "restart_every", "equivariance_prob"):
+        if cfg[name] < 0:
+            raise ValueError(f"{name}={cfg[name]} must not be negative: 0 does without it")
+    if cfg["adaptive_min"] > cfg["adaptive_max"]:
+        raise ValueError(f"adaptive_min={cfg['adaptive_min']} is above adaptive_max={cfg['adaptive_max']}: swap them")
+    if cfg["equivariance_prob"] > 1:
+        raise ValueError(f"equivariance_prob={cfg['equivariance_prob']} is a share: set it between 0 and 1")
+    if cfg["image_size"] < least_side(cfg):
+        remedy = f"LPIPS ({cfg['lpips_net']}) and the discriminator need: lower disc_layers, or set a weight to 0"
+        raise ValueError(f"image_size={cfg['image_size']} is less than the {least_side(cfg)} that {remedy}")
 
 
 def one_line_error(kind, error, trace):
@@ -346,6 +615,38 @@ if __name__ == "__main__":
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
+    # the metric of the perceptual loss
+    param_dtype = torch.float64 if dtype == "float64" else torch.float32
+    lpips = None
+    if (perceptual_weight or lpips_trunk) and not measure_latents:
+        try:
+            lpips = LPIPS(lpips_net, lpips_trunk, lpips_heads)
+            lpips.to(device, param_dtype, memory_format=torch.channels_last)
+        except (ValueError, OSError, ImportError) as e:  # in the words of this script's settings
+            words = str(e).replace("trunk_weights", "lpips_trunk").replace("head_weights", "lpips_heads")
+            if not eval_only or lpips_trunk:
+                raise type(e)(f"{words}, or do without LPIPS: perceptual_weight=0") from None
+            print(f"no LPIPS: {words}")
+
+    if eval_only:
+        source = ckpt or out_dir
+        vae = VAE.from_pretrained(source).to(device, param_dtype, memory_format=torch.channels_last)
+        inception = load_inception(inception_weights).to(device) if inception_weights else None
+        stream = Stream(Dataset(dataset, eval_split, image_size), seed, train=False)
+        scores, pictures = evaluate(vae, stream, config, rank, world, device, autocast, lpips, inception)
+        if master:
+            path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"
+            error_map = (pictures[1] - pictures[0]).abs().mean(dim=1, keepdim=True).expand_as(pictures[0])
+            save_grid(path, (*pictures, 4 * error_map - 1))  # white from an error of 64 grey levels on
+            print(f"{source} on {min(len(stream.dataset), val_images)} images of {dataset} at {image_size} px:")
+            for name, value in scores.items():
+                value = value if isinstance(value, list) else f"{value:.4f}"
+                print(f"  {name.removeprefix('val_'):20} {value}")
+            print(f"originals, reconstructions and error map: {path}")
+        if world > 1:
+            dist.destroy_process_group()
+        sys.exit(0)
+
     # data
     images = Dataset(dataset, "train", image_size)
     stream = Stream(images, seed, crop=crop, flip=flip)
@@ -356,36 +657,69 @@ if __name__ == "__main__":
     validation_stream = Stream(validation, seed, train=False)
 
     # model
-    param_dtype = torch.float64 if dtype == "float64" else torch.float32
     torch.manual_seed(seed_of(seed, "init"))
     model = VAE(**{name: config[name] for name in inspect.signature(VAE).parameters if name in config})
     if image_size % model.factor:
         raise ValueError(
             f"image_size={image_size} is not a multiple of {model.factor}, which this autoencoder divides by"
         )
-    model.to(device, param_dtype, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-
-    # optimizer: no weight decay on biases and norms
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
-
-    # resume
     latest, step, images_per_step = f"{out_dir}/latest.safetensors", 0, batch_size * grad_accum * world
     os.makedirs(out_dir, exist_ok=True)
     resumed = os.path.exists(latest)
+    if init_from and not resumed:
+        source = VAE.from_pretrained(init_from)
+        free = ["tanh_out", "dropout", "vq_beta", "vq_legacy"]
+        if source.state_dict().keys() == model.state_dict().keys():  # attention at the same levels all the same
+            free.append("resolution")
+        given = json.loads(json.dumps(source.settings | {name: model.settings[name] for name in free}))
+        check_same_model(init_from, given, model.settings)
+        model.load_state_dict(source.state_dict())
+        del source
+    elif train == "decoder" and not resumed:
+        raise ValueError("train=decoder goes on from a trained autoencoder: set init_from to its checkpoint")
+    model.to(device, param_dtype, memory_format=torch.channels_last)
+    model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
+    model.requires_grad_(train == "all")
+    for part in (model.decoder, model.post_quant_conv):
+        part.requires_grad_(True)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    disc = None
+    if disc_weight:
+        torch.manual_seed(seed_of(seed, "disc init"))
+        disc = Discriminator(disc_layers, disc_norm, disc_spectral_norm)
+        disc.to(device, param_dtype, memory_format=torch.channels_last)
+        if disc_start > max_steps and master:
+            remedy = "no step of this run has a GAN loss; set disc_start, or disc_weight=0"
+            print(f"warning: disc_start={disc_start} is beyond max_steps={max_steps}: {remedy}")
+
+    # optimizers: no weight decay on biases and norms
+    decayed = [p for p in trained if p.ndim >= 2]
+    others = [p for p in trained if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
+    if disc:
+        disc_optimizer = torch.optim.AdamW(disc.parameters(), betas=(beta1, beta2), weight_decay=0.0, fused=True)
+
+    # what a step leaves to the next ones: the adaptive weight, and how often each code was used since the last restart
+    state = {"adaptive": torch.zeros((), device=device, dtype=param_dtype)}
+    state["code_counts"] = torch.zeros(codebook_size if model.quantize else 0, device=device, dtype=param_dtype)
+
+    # resume
     if resumed:
         tensors, meta = load_checkpoint(latest, "vae")
         check_same_model(latest, meta["model"], model.settings)
+        if meta["config"].get("train", "all") != train:
+            raise ValueError(f"{latest} is of a run with train={meta['config']['train']}: use that, or another out_dir")
         model.load_state_dict(without_prefix("model", tensors))
         ema.load_state_dict(without_prefix("ema", tensors))
         load_optimizer(optimizer, model, "optim", tensors)
         step = meta["step"]
-        if step < max_steps and not measure_latents:  # statistics of an earlier end do not hold for what follows
+        for name, t in without_prefix("state", tensors).items():
+            state[name].copy_(t)
+        if step < max_steps and train == "all" and not measure_latents:
             for statistics in (model.latent_mean, model.latent_std, ema.latent_mean, ema.latent_std):
-                statistics.fill_(math.nan)
+                statistics.fill_(math.nan)  # those of an earlier end do not hold for what follows
         if meta["images_per_step"] != images_per_step:  # another number of processes, or another batch_size
             grad_accum, rest = divmod(meta["images_per_step"], batch_size * world)
             if rest:
@@ -394,18 +728,37 @@ if __name__ == "__main__":
                     f"batch_size={batch_size} on {world} processes cannot make up: change batch_size"
                 )
             images_per_step = meta["images_per_step"]
-        del tensors
     elif measure_latents:
         raise ValueError(f"--measure_latents needs a checkpoint, and {latest} is not there: set out_dir")
+    else:
+        tensors, meta = {}, {}
+        if init_from and disc:
+            try:
+                tensors, meta = read_checkpoint(init_from, "disc")
+            except ValueError:  # other people's weights, which come without
+                pass
+        if train == "all":
+            for statistics in (model.latent_mean, model.latent_std, ema.latent_mean, ema.latent_std):
+                statistics.fill_(math.nan)
+    if disc and meta.get("disc"):
+        check_same_model(latest if resumed else init_from, meta["disc"], disc.settings)
+        disc.load_state_dict(without_prefix("disc", tensors))
+        if resumed:
+            load_optimizer(disc_optimizer, disc, "disc_optim", tensors)
+    elif disc and master and (resumed or init_from):
+        print("the discriminator is a new one: the checkpoint has none")
+    del tensors
 
-    def checkpoint():
+    def checkpoint(path=latest):
         """Rank 0 writes all that a resumed run, stage 2 and a reader need."""
         if not master:
             return
         tensors = with_prefix("model", model.state_dict()) | with_prefix("ema", ema.state_dict())
-        tensors |= optimizer_tensors(optimizer, model, "optim")
+        tensors |= optimizer_tensors(optimizer, model, "optim") | with_prefix("state", state)
+        if disc:
+            tensors |= with_prefix("disc", disc.state_dict()) | optimizer_tensors(disc_optimizer, disc, "disc_optim")
         now = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
-        save_checkpoint(latest, tensors, about | now)
+        save_checkpoint(path, tensors, about | now)
 
     def measure():
         mean, std = latent_statistics(ema, images, config, rank, world, device, autocast)
@@ -420,6 +773,7 @@ if __name__ == "__main__":
     git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=here)
     git_revision = git.stdout.strip() or "unknown"  # no git, no repository
     about = {"format": 1, "stage": "vae", "model": model.settings, "config": config, "git": git_revision}
+    about["disc"] = disc.settings if disc else None
     tflop = count_tflop(model, config)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in hardware), 0)
@@ -429,8 +783,13 @@ if __name__ == "__main__":
         print(f"{world} x {hardware}, {dtype}; settings not default: {config.changed}")
         print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {dataset}")
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tflop:.4g} TFLOP per trained image")
+        if disc:
+            size = sum(p.numel() for p in disc.parameters())
+            print(f"discriminator: {size:,} parameters, trains from step {max(1, disc_start - disc_warmup)}, ", end="")
+            print(f"the autoencoder sees it from step {disc_start}")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
-        print(f"resumed from {latest} at step {step}" if resumed else f"a new run in {out_dir}", flush=True)
+        start = f"a new run in {out_dir}" + (f", from the weights of {init_from}" if init_from else "")
+        print(f"resumed from {latest} at step {step}" if resumed else start, flush=True)
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):  # what came after the checkpoint is done again
             with open(f"{out_dir}/log.jsonl") as f:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -448,9 +807,17 @@ if __name__ == "__main__":
         checkpoint()
         sys.exit(0)
 
-    terms_logged = ("loss", "recon", "kl", "grad_norm")
-    fields = ("step", "images_seen", *terms_logged, "lr", "images_per_s", "mfu", "memory_gb")
-    fields += ("val_l1", "val_psnr", "val_ssim", "val_kl", "val_posterior_std")
+    gan_terms = ("gan", "disc_loss", "logits_real", "logits_fake", "gan_weight")
+    code_terms, norms = ("codes_used", "perplexity"), ("disc_grad_norm", "grad_norm")
+    fields = ("step", "images_seen", "loss", "recon", "perceptual", "kl", "codebook", *gan_terms, *code_terms, *norms)
+    fields += ("lr", "images_per_s", "mfu", "memory_gb")
+    terms = ("loss", "recon") + ("perceptual",) * bool(perceptual_weight)  # what train_step gives, and is summed up
+    terms += ("codebook",) if model.quantize else ("kl",)
+    terms += gan_terms if disc else ()
+    terms_logged = terms + code_terms * bool(model.quantize) + norms[disc is None :]
+    fields += ("val_l1", "val_psnr", "val_ssim", "val_lpips", "val_kl", "val_kl_per_channel", "val_codes_used")
+    fields += ("val_perplexity", "val_latent_mean", "val_latent_std", "val_latent_farthest")
+    fields += ("val_largest_activation", "val_posterior_std")
 
     def log(**record):
         """One line of log.jsonl, the same fields each time."""
@@ -462,10 +829,11 @@ if __name__ == "__main__":
             if wandb:
                 wandb_client.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
 
-    # compile, DDP
-    net = torch.compile(model) if use_compile else model
-    if world > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    # compile, DDP: all but the last layer, so that the adaptive weight's gradients do not run the compiled part again
+    if use_compile:
+        model.encoder.compile()
+        model.decoder.features = torch.compile(model.decoder.features)
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers)
     latent_shape = (model.latent_channels, image_size // model.factor, image_size // model.factor)
 
@@ -506,30 +874,54 @@ if __name__ == "__main__":
                 print(f"{text}, {datetime.timedelta(seconds=int(left))} left", flush=True)
         return bool(stop)
 
+    usual = {"count": 0, "values": 0.0, "said": ""}
+
+    def watch(pending):
+        """Warns when the discriminator's running averages begin to look as if it had collapsed, or won."""
+        at = terms_logged.index("disc_loss")
+        values = pending[1][at : at + 3].double()
+        usual["count"] += 1
+        usual["values"] = usual["values"] + (values - usual["values"]) * max(0.002, 1 / usual["count"])
+        said = verdict(*usual["values"].tolist(), disc_loss) if usual["count"] >= 500 else ""
+        if said and usual["said"] != said.split("(")[0] and master:
+            print(f"warning at step {pending[0]}: {said}", flush=True)
+        usual["said"] = said.split("(")[0]
+
     model.train()
+    if train == "decoder":
+        model.encoder.eval()  # no dropout in what stays as it is
+    last_layer = model.decoder.conv_out.weight
     pending, stop, bad_items, start_step, started = None, False, 0, step, time.time()
     while True:
         # learning rate
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
+        share = gan_share(step + 1, config) if disc else None
+        disc_trains = disc is not None and step + 1 >= disc_start - disc_warmup
+        if disc_trains:
+            disc_optimizer.param_groups[0]["lr"] = disc_lr * learning_rate(step, config) / lr
+        before_gan = disc is not None and step == disc_start - 1 and step > 0
 
         # evaluate, save, stop
         finished = step >= max_steps
-        if pending and (finished or stop or step % eval_every == 0 or step % save_every == 0):
+        if pending and (finished or stop or before_gan or step % eval_every == 0 or step % save_every == 0):
             stop, pending = settle(pending) or stop, None
         if (step % eval_every == 0 and step > start_step) or finished:
-            scores, pictures = evaluate(ema, validation_stream, config, rank, world, device, autocast)
+            scores, pictures = evaluate(ema, validation_stream, config, rank, world, device, autocast, lpips)
             log(**scores)
             if master:
-                text = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in scores.items())
+                single = {name: value for name, value in scores.items() if not isinstance(value, list)}
+                text = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in single.items())
                 print(f"evaluation: {text}", flush=True)
                 save_grid(f"{out_dir}/recon_{step:08d}.png", pictures)
                 plot_log(out_dir)
             clock.update(time=time.time(), step=step)  # evaluation does not count as training
-        if finished:
+        if finished and not (train == "decoder" and ema.has_latent_statistics):
             measure()
         if finished or stop or (step % save_every == 0 and step > start_step):
             checkpoint()
+        if before_gan:  # to go back to, should what follows not please
+            checkpoint(f"{out_dir}/before_gan.safetensors")
         if snapshot_every and step % snapshot_every == 0 and step > start_step and master:
             snapshot = with_prefix("ema", ema.state_dict())
             save_checkpoint(f"{out_dir}/ema_{step:08d}.safetensors", snapshot, about | {"step": step})
@@ -540,9 +932,23 @@ if __name__ == "__main__":
         generator = torch.Generator(device).manual_seed(seed_of(seed, "vae noise", step))
         noise = torch.randn((grad_accum, world, batch_size, *latent_shape), generator=generator, device=device)
         noise = noise[:, rank]  # every rank draws the whole step's noise and takes its own
+        transform = latent_transform(step, config, model.factor)
         if dropout:
             torch.manual_seed(seed_of(seed, "dropout", step, rank))
-        sums = torch.zeros(len(terms_logged), device=device, dtype=param_dtype)  # the loss terms, then a wish to stop
+        models = {"vae": net, "lpips": lpips if perceptual_weight else None, "disc": disc if disc_trains else None}
+        models = {name: module for name, module in models.items() if module is not None}
+        # the ratio is the one that the step before has measured, since it takes all micro-steps and all ranks to know
+        # this step's; the first step that needs it does without
+        gan_weight = None if share is None else share * disc_weight * (state["adaptive"] if adaptive_weight else 1.0)
+        gradients = torch.zeros(2, *last_layer.shape, device=device, dtype=param_dtype)  # of nll and GAN, for the ratio
+        sums = torch.zeros(len(terms) + 1, device=device, dtype=param_dtype)  # the loss terms, then a wish to stop
+        counts = torch.zeros_like(state["code_counts"])  # how often this step uses each code
+        zero = sums[0].clone()
+        restart = model.quantize and train == "all" and restart_every and (step + 1) % restart_every == 0
+        if restart:
+            latents = batch_size * math.prod(latent_shape[1:])  # vectors in a micro-batch
+            positions = restart_positions(step, latents * grad_accum * world, codebook_size, config).to(device)
+            candidates = torch.zeros_like(model.quantize.embedding.weight)
         for micro in range(grad_accum):
             batch = next(batches)
             for item in batch["bad"]:
@@ -552,28 +958,69 @@ if __name__ == "__main__":
             x = x.contiguous(memory_format=torch.channels_last)
             if world > 1:
                 net.require_backward_grad_sync = micro == grad_accum - 1  # one all-reduce a step
+            drawn = {"posterior": noise[micro].to(x.dtype)} | ({"transform": transform} if transform else {})
             with autocast():
-                terms = train_step({"vae": net}, {"image": x}, {"posterior": noise[micro].to(x.dtype)}, config)
-            (terms["loss"] / grad_accum).backward()
-            sums[:-1] += torch.stack([terms[name].detach() for name in terms_logged[:-1]]) / grad_accum
+                got = train_step(models, {"image": x}, drawn, config, gan_weight)
+            if share is not None and adaptive_weight:
+                for k, name in enumerate(("nll", "gan")):
+                    gradients[k] += torch.autograd.grad(got[name], last_layer, retain_graph=True)[0] / grad_accum
+            (got["loss"] / grad_accum).backward()
+            if disc_trains:
+                (got["disc_loss"] / grad_accum).backward()
+            sums[:-1] += torch.stack([got[name].detach() if name in got else zero for name in terms]) / grad_accum
+            if model.quantize:
+                found = got["indices"].flatten()
+                counts.index_add_(0, found, torch.ones_like(found, dtype=counts.dtype))
+            if restart:  # this micro-batch gives the candidates that are in it
+                rows = got["latents"].permute(0, 2, 3, 1).flatten(0, 2).to(candidates.dtype)
+                here = positions - (micro * world + rank) * latents
+                mine = (here >= 0) & (here < latents)
+                candidates += torch.where(mine[:, None], rows[here.clamp(0, latents - 1)], 0.0)
 
         # clip, step, ema
         sums[-1] = bool(asked_to_stop)
         if world > 1:
             dist.all_reduce(sums)
             sums /= world
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        finite = torch.isfinite(grad_norm) & torch.isfinite(sums).all()
+            if disc_trains:
+                average_gradients(disc, world)
+                dist.all_reduce(gradients)
+                gradients /= world
+            if model.quantize:
+                dist.all_reduce(counts)
+            if restart:
+                dist.all_reduce(candidates)  # each row is one rank's, the others have zeros there
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
+        measured = [*code_use(counts)] if model.quantize else []
+        if disc:
+            grads = [p.grad for p in disc.parameters() if p.grad is not None]
+            measured.append(torch.nn.utils.get_total_norm(grads).to(grad_norm))
+        measured = torch.stack([*measured, grad_norm])
+        finite = torch.isfinite(measured).all() & torch.isfinite(sums).all()
         optimizer.found_inf = (~finite).float()  # AdamW leaves weights and moments alone where this is 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if disc_trains:
+            disc_optimizer.found_inf = optimizer.found_inf
+            disc_optimizer.step()
+            disc_optimizer.zero_grad(set_to_none=True)
+            logits = sums[[terms.index("logits_real"), terms.index("logits_fake")]].to(disc.usual_logits.dtype)
+            disc.usual_logits.lerp_(torch.where(finite, logits, disc.usual_logits), 0.01)
+        if share is not None and adaptive_weight:
+            state["adaptive"].copy_(torch.where(finite, adaptive_ratio(gradients, config), state["adaptive"]))
         step += 1
         update_ema(ema, model, step, ema_decay)
+        state["code_counts"] += counts
+        if restart:
+            restart_codes(model, ema, optimizer, (state["code_counts"] == 0) & finite, candidates)
+            state["code_counts"].zero_()
 
         # log: this step's numbers travel to the host while the next step runs
         if pending:
             stop = settle(pending)
-        numbers = torch.cat([sums[:-1], grad_norm[None], finite[None].to(sums.dtype), sums[-1:]])
+            if disc and pending[0] >= disc_start - disc_warmup:
+                watch(pending)
+        numbers = torch.cat([sums[:-1], measured, finite[None].to(sums.dtype), sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event() if device.type == "cuda" else None

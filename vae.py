@@ -9,11 +9,14 @@ the published KL-f8 (83,653,863 parameters); the other published shapes are sett
     vq-f4   ch_mult=(1,2,4)        z_channels=3   bottleneck="vq"  codebook_size=8192
     vq-f8   ch_mult=(1,2,2,4)      z_channels=4   attn_resolutions=(32,)  bottleneck="vq"  codebook_size=16384
     vq-f16  ch_mult=(1,1,2,2,4)    z_channels=8   attn_resolutions=(16,)  bottleneck="vq"  codebook_size=16384
+    vq-f4-noattn is vq-f4 with mid_attention=False
 
     vae = VAE()
     posterior = vae.encode(images)            # mean, logvar: (B,4,H/8,W/8)
     x0 = vae.normalize(posterior.sample())    # unit variance, what the denoiser sees
     images = vae.decode(vae.denormalize(x0))
+
+and the PatchGAN discriminator that makes its pictures sharp in training.
 """
 
 import math
@@ -152,7 +155,7 @@ def run(module, x, checkpointing):
 class Encoder(nn.Module):
     """Images (B,3,H,W) -> moments (B,2 z_channels,H/f,W/f); with VQ the latents themselves (B,z_channels,H/f,W/f)."""
 
-    checkpointing = False  # trades time for memory: see VAE.checkpointing
+    checkpointing = False  # set to True it saves memory for time: the levels' inner activations are computed twice
 
     def __init__(self, s):
         super().__init__()
@@ -241,13 +244,14 @@ class Posterior:
 
 
 class Quantized:
-    """What a VQ encoder makes of images: latents before quantisation, the nearest codes, the loss between the two.
+    """What a VQ encoder makes of images, with the parts of a Posterior.
 
-    mean: (B,D,h,w) before quantisation, what the denoiser models; std: zeros.  indices: (B,h,w) into the codebook.
+    mean: (B,D,h,w), the latents before quantisation, which the denoiser models and `decode` quantises; std: zeros.
+    loss: the codebook's, and indices: (B,h,w) into it, are there after VAE.forward.
     """
 
-    def __init__(self, z, quantizer):
-        self.mean, self.quantizer = z, quantizer
+    def __init__(self, z):
+        self.mean, self.loss, self.indices = z, None, None
 
     @property
     def std(self):
@@ -261,10 +265,6 @@ class Quantized:
 
     def kl(self):
         return torch.zeros_like(self.mean)
-
-    @property
-    def indices(self):
-        return self.quantizer.nearest(self.mean)
 
 
 class Quantizer(nn.Module):
@@ -300,11 +300,6 @@ class Quantizer(nn.Module):
         codebook, commitment = (codes - z.detach()).square().mean(), (z - codes.detach()).square().mean()
         loss = self.beta * codebook + commitment if self.legacy else codebook + self.beta * commitment
         return z + (codes - z).detach(), loss, indices
-
-    @torch.no_grad()
-    def restart(self, dead, candidates):
-        """Puts candidates (K,D) in the place of the codes marked in dead (K,) bool."""
-        self.embedding.weight.copy_(torch.where(dead[:, None], candidates, self.embedding.weight))
 
 
 class VAE(nn.Module):
@@ -382,7 +377,7 @@ class VAE(nn.Module):
                     f"resize or crop to {max(self.factor, side // self.factor * self.factor)}"
                 )
         z = self.quant_conv(self.encoder(x))
-        return Posterior(z) if self.quantize is None else Quantized(z, self.quantize)
+        return Posterior(z) if self.quantize is None else Quantized(z)
 
     def decode(self, z):
         """Latents (B,C,h,w) as `encode` gives them (not normalised) -> images (B,3,f h,f w), about [-1,1].
@@ -401,10 +396,16 @@ class VAE(nn.Module):
         """Unit-variance latents -> latents that `decode` takes."""
         return x0 * self.latent_std.view(1, -1, 1, 1) + self.latent_mean.view(1, -1, 1, 1)
 
-    def forward(self, x, noise=None):
-        """Images -> (reconstruction, posterior); noise (B,C,h,w) picks the posterior sample, None draws one."""
+    def forward(self, x, noise=None, turns=0, side=0):
+        """Images -> (reconstruction, posterior); noise (B,C,h,w) picks the posterior sample, None draws one.
+
+        turns, side: the sample goes through turn_and_scale before it is decoded.
+        """
         posterior = self.encode(x)
-        return self.decode(posterior.sample(noise)), posterior
+        z = turn_and_scale(posterior.sample(noise), turns, side)
+        if self.quantize is not None:
+            z, posterior.loss, posterior.indices = self.quantize(z)
+        return self.decoder(self.post_quant_conv(z)), posterior
 
     @classmethod
     def from_pretrained(cls, path, **settings):
@@ -416,6 +417,50 @@ class VAE(nn.Module):
         import convert
 
         return convert.load_vae(cls, path, **settings)
+
+
+def turn_and_scale(x, turns, side):
+    """Images or latents (B,C,H,W), turned by 90 degrees so many times, then resized to side x side (0: not)."""
+    x = torch.rot90(x, turns, (2, 3)) if turns else x
+    return F.interpolate(x, (side, side), mode="bicubic", antialias=True) if side else x
+
+
+class Discriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017, arXiv 1611.07004): images (B,3,H,W) -> logits (B,1,h,w), each of one patch.
+
+    n_layers: 3 sees patches of 70 x 70 pixels, 2 of 34 x 34; image sides are at least 3 * 2^n_layers.
+    norm: group | batch, which is the published one, but whose statistics are those of one process and of one call |
+        none.  spectral_norm: divides every kernel by its largest singular value (Miyato et al. 2018).
+    """
+
+    def __init__(self, n_layers=3, norm="group", spectral_norm=False):
+        super().__init__()
+        self.settings = {"disc_layers": n_layers, "disc_norm": norm, "disc_spectral_norm": spectral_norm}
+        _check_choice("disc_norm", norm, ("group", "batch", "none"))
+        widths = [64 * min(2**i, 8) for i in range(n_layers + 1)]
+        layers = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
+        for i, (a, b) in enumerate(zip(widths[:-1], widths[1:])):
+            layers.append(nn.Conv2d(a, b, 4, 2 if i < n_layers - 1 else 1, 1, bias=norm != "batch"))
+            if norm != "none":
+                layers.append(nn.GroupNorm(32, b) if norm == "group" else nn.BatchNorm2d(b))
+            layers.append(nn.LeakyReLU(0.2))
+        layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            elif not isinstance(layer, nn.LeakyReLU):
+                nn.init.normal_(layer.weight, 1.0, 0.02)
+        if spectral_norm:
+            layers = [
+                nn.utils.parametrizations.spectral_norm(layer) if isinstance(layer, nn.Conv2d) else layer
+                for layer in layers
+            ]
+        self.main = nn.Sequential(*layers)
+        # running means of the logits of real images and of reconstructions, which LeCam regularisation pulls towards
+        self.register_buffer("usual_logits", torch.zeros(2))
+
+    def forward(self, x):
+        return self.main(x)
 
 
 def _check_choice(name, value, choices):

@@ -158,7 +158,7 @@ def first_stage(tmp_path_factory):
     vae.latent_mean.copy_(torch.linspace(-0.2, 0.1, 4))
     vae.latent_std.copy_(torch.linspace(0.8, 1.4, 4))
     path = tmp_path_factory.mktemp("first_stage") / "latest.safetensors"
-    meta = {"stage": "vae", "model": vae.settings}
+    meta = {"format": 1, "stage": "vae", "model": vae.settings}
     train_vae.save_checkpoint(str(path), train_vae.with_prefix("ema", vae.state_dict()), meta)
     return path
 

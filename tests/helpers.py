@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 VAE_ARGS = "--image_size=16 --ch=8 --ch_mult=1,2 --num_res_blocks=1 --norm_groups=4 --mid_attention=false --beta2=0.99"
+VAE_ARGS += " --perceptual_weight=0 --disc_weight=0"
 UNET_ARGS = "--image_size=16 --channels=8 --channel_mult=1,2 --num_res_blocks=1 --attention_ds=2 --head_dim=8"
 UNET_ARGS += " --norm_groups=4 --text_width=16 --text_layers=1 --text_heads=2 --text_length=12"
 UNET_ARGS += " --n_samples=3 --sample_steps=2"

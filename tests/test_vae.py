@@ -8,7 +8,20 @@ import torch
 import torch.nn.functional as F
 from conftest import fill
 
-from vae import VAE, Attention, Downsample, LinearAttention, Posterior, ResBlock, Upsample, psnr, ssim
+from vae import (
+    VAE,
+    Attention,
+    Discriminator,
+    Downsample,
+    LinearAttention,
+    Posterior,
+    Quantizer,
+    ResBlock,
+    Upsample,
+    psnr,
+    ssim,
+    turn_and_scale,
+)
 
 TINY = dict(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=3, norm_groups=4, resolution=32)
 
@@ -352,3 +365,142 @@ def test_ssim_is_exact_under_autocast():
 def test_ssim_wants_a_whole_window():
     with pytest.raises(ValueError, match=r"11x11 window; images of \(10, 32\) are smaller"):
         ssim(images(1, 3, 10, 32), images(1, 3, 10, 32))
+
+
+# --- vector quantisation ---
+
+VQ = TINY | dict(bottleneck="vq", codebook_size=11, embed_dim=4)
+
+
+@pytest.mark.parametrize(
+    "settings, total",
+    [
+        (dict(ch_mult=(1, 2, 4), z_channels=3, codebook_size=8192), 55_322_782),  # vq-f4
+        (dict(ch_mult=(1, 2, 4), z_channels=3, codebook_size=8192, mid_attention=False), 53_219_486),  # vq-f4-noattn
+        (dict(ch_mult=(1, 2, 2, 4), attn_resolutions=(32,), codebook_size=16384), 67_717_295),  # vq-f8
+    ],
+    ids=["vq-f4", "vq-f4-noattn", "vq-f8"],
+)
+def test_published_vq_parameter_counts(settings, total):
+    with torch.device("meta"):
+        assert count(VAE(bottleneck="vq", **settings)) == total
+
+
+@pytest.mark.parametrize("legacy", (False, True))
+def test_quantizer_against_brute_force(legacy):
+    """Every latent in turn, every code in turn; the gradients as van den Oord et al. 2017 write them."""
+    quantizer = Quantizer(7, 3, beta=0.25, legacy=legacy).double()
+    torch.nn.init.normal_(quantizer.embedding.weight, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    quantised, loss, indices = quantizer(z)
+    codes, wanted, total = quantizer.embedding.weight.detach(), torch.empty_like(z), 0.0
+    codebook_gradient, latent_gradient = torch.zeros_like(codes), torch.zeros_like(z)
+    on_codes, on_latents = (0.25, 1.0) if legacy else (1.0, 0.25)
+    for b in range(2):
+        for i in range(4):
+            for j in range(5):
+                v = z[b, :, i, j].detach()
+                k = min(range(7), key=lambda k: (v - codes[k]).square().sum().item())
+                assert indices[b, i, j] == k
+                wanted[b, :, i, j] = codes[k]
+                total += 1.25 * (v - codes[k]).square().sum() / z.numel()
+                codebook_gradient[k] += on_codes * 2 * (codes[k] - v) / z.numel()
+                latent_gradient[b, :, i, j] = on_latents * 2 * (v - codes[k]) / z.numel()
+    torch.testing.assert_close(quantised, wanted)
+    torch.testing.assert_close(loss, total)
+    by_loss = torch.autograd.grad(loss, (z, quantizer.embedding.weight), retain_graph=True)
+    torch.testing.assert_close(by_loss, (latent_gradient, codebook_gradient))
+    upstream = torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    straight, none = torch.autograd.grad(quantised, (z, quantizer.embedding.weight), upstream, allow_unused=True)
+    assert torch.equal(straight, upstream) and none is None
+
+
+def test_vq_autoencoder():
+    vae, x = fill(VAE(**VQ)), images(2, 3, 16, 24)
+    posterior = vae.encode(x)
+    assert posterior.mean.shape == (2, 4, 4, 6) and vae.latent_channels == 4 and not posterior.std.any()
+    codes = vae.quantize.lookup(vae.quantize.nearest(posterior.mean))
+    assert (codes - posterior.mean).abs().max() > 0.01, "encode does not quantise"
+    decoded = vae.decode(posterior.mode())
+    assert torch.equal(decoded, vae.decoder(vae.post_quant_conv(codes))) and torch.equal(decoded, vae.decode(codes))
+    reconstruction, trained = vae(x)
+    torch.testing.assert_close(reconstruction, decoded)
+    assert torch.equal(trained.indices, vae.quantize.nearest(posterior.mean)) and trained.indices.shape == (2, 4, 6)
+    ((reconstruction - x).abs().mean() + trained.loss).backward()
+    for name, p in vae.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+    with torch.autocast("cpu", torch.bfloat16):  # the search is in float32
+        assert torch.equal(vae.quantize.nearest(posterior.mean), trained.indices)
+
+
+# --- what training asks of the autoencoder ---
+
+
+def test_turn_and_scale():
+    x = images(2, 3, 8, 8)
+    assert turn_and_scale(x, 0, 0) is x
+    turned = turn_and_scale(x, 1, 0)
+    for i in range(8):
+        for j in range(8):
+            assert torch.equal(turned[:, :, 7 - j, i], x[:, :, i, j])
+    assert torch.equal(turn_and_scale(turned, 3, 0), x)
+    flat = turn_and_scale(torch.full((1, 3, 8, 8), 0.7), 2, 4)
+    assert flat.shape == (1, 3, 4, 4)
+    torch.testing.assert_close(flat, torch.full_like(flat, 0.7))
+    assert turn_and_scale(x, 0, 4).std() < 0.8 * x.std(), "no antialiasing"
+    vae, noise = fill(VAE(**TINY)), torch.randn(2, 3, 4, 4)
+    x = images(2, 3, 16, 16)
+    z = vae.encode(x).sample(noise)
+    assert torch.equal(vae(x, noise, 3, 2)[0], vae.decode(turn_and_scale(z, 3, 2)))
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    x, noise, gradients = images(2, 3, 16, 16), torch.randn(2, 3, 4, 4), []
+    for on in (False, True):
+        vae = fill(VAE(**TINY))
+        vae.encoder.checkpointing = vae.decoder.checkpointing = on
+        vae(x, noise)[0].square().mean().backward()
+        gradients.append([p.grad for p in vae.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *gradients)) and len(gradients[0]) == len(gradients[1])
+
+
+@pytest.mark.parametrize("n_layers, total", [(3, 2_765_633), (2, 663_361)])
+def test_published_discriminators(n_layers, total):
+    torch.manual_seed(0)
+    disc = Discriminator(n_layers, "batch")
+    assert count(disc) == total
+    for m in disc.main:
+        if isinstance(m, torch.nn.Conv2d):
+            assert abs(m.weight.std() - 0.02) < 0.001 and m.kernel_size == (4, 4)
+        elif isinstance(m, torch.nn.BatchNorm2d):
+            assert abs(m.weight.mean() - 1) < 0.01 and 0.01 < m.weight.std() < 0.03 and not m.bias.any()
+        else:
+            assert m.negative_slope == 0.2
+    side = 3 * 2**n_layers
+    assert disc(images(2, 3, side, side)).shape == (2, 1, 1, 1), "the least that it can look at"
+    assert disc(images(1, 3, 64, 96)).shape == (1, 1, 64 // 2**n_layers - 2, 96 // 2**n_layers - 2)
+
+
+@pytest.mark.parametrize("n_layers, patch", [(3, 70), (2, 34), (1, 16)])
+def test_a_logit_sees_one_patch(n_layers, patch):
+    disc, side = Discriminator(n_layers, "none"), 4 * patch // 2**n_layers * 2**n_layers
+    x = images(1, 3, side, side).requires_grad_()
+    y = disc(x)
+    y[0, 0, y.shape[2] // 2, y.shape[3] // 2].backward()
+    seen = x.grad[0].abs().sum(0) > 0
+    assert seen.any(0).sum() == seen.any(1).sum() == patch
+
+
+def test_discriminator_options():
+    x = images(2, 3, 32, 32)
+    alone = Discriminator(2, "group")
+    torch.testing.assert_close(alone(x)[:1], alone(x[:1]))  # an image's logits are its own
+    assert not {"GroupNorm", "BatchNorm2d"} & {type(m).__name__ for m in Discriminator(2, "none").modules()}
+    normed = Discriminator(2, "none", spectral_norm=True)
+    for _ in range(50):
+        normed(x)
+    for m in normed.main:
+        if isinstance(m, torch.nn.Conv2d):
+            assert torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
+    with pytest.raises(ValueError, match="disc_norm='instance' is not one of group, batch, none"):
+        Discriminator(3, "instance")
