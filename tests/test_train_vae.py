@@ -1,6 +1,10 @@
 """What both training scripts promise (resume, ranks, signals, faults, errors), tested on both; then stage 1 alone."""
 
 import ast
+import contextlib
+import copy
+import functools
+import importlib.util
 import inspect
 import math
 import os
@@ -10,18 +14,22 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import fill
 from helpers import ARGS, ROOT, assert_same, read
 from PIL import Image
 
 import train_ldm
 import train_vae
-from data.dataset import Dataset, seed_of
+from data.dataset import Dataset, Stream, seed_of
+from lpips_train import LPIPS, make_trunk
 from unet import Denoiser, TextEncoder, UNet
-from vae import VAE, Posterior
+from vae import VAE, Discriminator, Posterior, turn_and_scale
 
 SCRIPTS = {"vae": train_vae, "ldm": train_ldm}
 both_stages = pytest.mark.parametrize("stage", ("vae", "ldm"))
@@ -432,3 +440,501 @@ def test_loss_is_that_of_compvis_per_value():
     kl = 0.5 * (posterior.mean.pow(2) + posterior.logvar.exp() - 1.0 - posterior.logvar).sum(dim=[1, 2, 3])
     theirs = (x - reconstruction).abs().sum() / 3 + 1e-6 * kl.sum() / 3
     torch.testing.assert_close(loss["loss"] * 3 * 16 * 16, theirs, rtol=1e-5, atol=0)
+
+
+# -- stage 1: perceptual and adversarial training, VQ, fine-tuning --
+
+ALL_ON = "--image_size=24 --perceptual_weight=1 --lpips_net=squeeze --disc_weight=0.5 --disc_layers=1 --disc_start=3"
+ALL_ON = (ALL_ON + " --disc_warmup=1 --disc_ramp=1 --adaptive_max=0.5 --lecam_weight=0.01 --r1_weight=0.1").split()
+VQ_ON = "--bottleneck=vq --codebook_size=40 --embed_dim=3 --restart_every=2 --equivariance_prob=0.7"
+VQ_ON = (VQ_ON + " --disc_weight=0.5 --disc_layers=1 --disc_start=2").split()
+LOSS = dict(recon_loss="l1", kl_weight=1e-6, perceptual_weight=1.0, codebook_weight=1.0, disc_loss="hinge")
+LOSS |= dict(r1_weight=0.0, lecam_weight=0.0, adaptive_min=0.0, adaptive_max=1e9)
+
+
+@pytest.fixture(scope="session")
+def trunk(tmp_path_factory):
+    """A file with a SqueezeNet of random weights."""
+    if importlib.util.find_spec("lpips") is None:
+        pytest.skip("no package lpips: pip install -r requirements.txt")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        state = make_trunk("squeeze").state_dict()
+        for name, t in state.items():
+            t.normal_(0, (2 / t[0].numel()) ** 0.5) if name.endswith("weight") else t.normal_(0, 0.1)
+    path = tmp_path_factory.mktemp("trunk") / "squeeze.pth"
+    torch.save(state, path)
+    return str(path)
+
+
+def tiny_vae(**settings):
+    torch.manual_seed(0)
+    settings = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4, mid_attention=False) | settings
+    return fill(VAE(**settings))
+
+
+@pytest.fixture
+def game(trunk):
+    """A batch with everything that takes part in the loss, in float64."""
+    torch.manual_seed(1)
+    models = {"vae": tiny_vae(), "lpips": LPIPS("squeeze", trunk), "disc": Discriminator(1)}
+    x = torch.rand(3, 3, 24, 24, dtype=torch.float64) * 2 - 1
+    noise = {"posterior": torch.randn(3, 4, 12, 12, dtype=torch.float64)}
+    return {name: m.double() for name, m in models.items()}, {"image": x}, noise
+
+
+@pytest.mark.parametrize("kind", ("hinge", "vanilla", "least_squares"))
+def test_the_gradient_of_neither_player_reaches_the_other(kind, game):
+    models, batch, noise = game
+    vae, disc = models["vae"], models["disc"]
+    cfg = LOSS | dict(disc_loss=kind, r1_weight=1.0, lecam_weight=0.1)
+    terms = train_vae.train_step(models, batch, noise, cfg, 0.5)
+    assert all(p.requires_grad for p in disc.parameters())
+    terms["loss"].backward(retain_graph=True)
+    assert all(p.grad is None for p in disc.parameters()) and all(p.grad is not None for p in vae.parameters())
+    before = [p.grad.clone() for p in vae.parameters()]
+    terms["disc_loss"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in disc.parameters())
+    assert all(torch.equal(p.grad, g) for p, g in zip(vae.parameters(), before))
+    # the GAN term does reach the autoencoder, with its weight
+    vae.zero_grad()
+    train_vae.train_step(models, batch, noise, cfg, 0.0)["loss"].backward()
+    alone = [p.grad.clone() for p in vae.parameters()]
+    vae.zero_grad()
+    gan = train_vae.generator_loss(disc(vae(batch["image"], noise["posterior"])[0]), kind)
+    for g, a, b in zip(torch.autograd.grad(gan, vae.parameters()), alone, before):
+        torch.testing.assert_close(a + 0.5 * g, b, rtol=1e-8, atol=1e-12)
+    assert "gan" not in train_vae.train_step(models, batch, noise, cfg), "warm-up: the autoencoder does not see it"
+
+
+def test_losses_of_the_game_by_hand():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 1.0])
+    wanted = {"hinge": 0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 2) / 3)}
+    wanted["vanilla"] = sum(math.log1p(math.exp(v)) for v in (-2.0, -0.5, 1.0, -3.0, 0.0, 1.0)) / 6
+    wanted["least_squares"] = (1 + 0.25 + 4 + 9 + 0 + 1) / 6
+    for kind, value in wanted.items():
+        assert train_vae.discriminator_loss(real, fake, kind).item() == pytest.approx(value, rel=1e-6)
+    assert train_vae.generator_loss(fake, "hinge").item() == pytest.approx(2 / 3)
+    softplus = sum(math.log1p(math.exp(-v)) for v in fake.tolist()) / 3
+    assert train_vae.generator_loss(fake, "vanilla").item() == pytest.approx(softplus)
+    assert train_vae.generator_loss(fake, "least_squares").item() == pytest.approx((16 + 1 + 0) / 6)
+    for kind, blind in (("hinge", 1.0), ("vanilla", math.log(2)), ("least_squares", 0.25)):
+        half = torch.full((4,), 0.5 if kind == "least_squares" else 0.0)
+        assert train_vae.discriminator_loss(half, half, kind).item() == pytest.approx(blind)
+        assert "tells nothing apart" in train_vae.verdict(blind, 0.01, 0.0, kind)
+        assert "has won" in train_vae.verdict(0.001, 1.5, -1.5, kind)
+        assert train_vae.verdict(0.6 * blind, 0.6, -0.2, kind) == ""
+    assert train_vae.verdict(1.0, 0.9, -0.1, "hinge") == ""
+
+
+class Slope(torch.nn.Module):
+    """A discriminator whose logit at a pixel is w times the sum of its channels."""
+
+    def __init__(self, w, usual=(0.0, 0.0)):
+        super().__init__()
+        self.w, self.usual_logits = torch.nn.Parameter(torch.tensor(w)), torch.tensor(usual)
+
+    def forward(self, x):
+        return self.w * x.sum(dim=1, keepdim=True)
+
+
+def test_regularisation_of_the_discriminator_by_hand():
+    for size in (8, 32):  # a mean per pixel: the resolution is nothing to it
+        x, noise = torch.rand(2, 3, size, size), {"posterior": torch.randn(2, 4, size // 8, size // 8)}
+        values = {}
+        for name, weights in {"none": {}, "r1": dict(r1_weight=4.0), "lecam": dict(lecam_weight=0.5)}.items():
+            models = {"vae": Wrong(-0.25), "disc": Slope(0.3, (0.7, -0.4))}
+            values[name] = train_vae.train_step(models, {"image": x}, noise, LOSS | weights)["disc_loss"]
+        assert (values["r1"] - values["none"]).item() == pytest.approx(2 * 0.3**2, rel=1e-4)
+        real, fake = 0.3 * x.sum(1), 0.3 * (x - 0.25).sum(1)
+        apart = (real + 0.4).square().mean() + (fake - 0.7).square().mean()
+        assert (values["lecam"] - values["none"]).item() == pytest.approx(0.5 * apart.item(), rel=1e-4)
+    values["r1"].backward()
+    assert models["disc"].w.grad is None or models["disc"].w.grad.isfinite()
+
+
+def test_adaptive_weight_is_its_definition(game):
+    models, batch, noise = game
+    last = models["vae"].decoder.conv_out.weight
+    terms = train_vae.train_step(models, batch, noise, LOSS, 0.0)
+    gradients = torch.stack([torch.autograd.grad(terms[k], last, retain_graph=True)[0] for k in ("nll", "gan")])
+    # a fresh pass, all by hand; KL is no part of it
+    x = batch["image"]
+    fake = models["vae"](x, noise["posterior"])[0]
+    nll = (fake - x).abs().mean() + models["lpips"](fake, x, check=False).mean()
+    by_nll, by_gan = (torch.autograd.grad(v, last, retain_graph=True)[0] for v in (nll, -models["disc"](fake).mean()))
+    ratio = by_nll.norm() / (by_gan.norm() + 1e-4)
+    torch.testing.assert_close(train_vae.adaptive_ratio(gradients, LOSS), ratio)
+    for low, high, wanted in ((0.0, 1e-3, 1e-3), (1e3, 1e4, 1e3)):
+        clamped = train_vae.adaptive_ratio(gradients, LOSS | dict(adaptive_min=low, adaptive_max=high))
+        assert clamped.item() == pytest.approx(wanted)
+    assert train_vae.adaptive_ratio(0 * gradients, LOSS) == 0
+
+
+def test_the_whole_loss_is_that_of_compvis_per_value(game):
+    """Theirs: (sum(|x - x_hat| + LPIPS at every value) + 1e-6 sum KL) / B - 0.5 d mean D(x_hat), d clamped at 1e4."""
+    models, batch, noise = game
+    vae, x, values = models["vae"], batch["image"], 3 * 24 * 24
+    last = vae.decoder.conv_out.weight
+    cfg = LOSS | dict(adaptive_max=1e4 / values)
+    terms = train_vae.train_step(models, batch, noise, cfg, 0.0)
+    gradients = torch.stack([torch.autograd.grad(terms[k], last, retain_graph=True)[0] for k in ("nll", "gan")])
+    ours = train_vae.train_step(models, batch, noise, cfg, 0.5 * train_vae.adaptive_ratio(gradients, cfg))["loss"]
+    posterior = vae.encode(x)
+    fake = vae.decode(posterior.mean + posterior.std * noise["posterior"])
+    each = (x - fake).abs() + models["lpips"](fake, x, check=False)[:, None, None, None]
+    nll, g = each.sum() / 3, -models["disc"](fake).mean()
+    norms = [torch.autograd.grad(v, last, retain_graph=True)[0].norm() for v in (nll, g)]
+    d = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)
+    assert d > 1
+    theirs = nll + 1e-6 * posterior.kl().sum() / 3 + 0.5 * d * g
+    torch.testing.assert_close(ours * values, theirs, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("norm", ("group", "none", "batch"))
+def test_identical_images_and_a_batch_of_one_give_no_nan(norm, trunk):
+    class Perfect(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x, noise):
+            return self.weight * x, Posterior(torch.zeros(1, 8, 12, 12))
+
+    models = {"vae": Perfect(), "lpips": LPIPS("squeeze", trunk), "disc": Discriminator(2, norm)}
+    for x in (torch.rand(1, 3, 24, 24) * 2 - 1, torch.full((1, 3, 24, 24), -1.0), torch.zeros(1, 3, 24, 24)):
+        terms = train_vae.train_step(models, {"image": x}, {"posterior": torch.zeros(1, 4, 12, 12)}, LOSS, 0.1)
+        w = models["vae"].weight
+        gradients = torch.stack([torch.autograd.grad(terms[k], w, retain_graph=True)[0] for k in ("nll", "gan")])
+        assert train_vae.adaptive_ratio(gradients, LOSS).isfinite()
+        (terms["loss"] + terms["disc_loss"]).backward()
+        for p in (w, *models["disc"].parameters()):
+            assert p.grad.isfinite().all()
+
+
+def test_when_the_discriminator_enters():
+    cfg = dict(disc_start=5, disc_ramp=3)
+    assert [train_vae.gan_share(n, cfg) for n in (1, 4, 5, 6, 7, 8, 99)] == [None, None, 0.25, 0.5, 0.75, 1, 1]
+    assert (
+        train_vae.gan_share(5, dict(disc_start=5, disc_ramp=0))
+        == 1
+        == train_vae.gan_share(1, dict(cfg, disc_start=0, disc_ramp=0))
+    )
+
+
+@pytest.fixture(scope="session")
+def adversarial(start, trunk):
+    """adversarial(ranks): six steps with LPIPS and GAN, made once."""
+
+    @functools.cache
+    def adversarial(ranks=1):
+        args = (*ALL_ON, f"--lpips_trunk={trunk}", "--eval_every=3", "--save_every=3", f"--batch_size={4 // ranks}")
+        return start("vae", *args, ranks=ranks, plots=ranks == 1).finish()
+
+    return adversarial
+
+
+def test_a_run_with_everything_on(adversarial):
+    run = adversarial()
+    steps = [r for r in run.log if r["loss"] is not None]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    # step 1 without, step 2 the discriminator alone, from step 3 on both; the ratio is known from step 4 on
+    assert [r["disc_grad_norm"] > 0 for r in steps] == [False, True, True, True, True, True]
+    assert [r["gan"] != 0 for r in steps] == [False, False, True, True, True, True]
+    assert [r["gan_weight"] > 0 for r in steps] == [False, False, False, True, True, True]
+    assert all(0 < r["gan_weight"] <= 0.5 * 0.5 for r in steps[3:])
+    for r in steps:
+        nll = r["recon"] + r["perceptual"] + 1e-6 * r["kl"]
+        assert r["loss"] == pytest.approx(nll + r["gan_weight"] * r["gan"], rel=1e-5) and r["perceptual"] > 0
+    assert any(r["logits_real"] != r["logits_fake"] for r in steps[1:])
+    evaluated = run.log[-1]
+    assert evaluated["val_lpips"] > 0 and evaluated["val_largest_activation"] > 0
+    kl = sum(evaluated["val_kl_per_channel"]) / (3 * 24 * 24)
+    assert len(evaluated["val_kl_per_channel"]) == 4 and kl == pytest.approx(evaluated["val_kl"], rel=1e-3)
+    tensors, meta = run.checkpoint
+    names = {"disc.main.0.weight", "disc_optim.main.0.weight.exp_avg", "state.adaptive", "disc.usual_logits"}
+    assert names < tensors.keys() and meta["disc"] == dict(disc_layers=1, disc_norm="group", disc_spectral_norm=False)
+    assert tensors["disc.usual_logits"].any()
+    # kept from just before the autoencoder saw it
+    before, meta = read(run.out / "before_gan.safetensors")
+    assert meta["step"] == 2 and before["state.adaptive"] == 0 < tensors["state.adaptive"]
+    assert "trains from step 2, the autoencoder sees it from step 3" in run.stdout
+
+
+def test_going_back_to_before_the_gan(adversarial, start, trunk, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(adversarial().out / "before_gan.safetensors", tmp_path / "out/latest.safetensors")
+    again = start("vae", *ALL_ON, f"--lpips_trunk={trunk}", "--eval_every=3", folder=tmp_path).finish()
+    assert_same(again.checkpoint[0], adversarial().checkpoint[0])
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_a_killed_game_resumes_bit_for_bit(ranks, start, adversarial, trunk, tmp_path):
+    args = (*ALL_ON, f"--lpips_trunk={trunk}", "--eval_every=3", "--save_every=4", f"--batch_size={4 // ranks}")
+    killed = start("vae", *args, ranks=ranks, trap=("step 5,", signal.SIGKILL), folder=tmp_path)
+    assert killed.wait() == [-signal.SIGKILL] * ranks and killed.checkpoint[1]["step"] == 4
+    assert killed.checkpoint[0]["state.adaptive"] > 0
+    resumed = start("vae", *args, ranks=ranks, folder=tmp_path).finish()
+    assert_same(resumed.checkpoint[0], adversarial(ranks).checkpoint[0])
+    assert numbers(resumed.log) == numbers(adversarial(ranks).log)
+
+
+def test_two_ranks_of_a_game_are_one_in_float64(start, trunk):
+    args = (*ALL_ON, f"--lpips_trunk={trunk}", "--dtype=float64")
+    one = start("vae", *args, "--batch_size=4")
+    two = start("vae", *args, "--batch_size=1", "--grad_accum=2", ranks=2)
+    one.finish(), two.finish()
+    assert_same(one.checkpoint[0], two.checkpoint[0], 1e-9)
+    for a, b in zip(one.log, two.log, strict=True):
+        for name in ("gan_weight", "disc_grad_norm", "logits_real", "logits_fake", "val_lpips", "perceptual"):
+            assert a[name] is b[name] is None or a[name] == pytest.approx(b[name], rel=1e-9, abs=1e-12), name
+
+
+# VQ
+
+
+@pytest.fixture(scope="session")
+def vq(start):
+    return start("vae", *VQ_ON, "--batch_size=4", "--dtype=float64", "--eval_every=3").finish()
+
+
+def test_two_ranks_of_vq_are_one_in_float64(vq, start):
+    """With restarts after steps 2, 4 and 6, equivariance and GAN."""
+    two = start("vae", *VQ_ON, "--batch_size=1", "--grad_accum=2", "--dtype=float64", ranks=2).finish()
+    assert_same(vq.checkpoint[0], two.checkpoint[0], 1e-9)
+    for a, b in zip(vq.log[-1:] + vq.log[:2], two.log[-1:] + two.log[:2]):
+        for name in ("codes_used", "perplexity", "codebook", "val_codes_used", "val_perplexity"):
+            assert a[name] is b[name] is None or a[name] == pytest.approx(b[name], rel=1e-9), name
+    steps = [r for r in vq.log if r["loss"] is not None]
+    assert all(1 <= r["perplexity"] <= 40 * r["codes_used"] + 1e-9 and r["kl"] is None for r in steps)
+    assert steps[-1]["codes_used"] > steps[0]["codes_used"], "restarts help"
+    assert not vq.checkpoint[0]["state.code_counts"].any()
+
+
+def test_a_killed_vq_run_resumes_bit_for_bit(vq, start, tmp_path):
+    """Killed between two restarts, so that the counts since the last one matter."""
+    args = (*VQ_ON, "--batch_size=4", "--dtype=float64", "--eval_every=3", "--save_every=3")
+    killed = start("vae", *args, trap=("step 4,", signal.SIGKILL), folder=tmp_path)
+    killed.wait()
+    assert killed.checkpoint[1]["step"] == 3 and killed.checkpoint[0]["state.code_counts"].sum() == 4 * 8 * 8
+    assert_same(start("vae", *args, folder=tmp_path).finish().checkpoint[0], vq.checkpoint[0])
+
+
+def test_dead_codes_become_candidates_and_forget():
+    model = tiny_vae(bottleneck="vq", codebook_size=5)
+    ema, codes = copy.deepcopy(model), model.quantize.embedding.weight
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before, dead, candidates = codes.detach().clone(), torch.tensor([0, 1, 0, 0, 1]).bool(), torch.randn(5, 4)
+    train_vae.restart_codes(model, ema, optimizer, dead, candidates)
+    assert torch.equal(codes[dead], candidates[dead]) and torch.equal(codes[~dead], before[~dead])
+    assert torch.equal(ema.quantize.embedding.weight[dead], candidates[dead])
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert (optimizer.state[codes][moment] == 0).all(dim=1).tolist() == dead.tolist()
+    positions = train_vae.restart_positions(7, 1000, 500, dict(seed=0))
+    assert torch.equal(positions, train_vae.restart_positions(7, 1000, 500, dict(seed=0)))
+    assert not torch.equal(positions, train_vae.restart_positions(8, 1000, 500, dict(seed=0)))
+    assert positions.min() < 50 and positions.max() >= 950 and len(positions) == 500
+    used, perplexity = train_vae.code_use(torch.tensor([4.0, 4.0, 0.0, 0.0]))
+    assert used == 0.5 and perplexity.item() == pytest.approx(2)
+
+
+def test_stage_2_diffuses_what_comes_before_quantisation(vq, small_data, start):
+    vae = VAE.from_pretrained(vq.out)
+    means = posterior_of(vae, small_data).mean
+    assert (vae.normalize(means).std(dim=(0, 2, 3)) - 1).abs().max() < 0.01
+    run = start("ldm", f"--first_stage={vq.out}", "--cond=none", "--max_steps=2").finish()
+    tensors = run.checkpoint[0]
+    assert any(name.startswith("vae.quantize") for name in tensors) and run.log[-1]["val_loss"] > 0
+    assert list(run.out.glob("samples_*.png"))
+
+
+# fine-tuning
+
+
+def test_the_decoder_alone(start, finished, small_data, tmp_path):
+    base = finished("vae")
+    args = (f"--init_from={base.out}", "--train=decoder", "--tanh_out=true", "--recon_loss=l2", "--eval_every=3")
+    args += ("--save_every=2", "--disc_weight=0.5", "--disc_layers=1", "--disc_start=1")
+    whole = start("vae", *args).finish()
+    tensors, ema = whole.checkpoint[0], train_vae.without_prefix("ema", base.checkpoint[0])
+    for prefix in ("model", "ema"):
+        now = train_vae.without_prefix(prefix, tensors)
+        kept = {name for name in now if torch.equal(now[name], ema[name])}
+        frozen = {name for name in now if name.split(".")[0] not in ("decoder", "post_quant_conv")}
+        assert kept == frozen and "latent_mean" in kept and "encoder.conv_in.weight" in kept
+    assert not any(name.startswith("optim.encoder") for name in tensors)
+    vae, tuned = VAE.from_pretrained(base.out), VAE.from_pretrained(whole.out)
+    assert torch.equal(posterior_of(vae, small_data).mean, posterior_of(tuned, small_data).mean)
+    assert tuned.settings["tanh_out"] and "the discriminator is a new one" in whole.stdout
+    killed = start("vae", *args, trap=("step 3,", signal.SIGKILL), folder=tmp_path)
+    killed.wait()
+    assert_same(start("vae", *args, folder=tmp_path).finish().checkpoint[0], tensors)
+    message = start("vae", *args, "--train=all", "--max_steps=9", folder=tmp_path).fail()
+    assert "is of a run with train=decoder" in message
+
+
+def test_the_decoder_alone_leaves_a_codebook_alone(vq, start):
+    args = (*VQ_ON, f"--init_from={vq.out}", "--train=decoder", "--max_steps=2")
+    tensors = start("vae", *args).finish().checkpoint[0]
+    was = {name: t.float() for name, t in train_vae.without_prefix("ema", vq.checkpoint[0]).items()}
+    for name in ("quantize.embedding.weight", "quant_conv.weight", "encoder.conv_out.weight", "latent_std"):
+        assert torch.equal(tensors[f"model.{name}"], was[name]) and torch.equal(tensors[f"ema.{name}"], was[name]), name
+
+
+def test_going_on_at_a_higher_resolution(adversarial, start, trunk):
+    args = (*ALL_ON, f"--lpips_trunk={trunk}", f"--init_from={adversarial().out}", "--image_size=32", "--resolution=32")
+    run = start("vae", *args, "--lr=1e-30", "--disc_lr=1e-30", "--max_steps=1", "--checkpointing=true").finish()
+    then, now = adversarial().checkpoint[0], run.checkpoint[0]
+    assert torch.equal(now["model.decoder.conv_in.weight"], then["ema.decoder.conv_in.weight"])
+    assert torch.equal(now["disc.main.0.weight"], then["disc.main.0.weight"]), "its opponent comes along"
+    assert "from the weights of" in run.stdout and now["ema.latent_std"].isfinite().all()
+    assert not torch.equal(now["ema.latent_std"], then["ema.latent_std"]), "measured anew"
+
+
+# equivariance
+
+
+def test_equivariance_compares_with_images_treated_alike():
+    class Equivariant(torch.nn.Module):
+        def forward(self, x, noise, turns=0, side=0):
+            return turn_and_scale(x, turns, 2 * side), Posterior(torch.zeros(len(x), 8, 8, 8))
+
+    x, seen = torch.rand(2, 3, 16, 16) * 2 - 1, []
+
+    class Looks(Slope):
+        def forward(self, x):
+            seen.append(x.detach())
+            return super().forward(x)
+
+    for transform in ((1, 0), (0, 4), (3, 6)):
+        noise = {"posterior": torch.zeros(2, 4, 8, 8), "transform": transform}
+        models = {"vae": Equivariant(), "disc": Looks(1.0)}
+        terms = train_vae.train_step(models, {"image": x}, noise, LOSS, 0.5)
+        assert terms["recon"] == 0 and len(seen) == 3 and torch.equal(seen[1], seen[2])
+        wanted = turn_and_scale(x, transform[0], 2 * transform[1])
+        assert torch.equal(seen[1], wanted) and wanted.shape[-1] == (2 * transform[1] or 16)
+        seen.clear()
+
+
+def test_which_equivariance():
+    cfg = dict(seed=0, equivariance_prob=0.5, image_size=64, perceptual_weight=1.0, lpips_net="vgg")
+    cfg |= dict(disc_weight=0.5, disc_layers=2)
+    drawn = [train_vae.latent_transform(step, cfg, 4) for step in range(2000)]
+    assert drawn == [train_vae.latent_transform(step, cfg, 4) for step in range(2000)]
+    assert 900 < sum(map(bool, drawn)) < 1100
+    kinds = {(turns, side) for turns in range(4) for side in (0, 4, 8, 12)} - {(0, 0)}
+    assert set(drawn) == kinds | {()}
+    cfg |= dict(lpips_net="alex", equivariance_prob=1.0)  # which needs 31 pixels, 8 latents
+    assert {kind[1] for kind in map(lambda step: train_vae.latent_transform(step, cfg, 4), range(500))} == {0, 8, 12}
+    assert not any(train_vae.latent_transform(step, cfg | dict(equivariance_prob=0.0), 4) for step in range(99))
+
+
+# evaluation
+
+
+def test_eval_only(adversarial, start, small_data, trunk, tmp_path):
+    ckpt = shutil.copytree(adversarial().out, tmp_path / "copy")
+    (ckpt / "loss.png").unlink()
+    args = ("--eval_only=true", f"--ckpt={ckpt}", "--image_size=24", "--eval_split=val", "--lpips_net=squeeze")
+    run = start("vae", *args, f"--lpips_trunk={trunk}", folder=tmp_path).finish()
+    logged = adversarial().log[-1]
+    printed = dict(re.findall(r"^  (\w+) +(.*)$", run.stdout, re.M))
+    for name in ("psnr", "ssim", "lpips", "kl", "largest_activation"):
+        assert float(printed[name]) == pytest.approx(logged[f"val_{name}"], abs=2e-4), name
+    assert eval(printed["latent_std"]) == logged["val_latent_std"] and "on 16 images" in run.stdout
+    assert np.asarray(Image.open(ckpt / "eval.png")).shape == (3 * 24, 4 * 24, 3)  # batch_size 4 of them
+    assert not (tmp_path / "out").exists()
+    images = Dataset(small_data, "val", 24)
+    x = torch.stack([images.pixels(i) for i in range(len(images))])
+    mean = VAE.from_pretrained(ckpt).encode(x).mean
+    far = (mean - mean.mean(dim=(0, 2, 3), keepdim=True)).abs().amax(dim=(0, 2, 3))
+    std = torch.tensor(logged["val_latent_std"])
+    torch.testing.assert_close(torch.tensor(eval(printed["latent_farthest"])), far / std, rtol=1e-3, atol=1e-3)
+    run = start("vae", *args, "--eval_split=all", f"--lpips_trunk={trunk}", folder=tmp_path).finish()
+    assert "on 40 images" in run.stdout
+    without = start("vae", *args, folder=tmp_path).finish()
+    assert "lpips  " not in without.stdout
+    if importlib.util.find_spec("torch_fidelity") is None:
+        message = start("vae", *args, "--inception_weights=inception.pth", folder=tmp_path).fail()
+        assert message == "inception_weights needs torch-fidelity: pip install torch-fidelity, or leave it out"
+
+
+def test_rfid_is_the_distance_of_two_gaussians(small_data, monkeypatch):
+    """With a stand-in for Inception whose features are 2048 numbers of an image, most of them always 0."""
+    fid = pytest.importorskip("scipy.linalg", reason="no scipy to compare with")
+    module = types.ModuleType("torch_fidelity.metric_fid")
+
+    def distance(a, b, verbose):
+        root = fid.sqrtm(a["sigma"][:6, :6] @ b["sigma"][:6, :6]).real
+        trace = np.trace(a["sigma"]) + np.trace(b["sigma"]) - 2 * np.trace(root)
+        return {"frechet_inception_distance": float(((a["mu"] - b["mu"]) ** 2).sum() + trace)}
+
+    module.fid_statistics_to_metric = distance
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.metric_fid", module)
+
+    def inception(x):
+        assert x.dtype == torch.uint8 and x.shape[1:] == (3, 16, 16)
+        parts = x.float().unfold(2, 16, 16)[..., ::2].flatten(1)[:, :: len(x[0].flatten()) // 12][:, :6] / 255
+        return (F.pad(parts, (0, 2048 - 6)),)
+
+    vae, stream = tiny_vae().eval(), Stream(Dataset(small_data, "val", 16), 0, train=False)
+    cfg = dict(val_images=16, batch_size=5)
+    scores, _ = train_vae.evaluate(vae, stream, cfg, 0, 1, torch.device("cpu"), contextlib.nullcontext, None, inception)
+    x = torch.stack([stream[i]["image"] for i in range(16)])
+    y = vae.decode(vae.encode(x).mode()).clamp(-1, 1).detach()
+    pair = [inception(((a + 1) * 127.5).round().byte())[0].double().numpy() for a in (x, y)]
+    wanted = distance(*({"mu": f.mean(0), "sigma": np.cov(f, rowvar=False)} for f in pair), False)
+    assert (
+        scores["val_rfid"] == pytest.approx(wanted["frechet_inception_distance"], rel=1e-6) and scores["val_rfid"] > 0
+    )
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    "args, wanted",
+    [
+        ("--disc_weight=1", "image_size=16 is less than the 24 that LPIPS (vgg) and the discriminator need: lower"),
+        ("--disc_loss=wgan", "disc_loss=wgan is not one of hinge, vanilla, least_squares"),
+        ("--disc_norm=instance", "disc_norm=instance is not one of group, batch, none"),
+        ("--bottleneck=vae", "bottleneck='vae' is not one of kl, vq"),
+        ("--train=encoder", "train=encoder is not one of all, decoder"),
+        ("--train=decoder", "train=decoder goes on from a trained autoencoder: set init_from to its checkpoint"),
+        ("--init_from=nowhere", "checkpoint nowhere is not there"),
+        ("--adaptive_min=2", "adaptive_min=2.0 is above adaptive_max=0.0509"),
+        ("--equivariance_prob=1.5", "equivariance_prob=1.5 is a share"),
+        ("--disc_warmup=-1", "disc_warmup=-1 must not be negative"),
+        ("--eval_only=true --ckpt=nowhere", "checkpoint nowhere is not there"),
+        ("--image_size=32 --perceptual_weight=1 --lpips_trunk=none.pth", "none.pth does not load (it is not there)"),
+    ],
+)
+def test_bad_input_of_stage_1_is_one_line(args, wanted, start):
+    assert wanted in start("vae", *args.split()).fail()
+
+
+def test_bad_input_that_names_the_right_remedy(start, finished, trunk, tmp_path):
+    message = start("vae", f"--init_from={finished('vae').out}", "--ch=16", "--codebook_size=4").fail()
+    assert re.search(r"out holds another model \(ch: 8 in the checkpoint, 16 now; codebook_size: 8192", message)
+    on = ("--image_size=32", "--perceptual_weight=1", "--lpips_net=alex")
+    message = start("vae", *on, f"--lpips_trunk={trunk}").fail()
+    assert "alex wants (64, 3, 11, 11): give alex's weights, or set net" in message
+    heads = f"{importlib.util.find_spec('lpips').submodule_search_locations[0]}/weights/v0.1/vgg.pth"
+    message = start("vae", *on, "--lpips_net=squeeze", f"--lpips_trunk={trunk}", f"--lpips_heads={heads}").fail()
+    assert "has heads for [64, 128, 256, 512, 512] channels" in message and "perceptual_weight=0" in message
+    late = start("vae", "--disc_weight=1", "--disc_layers=1", "--disc_start=7", "--max_steps=2").finish()
+    assert "warning: disc_start=7 is beyond max_steps=2: no step of this run has a GAN loss" in late.stdout
+
+
+def test_a_trunk_that_cannot_be_fetched_is_one_line(monkeypatch, tmp_path):
+    """Without a network, as one that has no route: torch.hub's own word of what it tries is all that comes before."""
+    env = os.environ | {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"{ROOT}/train_vae.py", "--device=cpu", "--lpips_net=squeeze", f"--out_dir={tmp_path}/o"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("Downloading")]
+    assert done.returncode == 1 and len(lines) == 1
+    assert "could not fetch" in lines[0] and "set lpips_trunk to it, or do without LPIPS" in lines[0]
