@@ -85,6 +85,7 @@ adaptive_weight = True  # times |gradient of recon and LPIPS| / |gradient of GAN
 adaptive_min = 0.0  # least and ...
 adaptive_max = 0.0509  # ... greatest ratio; CompVis clamps at 1e4 for sums over an image: / 196,608 values at 256 px
 disc_layers = 3  # 3 judges patches of 70 x 70 pixels, 2 of 34 x 34
+disc_channels = 64  # of its first layer
 disc_norm = "group"  # group | batch (as published; each process for itself) | none
 disc_spectral_norm = False  # spectral normalisation of its kernels
 disc_lr = 1e-4  # follows the curve of lr
@@ -538,7 +539,9 @@ def count_tflop(vae, cfg):
         if cfg["perceptual_weight"]:
             total += 3 * count(make_trunk(cfg["lpips_net"]), x)[1]  # image, reconstruction, back to the latter
         if cfg["disc_weight"]:
-            total += 8 * count(Discriminator(cfg["disc_layers"]), x)[1]  # likewise 2, and 3 for each of the two
+            total += (
+                8 * count(Discriminator(cfg["disc_layers"], "none", channels=cfg["disc_channels"]), x)[1]
+            )  # likewise 2, and 3 for each of the two
     return total / 1e12
 
 
@@ -559,7 +562,7 @@ def check_settings(cfg):
         if cfg[name] not in choices:
             raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
     counts = ("batch_size", "grad_accum", "max_steps", "eval_every", "save_every", "log_every", "val_images")
-    for name in (*counts, "latent_images", "disc_layers", "codebook_size"):
+    for name in (*counts, "latent_images", "disc_layers", "disc_channels", "codebook_size"):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
     weights = ("perceptual_weight", "codebook_weight", "disc_weight", "r1_weight", "lecam_weight", "adaptive_min")
@@ -687,7 +690,7 @@ if __name__ == "__main__":
     disc = None
     if disc_weight:
         torch.manual_seed(seed_of(seed, "disc init"))
-        disc = Discriminator(disc_layers, disc_norm, disc_spectral_norm)
+        disc = Discriminator(disc_layers, disc_norm, disc_spectral_norm, disc_channels)
         disc.to(device, param_dtype, memory_format=torch.channels_last)
         if disc_start > max_steps and master:
             remedy = "no step of this run has a GAN loss; set disc_start, or disc_weight=0"

@@ -433,13 +433,18 @@ class Discriminator(nn.Module):
         none.  spectral_norm: divides every kernel by its largest singular value (Miyato et al. 2018).
     """
 
-    def __init__(self, n_layers=3, norm="group", spectral_norm=False):
+    def __init__(self, n_layers=3, norm="group", spectral_norm=False, channels=64):
         super().__init__()
         self.settings = {"disc_layers": n_layers, "disc_norm": norm, "disc_spectral_norm": spectral_norm}
+        self.settings["disc_channels"] = channels
         _check_choice("disc_norm", norm, ("group", "batch", "none"))
-        widths = [64 * min(2**i, 8) for i in range(n_layers + 1)]
+        widths = [channels * min(2**i, 8) for i in range(n_layers + 1)]
         layers = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (a, b) in enumerate(zip(widths[:-1], widths[1:])):
+            if norm == "group" and b % 32:
+                raise ValueError(
+                    f"disc_channels={channels} is not a multiple of 16, which GroupNorm's 32 groups ask for"
+                )
             layers.append(nn.Conv2d(a, b, 4, 2 if i < n_layers - 1 else 1, 1, bias=norm != "batch"))
             if norm != "none":
                 layers.append(nn.GroupNorm(32, b) if norm == "group" else nn.BatchNorm2d(b))

@@ -1,0 +1,8 @@
+# KL-f8 in four phases, 2: the discriminator joins, 1,000 steps by itself, then 5,000 to its full weight. Not yet run.
+init_from = "out/four_phase_1"
+perceptual_weight = 0
+disc_start = 1001
+disc_warmup = 1000
+disc_ramp = 5000
+max_steps = 50_000
+out_dir = "out/four_phase_2"

@@ -1,0 +1,35 @@
+# Imagenette at 128 px, f8, 4 channels, 1 CPU core: L1 + LPIPS (SqueezeNet) + GAN, the other half of imagenette128_l1.
+dataset = "data/imagenette128"  # tar shards or a folder, wherever it is: --dataset=DIR
+image_size = 128
+crop = "center"
+workers = 0
+# a 4x4 pixel-unshuffle stem, then 32x32 and 16x16
+patch_size = 4
+ch = 32
+ch_mult = (1, 2)
+num_res_blocks = 1
+mid_attention = False
+norm_groups = 8
+lpips_net = "squeeze"  # --lpips_trunk=FILE, or it is fetched
+# a small discriminator, early; the adaptive weight's own ratio is about 0.5 to 1 here
+disc_start = 1001
+disc_warmup = 100
+disc_ramp = 200
+disc_layers = 2
+disc_channels = 32
+disc_lr = 2e-4
+adaptive_max = 0.2
+batch_size = 4
+grad_accum = 1
+max_steps = 2400
+lr = 2e-3
+lr_schedule = "cosine"
+lr_end = 0.1
+warmup_steps = 50
+beta2 = 0.99
+ema_decay = 0.995
+eval_every = 600
+val_images = 95
+save_every = 600
+latent_images = 500
+out_dir = "out/imagenette128_gan"
