@@ -5,5 +5,5 @@ cd "$(dirname "$0")"
 python data/shapes/prepare.py
 python train_vae.py config/shapes_vae.py
 python train_ldm.py config/shapes_ldm.py
-python sample.py --ckpt=out/shapes_ldm --prompts=data/shapes/prompts.txt --steps=20 --batch_size=64
+python sample.py --ckpt=out/shapes_ldm --prompts=data/shapes/prompts.txt --steps=20 --cfg=1.5 --batch_size=64
 python data/shapes/prepare.py --score=out/shapes_ldm/samples

@@ -22,7 +22,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-n_train = 20000  # pictures in out_dir/train
+n_train = 12000  # pictures in out_dir/train
 n_val = 1000  # pictures in out_dir/val
 size = 64  # side of a picture in pixels
 seed = 0  # of the pictures and of the choice of held-out combinations
@@ -34,8 +34,9 @@ score = ""  # a folder with samples.jsonl and its PNGs: score these instead of m
 PALETTE = dict(red=(215, 40, 40), green=(40, 190, 60), blue=(45, 70, 215), yellow=(240, 215, 45))
 PALETTE |= dict(cyan=(60, 205, 220), magenta=(210, 50, 210), black=(25, 25, 25), white=(240, 240, 240))
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring")
-RADII = dict(small=0.23, large=0.37)  # half the extent of a shape, in picture sides
-RADIUS_JITTER, BRIGHTNESS_JITTER = 0.06, 0.05  # relative, uniform, both ways
+RADII = dict(small=0.25, large=0.38)  # half the extent of a shape, in picture sides
+RADIUS_JITTER, BRIGHTNESS_JITTER = 0.04, 0.05  # relative, uniform, both ways
+POSITION = 0.4  # how far from the middle a shape may lie, as a share of its way to the border; 1 is far harder to learn
 MARGIN = 2  # pixels between a shape and the border, which are background for certain
 N_PROMPTS = 256  # every fourth one is held out
 
@@ -125,7 +126,7 @@ def make_split(split, n, side, seed):
     sizes, colors, shapes, backgrounds = zip(*scenes)
     signed = 2 * u - 1
     radius = side * np.array([RADII[name] for name in sizes]) * (1 + RADIUS_JITTER * signed[:, 1])
-    cx, cy = (side / 2 + signed[:, j] * (side / 2 - radius - MARGIN) for j in (2, 3))
+    cx, cy = (side / 2 + POSITION * signed[:, j] * (side / 2 - radius - MARGIN) for j in (2, 3))
     fg = np.array([PALETTE[name] for name in colors], dtype=np.float32) * (1 + BRIGHTNESS_JITTER * signed[:, 4:5])
     bg = np.array([PALETTE[name] for name in backgrounds], dtype=np.float32) * (1 + BRIGHTNESS_JITTER * signed[:, 5:6])
     labels = np.array([SHAPES.index(name) for name in shapes])
@@ -206,7 +207,7 @@ def read(image):
         return found
     found["shape"], radius = names[best]
     found["color"] = nearest_color(background + contrast)
-    found["size"] = next((name for name, r in RADII.items() if 0.82 < radius / r < 1.22), None)
+    found["size"] = next((name for name, r in RADII.items() if 0.85 < radius / r < 1.18), None)
     return found
 
 
@@ -328,6 +329,7 @@ def prepare(out_dir, n_train, n_val, size, seed, vocab_size):
         raise ValueError(f"n_train={n_train}, n_val={n_val}, size={size}: set these to at least 1, 1 and 32")
     drawing = dict(size=size, seed=seed, vocab_size=vocab_size, palette={k: list(v) for k, v in PALETTE.items()})
     drawing |= dict(shapes=list(SHAPES), radii=RADII, radius_jitter=RADIUS_JITTER, brightness_jitter=BRIGHTNESS_JITTER)
+    drawing |= dict(position=POSITION)
     for split, n in (("val", n_val), ("train", n_train)):
         folder, meta = os.path.join(out_dir, split), dict(drawing, split=split, count=n)
         meta_path = os.path.join(folder, "meta.json")
