@@ -69,7 +69,7 @@ tanh_out = False  # tanh on the decoder's output
 recon_loss = "l1"  # l1 | l2
 perceptual_weight = 1.0  # of LPIPS; 0 does without it
 lpips_net = "vgg"  # vgg | alex | squeeze
-lpips_trunk = ""  # torchvision's ImageNet weights of it, a .pth; "" fetches them once
+lpips_trunk = ""  # torchvision's ImageNet weights of it, a .pth; "" fetches them once. Given, it is measured anyway
 lpips_heads = ""  # our checkpoint or a published .pth; "" is the published v0.1 of the package lpips
 kl_weight = 1e-6  # of the KL summed over an image's latents, divided by its 3 H W values, as the means are
 codebook_weight = 1.0  # vq: of the codebook loss
@@ -236,6 +236,13 @@ def restart_positions(step, count, codes, cfg):
     """Which of a global batch's `count` latent vectors stand by for each of the codes: (codes,)."""
     generator = torch.Generator().manual_seed(seed_of(cfg["seed"], "restart", step))
     return torch.randint(count, (codes,), generator=generator)
+
+
+def vectors_at(positions, latents, slot):
+    """Of the vectors at positions (K,) of a global batch those in its slot-th part, latents (B,D,h,w), or 0: (K,D)."""
+    rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    here = positions - slot * len(rows)
+    return torch.where(((here >= 0) & (here < len(rows)))[:, None], rows[here.clamp(0, len(rows) - 1)], 0.0)
 
 
 @torch.no_grad()
@@ -949,8 +956,8 @@ if __name__ == "__main__":
         zero = sums[0].clone()
         restart = model.quantize and train == "all" and restart_every and (step + 1) % restart_every == 0
         if restart:
-            latents = batch_size * math.prod(latent_shape[1:])  # vectors in a micro-batch
-            positions = restart_positions(step, latents * grad_accum * world, codebook_size, config).to(device)
+            vectors = images_per_step * math.prod(latent_shape[1:])  # in the global batch
+            positions = restart_positions(step, vectors, codebook_size, config).to(device)
             candidates = torch.zeros_like(model.quantize.embedding.weight)
         for micro in range(grad_accum):
             batch = next(batches)
@@ -974,11 +981,8 @@ if __name__ == "__main__":
             if model.quantize:
                 found = got["indices"].flatten()
                 counts.index_add_(0, found, torch.ones_like(found, dtype=counts.dtype))
-            if restart:  # this micro-batch gives the candidates that are in it
-                rows = got["latents"].permute(0, 2, 3, 1).flatten(0, 2).to(candidates.dtype)
-                here = positions - (micro * world + rank) * latents
-                mine = (here >= 0) & (here < latents)
-                candidates += torch.where(mine[:, None], rows[here.clamp(0, latents - 1)], 0.0)
+            if restart:
+                candidates += vectors_at(positions, got["latents"], micro * world + rank).to(candidates.dtype)
 
         # clip, step, ema
         sums[-1] = bool(asked_to_stop)
