@@ -522,6 +522,8 @@ def plot_log(out_dir):
             axis.legend()
         if name in ("loss", "recon", "perceptual", "grad_norm", "disc_grad_norm"):
             axis.set_yscale("log")
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(f"{out_dir}/loss.png", dpi=80)
     plt.close(figure)

@@ -1,4 +1,4 @@
-# Imagenette at 128 px, f8, 4 channels, 1 CPU core: L1 alone, to see what LPIPS and GAN do in imagenette128_gan.
+# As imagenette128_gan, but L1 alone, to compare with. Kodak LPIPS .63, blurred; 5 minutes on 1 CPU core.
 dataset = "data/imagenette128"  # tar shards or a folder, wherever it is: --dataset=DIR
 image_size = 128
 crop = "center"

@@ -198,7 +198,7 @@ def killed(start):
     def killed(stage, ranks=1):
         args = ("--eval_every=3", "--save_every=3", f"--batch_size={4 // ranks}", "--snapshot_every=3")
         run = start(stage, *args, ranks=ranks, trap=("step 4,", signal.SIGKILL))
-        assert run.wait() == [-signal.SIGKILL] * ranks
+        assert run.wait()[0] == -signal.SIGKILL  # the others are killed too, or notice first that they are alone
         return run
 
     return killed
