@@ -148,6 +148,8 @@ def literal(text, default):
         source = source.capitalize()  # true, TRUE -> True
     if isinstance(default, tuple):  # 1,2,4,4 or (1,2,4,4) or [1,2,4,4]
         source = source.strip("()[] ")
+        if default and isinstance(default[0], bool):
+            source = source.title()
         if default and isinstance(default[0], str):
             return [element.strip() for element in source.split(",") if element]
         source = f"[{source}]"

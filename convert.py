@@ -1,7 +1,7 @@
 """Checkpoints into models: finds the file, says what is wrong with it, builds what it holds.
 
     VAE.from_pretrained("out/vae")        # ends up in load_vae
-    load_denoiser("out/ldm")              # the U-Net with its text encoder
+    UNet.from_pretrained("out/ldm")       # in load_unet
 
 So far it reads this repository's own files; other people's layouts join them here.
 """

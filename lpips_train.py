@@ -179,6 +179,8 @@ def load_heads(net, path=None):
             raise ImportError("the published heads come with the package lpips: pip install lpips, or set head_weights")
         path = f"{package.submodule_search_locations[0]}/weights/v0.1/{net}.pth"
     path = f"{path}/latest.safetensors" if os.path.isdir(path) else str(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"head_weights={path} is not there: give a published .pth, or ours")
     if path.endswith(".safetensors"):
         tensors, meta = load_checkpoint(path, "lpips")
         tensors, trained_on = without_prefix("model", tensors), f" ({meta['model']['net']})"
@@ -452,6 +454,8 @@ def load_checkpoint(path, stage):
             if text is None or str(zlib.crc32(text.encode())) != f.metadata().get("crc32"):
                 raise ValueError(f"{path} is not a checkpoint of this repository, or its settings were altered")
             meta = json.loads(text)
+            if meta["format"] != 1:
+                raise ValueError(f"{path} has format {meta['format']}, this code reads 1: use the code that wrote it")
             if meta["stage"] != stage:
                 raise ValueError(f"{path} is a checkpoint of stage {meta['stage']!r}, not {stage!r}")
             return {name: f.get_tensor(name) for name in f.keys()}, meta
@@ -612,8 +616,9 @@ if __name__ == "__main__":
 
     # resume
     latest, step, images_per_step = f"{out_dir}/latest.safetensors", 0, batch_size * grad_accum * world
-    os.makedirs(out_dir, exist_ok=True)
-    resumed = os.path.exists(latest)
+    resumed = os.path.exists(latest) and not (eval_only and head_weights)  # which asks for those heads
+    if not eval_only:
+        os.makedirs(out_dir, exist_ok=True)
     if resumed:
         tensors, meta = load_checkpoint(latest, "lpips")
         check_same_model(latest, meta["model"], model.settings)

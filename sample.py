@@ -540,9 +540,7 @@ if __name__ == "__main__":
     if n < 0:
         raise ValueError(f"n={n} pictures cannot be drawn: choose 1 or more")
     each = n or (4 if len(wanted) == 1 else 1)
-    wanted = wanted[:n] if n and not conditional else [w for w in wanted for _ in range(each)]
-    if not conditional:
-        wanted = [None] * (n or len(pipeline.shown))
+    wanted = [w for w in wanted for _ in range(each)] if conditional else [None] * (n or len(pipeline.shown))
     seeds = list(range(seed, seed + len(wanted)))
 
     started = time.time()

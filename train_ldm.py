@@ -8,6 +8,7 @@
 DIR is what stage 1 was trained on, or another; captions or labels lie in it. The same command again resumes the run.
 """
 
+import contextlib
 import copy
 import datetime
 import hashlib
@@ -31,8 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
-from sample import Pipeline, generate, make_schedule, read_prompts, save_grid, t_max, target, unet_time
-from unet import Denoiser, TextEncoder, UNet
+from sample import Pipeline, generate, make_schedule, read_prompts, sample_times, save_grid, t_max, target, unet_time
+from unet import Denoiser, TextEncoder, UNet, make_tokenizer
 from vae import VAE
 
 # data
@@ -54,14 +55,14 @@ text_length = 77  # tokens of a prompt, the end token included
 # model: what UNet() takes; the defaults are Stable Diffusion 2's
 channels = 320  # at the latents' full side
 channel_mult = (1, 2, 4, 4)  # times channels: widths of the levels, each half the side of the one before
-num_res_blocks = 2  # in each level on the way down; one more on the way up
+num_res_blocks = (2,)  # in each level on the way down, one number or one for each; one more on the way up
 attention_ds = (1, 2, 4)  # down-sampling factors whose levels have attention
 num_heads = 0  # heads of every attention, or
 head_dim = 64  # channels of each head; the other one is 0
 transformer_depth = 1  # blocks of each spatial transformer; 0 is plain self-attention, without text
 context_pool = False  # the mean of the text joins the time embedding too (GLIDE, Imagen)
 linear_proj = True  # into and out of the transformers: linear (SD 2) or 1x1 convolution (SD 1)
-self_attention = True  # False: the transformers look at the text only
+self_attention = (True,)  # False: the transformers look at the text only; one value or one for each level
 middle_attention = True  # attention in the middle
 linear_attention = False  # linear-time self-attention
 qk_norm = False  # RMS-normalised queries and keys
@@ -195,16 +196,17 @@ class LatentCache(torch.utils.data.Dataset):
     """cache[p] is stream[p] with the posterior's mean and std (2,C,h,w) in the place of the image.
 
     Shard files of (SHARD, 1 or 2, 2, C, h, w) float16: of an image and its mirror, mean and std. The file's name is its
-    done mark. The folder's name is a hash of the autoencoder, the data's index, size and flip: a change of any of them
-    makes another cache.
+    done mark. The folder's name is a hash of the encoder, the precision it runs in, the data's index, size and flip: a
+    change of any of them makes another cache.
     """
 
-    def __init__(self, stream, vae, folder):
+    def __init__(self, stream, vae, folder, precision="float32"):
         self.stream, self.images = stream, stream.dataset
         self.flips = 2 if stream.flip else 1
         side = self.images.image_size // vae.factor
         self.shape = (self.flips, 2, vae.latent_channels, side, side)
-        key = seed_of(hash_weights(vae), self.images.fingerprint, self.images.image_size, self.flips)
+        encoder = hash_weights(vae, but=("decoder.", "post_quant_conv."))  # another decoder has the same latents
+        key = seed_of(encoder, precision, self.images.fingerprint, self.images.image_size, self.flips)
         self.folder, self.shards = f"{folder}/latents-{key:016x}", {}
         self.count = -(-len(self.images) // SHARD)
 
@@ -251,6 +253,8 @@ class LatentCache(torch.utils.data.Dataset):
         """(2, C, h, w) float16: mean and std, all NaN where the image did not decode."""
         shard, row = divmod(index, SHARD)
         if shard not in self.shards:
+            if len(self.shards) == 256:  # each open map takes a file descriptor, of which a process has some 1000
+                self.shards.pop(next(iter(self.shards)))
             self.shards[shard] = np.load(self.path(shard), mmap_mode="r")
         return torch.from_numpy(np.array(self.shards[shard][row, int(flip)]))
 
@@ -272,11 +276,12 @@ class LatentCache(torch.utils.data.Dataset):
         return {**self.__dict__, "shards": {}}  # a worker maps its own
 
 
-def hash_weights(model):
-    """Hex digest of a module's parameters and buffers."""
+def hash_weights(model, but=()):
+    """Hex digest of a module's parameters and buffers, but for names that begin so."""
     h = hashlib.blake2b(digest_size=16)
     for name, t in sorted(model.state_dict().items()):
-        h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
+        if not name.startswith(but):
+            h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
     return h.hexdigest()
 
 
@@ -330,6 +335,8 @@ def load_checkpoint(path, stage):
             if text is None or str(zlib.crc32(text.encode())) != f.metadata().get("crc32"):
                 raise ValueError(f"{path} is not a checkpoint of this repository, or its settings were altered")
             meta = json.loads(text)
+            if meta["format"] != 1:
+                raise ValueError(f"{path} has format {meta['format']}, this code reads 1: use the code that wrote it")
             if meta["stage"] != stage:
                 raise ValueError(f"{path} is a checkpoint of stage {meta['stage']!r}, not {stage!r}")
             return {name: f.get_tensor(name) for name in f.keys()}, meta
@@ -436,6 +443,18 @@ def check_settings(cfg):
     for name in (*counts, "n_samples", "sample_steps"):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
+    for name in ("lr", "t_std", "beta_start"):
+        if not cfg[name] > 0:
+            raise ValueError(f"{name}={cfg[name]} must be above 0")
+    for name in ("grad_clip", "warmup_steps", "weight_decay", "snapshot_every"):
+        if cfg[name] < 0:
+            raise ValueError(f"{name}={cfg[name]} must not be negative: 0 does without it")
+    for name in ("cond_drop", "ema_decay", "lr_end", "beta1", "beta2"):
+        if not 0 <= cfg[name] <= 1:
+            raise ValueError(f"{name}={cfg[name]} must lie between 0 and 1")
+    if not cfg["beta_start"] < cfg["beta_end"] < 1:
+        raise ValueError(f"beta_start={cfg['beta_start']}, beta_end={cfg['beta_end']}: the first must be the smaller")
+    sample_times(cfg["sample_steps"], make_schedule(cfg["schedule"]), cfg["objective"])  # says if there are too many
 
 
 def one_line_error(kind, error, trace):
@@ -488,7 +507,12 @@ if __name__ == "__main__":
     num_classes = images.num_classes if cond == "class" else 0
     if cond == "class" and not num_classes:
         raise ValueError(f"cond=class, but the images in {dataset} have no labels: use cond=none or cond=text")
-    if cond == "text" and not any(validation.meta(i)["text"] for i in range(min(8, len(validation)))):
+    shown_count = min(len(validation), val_images)  # spread over all, which may be sorted by class
+    captions = []
+    for i in range(shown_count if cond == "text" else 0):
+        with contextlib.suppress(BadImage):  # a caption that does not read; training names and counts them
+            captions += validation.meta(i * len(validation) // shown_count)["text"][:1]
+    if cond == "text" and not captions:
         raise ValueError(f"cond=text, but the images in {dataset} have no captions: use cond=none or cond=class")
 
     # resume, first half: a checkpoint brings its own autoencoder and tokenizer
@@ -524,6 +548,12 @@ if __name__ == "__main__":
             tokenizer = f"{dataset}/bpe.tiktoken" if os.path.exists(f"{dataset}/bpe.tiktoken") else "bytes"
         source = bytes(tensors["text.bpe"].tolist()) if resumed and meta["model"]["text"] else tokenizer
         text = TextEncoder(text_width, text_layers, text_heads, text_length, source)
+        if (
+            resumed
+            and config["tokenizer"] != "auto"
+            and make_tokenizer(tokenizer)._mergeable_ranks != (text.tokenizer._mergeable_ranks)
+        ):
+            raise ValueError(f"{latest} was trained with another tokenizer than {tokenizer}: use another out_dir")
     unet_settings = {name: config[name] for name in inspect.signature(UNet).parameters if name in config}
     unet_settings |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0])
     unet_settings |= dict(context_dim=text_width if text else 0, num_classes=num_classes + 1 if cond == "class" else 0)
@@ -568,9 +598,7 @@ if __name__ == "__main__":
     # what the sample grids show: prompts from a file or the validation captions, or one class after the other
     shown = [None] * n_samples
     if cond == "text":
-        captions = [validation.meta(i)["text"] for i in range(min(4 * n_samples, len(validation)))]
-        shown = read_prompts(prompts) if prompts else list(dict.fromkeys(c[0] for c in captions if c))
-        shown = shown[:n_samples]
+        shown = (read_prompts(prompts) if prompts else list(dict.fromkeys(captions)))[:n_samples]
         for prompt in shown:
             if text.count_tokens(prompt) > text_length and master:
                 print(f"prompt cut to text_length={text_length} tokens: {prompt[:60]}...")
@@ -637,7 +665,7 @@ if __name__ == "__main__":
     cached = vae is not None and cache_latents
     validation_stream = Stream(validation, seed, train=False)
     if cached:
-        stream, validation_stream = (LatentCache(s, vae, cache_dir) for s in (stream, validation_stream))
+        stream, validation_stream = (LatentCache(s, vae, cache_dir, dtype) for s in (stream, validation_stream))
         for cache in (validation_stream, stream):
             cache.build(vae, device, autocast, workers, rank, world)
     if text is not None:
@@ -665,7 +693,8 @@ if __name__ == "__main__":
         return out
 
     def validation_examples(rows):
-        return examples(collate([validation_stream[i] for i in rows]), torch.zeros((), device=device))
+        rows = [validation_stream[i * len(validation) // shown_count] for i in rows]
+        return examples(collate(rows), torch.zeros((), device=device))
 
     # compile, DDP
     net = torch.compile(model) if use_compile else model
@@ -722,8 +751,7 @@ if __name__ == "__main__":
         if pending and (finished or stop or step % eval_every == 0 or step % save_every == 0):
             stop, pending = settle(pending) or stop, None
         if (step % eval_every == 0 and step > start_step) or finished:
-            count = min(len(validation), val_images)
-            scores = evaluate(ema, validation_examples, count, config, rank, world, device, autocast)
+            scores = evaluate(ema, validation_examples, shown_count, config, rank, world, device, autocast)
             log(**scores)
             if master:
                 bins = " ".join("-" if b is None else f"{b:.3f}" for b in scores["val_loss_by_t"])

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from convert import read_checkpoint
+from convert import find_checkpoint
 from data.dataset import Dataset, Stream, loader, seed_of, uniform
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
 from vae import VAE, Attention, Discriminator, ResBlock, psnr, ssim, turn_and_scale
@@ -229,7 +229,7 @@ def latent_transform(step, cfg, factor):
 def least_side(cfg):
     """Of images, in pixels, that all parts of the loss can look at."""
     perceptual = MIN_SIDE[cfg["lpips_net"]] if cfg["perceptual_weight"] else 1
-    return max(perceptual, 3 * 2 ** cfg["disc_layers"] if cfg["disc_weight"] else 1)
+    return max(11, perceptual, 3 * 2 ** cfg["disc_layers"] if cfg["disc_weight"] else 1)  # 11 is SSIM's window
 
 
 def restart_positions(step, count, codes, cfg):
@@ -283,7 +283,7 @@ def verdict(loss, real, fake, kind):
 
 @torch.no_grad()
 def evaluate(vae, stream, cfg, rank, world, device, autocast, lpips=None, inception=None):
-    """Means over the validation images, and (originals, reconstructions) of this rank's first eight.
+    """Means over the validation images, and (originals, reconstructions) of up to eight of this rank's first batch.
 
     Beside them lists by channel: KL, and mean, deviation and farthest value of the latents; the largest activation of
     any block; for VQ how much of the codebook is used. With inception the rFID.
@@ -301,7 +301,8 @@ def evaluate(vae, stream, cfg, rank, world, device, autocast, lpips=None, incept
     hooks = [m.register_forward_hook(watch) for m in vae.modules() if isinstance(m, (ResBlock, Attention))]
     count = min(len(stream.dataset), cfg["val_images"])
     for start in range(rank, count, world * cfg["batch_size"]):
-        rows = [stream[i] for i in range(start, min(start + world * cfg["batch_size"], count), world)]
+        spread = len(stream.dataset) / count  # over all of them, which may be sorted by class
+        rows = [stream[int(i * spread)] for i in range(start, min(start + world * cfg["batch_size"], count), world)]
         x = torch.stack([row["image"] for row in rows]).to(device)
         with autocast():
             posterior = vae.encode(x.to(vae.latent_mean.dtype))
@@ -446,6 +447,8 @@ def load_checkpoint(path, stage):
             if text is None or str(zlib.crc32(text.encode())) != f.metadata().get("crc32"):
                 raise ValueError(f"{path} is not a checkpoint of this repository, or its settings were altered")
             meta = json.loads(text)
+            if meta["format"] != 1:
+                raise ValueError(f"{path} has format {meta['format']}, this code reads 1: use the code that wrote it")
             if meta["stage"] != stage:
                 raise ValueError(f"{path} is a checkpoint of stage {meta['stage']!r}, not {stage!r}")
             return {name: f.get_tensor(name) for name in f.keys()}, meta
@@ -575,15 +578,20 @@ def check_settings(cfg):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
     weights = ("perceptual_weight", "codebook_weight", "disc_weight", "r1_weight", "lecam_weight", "adaptive_min")
+    weights += ("kl_weight", "weight_decay", "grad_clip", "warmup_steps", "snapshot_every")
     for name in (*weights, "disc_warmup", "disc_ramp", "restart_every", "equivariance_prob"):
         if cfg[name] < 0:
             raise ValueError(f"{name}={cfg[name]} must not be negative: 0 does without it")
     if cfg["adaptive_min"] > cfg["adaptive_max"]:
         raise ValueError(f"adaptive_min={cfg['adaptive_min']} is above adaptive_max={cfg['adaptive_max']}: swap them")
-    if cfg["equivariance_prob"] > 1:
-        raise ValueError(f"equivariance_prob={cfg['equivariance_prob']} is a share: set it between 0 and 1")
+    for name in ("equivariance_prob", "ema_decay", "lr_end", "beta1", "beta2", "dropout"):
+        if not 0 <= cfg[name] <= 1:
+            raise ValueError(f"{name}={cfg[name]} must lie between 0 and 1")
+    for name in ("lr", "disc_lr"):
+        if not cfg[name] > 0:
+            raise ValueError(f"{name}={cfg[name]} must be above 0")
     if cfg["image_size"] < least_side(cfg):
-        remedy = f"LPIPS ({cfg['lpips_net']}) and the discriminator need: lower disc_layers, or set a weight to 0"
+        remedy = f"SSIM, LPIPS ({cfg['lpips_net']}) and the discriminator need: lower disc_layers, or do without one"
         raise ValueError(f"image_size={cfg['image_size']} is less than the {least_side(cfg)} that {remedy}")
 
 
@@ -620,6 +628,9 @@ if __name__ == "__main__":
     master = rank == 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    if deterministic and device.type == "cuda" and (upsample != "nearest" or equivariance_prob):
+        remedy = "set upsample=nearest and equivariance_prob=0"
+        raise ValueError(f"deterministic=True, but on CUDA only nearest interpolation is: {remedy}")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -721,8 +732,12 @@ if __name__ == "__main__":
     if resumed:
         tensors, meta = load_checkpoint(latest, "vae")
         check_same_model(latest, meta["model"], model.settings)
-        if meta["config"].get("train", "all") != train:
-            raise ValueError(f"{latest} is of a run with train={meta['config']['train']}: use that, or another out_dir")
+        then = meta["config"]
+        for name, now in (("train", train), ("init_from", init_from)):
+            if then[name] != now:
+                raise ValueError(f"{latest} is of a run with {name}={then[name]!r}, not {now!r}: use another out_dir")
+        if meta["disc"] and not disc and not measure_latents:
+            raise ValueError(f"{latest} holds a discriminator, which disc_weight=0 would drop: use another out_dir")
         model.load_state_dict(without_prefix("model", tensors))
         ema.load_state_dict(without_prefix("ema", tensors))
         load_optimizer(optimizer, model, "optim", tensors)
@@ -746,8 +761,8 @@ if __name__ == "__main__":
         tensors, meta = {}, {}
         if init_from and disc:
             try:
-                tensors, meta = read_checkpoint(init_from, "disc")
-            except ValueError:  # other people's weights, which come without
+                tensors, meta = load_checkpoint(find_checkpoint(init_from), "vae")
+            except ValueError:  # a stage-2 checkpoint's first stage, or other people's weights: they come without
                 pass
         if train == "all":
             for statistics in (model.latent_mean, model.latent_std, ema.latent_mean, ema.latent_std):
@@ -814,9 +829,13 @@ if __name__ == "__main__":
 
             wandb_client.init(project="latent-diffusion", name=out_dir, config=dict(config))
 
-    if measure_latents:
+    if measure_latents:  # all else in the file stays as it is
         measure()
-        checkpoint()
+        if master:
+            tensors, meta = load_checkpoint(latest, "vae")
+            tensors |= {f"{name}.latent_mean": net.latent_mean for name, net in (("model", model), ("ema", ema))}
+            tensors |= {f"{name}.latent_std": net.latent_std for name, net in (("model", model), ("ema", ema))}
+            save_checkpoint(latest, tensors, meta)
         sys.exit(0)
 
     gan_terms = ("gan", "disc_loss", "logits_real", "logits_fake", "gan_weight")

@@ -284,8 +284,10 @@ class UNet(nn.Module):
         super().__init__()
         self.settings = settings
         levels, emb_dim = len(channel_mult), 4 * channels
-        res_blocks = num_res_blocks if isinstance(num_res_blocks, tuple) else (num_res_blocks,) * levels
-        self_attn = self_attention if isinstance(self_attention, tuple) else (self_attention,) * levels
+        res_blocks, self_attn = (
+            value * levels if len(value) == 1 else value
+            for value in (tuple(v) if isinstance(v, (tuple, list)) else (v,) for v in (num_res_blocks, self_attention))
+        )
         _check_settings(settings, res_blocks, self_attn)
         self.side_multiple = unet_patch * 2 ** (levels - 1)
 
@@ -411,6 +413,9 @@ def _check_settings(s, res_blocks, self_attn):
     if not all(self_attn) and not s["context_dim"]:
         raise ValueError("self_attention=False leaves nothing to attend to without a context: set context_dim")
     reached = [2**level for level in range(levels) if 2**level in s["attention_ds"]]
+    if len(reached) != len(set(s["attention_ds"])):
+        sides = ", ".join(str(2**level) for level in range(levels))
+        raise ValueError(f"attention_ds={s['attention_ds']} names no level: {levels} levels have the factors {sides}")
     if s["context_dim"] and not reached and not s["middle_attention"]:
         raise ValueError("a context needs attention that looks at it: set attention_ds or middle_attention")
     for width in [s["channels"]] + [s["channels"] * mult for mult in s["channel_mult"]]:

@@ -12,7 +12,7 @@ text_length = 12
 # 32 wide at 8x8, 64 wide at 4x4, attention in the middle only: small and many steps beat wide and few
 channels = 32
 channel_mult = (1, 2)
-num_res_blocks = 1
+num_res_blocks = (1,)
 attention_ds = ()
 head_dim = 32
 context_pool = True

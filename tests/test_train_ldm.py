@@ -1,17 +1,20 @@
 """Stage 2 by itself; what it promises together with stage 1 (resume, ranks, faults, errors) is in test_train_vae.py."""
 
 import contextlib
+import io
 import json
 import math
 import os
 import re
 import shutil
+import tarfile
 import threading
 
 import numpy as np
 import pytest
 import torch
 from helpers import assert_same, read
+from PIL import Image
 from test_train_vae import continued, make_images
 
 import sample
@@ -209,7 +212,19 @@ def test_the_cache_belongs_to_weights_and_data(small_data, vae, tmp_path):
     assert folder(model=other) == folder()
     with torch.no_grad():
         other.decoder.conv_out.bias[0] += 1e-6
+        assert folder(model=other) == folder(), "latents do not depend on the decoder"
+        other.encoder.conv_out.bias[0] += 1e-6
     assert len({folder(), folder(tmp_path / "data"), folder(size=32), folder(flip=False), folder(model=other)}) == 5
+
+
+def test_the_cache_keeps_few_files_open(small_data, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ldm, "SHARD", 1)
+    cache = build(LatentCache(Stream(Dataset(small_data, "train", 16), 0), vae, tmp_path), vae)
+    first = cache.moments(0, False)
+    cache.shards |= {f"other {k}": None for k in range(255)}
+    cache.moments(1, False)
+    assert len(cache.shards) == 256 and 0 not in cache.shards
+    assert torch.equal(cache.moments(0, False), first)
 
 
 def test_the_cache_replaces_a_bad_image_as_the_stream_does(vae, tmp_path, capsys):
@@ -342,3 +357,47 @@ def test_a_run_keeps_to_its_autoencoder_and_brings_it_along(start, finished, fir
     message = start("ldm", "--image_size=18").fail()
     assert "image_size=18 gives latents of side 9, not a multiple of 2" in message
     assert json.loads((folder / "out/log.jsonl").read_text().splitlines()[-1])["step"] == 7
+
+
+@pytest.mark.parametrize(
+    "args, wanted",
+    [
+        ("--grad_clip=-1", "grad_clip=-1.0 must not be negative: 0 does without it"),
+        ("--ema_decay=7", "ema_decay=7.0 must lie between 0 and 1"),
+        ("--lr=0", "lr=0.0 must be above 0"),
+        ("--beta_start=0.5", "beta_start=0.5, beta_end=0.012: the first must be the smaller"),
+        ("--schedule=linear --sample_steps=1001", "steps is 1001: schedule 'linear' has only 1000 times"),
+        ("--attention_ds=2,3", "attention_ds=(2, 3) names no level: 2 levels have the factors 1, 2"),
+    ],
+)
+def test_numbers_out_of_range_are_one_line(args, wanted, start):
+    assert wanted in start("ldm", "--cond=none", *args.split()).fail()
+
+
+def test_settings_by_level(start):
+    args = ("--num_res_blocks=1,2", "--self_attention=true,False", "--attention_ds=1,2", "--max_steps=1")
+    settings = start("ldm", *args).finish().checkpoint[1]["model"]["unet"]
+    assert settings["num_res_blocks"] == [1, 2] and settings["self_attention"] == [True, False]
+
+
+def test_another_tokenizer_on_resume(start, finished, small_data, tmp_path):
+    folder = continued(finished("ldm"), tmp_path)
+    line = start("ldm", "--tokenizer=nowhere.tiktoken", folder=folder).fail()
+    assert "nowhere.tiktoken" in line
+    start("ldm", "--tokenizer=bytes", folder=folder).finish()
+
+
+def test_a_caption_that_does_not_read_is_no_end(start, tmp_path):
+    (tmp_path / "data").mkdir()
+    for part in ("train", "val"):
+        with tarfile.open(tmp_path / "data" / f"{part}-0.tar", "w") as tar:
+            for i in range(12):
+                image, caption = io.BytesIO(), json.dumps({"text": f"a picture of {i}"}).encode()
+                Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(image, "JPEG")
+                for name, data in ((f"{i}.jpg", image.getvalue()), (f"{i}.json", caption[: -9 * (i == 0)] or caption)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    run = start("ldm", f"--dataset={tmp_path / 'data'}", "--max_steps=5", folder=tmp_path).finish()
+    assert run.checkpoint[1]["shown"] == ["a picture of 1", "a picture of 2", "a picture of 3"]
+    assert "its caption does not read" in run.stdout

@@ -185,7 +185,7 @@ def sample(pixels, shift):
 def cut_patch(photo, side, rng):
     """A square of a photo (PIL), which it sees at a random scale; flat ones, on which little shows, are not taken."""
     for _ in range(20):
-        edge = int(rng.uniform(side, max(side, min(photo.size) * 0.6)))
+        edge = min(*photo.size, int(rng.uniform(side, max(side, min(photo.size) * 0.6))))
         x, y = (rng.integers(0, length - edge + 1) for length in photo.size)
         patch = photo.resize((side, side), Image.Resampling.LANCZOS, (x, y, x + edge, y + edge))
         if np.asarray(patch.convert("L")).std() > 15:
@@ -202,18 +202,24 @@ def taken_again(patch, rng):
 
 def make_standin(photos, folder, size, n_train, n_val, seed):
     """Writes the published layout; every item is a function of (seed, split, category, number)."""
-    from data.dataset import Dataset, seed_of
+    from data.dataset import BadImage, Dataset, seed_of
 
     photos = Dataset(photos, "all", size)
     if len(photos) < 2:
         raise ValueError(f"{photos.path} has {len(photos)} photos: give two or more, as some are for validation alone")
-    if os.path.realpath(photos.root).startswith(os.path.realpath(folder)):
+    if f"{os.path.realpath(photos.root)}/".startswith(f"{os.path.realpath(folder)}/"):
         raise ValueError(f"{photos.path} is where the stand-in goes, which is emptied: set another out_dir")
     every = min(5, len(photos))
     of_split = {"train": [i for i in range(len(photos)) if i % every], "val": range(0, len(photos), every)}
     work = [("2afc", "train", kind, [kind]) for kind in KNOWN] + [("2afc", "val", kind, [kind]) for kind in KNOWN | NEW]
     work += [("jnd", "val", "known", list(KNOWN)), ("jnd", "val", "new", list(NEW))]
+    mark = f"{folder}/made_by_prepare.txt"
+    if os.path.exists(folder) and not os.path.exists(mark):
+        raise ValueError(f"{folder} was not made by this program, which would empty it: set another out_dir")
     shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    with open(mark, "w") as f:
+        f.write("The stand-in that prepare.py makes of photos; made anew each time.\n")
     for task, split, category, kinds in work:
         target = f"{folder}/{task}/{split}/{category}"
         for part in PARTS[task]:
@@ -221,9 +227,15 @@ def make_standin(photos, folder, size, n_train, n_val, seed):
         chosen, cache = of_split[split], {}
         for i in range(n_train if split == "train" else n_val):
             rng = np.random.default_rng(seed_of(seed, "standin", task, split, category, i))
-            at = chosen[rng.integers(len(chosen))]
-            if at not in cache:
-                cache = {at: photos.rgb(at)} | dict(list(cache.items())[:50])
+            for _ in range(100):
+                at = chosen[rng.integers(len(chosen))]
+                try:
+                    cache = {at: cache.get(at) or photos.rgb(at)} | dict(list(cache.items())[:50])
+                    break
+                except BadImage as e:
+                    print(f"skipped a bad photo: {e}", flush=True)
+            else:
+                raise ValueError(f"100 photos of {photos.path} in a row do not decode: look at them")
             patch, kind = cut_patch(cache[at], size + 2 * MOVED, rng), str(rng.choice(kinds))
             patches = [patch.crop((MOVED, MOVED, MOVED + size, MOVED + size))]
             if task == "jnd":
