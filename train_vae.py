@@ -736,8 +736,6 @@ if __name__ == "__main__":
         for name, now in (("train", train), ("init_from", init_from)):
             if then[name] != now:
                 raise ValueError(f"{latest} is of a run with {name}={then[name]!r}, not {now!r}: use another out_dir")
-        if meta["disc"] and not disc and not measure_latents:
-            raise ValueError(f"{latest} holds a discriminator, which disc_weight=0 would drop: use another out_dir")
         model.load_state_dict(without_prefix("model", tensors))
         ema.load_state_dict(without_prefix("ema", tensors))
         load_optimizer(optimizer, model, "optim", tensors)
@@ -774,6 +772,9 @@ if __name__ == "__main__":
             load_optimizer(disc_optimizer, disc, "disc_optim", tensors)
     elif disc and master and (resumed or init_from):
         print("the discriminator is a new one: the checkpoint has none")
+    resting = {}  # a discriminator that this run does without stays in its checkpoint
+    if resumed and not disc:
+        resting = {name: t for name, t in tensors.items() if name.startswith(("disc.", "disc_optim."))}
     del tensors
 
     def checkpoint(path=latest):
@@ -781,7 +782,7 @@ if __name__ == "__main__":
         if not master:
             return
         tensors = with_prefix("model", model.state_dict()) | with_prefix("ema", ema.state_dict())
-        tensors |= optimizer_tensors(optimizer, model, "optim") | with_prefix("state", state)
+        tensors |= optimizer_tensors(optimizer, model, "optim") | with_prefix("state", state) | resting
         if disc:
             tensors |= with_prefix("disc", disc.state_dict()) | optimizer_tensors(disc_optimizer, disc, "disc_optim")
         now = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
@@ -800,7 +801,7 @@ if __name__ == "__main__":
     git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=here)
     git_revision = git.stdout.strip() or "unknown"  # no git, no repository
     about = {"format": 1, "stage": "vae", "model": model.settings, "config": config, "git": git_revision}
-    about["disc"] = disc.settings if disc else None
+    about["disc"] = disc.settings if disc else meta.get("disc")
     tflop = count_tflop(model, config)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in hardware), 0)

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib.util
 import inspect
+import json
 import math
 import os
 import re
@@ -952,3 +953,38 @@ def test_configs_are_the_published_models(name):
     with torch.device("meta"):
         vae = VAE(**{key: config[key] for key in inspect.signature(VAE).parameters})
     assert sum(p.numel() for p in vae.parameters()) == PUBLISHED[name]
+
+
+def test_a_discriminator_that_rests_is_kept(start, tmp_path):
+    """disc_weight=0 on resume trains without it, and what it was is still there; so is the place the run began."""
+    game = ("--disc_weight=0.5", "--disc_layers=1", "--disc_start=1")
+    start("vae", *game, "--max_steps=2", folder=tmp_path).finish()
+    before, meta = read(tmp_path / "out/latest.safetensors")
+    after, now = start("vae", "--max_steps=4", folder=tmp_path).finish().checkpoint
+    kept = {name for name in before if name.startswith(("disc.", "disc_optim."))}
+    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
+    assert now["disc"] == meta["disc"] and not torch.equal(
+        before["model.decoder.conv_in.weight"], after["model.decoder.conv_in.weight"]
+    )
+    line = start("vae", *game, "--init_from=out/other", folder=tmp_path).fail()
+    assert "is of a run with init_from='', not 'out/other'" in line
+    measured, same = start("vae", "--measure_latents", folder=tmp_path).finish().checkpoint
+    assert same == now and all(torch.equal(after[name], measured[name]) for name in kept)
+
+
+@pytest.mark.parametrize("stage", ("vae", "ldm"))
+def test_wandb_gets_the_records_of_the_log(stage, small_data, first_stage, tmp_path):
+    (tmp_path / "wandb.py").write_text(
+        "import json\n\n\ndef init(**about):\n    print('init', about['name'], about['config']['seed'])\n\n\n"
+        "def log(record, step):\n    print('record', step, json.dumps(record))\n"
+    )
+    args = [*ARGS[stage].split(), f"--dataset={small_data}", "--wandb=True", "--max_steps=2"]
+    args += [f"--first_stage={first_stage}"] * (stage == "ldm")
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"{ROOT}/train_{stage}.py", *args]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "init out 0" in done.stdout, done.stderr
+    told = [line.split(" ", 2)[1:] for line in done.stdout.splitlines() if line.startswith("record ")]
+    with open(tmp_path / "out/log.jsonl") as f:
+        logged = [{k: v for k, v in json.loads(line).items() if v is not None} for line in f]
+    assert len(told) == 3 and [json.loads(record) for _, record in told] == logged
