@@ -512,6 +512,7 @@ def plot_log(out_dir):
         records = [r for r in map(json.loads, f) if "step" in r]
     names = ("loss", "recon", "perceptual", "kl", "codebook", "codes_used", "gan", "disc_loss", "logits", "gan_weight")
     names += ("grad_norm", "disc_grad_norm", "val_psnr", "val_ssim", "val_lpips", "val_largest_activation")
+    names += ("val_kl_per_channel",) if any(r.get("kl") for r in records) else ()  # a line for each channel
     parts = {"logits": ("logits_real", "logits_fake")}
     names = [n for n in names if any(r.get(part) for r in records for part in parts.get(n, (n,)))]
     figure, axes = plt.subplots(math.ceil(len(names) / 4), 4, figsize=(17, 3.5 * math.ceil(len(names) / 4)))
