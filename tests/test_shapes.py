@@ -278,7 +278,7 @@ def test_judge_rejects_what_is_not_one_clean_shape():
     second = blob(disc)
     second[np.hypot(x + 22, y + 22) < 9] = shapes.PALETTE["green"]
     assert shapes.read(second)["shape"] is None
-    middle = shapes.read(blob(np.hypot(x, y) < 64 * 0.3))  # between small and large
+    middle = shapes.read(blob(np.hypot(x, y) < 64 * 0.325))  # between small and large
     assert middle["shape"] == "circle" and middle["size"] is None
 
 

@@ -34,7 +34,7 @@ score = ""  # a folder with samples.jsonl and its PNGs: score these instead of m
 PALETTE = dict(red=(215, 40, 40), green=(40, 190, 60), blue=(45, 70, 215), yellow=(240, 215, 45))
 PALETTE |= dict(cyan=(60, 205, 220), magenta=(210, 50, 210), black=(25, 25, 25), white=(240, 240, 240))
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring")
-RADII = dict(small=0.25, large=0.38)  # half the extent of a shape, in picture sides
+RADII = dict(small=0.26, large=0.39)  # half the extent of a shape, in picture sides
 RADIUS_JITTER, BRIGHTNESS_JITTER = 0.04, 0.05  # relative, uniform, both ways
 POSITION = 0.4  # how far from the middle a shape may lie, as a share of its way to the border; 1 is far harder to learn
 MARGIN = 2  # pixels between a shape and the border, which are background for certain
