@@ -639,6 +639,18 @@ if __name__ == "__main__":
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
+    # data
+    if eval_only:
+        validation = Dataset(dataset, eval_split, image_size)
+    else:
+        images = Dataset(dataset, "train", image_size)
+        stream = Stream(images, seed, crop=crop, flip=flip)
+        try:
+            validation = Dataset(dataset, "val", image_size)
+        except ValueError:  # too few images to set any aside
+            validation = images
+    validation_stream = Stream(validation, seed, train=False)
+
     # the metric of the perceptual loss
     param_dtype = torch.float64 if dtype == "float64" else torch.float32
     lpips = None
@@ -656,13 +668,12 @@ if __name__ == "__main__":
         source = ckpt or out_dir
         vae = VAE.from_pretrained(source).to(device, param_dtype, memory_format=torch.channels_last)
         inception = load_inception(inception_weights).to(device) if inception_weights else None
-        stream = Stream(Dataset(dataset, eval_split, image_size), seed, train=False)
-        scores, pictures = evaluate(vae, stream, config, rank, world, device, autocast, lpips, inception)
+        scores, pictures = evaluate(vae, validation_stream, config, rank, world, device, autocast, lpips, inception)
         if master:
             path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"
             error_map = (pictures[1] - pictures[0]).abs().mean(dim=1, keepdim=True).expand_as(pictures[0])
             save_grid(path, (*pictures, 4 * error_map - 1))  # white from an error of 64 grey levels on
-            print(f"{source} on {min(len(stream.dataset), val_images)} images of {dataset} at {image_size} px:")
+            print(f"{source} on {min(len(validation), val_images)} images of {dataset} at {image_size} px:")
             for name, value in scores.items():
                 value = value if isinstance(value, list) else f"{value:.4f}"
                 print(f"  {name.removeprefix('val_'):20} {value}")
@@ -670,15 +681,6 @@ if __name__ == "__main__":
         if world > 1:
             dist.destroy_process_group()
         sys.exit(0)
-
-    # data
-    images = Dataset(dataset, "train", image_size)
-    stream = Stream(images, seed, crop=crop, flip=flip)
-    try:
-        validation = Dataset(dataset, "val", image_size)
-    except ValueError:  # too few images to set any aside
-        validation = images
-    validation_stream = Stream(validation, seed, train=False)
 
     # model
     torch.manual_seed(seed_of(seed, "init"))

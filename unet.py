@@ -413,9 +413,6 @@ def _check_settings(s, res_blocks, self_attn):
     if not all(self_attn) and not s["context_dim"]:
         raise ValueError("self_attention=False leaves nothing to attend to without a context: set context_dim")
     reached = [2**level for level in range(levels) if 2**level in s["attention_ds"]]
-    if len(reached) != len(set(s["attention_ds"])):
-        sides = ", ".join(str(2**level) for level in range(levels))
-        raise ValueError(f"attention_ds={s['attention_ds']} names no level: {levels} levels have the factors {sides}")
     if s["context_dim"] and not reached and not s["middle_attention"]:
         raise ValueError("a context needs attention that looks at it: set attention_ds or middle_attention")
     for width in [s["channels"]] + [s["channels"] * mult for mult in s["channel_mult"]]:

@@ -259,7 +259,7 @@ def test_judge_sees_nothing_where_nothing_is():
 
 def test_judge_rejects_what_is_not_one_clean_shape():
     y, x = np.mgrid[:64, :64] - 31.5
-    disc = np.hypot(x, y) < 20
+    disc = np.hypot(x, y) < 22
     assert shapes.read(blob(disc)) == dict(size="large", color="red", shape="circle", background="white")
     strange = {
         "two alike": (np.hypot(x - 16, y) < 11) | (np.hypot(x + 16, y) < 11),
@@ -312,7 +312,7 @@ def percentages(text):
 def test_score_of_true_and_of_shuffled_pictures(pictures, tmp_path):
     images, captions = pictures[0][:64], pictures[1][:64]
     shape, color, background = sorted(shapes.held_out())[0]
-    mask = shapes.draw_mask(shape, 32, 32, 14, 64)[0][..., None]
+    mask = shapes.draw_mask(shape, 32, 32, 16.6, 64)[0][..., None]
     unseen = (mask * shapes.PALETTE[color] + (1 - mask) * shapes.PALETTE[background]).astype(np.uint8)
     images, captions = [*images, unseen], [*captions, shapes.caption("small", color, shape, background)]
     write_samples(tmp_path / "true", images, captions)

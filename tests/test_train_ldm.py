@@ -367,7 +367,6 @@ def test_a_run_keeps_to_its_autoencoder_and_brings_it_along(start, finished, fir
         ("--lr=0", "lr=0.0 must be above 0"),
         ("--beta_start=0.5", "beta_start=0.5, beta_end=0.012: the first must be the smaller"),
         ("--schedule=linear --sample_steps=1001", "steps is 1001: schedule 'linear' has only 1000 times"),
-        ("--attention_ds=2,3", "attention_ds=(2, 3) names no level: 2 levels have the factors 1, 2"),
     ],
 )
 def test_numbers_out_of_range_are_one_line(args, wanted, start):

@@ -932,10 +932,11 @@ def test_bad_input_that_names_the_right_remedy(start, finished, trunk, tmp_path)
     assert "warning: disc_start=7 is beyond max_steps=2: no step of this run has a GAN loss" in late.stdout
 
 
-def test_a_trunk_that_cannot_be_fetched_is_one_line(monkeypatch, tmp_path):
+def test_a_trunk_that_cannot_be_fetched_is_one_line(small_data, tmp_path):
     """Without a network, as one that has no route: torch.hub's own word of what it tries is all that comes before."""
     env = os.environ | {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, f"{ROOT}/train_vae.py", "--device=cpu", "--lpips_net=squeeze", f"--out_dir={tmp_path}/o"]
+    command += [f"--dataset={small_data}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("Downloading")]
     assert done.returncode == 1 and len(lines) == 1

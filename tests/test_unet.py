@@ -415,7 +415,7 @@ def test_sides_that_do_not_divide():
         (dict(context_dim=8, attention_ds=(4,), middle_attention=False), "context needs attention that looks at it"),
         (dict(self_attention=False), "nothing to attend to without a context: set context_dim"),
         (dict(num_res_blocks=(1, 1, 1)), "one for each of the 2 levels"),
-        (dict(self_attention=(True,)), "one for each of the 2 levels"),
+        (dict(self_attention=(True, True, False)), "one for each of the 2 levels"),
     ],
     ids=str,
 )
