@@ -359,7 +359,7 @@ def test_what_a_run_leaves(finished, trunks, start):
 
 
 def test_heads_know_their_trunk(finished, trunks, tmp_path, start):
-    other = {name: t + 0.01 for name, t in torch.load(trunks["squeeze"]).items()}
+    other = {name: t + 0.01 for name, t in torch.load(trunks["squeeze"], weights_only=True).items()}
     torch.save(other, tmp_path / "other.pth")
     message = error(LPIPS, "squeeze", tmp_path / "other.pth", finished[1].out)
     assert "was trained on other weights of squeeze than" in message and "set trunk_weights to those" in message
@@ -374,7 +374,7 @@ def test_heads_know_their_trunk(finished, trunks, tmp_path, start):
 def test_a_trained_trunk_comes_with_its_heads(start, trunks):
     run = start("--train_trunk=True", "--max_steps=2", "--lr=1e-3").finish()
     lpips = LPIPS("squeeze", None, run.out)  # nothing is fetched
-    for name, t in torch.load(trunks["squeeze"]).items():
+    for name, t in torch.load(trunks["squeeze"], weights_only=True).items():
         assert not torch.equal(lpips.trunk.state_dict()[name], t)
     assert not any(p.requires_grad for p in lpips.parameters())
 
