@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
@@ -290,6 +291,39 @@ def make_denoiser(model, schedule, objective, cond, null=None, cfg=1.0):
     return denoise
 
 
+# --- what an image-conditioned denoiser is shown ---
+
+
+def image_condition(task, vae, given, sides, map_classes=0):
+    """`concat` of Denoiser.condition for a task; vae is None in pixels, sides (h, w) are the latents'.
+
+    inpaint   given["image"] (B,3,H,W) in [-1,1], given["mask"] (B,1,H,W), 1 where to paint -> mask and masked latents,
+              in Stable Diffusion's order (B,1+C,h,w)
+    sr        given["low"] (B,3,H/scale,W/scale) -> folded, or enlarged, to the latents' side (B,3 or more,h,w)
+    semantic  given["map"] (B,H,W) int64, -1 unknown -> one-hot (B,map_classes,H,W)
+    """
+    if task == "inpaint":
+        mask = (given["mask"] > 0.5).to(given["image"].dtype)
+        known = given["image"] * (1 - mask)
+        known = known if vae is None else vae.normalize(vae.encode(known).mode())
+        return torch.cat([F.interpolate(mask, sides, mode="nearest"), known], dim=1)
+    if task == "sr":
+        low = given["low"]
+        fold = low.shape[-1] // sides[1]
+        return F.pixel_unshuffle(low, fold) if fold > 1 else F.interpolate(low, sides, mode="bilinear")
+    return (given["map"][:, None] == torch.arange(map_classes, device=given["map"].device).view(-1, 1, 1)).float()
+
+
+def augment_low(low, level, eps):
+    """Noise on a low-resolution image, as Stable Diffusion's x4 upscaler has it: level (B,) counts in 0..999.
+
+    The network is told the level as y, so it knows what to trust (Ho et al. 2021, arXiv 2106.15282, section 4.2).
+    """
+    schedule = make_schedule("linear", 1e-4, 0.02)
+    t = ((level + 1) / schedule.discrete).to(low.dtype).view(-1, 1, 1, 1)
+    return schedule.alpha(t) * low + schedule.sigma(t) * eps
+
+
 # --- the command ---
 
 # what to draw
@@ -380,7 +414,7 @@ def generate(pipeline, conditions, seeds, steps, cfg=1.0, sampler="ddim", size=0
         generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + batch_size]]
         condition, null = {}, {}
         if denoiser.text is not None:
-            condition, null = {"context": denoiser.text(some)}, {"context": denoiser.text([""] * len(some))}
+            condition, null = (denoiser.condition(denoiser.text.tokenize(p)) for p in (some, [""] * len(some)))
         elif pipeline.num_classes:
             condition = {"y": torch.tensor(some, device=weight.device)}
             null = {"y": torch.full_like(condition["y"], pipeline.num_classes)}

@@ -533,14 +533,50 @@ class TextBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Denoiser(nn.Module):
-    """A U-Net with the text encoder trained beside it, as one module for DDP, EMA and the checkpoint."""
+class Rescaler(nn.Module):
+    """Semantic maps, one-hot (B,K,H,W), to the latents' side in `out_channels` (the LDM paper's SpatialRescaler)."""
 
-    def __init__(self, unet, text=None):
+    def __init__(self, map_classes, factor, out_channels=3):
+        """factor: pixels to a latent."""
         super().__init__()
-        self.unet, self.text = unet, text
+        self.factor = factor
+        self.conv = nn.Conv2d(map_classes, out_channels, 1, bias=False)
 
-    def forward(self, x, t, tokens=None, y=None, concat=None):
-        """As UNet.forward, with tokens (B, length) in place of the context."""
-        context = self.text(tokens) if self.text is not None else None
-        return self.unet(x, t, context=context, y=y, concat=concat)
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=1 / self.factor, mode="area") if self.factor > 1 else x
+        return self.conv(x)
+
+
+class Denoiser(nn.Module):
+    """A U-Net with what is trained beside it, as one module for DDP, EMA and the checkpoint.
+
+    text: a TextEncoder.  class_tokens: an nn.Embedding, whose row of a class is a context of one token (LDM's cin256).
+    rescaler: for semantic maps.  uncertainty: a log-variance for each noise level (EDM2, arXiv 2312.02696, eq. 21-22).
+    """
+
+    def __init__(self, unet, text=None, class_tokens=None, rescaler=None, uncertainty=False):
+        super().__init__()
+        self.unet, self.text, self.class_tokens, self.rescaler = unet, text, class_tokens, rescaler
+        self.log_variance = zeros(nn.Linear(64, 1)) if uncertainty else None
+
+    def condition(self, tokens=None, y=None, concat=None, context=None):
+        """What UNet.forward takes besides x and t; see there.
+
+        tokens: (B,length) for the text encoder.  y: (B,) classes.  concat: what is joined to the input, or (B,K,H,W)
+        one-hot maps for the rescaler.  context: (B,L,D) of a tower that is not part of this module.
+        """
+        if tokens is not None:
+            context = self.text(tokens)
+        if self.class_tokens is not None:
+            context, y = self.class_tokens(y)[:, None], None
+        if self.rescaler is not None:
+            concat = self.rescaler(concat)
+        given = {"context": context, "y": y, "concat": concat}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def forward(self, x, t, tokens=None, y=None, concat=None, context=None):
+        """Noisy latents -> prediction, and with `uncertainty` the log-variances (B,) too, while training."""
+        prediction = self.unet(x, t, **self.condition(tokens, y, concat, context))
+        if self.log_variance is None or not self.training:
+            return prediction
+        return prediction, self.log_variance(timestep_embedding(t, 64).to(x.dtype))[:, 0]
