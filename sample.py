@@ -346,8 +346,10 @@ seed = 0  # picture i starts from the noise of seed + i
 sampler = "ddim"  # ddpm | ddim | plms | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | unipc
 steps = 50  # from 1 up
 spacing = "trailing"  # of the steps: trailing | leading | linspace | karras | quadratic
-eta = -1.0  # fresh noise, ddim and euler_a: 0 is none, 1 is as much as ancestral sampling; -1 is 0 for ddim, else 1
+eta = -1.0  # ddim, euler_a, dpmpp_2m_sde: fresh noise, from 0 (none) to 1 (ancestral); -1 is 0 for ddim, else 1
 noise_scale = 1.0  # ddpm: times its noise; below 1 is smoother
+variance = "small"  # ddpm: of its noise, small | large
+order = 2  # unipc: 1 | 2 | 3
 cfg = 3.0  # guidance scale; 1 is none
 cfg_from = 0.0  # guide at times t from here (t = 0 is data)
 cfg_to = 1.0  # to here
@@ -865,6 +867,7 @@ def read_given(pipeline, init_image, mask, semantic_map, noise_level, size):
     return list(pictures), {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+SAMPLER_OPTIONS = ("eta", "noise_scale", "variance", "order")  # settings that are handed to the sampler
 STOCHASTIC = ("ddpm", "euler_a", "dpmpp_2m_sde")  # samplers that add noise of their own
 
 
@@ -873,63 +876,56 @@ def check_settings(config, pipeline):
     c, task = SimpleNamespace(**config), pipeline.task.get("task", "none")
     if c.sampler not in samplers:
         raise ValueError(f"sampler {c.sampler!r} is not one of {', '.join(samplers)}")
-    known = inspect.signature(samplers[c.sampler]).parameters
     conditional = pipeline.text is not None or pipeline.num_classes > 0
     guided = c.cfg != 1 and (conditional or bool(c.guide_ckpt))
-    bulk, between, plain_text = c.num_samples != 0, c.interpolate != 0, "this checkpoint takes no prompt"
-    pictures = "this checkpoint draws pictures from " + {"sr": "small ones", "semantic": "maps"}.get(task, "pictures")
-    of_bulk, of_between, alone = "is for --num_samples", "is for --interpolate", "is not for --num_samples"
+    bulk, between, prompted = c.num_samples != 0, c.interpolate != 0, pipeline.text is not None
+    other_task = f"is not for this checkpoint, of task={task}"
     rules = [  # settings, whether they have a meaning here, why not
-        ("eta", "eta" in known, f"belongs to sampler=ddim or euler_a, not {c.sampler}"),
-        ("noise_scale", "noise_scale" in known, f"belongs to sampler=ddpm, not {c.sampler}"),
-        ("cfg", conditional or c.guide_ckpt, "this checkpoint is unconditional, so there is nothing to guide towards"),
-        ("guide_ckpt", c.cfg != 1, "guides with cfg above 1 only"),
-        ("cfg_from cfg_to cfg_rescale", guided, "there is no guidance here: set cfg"),
-        ("negative", pipeline.text is not None, plain_text),
-        ("negative", c.cfg != 1, "guides with cfg above 1 only"),
-        ("negative", not c.guide_ckpt, "guide_ckpt takes its place: set one of them"),
-        ("source_prompt", c.invert, "is for --invert"),
-        ("source_prompt prompt_to", pipeline.text is not None, plain_text),
-        ("seed_to prompt_to", between, of_between),
-        ("init_image", task != "semantic", f"{pictures}: give semantic_map"),
-        ("semantic_map", task == "semantic", "this checkpoint takes no map"),
+        ("cfg", conditional or c.guide_ckpt, "has nothing to guide towards: this checkpoint is unconditional"),
+        ("guide_ckpt", c.cfg != 1, "needs a cfg above 1"),
+        ("cfg_from cfg_to cfg_rescale", guided, "needs guidance: set cfg, or leave it out"),
+        ("negative source_prompt prompt_to", prompted, "is not for this checkpoint, which takes no prompt"),
+        ("negative", c.cfg != 1, "needs a cfg above 1"),
+        ("negative", not c.guide_ckpt, "has no place beside guide_ckpt: set one of them"),
+        ("tower_weights clip_vocab", pipeline.tower is not None, "is for checkpoints with a frozen text encoder"),
+        ("init_image", task != "semantic", f"{other_task}: give semantic_map"),
+        ("semantic_map", task == "semantic", other_task),
+        ("noise_level", pipeline.task.get("sr_noise"), "is for super-resolution checkpoints trained with sr_noise"),
         ("mask strength invert", bool(c.init_image), "needs init_image"),
-        ("mask strength invert size", task != "sr", pictures),
-        ("invert", task == "none", pictures),
-        ("strength", not c.invert, "invert goes all the way"),
-        ("n seed", not c.invert, "invert draws each picture once, without a seed's noise"),
-        ("noise_level", pipeline.task.get("sr_noise"), "this checkpoint takes no noise level"),
-        ("n init_image semantic_map prompts", not between, "is not for --interpolate"),
-        ("n init_image semantic_map interpolate trajectory out_dir show", not bulk, alone),
-        ("num_samples", task == "none", pictures),
-        ("tower_weights clip_vocab", pipeline.tower is not None, "this checkpoint has no frozen text encoder"),
-        ("out fid_ref", bulk, of_bulk),
+        ("mask strength size", task != "sr", other_task),
+        ("invert num_samples interpolate", task == "none", other_task),
+        (
+            "strength n seed",
+            not c.invert,
+            "is not for --invert, which goes all the way, once and without a seed's noise",
+        ),
+        ("source_prompt", c.invert, "is for --invert"),
+        ("seed_to prompt_to", between, "is for --interpolate"),
+        ("n init_image prompts", not between, "is not for --interpolate"),
+        ("n init_image interpolate trajectory out_dir show", not bulk, "is not for --num_samples"),
+        ("out fid_ref", bulk, "is for --num_samples"),
         ("inception_weights trunk trunk_weights", bool(c.fid_ref), "is for --fid_ref"),
     ]
+    for name in SAMPLER_OPTIONS:
+        users = [key for key, sampler in samplers.items() if name in inspect.signature(sampler).parameters]
+        rules.append((name, c.sampler in users, f"is for sampler={' or '.join(users)}, not {c.sampler}"))
     for names, fits, reason in rules:
         for name in names.split():
             if name in config.changed and not fits:
-                raise ValueError(f"{name}={config[name]}: {reason}")
-    for name, wanting in (("init_image", task in ("inpaint", "sr")), ("mask", task == "inpaint")):
-        if wanting and not config[name]:
-            raise ValueError(f"{pictures}: give {name}")
-    if task == "semantic" and not c.semantic_map:
-        raise ValueError(f"{pictures}: give semantic_map, a PNG of class indices")
+                raise ValueError(f"{name}={config[name]} {reason}")
+    for name, tasks in (("init_image", ("inpaint", "sr")), ("mask", ("inpaint",)), ("semantic_map", ("semantic",))):
+        if task in tasks and not config[name]:
+            raise ValueError(f"this checkpoint, of task={task}, draws from pictures: give {name}")
     ranges = [  # setting, low, high
-        ("n", 0, math.inf, "pictures cannot be drawn: choose 1 or more"),
-        ("num_samples", 0, math.inf, "pictures cannot be drawn: choose 1 or more"),
+        ("n", 0, math.inf, "choose 1 or more pictures"),
+        ("num_samples", 0, math.inf, "choose 1 or more pictures"),
         ("noise_level", 0, pipeline.task.get("sr_noise", 0), f"choose 0 to {pipeline.task.get('sr_noise', 0)}"),
-        ("cfg_from", 0, c.cfg_to, f"choose 0 <= cfg_from <= cfg_to={c.cfg_to} <= 1"),
-        ("cfg_to", c.cfg_from, 1, f"choose cfg_from={c.cfg_from} <= cfg_to <= 1"),
-        ("cfg_rescale", 0, 1, "choose 0 (none) to 1"),
         ("ema_std", 0, 0.25, "choose 0 (the stored EMA) to 0.25"),
         ("decode_tile", 0, math.inf, "choose a tile's side in latents, such as 64, or 0"),
     ]
     for name, low, high, remedy in ranges:
         if not low <= config[name] <= high:
             raise ValueError(f"{name}={config[name]}: {remedy}")
-    if "strength" in config.changed and not 0 < c.strength <= 1:
-        raise ValueError(f"strength={c.strength} is not above 0 (nothing redrawn) and up to 1 (all): choose 0.75")
     if c.invert and (c.sampler in STOCHASTIC or c.eta > 0):
         raise ValueError(f"invert needs a sampler without noise of its own, not {c.sampler}: choose ddim with eta=0")
     if between and (c.interpolate < 2 or (c.seed_to < 0 and not c.prompt_to)):
@@ -1139,7 +1135,7 @@ if __name__ == "__main__":
                 net.to(device, memory_format=torch.channels_last)
     drawing = dict(steps=steps, cfg=cfg, sampler=sampler, batch_size=batch_size, decode_tile=decode_tile, guide=guide)
     drawing |= dict(negative=negative, spacing=spacing, cfg_interval=(cfg_from, cfg_to), cfg_rescale=cfg_rescale)
-    drawing |= {name: config[name] for name in ("eta", "noise_scale") if name in config.changed}
+    drawing |= {name: config[name] for name in SAMPLER_OPTIONS if name in config.changed}
 
     # many pictures
     if num_samples:
@@ -1177,7 +1173,8 @@ if __name__ == "__main__":
 
     # a few, to look at
     conditions, seeds, names, given = choose_pictures(pipeline, config)
-    strength = strength if strength > 0 else 0.75 if "image" in given and not (mask or invert) else 1.0
+    if "strength" not in config.changed:
+        strength = 0.75 if "image" in given and not (mask or invert) else 1.0
     source = None
     if invert:
         source = conditions if pipeline.text is None else [source_prompt] * len(conditions)
