@@ -4,6 +4,11 @@ A noisy sample is x_t = alpha(t) x0 + sigma(t) eps. Time runs from t = 0, data, 
 (alpha, sigma), an objective is a linear combination of x0 and eps, and a sampler sees the network only as
 `denoise(x, t) -> x0_hat`; so every objective goes with every schedule and every sampler. A new schedule is one more
 branch of make_schedule that gives betas or a pair (alpha, sigma); a new sampler is one more function in `samplers`.
+
+    python sample.py --ckpt=out/ldm                                                    # what training showed
+    python sample.py --ckpt=out/ldm --prompt="a red star" --steps=20 --sampler=dpmpp_2m
+    python sample.py --ckpt=out/ldm --prompt="a hat" --init_image=photo.png --mask=mask.png
+    torchrun --nproc_per_node=8 sample.py --ckpt=out/ldm --num_samples=50000           # an .npz for evaluators
 """
 
 import datetime
@@ -594,7 +599,7 @@ num_samples = 0  # so many pictures; the same command again goes on where it sto
 out = "samples.npz"  # where to
 fid_ref = ""  # then compare them with this folder of real pictures: see fid.py
 inception_weights = ""  # of fid.py: the network of FID
-trunk = ""  # of fid.py
+trunk = "squeeze"  # of fid.py, without Inception
 trunk_weights = ""  # of fid.py
 # where to
 out_dir = ""  # PNGs, samples.jsonl and grid.png; "" is the folder samples beside the checkpoint
@@ -810,7 +815,7 @@ def generate(
     cfg_rescale=0.0,
     guide=None,
     decode_tile=0,
-    frames=None,
+    see=None,
     **options,
 ):
     """Draws one picture for each condition (a prompt, a class number, or None): (N,3,H,W) in [-1,1] on the CPU.
@@ -822,7 +827,7 @@ def generate(
         steps that it goes through, and "mask", outside of which the image stays as it is.
     source: conditions that describe given["image"], whose noise DDIM inversion then finds, in the place of a seed's.
     guide: another Pipeline of the same latents and schedule, to guide away from (Karras et al. 2024, arXiv 2406.02507).
-    frames: a list to which the first batch's x0_hat is added, decoded, at every evaluation.
+    see: is called with x0_hat of the first pictures, decoded, at every evaluation of the first batch.
     options: the sampler's own.  The number of network evaluations per picture is in `generate.evaluations`.
     """
     denoiser, vae, schedule, objective, shape = pipeline[:5]
@@ -867,8 +872,8 @@ def generate(
         if "mask" in now and pipeline.task.get("task") != "inpaint":
             painted = F.max_pool2d((now["mask"] > 0.5).to(weight.dtype), pipeline.factor)  # a latent painted in part
             denoise = keep_known(denoise, latents, painted)
-        if frames is not None and start == 0:
-            denoise = watched(denoise, lambda x0: frames.append(finish(pipeline, x0, decode_tile)))
+        if see is not None and start == 0:
+            denoise = watched(denoise, lambda x0: see(finish(pipeline, x0[:16], decode_tile)))
         x = schedule.sigma(times[:1]).item() * noise
         evaluations = 0
         if source is not None:
@@ -1055,7 +1060,7 @@ def read_given(pipeline, init_image, mask, semantic_map, noise_level, size):
     latent_sides(pipeline, size)  # checks it
     size = tuple(int(side) for side in size)
     pictures = open_images(semantic_map or init_image)
-    paint = open_image(mask) if mask else None
+    paint = to_rgb(open_image(mask)) if mask else None
     for name, picture in pictures.items():
         if semantic_map:
             picture = fit(picture, size, multiple, Image.Resampling.NEAREST)
@@ -1073,7 +1078,7 @@ def read_given(pipeline, init_image, mask, semantic_map, noise_level, size):
             if paint.size != picture.size:
                 sizes = "{}x{} and {} is {}x{}".format(*paint.size, name, *picture.size)
                 raise ValueError(f"{mask} is {sizes}: make them one size")
-            white = fit(to_rgb(paint), size, multiple, Image.Resampling.NEAREST).convert("L")
+            white = fit(paint, size, multiple, Image.Resampling.NEAREST).convert("L")
             rows[-1]["mask"] = (to_tensor(white.convert("RGB"))[:1] > 0).float()
             if not rows[-1]["mask"].any():
                 raise ValueError(f"{mask} is black all over: white is what is painted")
@@ -1145,6 +1150,10 @@ def check_settings(config, pipeline):
             raise ValueError(f"{name}={config[name]}: {remedy}")
     if c.invert and (c.sampler in STOCHASTIC or c.eta > 0):
         raise ValueError(f"invert needs a sampler without noise of its own, not {c.sampler}: choose ddim with eta=0")
+    if c.fid_ref and bool(c.inception_weights) == bool(c.trunk_weights):
+        raise ValueError("fid_ref needs inception_weights=FILE or trunk_weights=FILE, one of them: see fid.py")
+    if c.fid_ref and not os.path.exists(c.fid_ref):
+        raise ValueError(f"fid_ref={c.fid_ref} is not there: name a folder of real pictures")
     if between and (c.interpolate < 2 or (c.seed_to < 0 and not c.prompt_to)):
         raise ValueError(
             f"interpolate={c.interpolate} frames need two ends: set it to 2 or more, and seed_to or prompt_to"
@@ -1383,38 +1392,30 @@ if __name__ == "__main__":
             if fid_ref:
                 import fid
 
-                side = latent_sides(pipeline, size)[0] * pipeline.factor
-                for name, value in fid.score(out, fid_ref, side, inception_weights, trunk, trunk_weights).items():
-                    print(f"{name} {value:.4g}")
+                names = dict(inception_weights=inception_weights, trunk=trunk, trunk_weights=trunk_weights)
+                print(json.dumps(fid.score(out, fid_ref, image_size=0, **names)))
         if world > 1:
             dist.destroy_process_group()
         sys.exit(0)
 
     # a few, to look at
     conditions, seeds, names, given = choose_pictures(pipeline, config)
+    captions = [pipeline.caption(condition) for condition in conditions]
     if "strength" not in config.changed:
         strength = 0.75 if "image" in given and not (mask or invert) else 1.0
-    source = None
+    drawing |= dict(size=size, given=given, strength=strength)
     if invert:
-        source = conditions if pipeline.text is None else [source_prompt] * len(conditions)
-    frames, started = [] if trajectory else None, time.time()
+        drawing["source"] = conditions if pipeline.text is None else [source_prompt] * len(conditions)
+    frames = []
+    if trajectory:
+        drawing["see"] = lambda x0: frames.append(make_grid(x0, captions))
+    started = time.time()
     with autocast:
-        pictures = generate(
-            pipeline,
-            conditions,
-            seeds,
-            **drawing,
-            size=size,
-            given=given,
-            strength=strength,
-            source=source,
-            frames=frames,
-        )
+        pictures = generate(pipeline, conditions, seeds, **drawing)
     seconds = time.time() - started
 
     # pictures and what they are
     os.makedirs(out_dir, exist_ok=True)
-    captions = [pipeline.caption(condition) for condition in conditions]
     with open(os.path.join(out_dir, "samples.jsonl"), "w") as f:
         for i, picture in enumerate(pictures):
             name, info = f"{i:05d}.png", PngInfo()
@@ -1426,7 +1427,7 @@ if __name__ == "__main__":
             f.write(json.dumps(record) + "\n")
     grid = save_grid(os.path.join(out_dir, "grid.png"), pictures[:64], captions[:64], {"config": config})
     if trajectory:
-        save_gif(os.path.join(out_dir, "trajectory.gif"), [make_grid(x[:16], captions) for x in frames])
+        save_gif(os.path.join(out_dir, "trajectory.gif"), frames)
     if interpolate:
         save_gif(os.path.join(out_dir, "interpolation.gif"), [to_pil(picture) for picture in pictures])
     speed = f"{len(pictures) / seconds:.2f} images/s, {generate.evaluations} network evaluations each"

@@ -218,9 +218,9 @@ def test_guidance(pipelines):
     "sampler, options", [("euler_a", {"eta": 0.5}), ("ddpm", {"noise_scale": 0.3}), ("unipc", {"order": 3})]
 )
 def test_samplers_get_their_options(pipelines, sampler, options):
-    got = generate(pipelines["none"], [None], [1], 5, sampler=sampler, **options)
-    near(got, drawn_by_hand(pipelines["none"], {}, None, 1.0, [1], 5, sampler, options=options))
-    assert (got - generate(pipelines["none"], [None], [1], 5, sampler=sampler)).abs().max() > 1e-3
+    got = generate(pipelines["none"], [None], [1], 8, sampler=sampler, **options)
+    near(got, drawn_by_hand(pipelines["none"], {}, None, 1.0, [1], 8, sampler, options=options))
+    assert (got - generate(pipelines["none"], [None], [1], 8, sampler=sampler)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name, conditions", [("none", [None, None]), ("text", ["a", "b"]), ("tokens", [0, 1])])
@@ -357,7 +357,9 @@ def test_strength(pipelines):
 def test_inpainting_by_any_model_and_sampler(pipelines, sampler):
     image, mask, none = pictures(), half(), pipelines["none"]
     frames = []
-    got = generate(none, [None] * 2, [0, 1], 4, sampler=sampler, given={"image": image, "mask": mask}, frames=frames)
+    got = generate(
+        none, [None] * 2, [0, 1], 4, sampler=sampler, given={"image": image, "mask": mask}, see=frames.append
+    )
     assert torch.equal(got[..., 16:], image[..., 16:]), "exactly"
     assert (got - image)[..., :16].abs().mean() > 0.05
     plain = generate(none, [None] * 2, [0, 1], 4, sampler=sampler)
@@ -376,7 +378,7 @@ def test_what_is_known_stays(pipelines):
     none, image, mask = pipelines["none"], pictures(1), torch.zeros(1, 1, 32, 32)
     mask[..., 5, 6] = 1
     frames, latents = [], none.vae.normalize(none.vae.encode(image).mode())
-    got = generate(none, [None], [0], 2, given={"image": image, "mask": mask}, frames=frames)
+    got = generate(none, [None], [0], 2, given={"image": image, "mask": mask}, see=frames.append)
     assert (got != image).any(1).sum() <= 1 and (got != image).any()
     expected = none.vae.decode(none.vae.denormalize(latents)).clamp(-1, 1)
     assert (frames[-1] - expected)[..., 4:8, 4:8].abs().max() > 1e-3
@@ -476,21 +478,21 @@ def test_inversion_comes_back(name):
     for iterations in (1, 3):
         (back, there), (back_2, there_2), (back_4, there_4) = (errors(steps, iterations) for steps in (25, 50, 100))
         assert back > back_2 > back_4 and there > there_2 > there_4, iterations
-        assert there_4 < 0.2 and back_4 < 0.3 * back
+        assert there_4 < 0.2 and back_4 < 0.4 * back
     assert errors(50, 3)[0] < errors(50, 1)[0]
     assert errors(50, 60)[0] < 1e-3, "the exact inverse is what the iterations tend to"
 
 
 def test_inversion_draws_the_picture_again(pipelines):
     text = pipelines["text"]
-    image = generate(text, ["a cat"] * 2, [0, 1], 40)  # a picture that the model knows
-    again = generate(text, ["a cat"] * 2, [7, 8], 40, given={"image": image}, source=["a cat"] * 2)
+    image = generate(text, ["a cat"] * 2, [0, 1], 20)  # a picture that the model knows
+    again = generate(text, ["a cat"] * 2, [7, 8], 20, given={"image": image}, source=["a cat"] * 2)
     known = text.vae.decode(text.vae.encode(image).mode()).clamp(-1, 1)
-    fresh = generate(text, ["a cat"] * 2, [7, 8], 40)
+    fresh = generate(text, ["a cat"] * 2, [7, 8], 20)
     assert (again - known).square().mean() < 0.1 * (fresh - known).square().mean()
-    assert generate.evaluations == 40
-    other = generate(text, ["a red star"] * 2, [7, 8], 40, 2.0, given={"image": image}, source=["a cat"] * 2)
-    assert generate.evaluations == 40 * 3 + 80
+    assert generate.evaluations == 20
+    other = generate(text, ["a red star"] * 2, [7, 8], 20, 2.0, given={"image": image}, source=["a cat"] * 2)
+    assert generate.evaluations == 20 * 3 + 2 * 20
     assert (other - again).abs().max() > 1e-2
 
 
@@ -598,13 +600,14 @@ def test_a_full_disk(tmp_path, monkeypatch):
 def test_bulk_command(runs, command, tmp_path, monkeypatch):  # noqa: F811
     asked = []
     fid = types.ModuleType("fid")
-    fid.score = lambda *args: asked.append(args) or {"fid": 12.5, "kid": 0.25}
+    fid.score = lambda *args, **more: asked.append((args, more)) or {"fid": 12.5, "samples": 10}
     monkeypatch.setitem(sys.modules, "fid", fid)
     args = f"--ckpt={runs['class'].path}", *FAST, "--num_samples=10", "--batch_size=4", "--seed=3"
-    status, out, err = command(*args, "--fid_ref=real", "--trunk=vgg")
+    status, out, err = command(*args, "--fid_ref=.", "--trunk=vgg", "--trunk_weights=vgg.pth")
     assert (status, err) == (0, ""), err
-    assert re.search(r"10 pictures in .* s: samples.npz\nfid 12.5\nkid 0.25\n$", out)
-    assert asked == [("samples.npz", "real", 32, "", "vgg", "")]
+    assert re.search(r'10 pictures in .* s: samples.npz\n{"fid": 12.5, "samples": 10}\n$', out)
+    weights = dict(inception_weights="", trunk="vgg", trunk_weights="vgg.pth")
+    assert asked == [(("samples.npz", "."), dict(image_size=0, **weights))]
     with np.load(tmp_path / "samples.npz") as npz:
         one, labels = npz["arr_0"], npz["arr_1"]
     assert one.shape == (10, 32, 32, 3) and labels.tolist() == [0, 1, 2, 3] * 2 + [0, 1]
@@ -671,21 +674,24 @@ def files(tmp_path):
     return tmp_path
 
 
+PHOTO, FOLDER, MASK = "--init_image=photo.png", "--init_image=folder", "--mask=mask.png"
+
+
 @pytest.mark.parametrize(
     "name, args, shape, rows",
     [
-        ("text", ["--init_image=photo.png", "--prompt=a"], (32, 40), [("photo.png", "a", 0.75)] * 4),
+        ("text", [PHOTO, "--prompt=a"], (32, 40), [("photo.png", "a", 0.75)] * 4),
         ("text", ["--init_image=odd.png", "--n=1", "--strength=0.3"], (32, 40), [("odd.png", "", 0.3)]),
         ("text", ["--init_image=odd.png", "--n=1", "--size=16,24"], (16, 24), [("odd.png", "", 0.75)]),
-        ("class", ["--init_image=folder", "--cls=0,2"], (32, 40), [(i, c, 0.75) for i in ("a.png", "b.png") for c in ("cat", "7")]),
+        ("class", [FOLDER, "--cls=0,2"], (32, 40), [(i, c, 0.75) for i in ("a.png", "b.png") for c in ("cat", "7")]),
         ("none", ["--init_image=mixed", "--size=32"], (32, 32), [("a.png", "", 0.75), ("b.png", "", 0.75)]),
         ("pixels", ["--init_image=small.png", "--n=2", "--mask="], (24, 16), [("small.png", "", 0.75)] * 2),
-        ("none", ["--init_image=photo.png", "--mask=mask.png", "--n=1"], (32, 40), [("photo.png", "", 1.0)]),
-        ("inpaint", ["--init_image=photo.png", "--mask=mask.png", "--prompt=x", "--n=1"], (32, 40), [("photo.png", "x", 1.0)]),
+        ("none", [PHOTO, MASK, "--n=1"], (32, 40), [("photo.png", "", 1.0)]),
+        ("inpaint", [PHOTO, MASK, "--prompt=x", "--n=1"], (32, 40), [("photo.png", "x", 1.0)]),
         ("sr", ["--init_image=small.png", "--noise_level=10", "--n=1"], (48, 32), [("small.png", "", 1.0)]),
         ("semantic", ["--semantic_map=map.png", "--n=1"], (32, 32), [("map.png", "", 1.0)]),
-        ("text", ["--init_image=photo.png", "--invert", "--source_prompt=a", "--prompt=b"], (32, 40), [("photo.png", "b", 1.0)]),
-        ("tokens", ["--init_image=folder", "--invert", "--cls=1"], (32, 40), [("a.png", "dog", 1.0), ("b.png", "dog", 1.0)]),
+        ("text", [PHOTO, "--invert", "--source_prompt=a", "--prompt=b"], (32, 40), [("photo.png", "b", 1.0)]),
+        ("tokens", [FOLDER, "--invert", "--cls=1"], (32, 40), [("a.png", "dog", 1.0), ("b.png", "dog", 1.0)]),
     ],
 )  # fmt: skip
 def test_from_pictures(runs, command, files, name, args, shape, rows):  # noqa: F811
@@ -695,7 +701,7 @@ def test_from_pictures(runs, command, files, name, args, shape, rows):  # noqa: 
     assert [(line["from"], line["prompt"], line["strength"]) for line in lines] == rows
     assert all(picture.shape == (*shape, 3) for picture, _ in drawn)
     assert len({picture.tobytes() for picture, _ in drawn}) == len(rows)
-    if "--mask=mask.png" in args:
+    if MASK in args:
         original, mask = (np.array(Image.open(files / f)) for f in ("photo.png", "mask.png"))
         changed = (drawn[0][0] != original).any(-1)
         assert not changed[mask == 0].any() and changed[mask > 0].mean() > 0.9
@@ -742,7 +748,7 @@ def test_interpolation_and_trajectory(runs, command, tmp_path):  # noqa: F811
 
 def test_frames_are_what_is_seen_on_the_way(pipelines):
     frames = []
-    got = generate(pipelines["none"], [None] * 5, range(5), 4, batch_size=3, frames=frames)
+    got = generate(pipelines["none"], [None] * 5, range(5), 4, batch_size=3, see=frames.append)
     assert len(frames) == 4 and all(frame.shape == (3, 3, 32, 32) for frame in frames), "of the first batch"
     near(frames[-1], got[:3])
     assert (frames[0] - got[:3]).abs().max() > 1e-2
@@ -773,22 +779,22 @@ def test_tiles_and_guide_through_the_command(runs, command, tmp_path):  # noqa: 
         ("none", ["--tower_weights=x"], "tower_weights=x is for checkpoints with a frozen text encoder"),
         ("none", ["--decode_tile=-1"], "decode_tile=-1: choose a tile's side in latents, such as 64, or 0"),
         ("none", ["--strength=0.5"], "strength=0.5 needs init_image"),
-        ("none", ["--mask=mask.png"], "mask=mask.png needs init_image"),
+        ("none", [MASK], "mask=mask.png needs init_image"),
         ("none", ["--invert"], "invert=True needs init_image"),
-        ("none", ["--init_image=photo.png", "--strength=0"], "strength=0.0 is not above 0 .*: choose 0.75"),
-        ("none", ["--init_image=photo.png", "--strength=2"], "strength=2.0 is not above 0 .*: choose 0.75"),
+        ("none", [PHOTO, "--strength=0"], "strength=0.0 is not above 0 .*: choose 0.75"),
+        ("none", [PHOTO, "--strength=2"], "strength=2.0 is not above 0 .*: choose 0.75"),
         ("none", ["--init_image=nowhere.png"], "nowhere.png is not there: give an image, or a folder of them"),
         ("none", ["--init_image=empty"], "empty holds no images: give an image, or a folder of them"),
         ("none", ["--init_image=bad.png"], r"bad.png does not open as an image \(.*\)"),
-        ("none", ["--init_image=mixed", "--mask=mask.png"], "mask.png is 40x32 and b.png is 45x37: make them one size"),
-        ("pixels", ["--init_image=mixed"], r"the pictures of mixed have several sizes \(40x32, 45x37\): set size, such .*"),
-        ("none", ["--init_image=photo.png", "--mask=small.png"], "small.png is 16x24 and photo.png is 40x32: make them .*"),
-        ("none", ["--init_image=photo.png", "--mask=black.png"], "black.png is black all over: white is what is painted"),
-        ("none", ["--init_image=photo.png", "--mask=folder"], "mask=folder is a folder: give one picture, .*"),
-        ("class", ["--init_image=photo.png"], "this checkpoint takes a class: say with --cls .*"),
-        ("none", ["--init_image=photo.png", "--size=20"], "size=20 is not a multiple of 8: choose 16"),
+        ("none", ["--init_image=mixed", MASK], "mask.png is 40x32 and b.png is 45x37: make .*"),
+        ("pixels", ["--init_image=mixed"], r"the pictures of mixed have several sizes \(40x32, 45x37\): .*"),
+        ("none", [PHOTO, "--mask=small.png"], "small.png is 16x24 and photo.png is 40x32: make them .*"),
+        ("none", [PHOTO, "--mask=black.png"], "black.png is black all over: white is what is painted"),
+        ("none", [PHOTO, "--mask=folder"], "mask=folder is a folder: give one picture, .*"),
+        ("class", [PHOTO], "this checkpoint takes a class: say with --cls .*"),
+        ("none", [PHOTO, "--size=20"], "size=20 is not a multiple of 8: choose 16"),
         ("inpaint", [], "this checkpoint, of task=inpaint, draws from pictures: give init_image"),
-        ("inpaint", ["--init_image=photo.png"], "this checkpoint, of task=inpaint, draws from pictures: give mask"),
+        ("inpaint", [PHOTO], "this checkpoint, of task=inpaint, draws from pictures: give mask"),
         ("sr", [], "this checkpoint, of task=sr, draws from pictures: give init_image"),
         ("sr", ["--init_image=small.png", "--noise_level=11"], "noise_level=11: choose 0 to 10"),
         ("sr", ["--init_image=small.png", "--strength=0.5"], "strength=0.5 is not for this checkpoint, of task=sr"),
@@ -797,25 +803,27 @@ def test_tiles_and_guide_through_the_command(runs, command, tmp_path):  # noqa: 
         ("semantic", [], "this checkpoint, of task=semantic, draws from pictures: give semantic_map"),
         ("semantic", ["--semantic_map=photo.png"], "photo.png has mode RGB: a map is a PNG of one channel, .*"),
         ("semantic", ["--semantic_map=seven.png"], "seven.png holds class 7: this checkpoint knows 0 to 4"),
-        ("semantic", ["--init_image=photo.png"], "init_image=photo.png is not for .* of task=semantic: give semantic_map"),
+        ("semantic", [PHOTO], "init_image=photo.png is not for .*=semantic: give semantic_map"),
         ("none", ["--semantic_map=map.png"], "semantic_map=map.png is not for this checkpoint, of task=none"),
         ("text", ["--source_prompt=a"], "source_prompt=a is for --invert"),
-        ("text", ["--init_image=photo.png", "--invert", "--n=2"], "n=2 is not for --invert, which goes all the way, .*"),
-        ("text", ["--init_image=photo.png", "--invert", "--sampler=ddpm"], "invert needs a sampler without noise .*"),
-        ("text", ["--init_image=photo.png", "--invert", "--eta=0.5"], "invert needs a sampler without noise .*"),
+        ("text", [PHOTO, "--invert", "--n=2"], "n=2 is not for --invert, which goes all the way, .*"),
+        ("text", [PHOTO, "--invert", "--sampler=ddpm"], "invert needs a sampler without noise .*"),
+        ("text", [PHOTO, "--invert", "--eta=0.5"], "invert needs a sampler without noise .*"),
         ("text", ["--seed_to=3"], "seed_to=3 is for --interpolate"),
         ("text", ["--interpolate=3", "--prompt=a"], "interpolate=3 frames need two ends: .*"),
         ("text", ["--interpolate=1", "--seed_to=3"], "interpolate=1 frames need two ends: .*"),
         ("text", ["--interpolate=3", "--prompt_to=a"], "prompt_to needs prompt, where the way to it begins"),
-        ("class", ["--interpolate=3", "--prompt_to=a"], "prompt_to=a is not for this checkpoint, which takes no prompt"),
-        ("class", ["--interpolate=3", "--seed_to=4"], "this checkpoint takes a class: say with --cls which one is drawn"),
-        ("class", ["--interpolate=3", "--seed_to=4", "--cls=0,1"], "cls=0,1 names several classes: interpolate stays .*"),
+        ("class", ["--interpolate=3", "--prompt_to=a"], "prompt_to=a is not for this checkpoint, .*"),
+        ("class", ["--interpolate=3", "--seed_to=4"], "this checkpoint takes a class: say with --cls .*"),
+        ("class", ["--interpolate=3", "--seed_to=4", "--cls=0,1"], "cls=0,1 names several classes: .*"),
         ("text", ["--num_samples=3", "--n=2"], "n=2 is not for --num_samples"),
         ("text", ["--num_samples=-3"], "num_samples=-3: choose 1 or more pictures"),
         ("text", ["--num_samples=3", "--trajectory"], "trajectory=True is not for --num_samples"),
         ("inpaint", ["--num_samples=3"], "num_samples=3 is not for this checkpoint, of task=inpaint"),
         ("text", ["--out=x.npz"], "out=x.npz is for --num_samples"),
         ("text", ["--num_samples=2", "--trunk=vgg"], "trunk=vgg is for --fid_ref"),
+        ("text", ["--num_samples=2", "--fid_ref=folder"], "fid_ref needs inception_weights=FILE or .*"),
+        ("text", ["--num_samples=2", "--fid_ref=x", "--trunk_weights=y"], "fid_ref=x is not there: .*"),
         ("vae", ["--reconstruct=folder", "--prompt=a"], "prompt=a is not for --reconstruct"),
     ],
 )  # fmt: skip
