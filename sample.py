@@ -698,7 +698,7 @@ def given_size(pipeline, given):
     """(height, width) of the pictures to draw from `given`, () for {}; ValueError if the task takes other things."""
     task = pipeline.task.get("task", "none")
     needed = {"none": (), "inpaint": ("image", "mask"), "sr": ("low",), "semantic": ("map",)}[task]
-    allowed = {"low", "level"} if task == "sr" else {"image", "mask", *needed}
+    allowed = {"image", "mask", *needed} if task != "sr" else {"low", "level"} if pipeline.task["sr_noise"] else {"low"}
     for name in needed:
         if name not in given:
             raise ValueError(
@@ -739,9 +739,7 @@ def told(pipeline, conditions, concat=None, level=None):
     """What the pipeline's U-Net takes besides x and t for conditions as `generate` takes them: UNet.forward's names."""
     denoiser, text, inputs = pipeline.denoiser, pipeline.text, {}
     place = next(denoiser.parameters()).device
-    if any(isinstance(c, Between) for c in conditions):
-        if text is None:
-            raise ValueError("this checkpoint takes no prompt, so there is nothing between two: use seed_to")
+    if text is not None and any(isinstance(c, Between) for c in conditions):
         a, b = (told(pipeline, list(side), concat, level) for side in list(zip(*conditions))[:2])
         weight = torch.tensor([c.weight for c in conditions], device=place).view(-1, 1, 1)
         return a | {"context": torch.lerp(a["context"].float(), b["context"].float(), weight)}
@@ -831,15 +829,17 @@ def generate(
     options: the sampler's own.  The number of network evaluations per picture is in `generate.evaluations`.
     """
     denoiser, vae, schedule, objective, shape = pipeline[:5]
+    given = given or {}
     if sampler not in samplers:
         raise ValueError(f"sampler {sampler!r} is not one of {', '.join(samplers)}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} pictures at a time: choose 1 or more")
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} is not above 0 (nothing redrawn) and up to 1 (all): choose 0.75")
+    if (strength < 1 or source is not None) and "image" not in given:
+        raise ValueError("strength and source start from a picture: there is no given['image']")
     if guide is not None:
         check_guide(pipeline, guide)
-    given = given or {}
     for name, rows in {"seeds": seeds, **given, **({"source": source} if source is not None else {})}.items():
         if len(rows) != len(conditions):
             raise ValueError(f"{len(rows)} {name} for {len(conditions)} pictures: give one each")
@@ -850,45 +850,52 @@ def generate(
     weight, pictures = next(denoiser.parameters()), []
     for start in range(0, len(conditions), batch_size):
         rows = slice(start, start + batch_size)
-        some, now = conditions[rows], {name: rows_of[rows].to(weight.device) for name, rows_of in given.items()}
+        some, now = conditions[rows], {name: value[rows].to(weight.device) for name, value in given.items()}
+        now = {name: value.to(weight.dtype) if value.is_floating_point() else value for name, value in now.items()}
         noise, generators = seeded_noise(seeds[rows], (shape[0], *sides))
         noise = noise.to(weight.device, weight.dtype, memory_format=torch.channels_last)
         shown = task_inputs(pipeline, now, sides, generators)
-        cond, null, away = told(pipeline, some, **shown), None, None
-        if guide is not None:
-            away = make_denoiser(guide.denoiser.unet, schedule, guide.objective, told(guide, some, **shown))
-        elif pipeline.text is not None:
-            null = told(pipeline, [negative] * len(some), **shown)
-        elif pipeline.num_classes:
-            null = told(pipeline, [pipeline.num_classes] * len(some), **shown)
-        scale = cfg if null or away else 1.0
-        network = make_denoiser(
-            denoiser.unet, schedule, objective, cond, null, scale, cfg_interval, cfg_rescale, guide=away
+        network = guided(
+            pipeline, some, shown, cfg, negative, guide, cfg_interval=cfg_interval, cfg_rescale=cfg_rescale
         )
-        denoise, latents = network, None
+        denoise = network
         if "image" in now:
-            latents = now["image"].to(weight.dtype)
-            latents = latents if vae is None else vae.normalize(vae.encode(latents).mode())
+            latents = now["image"] if vae is None else vae.normalize(vae.encode(now["image"]).mode())
         if "mask" in now and pipeline.task.get("task") != "inpaint":
             painted = F.max_pool2d((now["mask"] > 0.5).to(weight.dtype), pipeline.factor)  # a latent painted in part
             denoise = keep_known(denoise, latents, painted)
         if see is not None and start == 0:
             denoise = watched(denoise, lambda x0: see(finish(pipeline, x0[:16], decode_tile)))
         x = schedule.sigma(times[:1]).item() * noise
-        evaluations = 0
-        if source is not None:
-            back = make_denoiser(denoiser.unet, schedule, objective, told(pipeline, source[rows], **shown))
-            x = ddim_invert(back, latents, times, schedule)
-            evaluations = back.evaluations
-        elif strength < 1:
+        if strength < 1:
             x = schedule.alpha(times[:1]).item() * latents + x
+        generate.evaluations = 0
+        if source is not None:
+            back = guided(pipeline, source[rows], shown, 1.0)
+            x = ddim_invert(back, latents, times, schedule)
+            generate.evaluations = back.evaluations
         x = samplers[sampler](denoise, x, times, schedule, generators, **options)
+        generate.evaluations += network.evaluations
         pictures.append(finish(pipeline, x, decode_tile))
-        generate.evaluations = network.evaluations + evaluations
     pictures = torch.cat(pictures)
     if "mask" in given:  # what is known comes back exactly, without the autoencoder's loss
         pictures = torch.where(given["mask"].cpu() > 0.5, pictures, given["image"].float().cpu())
     return pictures
+
+
+def guided(pipeline, conditions, shown, cfg, negative="", guide=None, **guidance):
+    """make_denoiser of the pipeline for these conditions and `shown` pictures, away from `guide` or no condition."""
+    cond, null, weaker = told(pipeline, conditions, **shown), None, None
+    if guide is not None:
+        weaker = guided(guide, conditions, shown, 1.0)
+    elif pipeline.text is not None:
+        null = told(pipeline, [negative] * len(conditions), **shown)
+    elif pipeline.num_classes:
+        null = told(pipeline, [pipeline.num_classes] * len(conditions), **shown)
+    else:
+        cfg = 1.0  # there is nothing to guide away from
+    network, schedule, objective = pipeline.denoiser.unet, pipeline.schedule, pipeline.objective
+    return make_denoiser(network, schedule, objective, cond, null, cfg, guide=weaker, **guidance)
 
 
 def check_guide(pipeline, guide):
@@ -1111,6 +1118,7 @@ def check_settings(config, pipeline):
         ("negative", c.cfg != 1, "needs a cfg above 1"),
         ("negative", not c.guide_ckpt, "has no place beside guide_ckpt: set one of them"),
         ("tower_weights clip_vocab", pipeline.tower is not None, "is for checkpoints with a frozen text encoder"),
+        ("decode_tile", pipeline.vae is not None, "is for checkpoints with an autoencoder"),
         ("init_image", task != "semantic", f"{other_task}: give semantic_map"),
         ("semantic_map", task == "semantic", other_task),
         ("noise_level", pipeline.task.get("sr_noise"), "is for super-resolution checkpoints trained with sr_noise"),
@@ -1335,9 +1343,9 @@ if __name__ == "__main__":
         raise ValueError(f"{world} processes would draw the same pictures: set num_samples, or leave torchrun out")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    autocast = torch.autocast(
-        device, torch.bfloat16, enabled=dtype == "bfloat16" or (dtype == "auto" and device == "cuda")
-    )
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
     file = convert.find_checkpoint(ckpt)
     out_dir = out_dir or os.path.join(os.path.dirname(file), "samples")
 
@@ -1382,8 +1390,10 @@ if __name__ == "__main__":
 
         started = time.time()
         elsewhere = ("out", "device", "fid_ref", "inception_weights", "trunk", "trunk_weights")
-        settings = {name: value for name, value in config.items() if name not in elsewhere}
-        settings |= {"checkpoint": zlib.crc32(json.dumps(convert.read_checkpoint(file)[1]).encode())}
+        settings = {name: value for name, value in config.items() if name not in elsewhere} | {"dtype": dtype}
+        inputs = {"checkpoint": convert.read_checkpoint(file)[1], "conditions": conditions}
+        inputs["guide"] = convert.read_checkpoint(guide_ckpt)[1] if guide_ckpt else None
+        settings |= {f"crc32 of {name}": zlib.crc32(json.dumps(value).encode()) for name, value in inputs.items()}
         labels = conditions if pipeline.num_classes else None
         barrier = dist.barrier if world > 1 else None
         draw_many(out, num_samples, batch_size, draw, labels, settings, rank, world, barrier)

@@ -78,7 +78,8 @@ def test_stage_2_gives_its_text_encoder(runs):
 def test_load_pipeline(runs, x, name):
     run, pipeline = runs[name], sample.load_pipeline(runs[name].path)
     objective, schedule = ("eps", "scaled_linear") if name == "class" else ("v", "cosine")
-    assert pipeline.objective == objective and pipeline.schedule is sample.make_schedule(schedule, 0.0015, 0.0195)
+    expected = sample.make_schedule(schedule, 0.0015, 0.0195, zero_snr=False)
+    assert pipeline.objective == objective and pipeline.schedule is expected
     assert pipeline.latent_shape == (3, 8, 8) and pipeline.shown == run.shown
     assert pipeline.num_classes == (4 if name == "class" else 0)
     assert pipeline.classes == (["cat", "dog", "7", "tench, Tinca"] if name == "class" else [])

@@ -130,6 +130,13 @@ def test_a_post_hoc_ema_takes_the_place_of_the_ema(runs, command, monkeypatch, t
     assert (status, err) == (0, "") and asked[1][1] == 0.2
 
 
+def test_zero_terminal_snr_is_in_the_checkpoint(runs, tmp_path):
+    tensors, meta = convert.read_checkpoint(runs["none"].path, "ema", "vae")
+    meta["model"] |= {"schedule": "scaled_linear", "zero_snr": True}
+    train_ldm.save_checkpoint(str(tmp_path / "a.safetensors"), tensors, meta)
+    assert load_pipeline(str(tmp_path / "a.safetensors")).schedule.alpha(torch.ones(1)) == 0
+
+
 class Tower(torch.nn.Module):
     """In the place of a frozen text encoder: a word is its letters' embeddings."""
 
@@ -351,6 +358,9 @@ def test_strength(pipelines):
     for strength in (0, -1, 2, math.nan):
         with pytest.raises(ValueError, match=f"strength={strength} is not above 0"):
             generate(text, conditions, seeds, 10, given=given, strength=strength)
+    for more in (dict(strength=0.5), dict(source=conditions)):
+        with pytest.raises(ValueError, match=r"strength and source start from a picture: there is no given\['image'\]"):
+            generate(text, conditions, seeds, 10, **more)
 
 
 @pytest.mark.parametrize("sampler", samplers)
@@ -525,8 +535,8 @@ def test_between_two_seeds_and_two_prompts(pipelines):
     near(frames[1:2], sample.finish(text, x))
     near(generate(text, prompts[1:], seeds[1:], 3, 2.0), frames[1:])
     assert text.caption(prompts[1]) == "a cat -> a red star, 0.50"
-    with pytest.raises(ValueError, match="takes no prompt, so there is nothing between two: use seed_to"):
-        generate(pipelines["class"], [Between(0, 1, 0.5)], [0], 1)
+    plain = pipelines["none"]  # an unconditional guide does not mind
+    assert generate(text, prompts, seeds, 1, 2.0, guide=plain).shape == (3, 3, 32, 32)
 
 
 # --- many ---
@@ -728,6 +738,7 @@ def test_interpolation_and_trajectory(runs, command, tmp_path):  # noqa: F811
     assert [line["seed"] for line in lines] == [[0, 5, 0.0], [0, 5, 0.5], [0, 5, 1.0]]
     with Image.open(tmp_path / "out" / "interpolation.gif") as gif:
         assert gif.n_frames == 3 and gif.size == (32, 32)
+    assert command(*args, "--n=1", "--trajectory", "--steps=1", "--out_dir=short")[0] == 0, "a single frame"
     status, out, err = command(*args, "--prompt=b", "--seed=5", "--n=2", "--trajectory", "--out_dir=end")
     assert (status, err) == (0, ""), err
     end = records(tmp_path / "end")[1]
@@ -778,6 +789,7 @@ def test_tiles_and_guide_through_the_command(runs, command, tmp_path):  # noqa: 
         ("none", ["--spacing=even"], "unknown spacing 'even'.*"),
         ("none", ["--tower_weights=x"], "tower_weights=x is for checkpoints with a frozen text encoder"),
         ("none", ["--decode_tile=-1"], "decode_tile=-1: choose a tile's side in latents, such as 64, or 0"),
+        ("pixels", ["--decode_tile=8"], "decode_tile=8 is for checkpoints with an autoencoder"),
         ("none", ["--strength=0.5"], "strength=0.5 needs init_image"),
         ("none", [MASK], "mask=mask.png needs init_image"),
         ("none", ["--invert"], "invert=True needs init_image"),
