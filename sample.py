@@ -46,7 +46,7 @@ def make_schedule(name, beta_start=0.00085, beta_end=0.012, T=1000, zero_snr=Fal
     linear          beta linear in i (Ho et al. 2020, there 1e-4 to 0.02)
     scaled_linear   sqrt(beta) linear in i: Stable Diffusion, where CompVis calls it "linear"
     quadratic       scaled_linear by the name it has elsewhere
-    sqrt            beta^2 linear in i: CompVis' "sqrt", beta = sqrt(linspace(beta_start, beta_end))
+    sqrt            beta^2 linear in i, from beta_start (not its square) to beta_end: CompVis' "sqrt"
     sigmoid         beta from beta_start to beta_end along a sigmoid over [-6, 6]
     squared_cosine  alpha_bar = cos^2 of i, beta at most 0.999 (Nichol & Dhariwal 2021, eq. 17; the betas' ends play no
                     part): diffusers' squaredcos_cap_v2
@@ -67,15 +67,22 @@ def make_schedule(name, beta_start=0.00085, beta_end=0.012, T=1000, zero_snr=Fal
         raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
     if not 0 < beta_start <= beta_end < 1 or T < 2:
         raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}, T={T}: need 0 < start <= end < 1 and T >= 2")
-    if name == "squared_cosine":
+
+    def line(start, end):
+        return torch.linspace(start, end, T, dtype=torch.float64)
+
+    if name == "linear":
+        betas = line(beta_start, beta_end)
+    elif name == "sqrt":
+        betas = line(beta_start, beta_end) ** 0.5
+    elif name == "sigmoid":
+        betas = beta_start + (beta_end - beta_start) * torch.sigmoid(line(-6, 6))
+    elif name == "squared_cosine":
         alpha_bar = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
-        return table_schedule(name, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999), zero_snr)
-    if name == "sigmoid":
-        rise = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
-        return table_schedule(name, beta_start + (beta_end - beta_start) * rise, zero_snr)
-    power = {"linear": 1, "scaled_linear": 2, "quadratic": 2, "sqrt": 0.5}[name]  # beta = linspace^power
-    ends = (beta_start, beta_end) if name == "sqrt" else (beta_start ** (1 / power), beta_end ** (1 / power))
-    return table_schedule(name, torch.linspace(*ends, T, dtype=torch.float64) ** power, zero_snr)
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    else:
+        betas = line(beta_start**0.5, beta_end**0.5) ** 2
+    return table_schedule(name, betas, zero_snr)
 
 
 def table_schedule(name, betas, zero_snr=False):
@@ -278,7 +285,7 @@ def sample_ddim(denoise, x, times, schedule, generators=None, eta=0.0):
         eps = (x - alpha_t * x0) / sigma_t
         var_ts = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
         std = eta * var_ts**0.5 * sigma_s / sigma_t  # eq. 16
-        x = alpha_s * x0 + (sigma_s**2 - std**2) ** 0.5 * eps  # eq. 12
+        x = alpha_s * x0 + max(sigma_s**2 - std**2, 0) ** 0.5 * eps  # eq. 12; rounding may leave -1e-17
         if std > 0:
             x = x + std * randn(x.shape, generators, x.device, x.dtype)
     return x
@@ -367,7 +374,8 @@ def sample_plms(denoise, x, times, schedule, generators=None):
     """PLMS: a DDIM step with Adams-Bashforth's mean of the last four eps (PNDM, Liu et al. 2022, arXiv 2202.09778).
 
     The first step averages eps at its two ends, so S steps take S + 1 evaluations. Where alpha < 1e-3, as at zero SNR,
-    a step in sigma / alpha is all but infinite and a mean of eps would blow up: there it is DDIM's.
+    a step in sigma / alpha is all but infinite and a mean of eps would blow up: there it is DDIM's. The weights are
+    those of even steps: of two or three very uneven ones it overshoots.
     """
     adams = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
     past = []  # eps of the last steps, the newest first
