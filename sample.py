@@ -314,6 +314,16 @@ def image_condition(task, vae, given, sides, map_classes=0):
     return (given["map"][:, None] == torch.arange(map_classes, device=given["map"].device).view(-1, 1, 1)).float()
 
 
+def show_condition(task, given, side):
+    """What one example was shown, as a picture (3,side,side): the hole grey, the small image enlarged, a color a class."""
+    if task == "inpaint":
+        return given["image"] * (given["mask"] < 0.5)
+    if task == "sr":
+        return F.interpolate(given["low"][None], (side, side), mode="nearest")[0]
+    colors = 2 * torch.rand(257, 3, generator=torch.Generator().manual_seed(0)) - 1
+    return colors[given["map"]].permute(2, 0, 1)
+
+
 def augment_low(low, level, eps):
     """Noise on a low-resolution image, as Stable Diffusion's x4 upscaler has it: level (B,) counts in 0..999.
 
@@ -444,10 +454,10 @@ def to_pil(image):
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def save_grid(path, images, captions, settings=None):
-    """One PNG of images (N,3,H,W), near square, captions below; `settings` go into the file as text."""
+def save_grid(path, images, captions, settings=None, columns=0):
+    """One PNG of images (N,3,H,W), near square or in `columns`, captions below; `settings` go into the file as text."""
     N, _, H, W = images.shape
-    columns, zoom = math.ceil(N**0.5), max(1, 128 // W)
+    columns, zoom = columns or math.ceil(N**0.5), max(1, 128 // W)
     lines = 2 if any(captions) else 0
     cell_w, cell_h = W * zoom + 4, H * zoom + 4 + 12 * lines
     grid = Image.new("RGB", (columns * cell_w, -(-N // columns) * cell_h), "white")

@@ -17,10 +17,11 @@ from helpers import assert_same, read
 from PIL import Image
 from test_train_vae import continued, make_images
 
+import convert
 import sample
 import train_ldm
 from data.dataset import Dataset, Stream, seed_of
-from train_ldm import LatentCache, squared_error, train_step
+from train_ldm import LatentCache, prediction_error, train_step
 from unet import Denoiser, UNet
 from vae import VAE
 
@@ -30,7 +31,8 @@ every_process = [pytest.mark.parametrize("objective", OBJECTIVES), pytest.mark.p
 
 def settings(**others):
     defaults = dict(objective="v", schedule="cosine", beta_start=0.00085, beta_end=0.012)
-    defaults |= dict(timesteps="uniform", t_mean=0.0, t_std=1.0)
+    defaults |= dict(timesteps="uniform", t_mean=0.0, t_std=1.0, t_shift=3.0, zero_snr=False, offset_noise=0.0)
+    defaults |= dict(loss_type="mse", huber_delta=0.1, loss_weight="none", min_snr_gamma=5.0)
     return defaults | dict(cond="none", cond_drop=0.1, batch_size=4) | others
 
 
@@ -55,9 +57,131 @@ def test_logit_normal_timesteps_are_that():
     n, net = 4000, Recorder()
     noise = {"eps": torch.zeros(n, 1, 1, 1), "t": (torch.arange(n) + 0.5) / n, "drop": torch.ones(n)}
     cfg = settings(timesteps="logit_normal", t_mean=0.4, t_std=0.7, schedule="flow")
-    squared_error({"denoiser": net}, {"x0": torch.zeros(n, 1, 1, 1)}, noise, cfg)
+    prediction_error({"denoiser": net}, {"x0": torch.zeros(n, 1, 1, 1)}, noise, cfg)
     logits = torch.logit(net.t / 1000)
     assert logits.mean().item() == pytest.approx(0.4, abs=5e-3) and logits.std().item() == pytest.approx(0.7, abs=5e-3)
+
+
+def test_shifted_timesteps():
+    """SD3's equation 23: as if the noise were that of sides t_shift times as large."""
+    u = torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    t = train_ldm.draw_times(u, settings(timesteps="shifted", t_shift=3.0, schedule="flow"))
+    torch.testing.assert_close(t / (1 - t), 3 * u / (1 - u))
+
+
+@every_process[0]
+def test_min_snr_weighs_the_error_of_x0(objective):
+    """Whatever the objective, the loss is that of x0 times min(snr, gamma)."""
+    noise, x0, net = draws(64), torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(1)), Recorder()
+    cfg = settings(objective=objective, schedule="scaled_linear", loss_weight="min_snr", min_snr_gamma=3.0)
+    error, weight, _ = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - betas, 0)[net.t.round().long()]
+    alpha, sigma = alpha_bar.sqrt().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
+    x0_hat = sample.to_x0(objective, torch.zeros(()), net.x.double(), alpha, sigma)
+    snr = alpha_bar / (1 - alpha_bar)
+    wanted = snr.clamp(max=3.0) * (x0_hat - x0).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close((weight * error).double(), wanted, rtol=1e-3, atol=1e-5)
+    formula = {"eps": 1 / snr, "v": 1 / (snr + 1), "x0": torch.ones_like(snr)}  # Hang et al. 2023
+    if objective in formula:
+        torch.testing.assert_close(weight.double(), snr.clamp(max=3.0) * formula[objective], rtol=1e-3, atol=1e-6)
+    loss = train_step({"denoiser": net}, {"x0": x0}, noise, cfg)["loss"]
+    assert loss.item() == pytest.approx((weight * error).mean().item())
+
+
+@every_process[0]
+@pytest.mark.parametrize("schedule", ("cosine", "flow"))
+def test_min_snr_is_finite_from_data_to_noise(objective, schedule):
+    noise = {"eps": torch.randn(5, 1, 2, 2), "t": torch.tensor([0, 1e-6, 0.5, 0.999, 1.0]), "drop": torch.ones(5)}
+    cfg = settings(objective=objective, schedule=schedule, loss_weight="min_snr")
+    assert train_step({"denoiser": Recorder()}, {"x0": torch.randn(5, 1, 2, 2)}, noise, cfg)["loss"].isfinite()
+
+
+def test_kinds_of_loss():
+    x0, noise, net = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)), draws(6), Recorder()
+    for loss_type, wanted in (
+        ("l1", x0.abs()),
+        ("huber", torch.where(x0.abs() < 0.5, x0**2 / 2, 0.5 * (x0.abs() - 0.25))),
+    ):
+        cfg = settings(objective="x0", loss_type=loss_type, huber_delta=0.5)
+        error, _, _ = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+        torch.testing.assert_close(error, wanted.mean(dim=(1, 2, 3)))
+
+
+def test_offset_noise_is_one_number_a_channel():
+    x0, noise, net = torch.zeros(3, 4, 8, 8), draws(3), Recorder()
+    noise["offset"] = torch.randn(3, 4, 1, 1)
+    cfg = settings(objective="eps", schedule="flow", offset_noise=0.5)
+    error, _, _ = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    eps = noise["eps"] + 0.5 * noise["offset"]
+    torch.testing.assert_close(error, eps.square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(net.x, (net.t / 1000).view(-1, 1, 1, 1) * eps)
+
+
+def test_uncertainty_learns_the_log_of_the_error():
+    """At the minimum of error / exp(u) + u the learned u is the logarithm of the mean error at each noise level."""
+    torch.manual_seed(0)
+    unet = UNet(channels=8, channel_mult=(1,), num_res_blocks=1, attention_ds=(), num_heads=1, norm_groups=4)
+    net = Denoiser(unet, uncertainty=True)  # its last layer is zero, so v is predicted as 0 and only u learns
+    optimizer = torch.optim.Adam(net.log_variance.parameters(), lr=0.05)
+    x0 = 0.5 * torch.randn(64, 4, 8, 8)
+    for i in range(150):
+        loss = train_step({"denoiser": net}, {"x0": x0}, draws(64, seed=i), settings(loss_weight="uncertainty"))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    error, _, u = prediction_error({"denoiser": net}, {"x0": x0}, draws(64, seed=999), settings())
+    assert error.max() > 2 * error.min()
+    torch.testing.assert_close(u.exp(), error, rtol=0.25, atol=0)
+    net.eval()
+    assert isinstance(net(x0, torch.zeros(64)), torch.Tensor), "no more than the prediction when drawing"
+
+
+# -- averages --
+
+
+def test_a_power_average_is_one():
+    """Weights ~ step^gamma, whose mean is (gamma + 1) / (gamma + 2) of the run and whose relative deviation is std."""
+    for std in (0.05, 0.1, 0.25):
+        n = 2000
+        model, ema = torch.nn.Linear(n, 1, bias=False), torch.nn.Linear(n, 1, bias=False)
+        for step in range(1, n + 1):  # after step k the weights are the unit vector of k
+            with torch.no_grad():
+                model.weight.copy_(torch.nn.functional.one_hot(torch.tensor([step - 1]), n))
+            train_ldm.update_power_ema(ema, model, step, std)
+        share, at = ema.weight[0].double(), (torch.arange(n, dtype=torch.float64) + 1) / n
+        assert share.sum().item() == pytest.approx(1, abs=1e-4)
+        mean = (share * at).sum()
+        assert (share * (at - mean) ** 2).sum().sqrt().item() == pytest.approx(std, rel=0.01)
+
+
+def test_any_length_from_kept_averages(tmp_path):
+    """Of a random walk; snapshots of two lengths give the average of a third nearly, and those two themselves."""
+    walk, stds, lengths = torch.randn(400, 50, generator=torch.Generator().manual_seed(0)).cumsum(0), (0.05, 0.1), {}
+    for std in (0.05, 0.07, 0.1, 0.15):
+        model, ema = torch.nn.Linear(50, 1, bias=False), torch.nn.Linear(50, 1, bias=False)
+        for step, weight in enumerate(walk, 1):
+            model.weight.data[0] = weight
+            train_ldm.update_power_ema(ema, model, step, std)
+            if std in stds and step % 25 == 0:
+                lengths.setdefault(step, {})[std] = ema.weight.detach().clone()
+        lengths[std] = ema.weight.detach().clone()
+    for step in range(25, 401, 25):
+        kept = {f"ema_power_{i}.weight": lengths[step][std] for i, std in enumerate(stds)}
+        about = {"format": 1, "stage": "ldm", "step": step, "model": {"ema_stds": stds}}
+        train_ldm.save_checkpoint(f"{tmp_path}/ema_{step:08d}.safetensors", kept, about)
+    spread = walk.std()
+    for std in (0.05, 0.07, 0.1, 0.15):
+        got = convert.posthoc_ema(str(tmp_path), std)["ema.weight"]
+        assert (got - lengths[std]).abs().max() < (1e-4 if std in stds else 0.02) * spread, std
+    assert (lengths[0.05] - lengths[0.15]).abs().mean() > 0.1 * spread, "they do differ"
+    early = convert.posthoc_ema(f"{tmp_path}/ema_00000200.safetensors", 0.1)["ema.weight"]
+    torch.testing.assert_close(early, lengths[200][0.1], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="ema_std=0.5 is no relative length of an average: choose between 0.01 and 0.2"):
+        convert.posthoc_ema(str(tmp_path), 0.5)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty keeps no averages to combine: train with --ema_stds"):
+        convert.posthoc_ema(f"{tmp_path}/empty", 0.1)
 
 
 @every_process[0]
@@ -82,7 +206,8 @@ def test_loss_of_a_network_that_says_zero(objective, schedule):
         objective
     ]
     cfg = settings(objective=objective, schedule=schedule)
-    losses = squared_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    losses, weights, log_variance = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    assert (weights == 1).all() and log_variance is None
     torch.testing.assert_close(losses, (wanted**2).mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net.x, alpha * x0 + sigma * noise["eps"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net.t, told.float(), rtol=1e-4, atol=1e-3)
@@ -116,11 +241,11 @@ def test_condition_dropout_takes_exactly_those_drawn(cond_drop):
     dropped = [drop < cond_drop for drop in noise["drop"].tolist()]
     assert sum(dropped) == {0.0: 0, 1.0: n}.get(cond_drop, sum(dropped)) and (cond_drop != 0.3 or 0 < sum(dropped) < n)
     for cond, name, null in (("text", "tokens", null_tokens), ("class", "y", null_y)):
-        squared_error({"denoiser": net}, batch, noise, settings(cond=cond, cond_drop=cond_drop))
+        prediction_error({"denoiser": net}, batch, noise, settings(cond=cond, cond_drop=cond_drop))
         assert list(net.condition) == [name]
         for i in range(n):
             assert torch.equal(net.condition[name][i], (null if dropped[i] else batch[name])[i])
-    squared_error({"denoiser": net}, batch, noise, settings(cond="none", cond_drop=cond_drop))
+    prediction_error({"denoiser": net}, batch, noise, settings(cond="none", cond_drop=cond_drop))
     assert not net.condition
 
 
