@@ -441,8 +441,11 @@ def make_tokenizer(source="bytes"):
     """A tiktoken Encoding from: "bytes"; a .tiktoken file of "base64(token) rank" lines, by path or content; a name.
 
     Only names ("gpt2", "cl100k_base", ...) may need a download, which tiktoken does by itself. What TextEncoder.bpe
-    gives, a content or a name as bytes, makes the same tokenizer again.
+    gives, a content or a name as bytes, makes the same tokenizer again. `layout {"names": [...], "grid": 32}`, str or
+    bytes, makes a LayoutTokenizer.
     """
+    if source[:7] in ("layout ", b"layout "):
+        return LayoutTokenizer.from_json(source[7:])
     import tiktoken
 
     if isinstance(source, bytes) and b" " not in source:  # a name, from a checkpoint
@@ -472,6 +475,62 @@ def make_tokenizer(source="bytes"):
                 "a .tiktoken file needs the ranks 0, 1, 2, ... once each and all 256 single bytes among them"
             )
     return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+class LayoutTokenizer:
+    """Boxes as text, "red circle 0.10 0.20 0.50 0.60; ...", three tokens each: the class, and the cells of two corners.
+
+    Names and x0 y0 x1 y1 in shares of the picture, y downwards. Ids are the names', in their order, then those of
+    grid * grid cells, row by row (Rombach et al. 2022, arXiv 2112.10752, appendix on layout-to-image). The empty string
+    has no tokens. With a text_length of 3 n + 1, n objects fit, and what is cut is whole objects.
+    """
+
+    def __init__(self, names, grid=32):
+        self.names, self.grid = list(names), grid
+        odd = [n for n in self.names if not isinstance(n, str) or not n.strip() or n != n.strip() or ";" in n]
+        odd += sorted({n for n in self.names if self.names.count(n) > 1}) if not odd else []
+        if odd or not self.names:
+            raise ValueError(f"layout classes {odd or self.names}: give words, each once, without ; and outer spaces")
+        if not isinstance(grid, int) or grid < 2:
+            raise ValueError(f"layout grid {grid!r}: give the number of cells along a side, 2 or more")
+        self.number = {name: i for i, name in enumerate(self.names)}
+        self.n_vocab = len(self.names) + grid * grid
+        self.name = "layout " + json.dumps({"names": self.names, "grid": grid})  # what TextEncoder.bpe gives
+
+    @classmethod
+    def from_json(cls, text):
+        try:
+            settings = json.loads(text)
+            names, grid = settings["names"], settings.get("grid", 32)
+        except (ValueError, TypeError, KeyError) as e:
+            example = 'layout {"names": ["cat", "dog"], "grid": 32}'
+            raise ValueError(f"tokenizer 'layout ...' does not read ({e!r}): write it like {example}") from None
+        return cls(names, grid)
+
+    def parse(self, text):
+        """[(name, x0, y0, x1, y1), ...] from the text of a layout."""
+        objects = []
+        for part in filter(None, (part.strip() for part in text.split(";"))):
+            try:
+                name, *box = part.rsplit(None, 4)
+                x0, y0, x1, y1 = map(float, box)
+            except ValueError:
+                raise ValueError(f"layout {part!r}: write each object as NAME X0 Y0 X1 Y1, with ; between") from None
+            if name not in self.number:
+                some = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
+                raise ValueError(f"layout class {name!r} is not known: choose from {some}")
+            if not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):
+                raise ValueError(f"layout {part!r}: give 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1, y downwards")
+            objects.append((name, x0, y0, x1, y1))
+        return objects
+
+    def encode_ordinary(self, text):
+        cell = lambda v: min(int(v * self.grid), self.grid - 1)  # noqa: E731
+        ids, first = [], len(self.names)
+        for name, x0, y0, x1, y1 in self.parse(text):
+            corners = [first + cell(y) * self.grid + cell(x) for x, y in ((x0, y0), (x1, y1))]
+            ids += [self.number[name], *corners]
+        return ids
 
 
 class TextEncoder(nn.Module):
