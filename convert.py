@@ -14,6 +14,7 @@ import zlib
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 
 def find_checkpoint(path):
@@ -99,6 +100,18 @@ def load_text_encoder(cls, path, **settings):
     text = cls(**own, tokenizer=bytes(tensors["text.bpe"].tolist()))
     text.load_state_dict(part(tensors, "ema.text"))
     return text.requires_grad_(False).eval()
+
+
+def load_clip(cls, path, name, merges):
+    """A CLIP text tower from a .safetensors file of its state dict, in this repository's names."""
+    tower = cls.named(name, merges)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"the text tower {path} is not there: name a .safetensors file of {name}'s weights")
+    try:
+        tower.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as e:
+        raise ValueError(f"{path} does not hold {name}'s weights: {str(e).splitlines()[0]}") from None
+    return tower.requires_grad_(False).eval()
 
 
 def posthoc_ema(path, std):

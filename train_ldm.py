@@ -34,9 +34,22 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from convert import power_exponent
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
-from data.tasks import WithCondition
-from sample import Pipeline, augment_low, generate, image_condition, make_schedule, read_prompts, sample_times
-from sample import save_grid, show_condition, t_max, target, to_x0, unet_time
+from data.tasks import WithCondition, layout_string
+from sample import (
+    Pipeline,
+    augment_low,
+    generate,
+    image_condition,
+    make_schedule,
+    read_prompts,
+    sample_times,
+    save_grid,
+    show_condition,
+    t_max,
+    target,
+    to_x0,
+    unet_time,
+)
 from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer
 from vae import VAE
 
@@ -617,17 +630,19 @@ if __name__ == "__main__":
     num_classes = images.num_classes if cond == "class" else 0
     if cond == "class" and not num_classes:
         raise ValueError(f"cond=class, but the images in {dataset} have no labels: use cond=none or cond=text")
-    if task == "semantic" and not images.has_maps:
-        raise ValueError(
-            f"task=semantic, but the images in {dataset} have no label maps: see the README on KEY.map.png"
-        )
+    if task == "semantic" and not (images.has_maps and images.map_classes):
+        raise ValueError(f"task=semantic, but the images in {dataset} have no label maps: add KEY.map.png")
     if task == "sr" and image_size % sr_scale:
         raise ValueError(f"image_size={image_size} is not a multiple of sr_scale={sr_scale}: change one of them")
     shown_count = min(len(validation), val_images)  # spread over all, which may be sorted by class
-    captions = []
+    def told_of(images, i):
+        """The captions of image i, or its layout as one."""
+        return [layout_string(images.boxes(i), object_names)] if cond == "layout" else images.meta(i)["text"]
+
+    object_names, captions = images.object_classes if cond == "layout" else [], []
     for i in range(shown_count if cond in ("text", "layout") else 0):
         with contextlib.suppress(BadImage):  # a caption that does not read; training names and counts them
-            captions += texts_of(validation, i * len(validation) // shown_count, cond)[:1]
+            captions += told_of(validation, i * len(validation) // shown_count)[:1]
     if cond in ("text", "layout") and not any(captions):
         what = "captions" if cond == "text" else "boxes"
         raise ValueError(f"cond={cond}, but the images in {dataset} have no {what}: use cond=none or cond=class")
@@ -661,7 +676,8 @@ if __name__ == "__main__":
     torch.manual_seed(seed_of(seed, "init"))
     text, tower, class_tokens, rescaler, context_dim, unet_classes = None, None, None, None, 0, 0
     if cond == "layout":
-        text = TextEncoder(text_width, text_layers, text_heads, text_length, layout_tokenizer(images))
+        source = bytes(tensors["text.bpe"].tolist()) if resumed else "layout " + json.dumps({"names": object_names})
+        text = TextEncoder(text_width, text_layers, text_heads, text_length, source)
     elif cond == "text" and text_encoder == "joint":
         if tokenizer == "auto":
             tokenizer = f"{dataset}/bpe.tiktoken" if os.path.exists(f"{dataset}/bpe.tiktoken") else "bytes"
@@ -821,9 +837,10 @@ if __name__ == "__main__":
         stream, validation_stream = (LatentCache(s, vae, cache_dir, dtype) for s in (stream, validation_stream))
         for cache in (validation_stream, stream):
             cache.build(vae, device, autocast, workers, rank, world)
-    stream, validation_stream = (
-        WithCondition(s, task, seed, sr_scale, sr_kind, layout=cond == "layout") for s in (stream, validation_stream)
-    )
+    for kind in ("layout",) * (cond == "layout") + (task,) * (task != "none"):
+        stream, validation_stream = (
+            WithCondition(s, kind, seed, sr_scale, sr_kind) for s in (stream, validation_stream)
+        )
     if text is not None:
         null_tokens = text.tokenize([""]).to(device)
     if tower is not None:

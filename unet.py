@@ -711,6 +711,13 @@ class CLIPTextEncoder(nn.Module):
             raise ValueError(f"text tower {name!r} is not one of {', '.join(cls.towers)}")
         return cls(**cls.towers[name], merges=merges)
 
+    @classmethod
+    def from_pretrained(cls, path, name="clip_l", merges=None):
+        """That tower with the weights in a .safetensors file, frozen; see CLIPTokenizer for merges."""
+        import convert
+
+        return convert.load_clip(cls, path, name, merges or None)
+
     def __init__(
         self,
         width,
