@@ -2,7 +2,8 @@
 
 A noisy sample is x_t = alpha(t) x0 + sigma(t) eps. Time runs from t = 0, data, to t = 1, noise. A schedule is the pair
 (alpha, sigma), an objective is a linear combination of x0 and eps, and a sampler sees the network only as
-`denoise(x, t) -> x0_hat`; so every objective goes with every schedule and every sampler.
+`denoise(x, t) -> x0_hat`; so every objective goes with every schedule and every sampler. A new schedule is one more
+branch of make_schedule that gives betas or a pair (alpha, sigma); a new sampler is one more function in `samplers`.
 """
 
 import functools
@@ -35,32 +36,60 @@ class Schedule(NamedTuple):
     discrete: int  # T for a DDPM table, whose index i stands at t = (i + 1) / T; 0 for continuous time
 
 
+SCHEDULES = ("linear", "scaled_linear", "quadratic", "sqrt", "sigmoid", "squared_cosine", "cosine", "flow")
+
+
 @functools.cache  # a training step may ask for it every time
-def make_schedule(name, beta_start=0.00085, beta_end=0.012, T=1000):
-    """The noise schedule of that name; the betas and T matter to the two DDPM tables only.
+def make_schedule(name, beta_start=0.00085, beta_end=0.012, T=1000, zero_snr=False):
+    """The noise schedule of that name: a DDPM table of T entries, index i = 0 to T - 1, or one in continuous time.
 
-    linear         beta linear in i (Ho et al. 2020, there 1e-4 to 0.02)
-    scaled_linear  sqrt(beta) linear in i: Stable Diffusion, where CompVis calls it "linear"
-    cosine         alpha = cos(pi t / 2), sigma = sin(pi t / 2)
-    flow           alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023)
+    linear          beta linear in i (Ho et al. 2020, there 1e-4 to 0.02)
+    scaled_linear   sqrt(beta) linear in i: Stable Diffusion, where CompVis calls it "linear"
+    quadratic       scaled_linear by the name it has elsewhere
+    sqrt            beta^2 linear in i: CompVis' "sqrt", beta = sqrt(linspace(beta_start, beta_end))
+    sigmoid         beta from beta_start to beta_end along a sigmoid over [-6, 6]
+    squared_cosine  alpha_bar = cos^2 of i, beta at most 0.999 (Nichol & Dhariwal 2021, eq. 17; the betas' ends play no
+                    part): diffusers' squaredcos_cap_v2
+    cosine          continuous: alpha = cos(pi t / 2), sigma = sin(pi t / 2)
+    flow            continuous: alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023)
+
+    zero_snr: bring a table's last alpha to 0 (Lin et al. 2024, Algorithm 1), which eps cannot be used with; refused for
+    cosine and flow, which end there by themselves.
     """
-    if name == "linear":
-        return table_schedule(name, torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
-    if name == "scaled_linear":
-        return table_schedule(name, torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2)
-    if name == "cosine":  # the cosine is written as a sine so that alpha(1) is exactly 0
+    if name == "cosine" or name == "flow":
+        if zero_snr:
+            raise ValueError(f"schedule {name!r} ends at zero SNR by itself: leave zero_snr=False")
+        if name == "flow":
+            return Schedule(name, lambda t: 1 - t, lambda t: t, 0)
+        # the cosine is written as a sine so that alpha(1) is exactly 0
         return Schedule(name, lambda t: torch.sin(math.pi / 2 * (1 - t)), lambda t: torch.sin(math.pi / 2 * t), 0)
-    if name == "flow":
-        return Schedule(name, lambda t: 1 - t, lambda t: t, 0)
-    raise ValueError(f"unknown schedule {name!r}: choose linear, scaled_linear, cosine or flow")
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+    if not 0 < beta_start <= beta_end < 1 or T < 2:
+        raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}, T={T}: need 0 < start <= end < 1 and T >= 2")
+    if name == "squared_cosine":
+        alpha_bar = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        return table_schedule(name, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999), zero_snr)
+    if name == "sigmoid":
+        rise = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
+        return table_schedule(name, beta_start + (beta_end - beta_start) * rise, zero_snr)
+    power = {"linear": 1, "scaled_linear": 2, "quadratic": 2, "sqrt": 0.5}[name]  # beta = linspace^power
+    ends = (beta_start, beta_end) if name == "sqrt" else (beta_start ** (1 / power), beta_end ** (1 / power))
+    return table_schedule(name, torch.linspace(*ends, T, dtype=torch.float64) ** power, zero_snr)
 
 
-def table_schedule(name, betas):
-    """A DDPM table in continuous time: log-SNR is linear between entries, sigma^2 between the first entry and t = 0."""
+def table_schedule(name, betas, zero_snr=False):
+    """A DDPM table in continuous time: log-SNR is linear between entries, sigma^2 between the first entry and t = 0.
+
+    With zero_snr, log-SNR falls to -inf at the last entry: alpha is linear between the last two.
+    """
     T = len(betas)
     alpha_bar = torch.cumprod(1 - betas, dim=0)
+    if zero_snr:  # Lin et al. 2024, Algorithm 1
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     log_snr = torch.log(alpha_bar / (1 - alpha_bar))  # sigmoid(-log_snr) is sigma^2, exact where 1 - alpha_bar is not
-    first_variance = float(1 - alpha_bar[0])
+    first_variance, last_but_one = float(1 - alpha_bar[0]), float(alpha_bar[-2])
 
     @functools.cache  # one copy per device, not one per step
     def table(device, dtype):
@@ -72,6 +101,9 @@ def table_schedule(name, betas):
         entries, below = table(t.device, t.dtype), position.long().clamp(1, T - 1)
         between = torch.sigmoid(sign * torch.lerp(entries[below - 1], entries[below], position - below))
         start = first_variance * position
+        if zero_snr:
+            end = last_but_one * (T - position) ** 2
+            between = torch.where(position < T - 1, between, end if sign == 1 else 1 - end)
         return torch.where(position < 1, 1 - start if sign == 1 else start, between)
 
     return Schedule(name, lambda t: variance(t, 1).sqrt(), lambda t: variance(t, -1).sqrt(), T)
@@ -120,28 +152,77 @@ def to_x0(objective, prediction, x, alpha, sigma):
 
 
 def t_max(objective, schedule):
-    """Where sampling starts (and training ends): 1, or 0.995 where eps would meet alpha = 0 and tell nothing of x0."""
+    """Where sampling starts (and training ends): 1, or 0.995 where eps would meet alpha = 0 and tell nothing of x0.
+
+    A table that ends at alpha = 0 is refused with eps: it was made (zero_snr) so that the last entry be trained.
+    """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
     blind = objective == "eps" and schedule.alpha(torch.ones(1)).item() == 0
+    if blind and schedule.discrete:
+        raise ValueError(
+            f"objective eps cannot be used at zero SNR, where schedule {schedule.name!r} ends: "
+            "choose objective v, or zero_snr=False"
+        )
     return 0.995 if blind else 1.0
 
 
-def sample_times(steps, schedule, objective="v"):
-    """Times of `steps` equal steps from t_max down to 0: float64 (steps + 1,); on a table they fall on its entries.
+SPACINGS = ("trailing", "leading", "linspace", "karras", "quadratic")
 
-    The first is always the noisiest ("trailing" in Lin et al. 2024, table 2), whatever the number of steps. On a table
-    sigma ~ sqrt(t) near 0, so the last step is the large one: second-order samplers gain less there.
+
+def sample_times(steps, schedule, objective="v", spacing="trailing"):
+    """Times of `steps` steps, strictly descending: float64 (steps + 1,); on a table all but karras fall on entries.
+
+    trailing   equal steps from t_max to 0 (Lin et al. 2024, table 2)
+    leading    Stable Diffusion's: multiples of T / steps, rounded down, plus 1, and an end at entry 0, not at t = 0
+    linspace   equal steps from t_max to entry 0, then 0 (Nichol & Dhariwal 2021)
+    karras     equal steps in (sigma / alpha)^(1/7) from t_max to entry 0, then 0 (Karras et al. 2022, eq. 5);
+               where that ratio is infinite the first step is from t_max to below 0.995
+    quadratic  indices growing as a square up to 0.8 T, plus 1, and an end at entry 0 (Song et al. 2021, appendix D.2)
+
+    Entry 0 is at 1/T, in continuous time at 1/1000. All T steps of leading and quadratic are the whole table, down to
+    t = 0. The two start below t_max, where there is signal yet: leading at about 1 - 1 / steps. On a table
+    sigma ~ sqrt(t) near 0, so trailing's last step is the large one: second-order samplers gain less there.
     """
-    T = schedule.discrete
+    T, top = schedule.discrete, t_max(objective, schedule)
     if steps < 1:
         raise ValueError(f"steps is {steps}: at least 1 is needed")
     if T and steps > T:
         raise ValueError(f"steps is {steps}: schedule {schedule.name!r} has only {T} times")
-    remaining = torch.arange(steps, -1, -1)
-    if T:
-        return ((2 * T * remaining + steps) // (2 * steps)).double() / T  # rounded in integers: all distinct
-    return t_max(objective, schedule) * remaining.double() / steps
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
+    first, end, i, last = 1 / (T or 1000), 0.0, torch.arange(steps), max(steps - 1, 1)  # i in ascending time
+    if spacing == "trailing":  # rounded in integers: all distinct
+        times = ((2 * T * (i + 1) + steps) // (2 * steps)).double() / T if T else top * (i + 1).double() / steps
+    elif spacing == "linspace":
+        times = torch.linspace(top, first, steps, dtype=torch.float64).flip(0)
+        times = (T * times).round() / T if T else times
+    elif spacing == "karras":
+        ends = torch.tensor([top, first], dtype=torch.float64)
+        if schedule.alpha(ends[0]) == 0:
+            ends[0] = 0.995
+        high, low = ((schedule.sigma(ends) / schedule.alpha(ends)) ** (1 / 7)).tolist()
+        times = time_of_ratio(schedule, torch.linspace(high, low, steps, dtype=torch.float64).flip(0) ** 7)
+        times[-1] = top
+    elif T:
+        index = i * T // steps if spacing == "leading" else 8 * T * i**2 // (10 * last**2)
+        index = (index - i).cummax(0).values + i  # a square's first indices would coincide
+        offset = 1 if steps < T else 0
+        times, end = (index + offset + 1).double() / T, offset / T
+    else:
+        part = i.double() / steps if spacing == "leading" else 0.8 * (i.double() / last) ** 2
+        times, end = 2 * first + (top - 2 * first) * part, first
+    return torch.cat([torch.tensor([end], dtype=torch.float64), times]).flip(0)
+
+
+def time_of_ratio(schedule, ratio):
+    """The t at which sigma / alpha is `ratio`, a float64 tensor, by bisection to the last bit."""
+    low, high = torch.zeros_like(ratio), torch.ones_like(ratio)
+    for _ in range(60):
+        t = (low + high) / 2
+        noisier = schedule.sigma(t) > ratio * schedule.alpha(t)
+        low, high = torch.where(noisier, low, t), torch.where(noisier, t, high)
+    return (low + high) / 2
 
 
 def steps_of(times, schedule):
@@ -165,20 +246,24 @@ def randn(shape, generators=None, device=None, dtype=None):
 
 
 # --- samplers: (denoise, x, times, schedule, generators=None, **options) -> x0 ---
-# x is the sample at times[0], pure noise where that is t = 1; times descend to 0.
+# x is the sample at times[0], pure noise where that is t = 1; times descend to 0, or to an end with some noise left.
 
 
-def sample_ddpm(denoise, x, times, schedule, generators=None, noise_scale=1.0):
+def sample_ddpm(denoise, x, times, schedule, generators=None, noise_scale=1.0, variance="small"):
     """Ancestral sampling from the posterior q(x_s | x_t, x0_hat) (Ho et al. 2020, eq. 7; Kingma et al. 2021, eq. 25).
 
-    `noise_scale` multiplies the noise put in at each step: below 1 for smoother samples.
+    `noise_scale` multiplies the noise put in at each step: below 1 for smoother samples. Its `variance` is "small", the
+    posterior's, right for data in one point, or "large", that of q(x_t | x_s), beta, right for data N(0, 1) (Ho et al.,
+    section 3.2).
     """
+    if variance not in ("small", "large"):
+        raise ValueError(f"variance is {variance!r}: choose small or large")
     for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
         x0 = denoise(x, t)
         alpha_ts = alpha_t / alpha_s  # q(x_t | x_s) = N(alpha_ts x_s, var_ts)
         var_ts = sigma_t**2 - alpha_ts**2 * sigma_s**2
         x = (alpha_ts * sigma_s**2 / sigma_t**2) * x + (alpha_s * var_ts / sigma_t**2) * x0
-        std = noise_scale * var_ts**0.5 * sigma_s / sigma_t
+        std = noise_scale * var_ts**0.5 * (sigma_s / sigma_t if variance == "small" else float(sigma_s > 0))
         if std > 0:
             x = x + std * randn(x.shape, generators, x.device, x.dtype)
     return x
@@ -245,47 +330,177 @@ def sample_dpmpp_2m(denoise, x, times, schedule, generators=None):
     return x
 
 
+def sample_dpmpp_2m_sde(denoise, x, times, schedule, generators=None, eta=1.0):
+    """DPM-Solver++(2M) of the SDE (Lu et al. 2022, eq. 18), midpoint variant; eta = 0 is `sample_dpmpp_2m`.
+
+    With decay = exp(-h), 0 for an infinite h: eta weighs the noise as in k-diffusion's sampler of this name.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: choose between 0 (the ODE) and 1 (the SDE)")
+    x0_before, h_before = 0, math.inf
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        x0 = denoise(x, t)
+        decay = alpha_t * sigma_s / (alpha_s * sigma_t)
+        h = -math.log(decay) if decay > 0 else math.inf
+        weight = h / (2 * h_before) if h < math.inf else 0  # 1 / (2 r)
+        D = (1 + weight) * x0 - weight * x0_before
+        x = (sigma_s / sigma_t * decay**eta) * x + alpha_s * (1 - decay ** (1 + eta)) * D
+        std = sigma_s * (1 - decay ** (2 * eta)) ** 0.5
+        if std > 0:
+            x = x + std * randn(x.shape, generators, x.device, x.dtype)
+        x0_before, h_before = x0, h
+    return x
+
+
+def sample_euler_a(denoise, x, times, schedule, generators=None, eta=1.0):
+    """Euler ancestral of k-diffusion: Euler's step to below s, then noise up to s.
+
+    In sigma / alpha it goes down to k_down and adds noise of k_up = eta k_s sqrt(1 - k_s^2 / k_t^2), with k_down^2 +
+    k_up^2 = k_s^2. As alpha_s k_up is the std of DDIM's eq. 16 and Euler's step is DDIM's, so this is `sample_ddim`;
+    at eta = 1, its default, it is `sample_ddpm`.
+    """
+    return sample_ddim(denoise, x, times, schedule, generators, eta)
+
+
+def sample_plms(denoise, x, times, schedule, generators=None):
+    """PLMS: Adams-Bashforth's weights on the last four eps, in DDIM's step (Liu et al. 2022, eq. 9 and 12).
+
+    The first step averages eps at its two ends, so S steps take S + 1 evaluations; at alpha < 1e-3, as at zero SNR,
+    sigma / alpha hardly falls to a finite value in one step: there a step is DDIM's.
+    """
+    adams = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    past = []  # eps of the last steps, the newest first
+    for t, s, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        x0 = denoise(x, t)
+        eps = (x - alpha_t * x0) / sigma_t
+        past = [eps, *past[:3]]
+        ddim = alpha_s * x0 + sigma_s * eps
+        if alpha_t < 1e-3:
+            x = ddim
+            continue
+        if len(past) == 1 and sigma_s > 0:
+            mean = (eps + (ddim - alpha_s * denoise(ddim, s)) / sigma_s) / 2
+        else:
+            mean = sum(weight * e for weight, e in zip(adams[len(past) - 1], past))
+        x = alpha_s / alpha_t * (x - sigma_t * mean) + sigma_s * mean
+    return x
+
+
+def sample_unipc(denoise, x, times, schedule, generators=None, order=2):
+    """UniPC, predictor and corrector in B_2(h) = exp(h) - 1 on x0_hat (Zhao et al. 2023, Algorithms 5 and 6).
+
+    The corrector's evaluation is the next step's, so S steps take S. First, last and infinitely long steps (from
+    alpha = 0, to sigma = 0) are of predictor order 1. `order` 1 to 3 is the predictor's, the corrector's is one more.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order is {order}: choose 1, 2 or 3")
+    steps, past = steps_of(times, schedule), []  # past: (log(alpha / sigma), x0_hat) of earlier steps, the newest first
+    x0 = denoise(x, steps[0][0])
+    for i, (_, s, alpha_t, alpha_s, sigma_t, sigma_s) in enumerate(steps):
+        decay = alpha_t * sigma_s / (alpha_s * sigma_t)  # exp(-h)
+        h = -math.log(decay) if decay > 0 else math.inf
+        log_ratio = math.log(alpha_t / sigma_t) if alpha_t > 0 else -math.inf
+        earlier = past[: min(order, len(steps) - i) - 1]
+        r = [(e - log_ratio) / h for e, _ in earlier]
+        D = [(x0_e - x0) / r_e for r_e, (_, x0_e) in zip(r, earlier)]
+        B = alpha_s * (1 - decay)
+        base = (sigma_s / sigma_t) * x + B * x0
+        x = base + B * unipc_sum(r, D, h)  # the predictor, UniP
+        past = [(log_ratio, x0), *past[:1]] if alpha_t > 0 else []
+        if i + 1 < len(steps):  # the corrector, UniC: the same step, knowing x0_hat at its end
+            x0_t, x0 = x0, denoise(x, s)
+            x = base + B * unipc_sum([*r, 1.0], [*D, x0 - x0_t], h)
+    return x
+
+
+def unipc_sum(r, D, h):
+    """The differences D at nodes r, weighted by UniPC's order conditions for B_2(h) (Zhao et al. 2023, eq. 5)."""
+    n = len(r)
+    if n < 2:  # 1/2 is as good as the solution (section 3.4), and finite for an infinite h
+        return 0.5 * D[0] if n else 0
+    phi, b = math.expm1(-h), []
+    for k in range(1, n + 1):
+        phi = phi / -h - 1 / math.factorial(k)
+        b.append(phi * math.factorial(k) / math.expm1(-h))
+    R = torch.tensor([[r_k**j for r_k in r] for j in range(n)], dtype=torch.float64)
+    weights = torch.linalg.solve(R, torch.tensor(b, dtype=torch.float64)).tolist()
+    return sum(weight * difference for weight, difference in zip(weights, D))
+
+
 samplers = {
     "ddpm": sample_ddpm,
     "ddim": sample_ddim,
+    "plms": sample_plms,
     "euler": sample_euler,
+    "euler_a": sample_euler_a,
     "heun": sample_heun,
     "dpmpp_2m": sample_dpmpp_2m,
+    "dpmpp_2m_sde": sample_dpmpp_2m_sde,
+    "unipc": sample_unipc,
 }
 
 
 # --- the network as a denoiser ---
 
 
-def make_denoiser(model, schedule, objective, cond, null=None, cfg=1.0):
-    """`denoise(x, t) -> x0_hat` of a network `model(x, unet_time, **cond) -> prediction`; classifier-free guidance.
+def make_denoiser(
+    model, schedule, objective, cond, null=None, cfg=1.0, cfg_interval=(0.0, 1.0), cfg_rescale=0.0, guide=None
+):
+    """`denoise(x, t) -> x0_hat` of a network `model(x, unet_time, **cond) -> prediction`, with guidance.
 
-    cond, null: the condition and its empty twin, dicts of the same keys, of tensors batched as x is. The guided x0 is
-    x0_null + cfg (x0_cond - x0_null) (Ho & Salimans 2022, eq. 6 with cfg = 1 + w; linear, hence the same for eps and
-    x0); cfg = 1 runs the condition alone. `denoise.evaluations` counts network evaluations per image: 2 when guided.
+    cond, null: the condition and its empty twin, dicts of the same keys, of tensors batched as x is; a negative prompt
+        is another `null`.
+    cfg: the guided x0 is x0_null + cfg (x0_cond - x0_null) (Ho & Salimans 2022, eq. 6 with cfg = 1 + w; linear, hence
+        the same for eps and x0), both of one batch of two; cfg = 1 runs the condition alone.
+    cfg_interval: (lo, hi), outside lo <= t <= hi the condition runs alone (Kynkaanniemi et al. 2024).
+    cfg_rescale: in [0,1], how far the guided prediction's std in each image is brought back to the unguided one's
+        (phi of Lin et al. 2024, eq. 15 and 16).
+    guide: a `denoise(x, t)` of a weaker model, made by this function too: its x0_hat stands for x0_null (autoguidance,
+        Karras et al. 2024a), `null` is not used.
+
+    `denoise.evaluations` counts network evaluations per image: 2 when guided.
     """
-    guided = cfg != 1
-    if guided and (null is None or null.keys() != cond.keys()):
+    guided, (low, high) = cfg != 1, cfg_interval
+    if guided and guide is None and (null is None or null.keys() != cond.keys()):
         raise ValueError(
             f"cfg={cfg} needs an empty condition for {list(cond)}, got {null and list(null)}: or set cfg=1"
         )
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"cfg_interval={low},{high} is no interval of t: choose 0 <= low < high <= 1")
+    if not 0 <= cfg_rescale <= 1:
+        raise ValueError(f"cfg_rescale is {cfg_rescale}: choose between 0 (none) and 1 (all)")
     dtype = next((p.dtype for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
-    inputs = {key: torch.cat([cond[key], null[key]]) if guided else cond[key] for key in cond}
-    inputs = {key: value.to(dtype=dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+    def to_model(inputs):
+        return {key: value.to(dtype=dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+    alone = to_model(cond)
+    both = to_model({key: torch.cat([cond[key], null[key]]) for key in cond}) if guided and guide is None else None
 
     @torch.no_grad()
     def denoise(x, t):
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         alpha, sigma = schedule.alpha(t).item(), schedule.sigma(t).item()
-        x_in = torch.cat([x, x]) if guided else x
+        guided_now = guided and low <= t <= high
+        twice = guided_now and guide is None
+        x_in = torch.cat([x, x]) if twice else x
         t_in = torch.full((len(x_in),), unet_time(schedule, t).item(), device=x.device, dtype=torch.float32)
-        prediction = model(x_in.to(dtype=dtype), t_in, **inputs).to(x.dtype)
-        denoise.evaluations += 2 if guided else 1
-        x0 = to_x0(objective, prediction, x_in, alpha, sigma)
-        if guided:
-            x0, x0_null = x0.chunk(2)
-            x0 = x0_null + cfg * (x0 - x0_null)
-        return x0
+        prediction = model(x_in.to(dtype=dtype), t_in, **(both if twice else alone)).to(x.dtype)
+        denoise.evaluations += 2 if twice else 1
+        if guided_now:
+            if twice:
+                prediction, weak = prediction.chunk(2)
+            else:
+                before = getattr(guide, "evaluations", 0)
+                x0_weak = guide(x, t)
+                denoise.evaluations += getattr(guide, "evaluations", 1) - before
+                weak = target(objective, x0_weak, (x - alpha * x0_weak) / sigma, alpha, sigma)
+            wanted, axes = prediction, tuple(range(1, x.ndim))
+            prediction = weak + cfg * (wanted - weak)
+            if cfg_rescale:
+                std, std_wanted = (p.std(axes, keepdim=True, correction=0) for p in (prediction, wanted))
+                prediction = prediction * (1 - cfg_rescale + cfg_rescale * std_wanted / std.clamp(min=1e-8))
+        return to_x0(objective, prediction, x, alpha, sigma)
 
     denoise.evaluations = 0
     return denoise
