@@ -635,6 +635,7 @@ if __name__ == "__main__":
     if task == "sr" and image_size % sr_scale:
         raise ValueError(f"image_size={image_size} is not a multiple of sr_scale={sr_scale}: change one of them")
     shown_count = min(len(validation), val_images)  # spread over all, which may be sorted by class
+
     def told_of(images, i):
         """The captions of image i, or its layout as one."""
         return [layout_string(images.boxes(i), object_names)] if cond == "layout" else images.meta(i)["text"]
