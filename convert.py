@@ -6,6 +6,7 @@
 So far it reads this repository's own files; other people's layouts join them here.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -162,3 +163,61 @@ def profile_products(t_a, gamma_a, t_b, gamma_b):
     """Inner products of the profiles p(s) = (gamma + 1) / t (s / t)^gamma on [0, t]; arrays that broadcast."""
     shorter = np.where(t_a < t_b, (t_a / t_b) ** gamma_b, (t_b / t_a) ** gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shorter / np.maximum(t_a, t_b)
+
+
+def load_denoiser(path, ema_std=0.0):
+    """The EMA unet.Denoiser of a stage-2 checkpoint: the U-Net with all that was trained beside it.
+
+    ema_std: above 0, a post-hoc EMA of that relative width from the snapshots beside the file; see posthoc_ema.
+    """
+    from unet import Denoiser, Rescaler, TextEncoder, UNet
+
+    tensors, meta = read_checkpoint(path, "ema", "text")
+    if meta["stage"] != "ldm":
+        raise ValueError(f"{path} is an autoencoder (stage 1): it holds no U-Net")
+    model = meta["model"]
+    bpe = tensors.pop("text.bpe", None)
+    if ema_std:
+        tensors = posthoc_ema(find_checkpoint(path), ema_std)  # noqa: F821
+    ema = part(tensors, "ema")
+    text = TextEncoder(**model["text"], tokenizer=bytes(bpe.tolist())) if model["text"] else None
+    class_tokens = rescaler = None
+    if "class_tokens.weight" in ema:
+        class_tokens = torch.nn.Embedding(*ema["class_tokens.weight"].shape)
+    if "rescaler.conv.weight" in ema:
+        width, classes = ema["rescaler.conv.weight"].shape[:2]
+        vae = meta["vae"]  # its factor: pixels to a latent
+        factor = vae["patch_size"] * 2 ** (len(vae["ch_mult"]) - 1) if vae else 1
+        rescaler = Rescaler(classes, factor, width)
+    uncertainty = any(name.startswith("log_variance.") for name in ema)
+    denoiser = Denoiser(UNet(**tuples(model["unet"])), text, class_tokens, rescaler, uncertainty)
+    denoiser.load_state_dict(ema)
+    return denoiser.requires_grad_(False).eval()
+
+
+def load_tower(path, weights="", merges=""):
+    """The frozen text encoder that a stage-2 checkpoint was trained with, or None; its weights lie outside of the file.
+
+    weights, merges: where they and the tokenizer's lie now, if no longer where training found them.
+    """
+    _, meta = read_checkpoint(path)
+    name = meta["model"].get("text_encoder", "joint")
+    if name == "joint" or meta["model"]["cond"] != "text":
+        return None
+    from unet import CLIPTextEncoder
+
+    weights, merges = weights or meta["config"]["tower_weights"], merges or meta["config"]["clip_vocab"]
+    if not os.path.exists(weights):
+        raise ValueError(f"{path} listens to {name}, whose weights are not at {weights}: set tower_weights=FILE")
+    tower = CLIPTextEncoder.from_pretrained(weights, name=name, merges=merges)
+    if hash_weights(tower) != meta["model"]["tower_hash"]:
+        raise ValueError(f"{weights} is another {name} than {path} was trained with: set tower_weights=FILE")
+    return tower.requires_grad_(False).eval()
+
+
+def hash_weights(model):
+    """Hex digest of a module's parameters and buffers; as train_ldm.py's."""
+    h = hashlib.blake2b(digest_size=16)
+    for name, t in sorted(model.state_dict().items()):
+        h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
+    return h.hexdigest()

@@ -6,24 +6,31 @@ A noisy sample is x_t = alpha(t) x0 + sigma(t) eps. Time runs from t = 0, data, 
 branch of make_schedule that gives betas or a pair (alpha, sigma); a new sampler is one more function in `samplers`.
 """
 
+import datetime
 import functools
+import inspect
 import json
 import math
 import os
+import shutil
 import sys
 import textwrap
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import convert
 from configurator import configure
-from unet import Denoiser, TextEncoder, UNet
 from vae import VAE, psnr, ssim
 
 # --- noise schedules ---
@@ -530,7 +537,7 @@ def image_condition(task, vae, given, sides, map_classes=0):
 
 
 def show_condition(task, given, side):
-    """What one example was shown, as a picture (3,side,side): the hole grey, the small image enlarged, a color a class."""
+    """What one example was shown, as a picture (3,side,side): a grey hole, the small image enlarged, a color a class."""
     if task == "inpaint":
         return given["image"] * (given["mask"] < 0.5)
     if task == "sr":
@@ -555,22 +562,63 @@ def augment_low(low, level, eps):
 ckpt = "out/ldm"  # a stage-2 checkpoint or its out_dir; for --reconstruct a stage-1 one will do
 prompt = ""  # draw this; nothing at all draws what the checkpoint was shown with in training
 prompts = ""  # file with a prompt a line
+negative = ""  # guide away from this prompt, not from the empty one
 cls = ""  # class number or name, or several with commas
-n = 0  # pictures of each prompt or class; 0 is 4 of a single one and 1 of each of several
-size = 0  # side in pixels; 0 is the trained one
+n = 0  # pictures of each prompt, class or given picture; 0 is 4 of a single one and 1 of each of several
+size = ()  # side in pixels, or height,width; () is the trained one, or a given picture's own
 # how
 seed = 0  # picture i starts from the noise of seed + i
-sampler = "ddim"  # ddpm | ddim | euler | heun | dpmpp_2m
+sampler = "ddim"  # ddpm | ddim | plms | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | unipc
 steps = 50  # from 1 up
+spacing = "trailing"  # of the steps: trailing | leading | linspace | karras | quadratic
+eta = -1.0  # ddim, euler_a, dpmpp_2m_sde: fresh noise, from 0 (none) to 1 (ancestral); -1 is 0 for ddim, else 1
+noise_scale = 1.0  # ddpm: times its noise; below 1 is smoother
+variance = "small"  # ddpm: of its noise, small | large
+order = 2  # unipc: 1 | 2 | 3
 cfg = 3.0  # guidance scale; 1 is none
-eta = 0.0  # ddim: 0 is deterministic, 1 is DDPM
+cfg_from = 0.0  # guide at times t from here (t = 0 is data)
+cfg_to = 1.0  # to here
+cfg_rescale = 0.0  # share of the guided standard deviation that is set back to the unguided one, 0 to 1
+guide_ckpt = ""  # guide away from this worse model, not from the empty condition (autoguidance)
+ema_std = 0.0  # width of a post-hoc EMA made from the run's snapshots, relative to its length; 0 is the stored EMA
+tower_weights = ""  # of a frozen text encoder, if they are not where training found them
+clip_vocab = ""  # likewise, of its tokenizer
 batch_size = 16  # pictures at a time
+decode_tile = 0  # decode in tiles of so many latents a side; 0 is whole pictures
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16
+# from a picture
+init_image = ""  # file or folder of what to start from; for a super-resolution checkpoint the small pictures
+strength = -1.0  # how much of init_image is redrawn: above 0 (little) to 1 (all); -1 is 0.75, with a mask 1
+mask = ""  # picture as large as init_image: what is white in it is painted, the rest is kept
+noise_level = 0  # super-resolution: noise put on init_image, from 0 to the checkpoint's sr_noise
+semantic_map = ""  # PNG of class indices, or a folder of them, for a checkpoint that draws maps
+invert = False  # start from the noise that DDIM leads init_image back to, and draw from that what is asked for
+source_prompt = ""  # what init_image shows, for --invert
+# between two
+interpolate = 0  # so many frames from seed to seed_to, from prompt to prompt_to, or both
+seed_to = -1  # -1 stays at seed
+prompt_to = ""  # "" stays at prompt
+# many: an .npz of arr_0 (N,H,W,3) uint8, with classes arr_1, as evaluators take it; also under torchrun
+num_samples = 0  # so many pictures; the same command again goes on where it stopped
+out = "samples.npz"  # where to
+fid_ref = ""  # then compare them with this folder of real pictures: see fid.py
+inception_weights = ""  # of fid.py: the network of FID
+trunk = ""  # of fid.py
+trunk_weights = ""  # of fid.py
 # where to
 out_dir = ""  # PNGs, samples.jsonl and grid.png; "" is the folder samples beside the checkpoint
+trajectory = False  # trajectory.gif too: what the first pictures were expected to become, step by step
 show = False  # open the grid
 reconstruct = ""  # instead: a folder of images, shown above their reconstructions, with PSNR and SSIM
+
+
+class Between(NamedTuple):
+    """A seed or a prompt between two others."""
+
+    a: int | str
+    b: int | str
+    weight: float  # 0 is a, 1 is b
 
 
 class Pipeline(NamedTuple):
@@ -584,72 +632,307 @@ class Pipeline(NamedTuple):
     num_classes: int  # 0 where it is not class-conditional
     classes: list  # their names, or []
     shown: list  # what it draws when nothing is asked for: prompts, class numbers, or None
+    task: dict = {}  # task (none | inpaint | sr | semantic), sr_scale, sr_noise, map_classes; {} is none
+    tower: torch.nn.Module | None = None  # a frozen text encoder beside the denoiser
+
+    @property
+    def text(self):
+        """The text encoder, or None."""
+        return self.tower if self.denoiser.text is None else self.denoiser.text
+
+    @property
+    def factor(self):
+        """Pixels to a latent."""
+        return 1 if self.vae is None else self.vae.factor
+
+    @property
+    def multiple(self):
+        """What the sides of its pictures are multiples of."""
+        return self.factor * self.denoiser.unet.side_multiple
 
     def caption(self, condition):
+        if isinstance(condition, Between):
+            return f"{condition.a} -> {condition.b}, {condition.weight:.2f}"
         if isinstance(condition, int):
             return self.classes[condition] if self.classes else f"class {condition}"
         return condition or ""
 
 
-def load_pipeline(path):
-    """The pipeline in a stage-2 checkpoint (EMA weights), on the CPU."""
+def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab=""):
+    """The pipeline in a stage-2 checkpoint, on the CPU: its EMA weights, or a post-hoc EMA of that relative width.
+
+    tower_weights, clip_vocab: of a frozen text encoder, if they are not where training found them.
+    """
     _, meta = convert.read_checkpoint(path)
     if meta["stage"] != "ldm":
         raise ValueError(f"{path} is an autoencoder (stage 1): train_ldm.py --first_stage={path} makes what can draw")
     model = meta["model"]
-    text = convert.load_text_encoder(TextEncoder, path) if model["text"] else None
+    denoiser = convert.load_denoiser(path, ema_std)
     vae = VAE.from_pretrained(path) if meta["vae"] else None
-    unet = UNet.from_pretrained(path)
     side = model["image_size"] // (vae.factor if vae else 1)
+    task = model.get("task", "none")  # files of the time before tasks do not say
     return Pipeline(
-        Denoiser(unet, text).eval(),
+        denoiser,
         vae,
-        make_schedule(model["schedule"], model["beta_start"], model["beta_end"]),
+        make_schedule(model["schedule"], model["beta_start"], model["beta_end"], zero_snr=model.get("zero_snr", False)),
         model["objective"],
-        (unet.settings["in_channels"], side, side),
+        (denoiser.unet.settings["in_channels"], side, side),
         model["num_classes"] if model["cond"] == "class" else 0,
         meta["classes"],
         meta["shown"],
+        {"task": task} | {name: model[name] for name in ("sr_scale", "sr_noise", "map_classes") if name in model},
+        convert.load_tower(path, tower_weights, clip_vocab),
     )
 
 
+def latent_sides(pipeline, size):
+    """(h, w) of the latents of a picture of `size`: () as trained, (side,) or (height, width) in pixels."""
+    if not size:
+        return pipeline.latent_shape[1:]
+    if len(size) > 2:
+        raise ValueError(f"size={','.join(str(side) for side in size)} is neither a side nor height,width: give 1 or 2")
+    multiple = pipeline.multiple
+    for side in size:
+        if side % multiple or side < 1:
+            better = max(1, round(side / multiple)) * multiple
+            raise ValueError(f"size={side} is not a multiple of {multiple}: choose {better}")
+    return tuple(int(side) // pipeline.factor for side in (size[0], size[-1]))
+
+
+def given_size(pipeline, given):
+    """(height, width) of the pictures to draw from `given`, () for {}; ValueError if the task takes other things."""
+    task = pipeline.task.get("task", "none")
+    needed = {"none": (), "inpaint": ("image", "mask"), "sr": ("low",), "semantic": ("map",)}[task]
+    allowed = {"low", "level"} if task == "sr" else {"image", "mask", *needed}
+    for name in needed:
+        if name not in given:
+            raise ValueError(
+                f"this checkpoint (task={task}) draws from {' and '.join(needed)}: given[{name!r}] is missing"
+            )
+    for name in given:
+        if name not in allowed or (name == "mask" and "image" not in given):
+            raise ValueError(f"given[{name!r}] is nothing that this checkpoint (task={task}) can use")
+    scale = pipeline.task["sr_scale"] if task == "sr" else 1
+    sizes = {tuple(scale * side for side in v.shape[-2:]) for name, v in given.items() if name != "level"}
+    if len(sizes) > 1:
+        raise ValueError(f"what is given has several sizes: {sizes}")
+    return next(iter(sizes), ())
+
+
+def slerp(a, b, weight):
+    """Between two noises (B,...) along the great circle, whose points are noise as likely as they are; weight (B,)."""
+    dot, norm = (a * b).flatten(1).sum(1), a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
+    angle = torch.acos((dot / norm).clamp(-1, 1))
+    straight = angle.sin() < 1e-4  # one noise twice
+    part_a = torch.where(straight, 1 - weight, ((1 - weight) * angle).sin() / angle.sin())
+    part_b = torch.where(straight, weight, (weight * angle).sin() / angle.sin())
+    part_a, part_b = (part.to(a.dtype).view(-1, *[1] * (a.ndim - 1)) for part in (part_a, part_b))
+    return part_a * a + part_b * b
+
+
+def seeded_noise(seeds, shape):
+    """Noise (N, *shape) on the CPU, and the generators it came from, which draw what a sampler adds later."""
+    generators = [torch.Generator().manual_seed(s.a if isinstance(s, Between) else s) for s in seeds]
+    noise = randn((len(generators), *shape), generators)
+    if any(isinstance(s, Between) for s in seeds):
+        other = randn(noise.shape, [torch.Generator().manual_seed(s.b) for s in seeds])
+        noise = slerp(noise, other, torch.tensor([s.weight for s in seeds]))
+    return noise, generators
+
+
+def told(pipeline, conditions, concat=None, level=None):
+    """What the pipeline's U-Net takes besides x and t for conditions as `generate` takes them: UNet.forward's names."""
+    denoiser, text, inputs = pipeline.denoiser, pipeline.text, {}
+    place = next(denoiser.parameters()).device
+    if any(isinstance(c, Between) for c in conditions):
+        if text is None:
+            raise ValueError("this checkpoint takes no prompt, so there is nothing between two: use seed_to")
+        a, b = (told(pipeline, list(side), concat, level) for side in list(zip(*conditions))[:2])
+        weight = torch.tensor([c.weight for c in conditions], device=place).view(-1, 1, 1)
+        return a | {"context": torch.lerp(a["context"].float(), b["context"].float(), weight)}
+    if text is not None:
+        tokens = text.tokenize(conditions)
+        inputs = {"tokens": tokens} if denoiser.text is not None else {"context": text(tokens)}
+    elif pipeline.num_classes:
+        inputs = {"y": torch.tensor(conditions, device=place)}
+    if level is not None:
+        inputs["y"] = level
+    if concat is not None:
+        inputs["concat"] = concat
+    return denoiser.condition(**inputs)
+
+
+def keep_known(denoise, known, painted):
+    """`denoise` that knows x0 where `painted` (B,1,h,w) is 0: it is `known` (B,C,h,w) there. For any sampler."""
+
+    def denoise_rest(x, t):
+        return torch.where(painted > 0, denoise(x, t), known.to(x.dtype))
+
+    return denoise_rest
+
+
+def ddim_invert(denoise, x0, times, schedule, iterations=3):
+    """The sample at times[0] from which DDIM at eta = 0, over these times, leads to x0; about that.
+
+    A step of DDIM (see sample_euler, whose coordinates these are) looks at its start, which is not known here: it is
+    found by so many fixed-point iterations (Pan et al. 2023, arXiv 2309.04907); 1 is the common explicit inversion.
+    """
+    x = x0
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in reversed(steps_of(times, schedule)):
+        z_s, r_t, r_s = x / (alpha_s + sigma_s), sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
+        z = z_s
+        for _ in range(iterations):
+            slope = (z - denoise(z * (alpha_t + sigma_t), t)) / r_t
+            z = z_s + (r_t - r_s) * slope
+        x = z * (alpha_t + sigma_t)
+    return x
+
+
+def decode(vae, x, tile=0):
+    """Unit-variance latents -> images, in tiles of so many latents if asked, fewer at a time where memory is short."""
+    z = vae.denormalize(x)
+    try:
+        return vae.decode_tiled(z, tile, tile // 4) if tile else vae.decode(z)
+    except torch.OutOfMemoryError:
+        if len(z) == 1:
+            raise ValueError(
+                "memory does not hold one picture's decoding: set decode_tile=64, or a smaller one"
+            ) from None
+    return torch.cat([decode(vae, half, tile) for half in x.split(-(-len(x) // 2))])
+
+
 @torch.no_grad()
-def generate(pipeline, conditions, seeds, steps, cfg=1.0, sampler="ddim", size=0, batch_size=16, **options):
+def generate(
+    pipeline,
+    conditions,
+    seeds,
+    steps,
+    cfg=1.0,
+    sampler="ddim",
+    size=(),
+    batch_size=16,
+    given=None,
+    strength=1.0,
+    source=None,
+    negative="",
+    spacing="trailing",
+    cfg_interval=(0.0, 1.0),
+    cfg_rescale=0.0,
+    guide=None,
+    decode_tile=0,
+    frames=None,
+    **options,
+):
     """Draws one picture for each condition (a prompt, a class number, or None): (N,3,H,W) in [-1,1] on the CPU.
 
-    seeds: of each picture's noise, which is the same in any batch.  size: side in pixels, 0 as trained.
+    seeds: of each picture's noise, which is the same in any batch; seeds and prompts may be Between.
+    size: (side,) or (height, width) in pixels; () as trained, or as what is given.
+    given: pictures to start from, N of each: see image_condition for what the checkpoint's task takes ("level" (N,), of
+        super-resolution, is the noise put on "low"). Any checkpoint takes "image", with `strength` the share of the
+        steps that it goes through, and "mask", outside of which the image stays as it is.
+    source: conditions that describe given["image"], whose noise DDIM inversion then finds, in the place of a seed's.
+    guide: another Pipeline of the same latents and schedule, to guide away from (Karras et al. 2024, arXiv 2406.02507).
+    frames: a list to which the first batch's x0_hat is added, decoded, at every evaluation.
     options: the sampler's own.  The number of network evaluations per picture is in `generate.evaluations`.
     """
     denoiser, vae, schedule, objective, shape = pipeline[:5]
     if sampler not in samplers:
         raise ValueError(f"sampler {sampler!r} is not one of {', '.join(samplers)}")
-    factor = vae.factor if vae is not None else 1
-    multiple = factor * denoiser.unet.side_multiple
-    if size % multiple or size < 0:
-        raise ValueError(
-            f"size={size} is not a multiple of {multiple}: choose {max(1, round(size / multiple)) * multiple}"
-        )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} pictures at a time: choose 1 or more")
-    shape = (shape[0], size // factor, size // factor) if size else shape
-    weight = next(denoiser.parameters())
-    times, pictures = sample_times(steps, schedule, objective), []
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} is not above 0 (nothing redrawn) and up to 1 (all): choose 0.75")
+    if guide is not None:
+        check_guide(pipeline, guide)
+    given = given or {}
+    sides = latent_sides(pipeline, given_size(pipeline, given) or size)
+    times = sample_times(steps, schedule, objective, spacing)
+    if strength < 1:
+        times = times[-1 - max(1, round(steps * strength)) :]
+    weight, pictures = next(denoiser.parameters()), []
     for start in range(0, len(conditions), batch_size):
-        some = conditions[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + batch_size]]
-        condition, null = {}, {}
-        if denoiser.text is not None:
-            condition, null = (denoiser.condition(denoiser.text.tokenize(p)) for p in (some, [""] * len(some)))
+        rows = slice(start, start + batch_size)
+        some, now = conditions[rows], {name: rows_of[rows].to(weight.device) for name, rows_of in given.items()}
+        noise, generators = seeded_noise(seeds[rows], (shape[0], *sides))
+        noise = noise.to(weight.device, weight.dtype, memory_format=torch.channels_last)
+        shown = task_inputs(pipeline, now, sides, generators)
+        cond, null, away = told(pipeline, some, **shown), None, None
+        if guide is not None:
+            away = make_denoiser(guide.denoiser.unet, schedule, guide.objective, told(guide, some, **shown))
+        elif pipeline.text is not None:
+            null = told(pipeline, [negative] * len(some), **shown)
         elif pipeline.num_classes:
-            condition = {"y": torch.tensor(some, device=weight.device)}
-            null = {"y": torch.full_like(condition["y"], pipeline.num_classes)}
-        denoise = make_denoiser(denoiser.unet, schedule, objective, condition, null, cfg if condition else 1.0)
-        x = randn((len(some), *shape), generators, weight.device, weight.dtype)
-        x = schedule.sigma(times[:1]).item() * x.contiguous(memory_format=torch.channels_last)
+            null = told(pipeline, [pipeline.num_classes] * len(some), **shown)
+        scale = cfg if null or away else 1.0
+        network = make_denoiser(
+            denoiser.unet, schedule, objective, cond, null, scale, cfg_interval, cfg_rescale, guide=away
+        )
+        denoise, latents = network, None
+        if "image" in now:
+            latents = now["image"].to(weight.dtype)
+            latents = latents if vae is None else vae.normalize(vae.encode(latents).mode())
+        if "mask" in now and pipeline.task.get("task") != "inpaint":
+            painted = F.max_pool2d((now["mask"] > 0.5).to(weight.dtype), pipeline.factor)  # a latent painted in part
+            denoise = keep_known(denoise, latents, painted)
+        if frames is not None and start == 0:
+            denoise = watched(denoise, lambda x0: frames.append(finish(pipeline, x0, decode_tile)))
+        x = schedule.sigma(times[:1]).item() * noise
+        evaluations = 0
+        if source is not None:
+            back = make_denoiser(denoiser.unet, schedule, objective, told(pipeline, source[rows], **shown))
+            x = ddim_invert(back, latents, times, schedule)
+            evaluations = back.evaluations
+        elif strength < 1:
+            x = schedule.alpha(times[:1]).item() * latents + x
         x = samplers[sampler](denoise, x, times, schedule, generators, **options)
-        pictures.append((vae.decode(vae.denormalize(x)) if vae is not None else x).float().cpu())
-        generate.evaluations = denoise.evaluations
-    return torch.cat(pictures).clamp(-1, 1)
+        pictures.append(finish(pipeline, x, decode_tile))
+        generate.evaluations = network.evaluations + evaluations
+    pictures = torch.cat(pictures)
+    if "mask" in given:  # what is known comes back exactly, without the autoencoder's loss
+        pictures = torch.where(given["mask"].cpu() > 0.5, pictures, given["image"].float().cpu())
+    return pictures
+
+
+def check_guide(pipeline, guide):
+    """ValueError where autoguidance would compare what cannot be compared."""
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    same_noise = all(torch.equal(f(t), g(t)) for f, g in zip(guide.schedule[1:3], pipeline.schedule[1:3]))
+    same_task = guide.task == pipeline.task and guide.latent_shape[0] == pipeline.latent_shape[0]
+    takes_same = guide.num_classes in (0, pipeline.num_classes) and (guide.text is None or pipeline.text is not None)
+    if not (same_noise and same_task and takes_same):
+        raise ValueError(
+            "guide_ckpt has other latents, noise or conditions: take an earlier run, or a smaller one, like it"
+        )
+
+
+def task_inputs(pipeline, given, sides, generators):
+    """What `told` takes of a batch of given pictures: {"concat", "level"}, or {}."""
+    task, level = pipeline.task.get("task", "none"), None
+    if task == "none":
+        return {}
+    if pipeline.task.get("sr_noise"):
+        low = given["low"]
+        level = given.get("level", torch.zeros(len(low), dtype=torch.long, device=low.device))
+        given = given | {"low": augment_low(low, level, randn(low.shape, generators, low.device, low.dtype))}
+    concat = image_condition(task, pipeline.vae, given, sides, pipeline.task.get("map_classes", 0))
+    return {"concat": concat} if level is None else {"concat": concat, "level": level}
+
+
+def watched(denoise, see):
+    """`denoise` that shows each x0_hat to see(x0)."""
+
+    def denoise_and_tell(x, t):
+        x0 = denoise(x, t)
+        see(x0)
+        return x0
+
+    return denoise_and_tell
+
+
+def finish(pipeline, x, decode_tile=0):
+    """Latents as they leave the sampler -> images in [-1,1] on the CPU."""
+    x = x if pipeline.vae is None else decode(pipeline.vae, x, decode_tile)
+    return x.float().cpu().clamp(-1, 1)
 
 
 def read_prompts(path):
@@ -669,8 +952,8 @@ def to_pil(image):
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def save_grid(path, images, captions, settings=None, columns=0):
-    """One PNG of images (N,3,H,W), near square or in `columns`, captions below; `settings` go into the file as text."""
+def make_grid(images, captions, columns=0):
+    """A PIL image of images (N,3,H,W), near square or in `columns`, captions below."""
     N, _, H, W = images.shape
     columns, zoom = columns or math.ceil(N**0.5), max(1, 128 // W)
     lines = 2 if any(captions) else 0
@@ -682,15 +965,26 @@ def save_grid(path, images, captions, settings=None, columns=0):
         grid.paste(to_pil(image).resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (x, y))
         wrapped = textwrap.wrap(caption, max(8, cell_w // 6))[:lines]
         pen.text((x, y + H * zoom), "\n".join(wrapped).encode("latin-1", "replace").decode("latin-1"), fill="black")
-    info = PngInfo()
+    return grid
+
+
+def save_grid(path, images, captions, settings=None, columns=0):
+    """One PNG of images (N,3,H,W), as make_grid lays them out; `settings` go into the file as text."""
+    grid, info = make_grid(images, captions, columns), PngInfo()
     info.add_text("settings", json.dumps(settings or {}), zip=True)
     grid.save(path, pnginfo=info)
     return grid
 
 
+def save_gif(path, frames, seconds=2.0):
+    """PIL images as an animation of so many seconds, which repeats and rests at its end."""
+    durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1000]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
 def choose_conditions(pipeline, prompt, prompts, cls):
     """What the settings ask to draw, as a list of prompts, class numbers or Nones."""
-    text, count = pipeline.denoiser.text, pipeline.num_classes
+    text, count = pipeline.text, pipeline.num_classes
     if (prompt or prompts) and text is None:
         raise ValueError(f"this checkpoint takes no prompt: use {'--cls' if count else 'neither --prompt nor --cls'}")
     if cls and not count:
@@ -715,8 +1009,270 @@ def choose_conditions(pipeline, prompt, prompts, cls):
     return wanted
 
 
+def open_image(path):
+    """The PIL image in a file, whole."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except Exception as e:  # Pillow's plugins raise many kinds
+        raise ValueError(f"{path} does not open as an image ({e})") from None
+
+
+def open_images(path):
+    """{name: PIL image} of a file, or of every image of a folder in sorted order."""
+    from data.dataset import IMAGES
+
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is not there: give an image, or a folder of them")
+    folder, names = (path, sorted(os.listdir(path))) if os.path.isdir(path) else os.path.split(path)
+    names = [name for name in names if name.lower().endswith(IMAGES)] if os.path.isdir(path) else [names]
+    if not names:
+        raise ValueError(f"{path} holds no images: give an image, or a folder of them")
+    return {name: open_image(os.path.join(folder, name)) for name in names}
+
+
+def fit(image, size, multiple, resample=Image.Resampling.LANCZOS):
+    """A PIL image resized and centrally cropped to size (height, width); cropped to multiples where size is ()."""
+    if size:
+        return ImageOps.fit(image, (size[-1], size[0]), resample)
+    W, H = (side // multiple * multiple for side in image.size)  # the last few pixels may not fit
+    if min(W, H) == 0:
+        raise ValueError(f"a picture of {image.width}x{image.height} is smaller than {multiple}x{multiple}: set size")
+    return image.crop((0, 0, W, H))
+
+
+def class_map(image, classes, name):
+    """PIL image of class indices -> int64 (H,W); 255 is unknown, -1, unless it is a class."""
+    if image.mode not in ("L", "P", "I;16", "I"):
+        raise ValueError(f"{name} has mode {image.mode}: a map is a PNG of one channel, class indices from 0")
+    indices = torch.from_numpy(np.array(image).astype(np.int64))
+    if classes <= 255:
+        indices[indices == 255] = -1
+    if indices.max() >= classes:
+        raise ValueError(f"{name} holds class {indices.max()}: this checkpoint knows 0 to {classes - 1}")
+    return indices
+
+
+def read_given(pipeline, init_image, mask, semantic_map, noise_level, size):
+    """(names, `given` of generate with a row for each of them) from the files that the settings name."""
+    from data.dataset import to_rgb, to_tensor
+
+    task, multiple, rows = pipeline.task.get("task", "none"), pipeline.multiple, []
+    latent_sides(pipeline, size)  # checks it
+    size = tuple(int(side) for side in size)
+    pictures = open_images(semantic_map or init_image)
+    paint = open_image(mask) if mask else None
+    for name, picture in pictures.items():
+        if semantic_map:
+            picture = fit(picture, size, multiple, Image.Resampling.NEAREST)
+            rows.append({"map": class_map(picture, pipeline.task["map_classes"], name)})
+            continue
+        picture = to_rgb(picture)
+        if task == "sr":
+            step = multiple // math.gcd(multiple, pipeline.task["sr_scale"])
+            rows.append({"low": to_tensor(fit(picture, (), step))})
+            if pipeline.task.get("sr_noise"):
+                rows[-1]["level"] = torch.tensor(noise_level)
+            continue
+        rows.append({"image": to_tensor(fit(picture, size, multiple))})
+        if paint is not None:
+            if paint.size != picture.size:
+                sizes = "{}x{} and {} is {}x{}".format(*paint.size, name, *picture.size)
+                raise ValueError(f"{mask} is {sizes}: make them one size")
+            white = fit(to_rgb(paint), size, multiple, Image.Resampling.NEAREST).convert("L")
+            rows[-1]["mask"] = (to_tensor(white.convert("RGB"))[:1] > 0).float()
+            if not rows[-1]["mask"].any():
+                raise ValueError(f"{mask} is black all over: white is what is painted")
+    sizes = sorted({tuple(next(iter(row.values())).shape[-2:]) for row in rows})
+    if len(sizes) > 1:
+        several = ", ".join("{1}x{0}".format(*side) for side in sizes[:4])
+        remedy = "draw them one by one" if task == "sr" else "set size, such as --size=256"
+        raise ValueError(f"the pictures of {semantic_map or init_image} have several sizes ({several}): {remedy}")
+    return list(pictures), {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+SAMPLER_OPTIONS = ("eta", "noise_scale", "variance", "order")  # settings that are handed to the sampler
+STOCHASTIC = ("ddpm", "euler_a", "dpmpp_2m_sde")  # samplers that add noise of their own
+
+
+def check_settings(config, pipeline):
+    """ValueError for a setting that has no meaning beside the others or for this checkpoint, or that it lacks."""
+    c, task = SimpleNamespace(**config), pipeline.task.get("task", "none")
+    if c.sampler not in samplers:
+        raise ValueError(f"sampler {c.sampler!r} is not one of {', '.join(samplers)}")
+    conditional = pipeline.text is not None or pipeline.num_classes > 0
+    guided = c.cfg != 1 and (conditional or bool(c.guide_ckpt))
+    bulk, between, prompted = c.num_samples != 0, c.interpolate != 0, pipeline.text is not None
+    other_task = f"is not for this checkpoint, of task={task}"
+    rules = [  # settings, whether they have a meaning here, why not
+        ("cfg", conditional or c.guide_ckpt, "has nothing to guide towards: this checkpoint is unconditional"),
+        ("guide_ckpt", c.cfg != 1, "needs a cfg above 1"),
+        ("cfg_from cfg_to cfg_rescale", guided, "needs guidance: set cfg, or leave it out"),
+        ("negative source_prompt prompt_to", prompted, "is not for this checkpoint, which takes no prompt"),
+        ("negative", c.cfg != 1, "needs a cfg above 1"),
+        ("negative", not c.guide_ckpt, "has no place beside guide_ckpt: set one of them"),
+        ("tower_weights clip_vocab", pipeline.tower is not None, "is for checkpoints with a frozen text encoder"),
+        ("init_image", task != "semantic", f"{other_task}: give semantic_map"),
+        ("semantic_map", task == "semantic", other_task),
+        ("noise_level", pipeline.task.get("sr_noise"), "is for super-resolution checkpoints trained with sr_noise"),
+        ("mask strength invert", bool(c.init_image), "needs init_image"),
+        ("mask strength size", task != "sr", other_task),
+        ("invert num_samples interpolate", task == "none", other_task),
+        (
+            "strength n seed",
+            not c.invert,
+            "is not for --invert, which goes all the way, once and without a seed's noise",
+        ),
+        ("source_prompt", c.invert, "is for --invert"),
+        ("seed_to prompt_to", between, "is for --interpolate"),
+        ("n init_image prompts", not between, "is not for --interpolate"),
+        ("n init_image interpolate trajectory out_dir show", not bulk, "is not for --num_samples"),
+        ("out fid_ref", bulk, "is for --num_samples"),
+        ("inception_weights trunk trunk_weights", bool(c.fid_ref), "is for --fid_ref"),
+    ]
+    for name in SAMPLER_OPTIONS:
+        users = [key for key, sampler in samplers.items() if name in inspect.signature(sampler).parameters]
+        rules.append((name, c.sampler in users, f"is for sampler={' or '.join(users)}, not {c.sampler}"))
+    for names, fits, reason in rules:
+        for name in names.split():
+            if name in config.changed and not fits:
+                raise ValueError(f"{name}={config[name]} {reason}")
+    for name, tasks in (("init_image", ("inpaint", "sr")), ("mask", ("inpaint",)), ("semantic_map", ("semantic",))):
+        if task in tasks and not config[name]:
+            raise ValueError(f"this checkpoint, of task={task}, draws from pictures: give {name}")
+    ranges = [  # setting, low, high
+        ("n", 0, math.inf, "choose 1 or more pictures"),
+        ("num_samples", 0, math.inf, "choose 1 or more pictures"),
+        ("noise_level", 0, pipeline.task.get("sr_noise", 0), f"choose 0 to {pipeline.task.get('sr_noise', 0)}"),
+        ("ema_std", 0, 0.25, "choose 0 (the stored EMA) to 0.25"),
+        ("decode_tile", 0, math.inf, "choose a tile's side in latents, such as 64, or 0"),
+    ]
+    for name, low, high, remedy in ranges:
+        if not low <= config[name] <= high:
+            raise ValueError(f"{name}={config[name]}: {remedy}")
+    if c.invert and (c.sampler in STOCHASTIC or c.eta > 0):
+        raise ValueError(f"invert needs a sampler without noise of its own, not {c.sampler}: choose ddim with eta=0")
+    if between and (c.interpolate < 2 or (c.seed_to < 0 and not c.prompt_to)):
+        raise ValueError(
+            f"interpolate={c.interpolate} frames need two ends: set it to 2 or more, and seed_to or prompt_to"
+        )
+    if c.mask and os.path.isdir(c.mask):
+        raise ValueError(f"mask={c.mask} is a folder: give one picture, for all of init_image")
+
+
+def choose_pictures(pipeline, config):
+    """What the settings ask for: (conditions, seeds, names of the given pictures or None, `given` of generate)."""
+    c = SimpleNamespace(**config)
+    asked = c.prompt or c.prompts or c.cls
+    wanted = choose_conditions(pipeline, c.prompt, c.prompts, c.cls)
+    conditional = pipeline.text is not None or pipeline.num_classes > 0
+    if c.interpolate:
+        return *between_two(wanted[0] if asked else None, c), None, {}
+    if not (c.init_image or c.semantic_map):
+        each = c.n or (4 if len(wanted) == 1 else 1)
+        wanted = [w for w in wanted for _ in range(each)] if conditional else [None] * (c.n or len(pipeline.shown))
+        return wanted, list(range(c.seed, c.seed + len(wanted))), None, {}
+    names, given = read_given(pipeline, c.init_image, c.mask, c.semantic_map, c.noise_level, c.size)
+    if not asked:  # what was shown in training is not in this picture
+        if pipeline.num_classes:
+            raise ValueError("this checkpoint takes a class: say with --cls what is drawn from the picture")
+        wanted = [""] if pipeline.text is not None else [None]
+    pairs = [(i, w) for i in range(len(names)) for w in wanted]
+    each = 1 if c.invert else c.n or (4 if len(pairs) == 1 else 1)
+    index, wanted = zip(*[pair for pair in pairs for _ in range(each)])
+    seeds = list(range(c.seed, c.seed + len(wanted)))
+    return list(wanted), seeds, [names[i] for i in index], {k: v[list(index)] for k, v in given.items()}
+
+
+def between_two(condition, c):
+    """(conditions, seeds) of the frames of --interpolate."""
+    weights = [i / (c.interpolate - 1) for i in range(c.interpolate)]
+    if c.prompt_to and not c.prompt:
+        raise ValueError("prompt_to needs prompt, where the way to it begins")
+    conditions = [Between(c.prompt, c.prompt_to, w) if c.prompt_to else condition for w in weights]
+    return conditions, [Between(c.seed, c.seed_to, w) if c.seed_to >= 0 else c.seed for w in weights]
+
+
+# --- the command: many pictures ---
+
+
+def draw_many(path, count, chunk, draw, labels, settings, rank=0, world=1, barrier=None):
+    """Pictures 0 to count - 1 into the .npz at `path`: arr_0 (count,H,W,3) uint8, arr_1 the labels, if there are any.
+
+    draw(range) -> (n,H,W,3) uint8, asked for chunks of so many by number, chunk k on rank k % world. Chunks lie in
+    PATH.parts until all are there; those of an earlier run with the same `settings` (of JSON) are taken as they are.
+    """
+    folder, settings = f"{path}.parts", json.loads(json.dumps(settings))
+    if os.path.exists(path):
+        raise ValueError(f"{path} is there already: remove it, or choose another out")
+    os.makedirs(folder, exist_ok=True)
+    kept = f"{folder}/settings.json"
+    if os.path.exists(kept):
+        with open(kept) as f:
+            before = json.load(f)
+        rows = [f"{k}: {before.get(k)} there, {v} here" for k, v in settings.items() if before.get(k) != v]
+        if rows:
+            raise ValueError(f"{folder} was begun with other settings ({'; '.join(rows)}): take those, or remove it")
+    else:  # by every rank alike
+        write_whole(kept, lambda f: f.write(json.dumps(settings).encode()))
+    starts = range(0, count, chunk)
+    mine = [start for start in starts[rank::world] if not os.path.exists(f"{folder}/{start:08d}.npy")]
+    for done, start in enumerate(mine):
+        began = time.time()
+        pictures = draw(range(start, min(start + chunk, count)))
+        write_whole(f"{folder}/{start:08d}.npy", lambda f, p=pictures: np.save(f, p))
+        if rank == 0:
+            left = (len(mine) - done - 1) * (time.time() - began)
+            print(
+                f"{done + 1} of {len(mine)} chunks of {chunk} on each of {world} processes, {left:.0f} s left",
+                flush=True,
+            )
+    if barrier is not None:
+        barrier()
+    if rank == 0:
+        assemble(path, [f"{folder}/{start:08d}.npy" for start in starts], count, labels)
+        shutil.rmtree(folder)
+
+
+def write_whole(path, write):
+    """write(file) to a file that is there whole or not at all."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"could not write {path} ({e}): make room and run again") from None
+
+
+def assemble(path, chunks, count, labels):
+    """The .npz of all chunks, one of them in memory at a time."""
+    shape = (count, *np.load(chunks[0], mmap_mode="r").shape[1:])
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as z:
+            with z.open("arr_0.npy", "w", force_zip64=True) as f:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(f, header)
+                for chunk in chunks:
+                    f.write(np.load(chunk).tobytes())
+            if labels is not None:
+                with z.open("arr_1.npy", "w") as f:
+                    np.lib.format.write_array(f, np.asarray(labels, dtype=np.int64))
+
+    write_whole(path, write)
+
+
+# --- the command: reconstructions ---
+
+
 @torch.no_grad()
-def show_reconstructions(vae, folder, out_dir, device):
+def show_reconstructions(vae, folder, out_dir, device, decode_tile=0):
     """Encodes and decodes every image of a folder at its own size: reconstructions.png has originals above."""
     from data.dataset import BadImage, Dataset, to_tensor
 
@@ -732,7 +1288,8 @@ def show_reconstructions(vae, folder, out_dir, device):
             print(f"skipped {images.key(i)}: {image.size[0]}x{image.size[1]} is too small")
             continue
         x = to_tensor(image.crop((0, 0, W, H)))[None].to(device, next(vae.parameters()).dtype)
-        y = vae.decode(vae.encode(x).mode())
+        z = vae.encode(x).mode()
+        y = vae.decode_tiled(z, decode_tile, decode_tile // 4) if decode_tile else vae.decode(z)
         scores.append((psnr(y, x).item(), ssim(y, x).item()))
         print(f"{images.key(i)} {W}x{H}: PSNR {scores[-1][0]:.2f} dB, SSIM {scores[-1][1]:.4f}", flush=True)
         if len(pairs) < 8:
@@ -770,6 +1327,11 @@ if __name__ == "__main__":
         raise ValueError("device=cuda, but PyTorch sees no GPU here: mend its installation, or set device=cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not num_samples:
+        raise ValueError(f"{world} processes would draw the same pictures: set num_samples, or leave torchrun out")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     autocast = torch.autocast(
         device, torch.bfloat16, enabled=dtype == "bfloat16" or (dtype == "auto" and device == "cuda")
     )
@@ -777,45 +1339,102 @@ if __name__ == "__main__":
     out_dir = out_dir or os.path.join(os.path.dirname(file), "samples")
 
     if reconstruct:
+        for name in config.changed:
+            if name not in ("ckpt", "reconstruct", "out_dir", "device", "dtype", "show", "decode_tile"):
+                raise ValueError(f"{name}={config[name]} is not for --reconstruct")
         vae = VAE.from_pretrained(file).to(device, memory_format=torch.channels_last)
         os.makedirs(out_dir, exist_ok=True)
         with autocast:
-            sheet = show_reconstructions(vae, reconstruct, out_dir, device)
+            sheet = show_reconstructions(vae, reconstruct, out_dir, device, decode_tile)
         if show:
             sheet.show()
         sys.exit(0)
 
-    pipeline = load_pipeline(file)
-    conditional = pipeline.denoiser.text is not None or pipeline.num_classes > 0
-    if not conditional and "cfg" in config.changed:
-        raise ValueError(f"cfg={cfg}: this checkpoint is unconditional, so there is nothing to guide towards")
-    options = {"eta": eta} if sampler == "ddim" else {}
-    if "eta" in config.changed and not options:
-        raise ValueError(f"eta={eta} belongs to sampler=ddim, not {sampler}")
-    for net in (pipeline.denoiser, pipeline.vae):
-        if net is not None:
-            net.to(device, memory_format=torch.channels_last)
-    wanted = choose_conditions(pipeline, prompt, prompts, cls)
-    if n < 0:
-        raise ValueError(f"n={n} pictures cannot be drawn: choose 1 or more")
-    each = n or (4 if len(wanted) == 1 else 1)
-    wanted = [w for w in wanted for _ in range(each)] if conditional else [None] * (n or len(pipeline.shown))
-    seeds = list(range(seed, seed + len(wanted)))
+    # models
+    pipeline = load_pipeline(file, ema_std, tower_weights, clip_vocab)
+    check_settings(config, pipeline)
+    guide = load_pipeline(guide_ckpt, 0.0, tower_weights, clip_vocab) if guide_ckpt else None
+    for part in (pipeline, guide):
+        for net in (part.denoiser, part.vae, part.tower) if part else ():
+            if net is not None:
+                net.to(device, memory_format=torch.channels_last)
+    drawing = dict(steps=steps, cfg=cfg, sampler=sampler, batch_size=batch_size, decode_tile=decode_tile, guide=guide)
+    drawing |= dict(negative=negative, spacing=spacing, cfg_interval=(cfg_from, cfg_to), cfg_rescale=cfg_rescale)
+    drawing |= {name: config[name] for name in SAMPLER_OPTIONS if name in config.changed}
 
-    started = time.time()
+    # many pictures
+    if num_samples:
+        if world > 1:
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # only waits for the slowest
+        asked = choose_conditions(pipeline, prompt, prompts, cls)
+        if pipeline.num_classes and not cls:
+            asked = range(pipeline.num_classes)
+        conditions = [asked[i % len(asked)] for i in range(num_samples)]
+
+        def draw(rows):
+            with autocast:
+                some = [conditions[i] for i in rows]
+                pictures = generate(pipeline, some, range(seed + rows[0], seed + rows[-1] + 1), size=size, **drawing)
+            return np.stack([np.array(to_pil(picture)) for picture in pictures])
+
+        started = time.time()
+        elsewhere = ("out", "device", "fid_ref", "inception_weights", "trunk", "trunk_weights")
+        settings = {name: value for name, value in config.items() if name not in elsewhere}
+        settings |= {"checkpoint": zlib.crc32(json.dumps(convert.read_checkpoint(file)[1]).encode())}
+        labels = conditions if pipeline.num_classes else None
+        barrier = dist.barrier if world > 1 else None
+        draw_many(out, num_samples, batch_size, draw, labels, settings, rank, world, barrier)
+        if rank == 0:
+            print(f"{num_samples} pictures in {time.time() - started:.1f} s: {out}")
+            if fid_ref:
+                import fid
+
+                side = latent_sides(pipeline, size)[0] * pipeline.factor
+                for name, value in fid.score(out, fid_ref, side, inception_weights, trunk, trunk_weights).items():
+                    print(f"{name} {value:.4g}")
+        if world > 1:
+            dist.destroy_process_group()
+        sys.exit(0)
+
+    # a few, to look at
+    conditions, seeds, names, given = choose_pictures(pipeline, config)
+    if "strength" not in config.changed:
+        strength = 0.75 if "image" in given and not (mask or invert) else 1.0
+    source = None
+    if invert:
+        source = conditions if pipeline.text is None else [source_prompt] * len(conditions)
+    frames, started = [] if trajectory else None, time.time()
     with autocast:
-        pictures = generate(pipeline, wanted, seeds, steps, cfg, sampler, size, batch_size, **options)
+        pictures = generate(
+            pipeline,
+            conditions,
+            seeds,
+            **drawing,
+            size=size,
+            given=given,
+            strength=strength,
+            source=source,
+            frames=frames,
+        )
     seconds = time.time() - started
+
+    # pictures and what they are
     os.makedirs(out_dir, exist_ok=True)
+    captions = [pipeline.caption(condition) for condition in conditions]
     with open(os.path.join(out_dir, "samples.jsonl"), "w") as f:
-        for i, (picture, condition) in enumerate(zip(pictures, wanted)):
+        for i, picture in enumerate(pictures):
             name, info = f"{i:05d}.png", PngInfo()
-            record = {"file": name, "prompt": pipeline.caption(condition), "seed": seeds[i]}
+            record = {"file": name, "prompt": captions[i], "seed": seeds[i]}
+            if names:
+                record |= {"from": names[i], "strength": strength}
             info.add_text("settings", json.dumps(record | {"config": config}), zip=True)
             to_pil(picture).save(os.path.join(out_dir, name), pnginfo=info)
             f.write(json.dumps(record) + "\n")
-    captions = [pipeline.caption(condition) for condition in wanted]
     grid = save_grid(os.path.join(out_dir, "grid.png"), pictures[:64], captions[:64], {"config": config})
+    if trajectory:
+        save_gif(os.path.join(out_dir, "trajectory.gif"), [make_grid(x[:16], captions) for x in frames])
+    if interpolate:
+        save_gif(os.path.join(out_dir, "interpolation.gif"), [to_pil(picture) for picture in pictures])
     speed = f"{len(pictures) / seconds:.2f} images/s, {generate.evaluations} network evaluations each"
     print(f"{len(pictures)} pictures in {seconds:.1f} s, {speed}: {out_dir}/grid.png")
     if show:

@@ -391,6 +391,41 @@ class VAE(nn.Module):
             z = self.quantize.lookup(self.quantize.nearest(z)).to(z.dtype)
         return self.decoder(self.post_quant_conv(z))
 
+    def decode_tiled(self, z, tile=64, overlap=16):
+        """`decode` in tiles of tile x tile latents, blended linearly where they overlap: memory that does not grow.
+
+        Away from the seams a purely convolutional decoder gives what `decode` does; norms and attention see one tile
+        only, so keep the tile about as large as the pictures of the training.
+        """
+        if not 0 <= overlap < tile:
+            raise ValueError(f"overlap={overlap} does not fit tiles of {tile} latents: choose 0 to {tile - 1}")
+        h, w = z.shape[-2:]
+        if max(h, w) <= tile:
+            return self.decode(z)
+        f = self.factor
+
+        def cuts(side):
+            """(start, end, weights of its pixels) of every tile; the last one ends where the picture does."""
+            last = max(side - tile, 0)
+            for start in [*range(0, last, tile - overlap), last]:
+                end = min(start + tile, side)
+                away = torch.arange((end - start) * f, device=z.device) + 0.5  # from the edge, in pixels
+                weight = torch.ones_like(away)
+                if start > 0:
+                    weight = torch.minimum(weight, away / max(overlap * f, 1))
+                if end < side:
+                    weight = torch.minimum(weight, away.flip(0) / max(overlap * f, 1))
+                yield start, end, weight
+
+        out, total = torch.zeros(len(z), 3, h * f, w * f, device=z.device), torch.zeros(h * f, w * f, device=z.device)
+        for top, bottom, rows in cuts(h):
+            for left, right, columns in cuts(w):
+                where = slice(top * f, bottom * f), slice(left * f, right * f)
+                weight = rows[:, None] * columns
+                out[:, :, *where] += weight * self.decode(z[:, :, top:bottom, left:right])
+                total[where] += weight
+        return out / total
+
     def normalize(self, z):
         """Latents -> unit variance per channel."""
         return (z - self.latent_mean.view(1, -1, 1, 1)) / self.latent_std.view(1, -1, 1, 1)

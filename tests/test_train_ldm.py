@@ -177,7 +177,7 @@ def test_any_length_from_kept_averages(tmp_path):
     assert (lengths[0.05] - lengths[0.15]).abs().mean() > 0.1 * spread, "they do differ"
     early = convert.posthoc_ema(f"{tmp_path}/ema_00000200.safetensors", 0.1)["ema.weight"]
     torch.testing.assert_close(early, lengths[200][0.1], rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="ema_std=0.5 is no relative length of an average: choose between 0.01 and 0.2"):
+    with pytest.raises(ValueError, match="ema_std=0.5 is no relative length of an average"):
         convert.posthoc_ema(str(tmp_path), 0.5)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty keeps no averages to combine: train with --ema_stds"):
