@@ -38,6 +38,7 @@ HARD = [
     "it\u2019s \u201cquoted\u201d \u2014 dashes\u2026",
     "it'\u017f and the \u212aelvin sign <\u017ftart_of_text>",
     "&lt;b&gt; &amp;amp; &amp;lt; &#39;s &eacute; &nbsp; &notanentity; &amp",
+    "<b>bold</b> &amp;lt; &amp;amp;#39; &#x1F600;",
     "<start_of_text> <end_of_text> <END_OF_TEXT> <|endoftext|> </w> a</w> <start_of_text",
     "mojibake: schÃ¶n, donâ€™t, â˜ƒ",
     "\x00\x01\x07\x1b[31mred\x1b[0m\x7f\x80\x9f",
@@ -118,8 +119,8 @@ def test_ids_from_merges_written_out():
     assert (tokenizer.start, tokenizer.end, tokenizer.n_vocab) == (515, 516, 517)
     a, l, o, w = (ord(c) - ord("!") for c in "alow")  # CLIP counts from "!"; + 256 ends a word
     cases = {"LOW": [513], "lo": [l, 256 + o], "low low": [513, 513], "allow": [a, l, 513], "lowa": [512, w, 256 + a]}
-    cases |= {"!!": [514], "!": [256], "!!!": [0, 514], "é": [127, 256 + 102]}  # C3 A9
-    cases |= {"\x00": [256 + 188], "12": [256 + 16, 256 + 17], "low<END_OF_TEXT>": [513, 516]}
+    cases |= {"!!": [514], "!": [256], "!!!": [0, 514], "é": [127, 256 + 102]}  # C3 A9, and below C3 A0
+    cases |= {"à": [127, 256 + 188 + 66], "12": [256 + 16, 256 + 17], "low<END_OF_TEXT>": [513, 516]}
     for text, ids in cases.items():
         assert tokenizer.encode_ordinary(text) == ids, text
 
