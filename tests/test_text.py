@@ -8,6 +8,7 @@ import json
 import pickle
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,9 +60,11 @@ tokenizer_of = functools.cache(CLIPTokenizer)  # a tenth of a second each
 
 
 @pytest.fixture
-def merges(test_data):
-    """CLIP's own file."""
-    return str(test_data / "assets" / "bpe_simple_vocab_16e6.txt.gz")
+def merges(request):
+    """CLIP's own file: open_clip's copy, else the one among the real data."""
+    found = importlib.util.find_spec("open_clip")
+    folder = Path(found.origin).parent if found else request.getfixturevalue("test_data") / "assets"
+    return str(folder / "bpe_simple_vocab_16e6.txt.gz")
 
 
 @pytest.fixture(scope="session")
