@@ -5,10 +5,10 @@
 
 Both sets go through one preprocessing: centre crop of the short side, Lanczos to image_size where the side differs,
 uint8. Where image_size is 0 it is the side of the drawn pictures, and those are taken as they are. With
-inception_weights (torch-fidelity's .pth) features and scores are torch-fidelity's. With trunk_weights (torchvision's,
-as for LPIPS) the features are the mean over the positions of the trunk's last tap, at the pictures' own size, and
-the scores carry the trunk's name: they compare with nothing but themselves. All depend on the number of pictures:
-compare equal numbers only (FID is commonly told of 50,000 drawn ones).
+inception_weights (torch-fidelity's .pth) features and scores are torch-fidelity's. With trunk_weights (torchvision's)
+the features are LPIPS's last ones, and the scores carry the trunk's name: they compare with nothing but themselves,
+and favour what was trained on LPIPS of that trunk. Most depend on the number of pictures: compare equal numbers only
+(FID is commonly told of 50,000 drawn ones).
 """
 
 import hashlib
@@ -28,7 +28,7 @@ samples = ""  # drawn pictures: an .npz (arr_0, uint8 (N,H,W,3)) or a folder, as
 reference = ""  # real pictures: a data set as training reads it, or an .npz
 split = "all"  # of the reference: all | train | val | test
 image_size = 0  # side in pixels at which both are compared; 0 is that of the drawn pictures
-inception_weights = ""  # torch-fidelity's pt_inception-2015-12-05-6726825d.pth: FID, KID, precision, recall
+inception_weights = ""  # torch-fidelity's weights-inception-2015-12-05-6726825d.pth: FID, KID, precision, recall
 trunk = "squeeze"  # without Inception: squeeze (1.1) | alex | vgg (16)
 trunk_weights = ""  # torchvision's ImageNet weights of it, a .pth
 batch_size = 64  # pictures at once
@@ -89,11 +89,10 @@ def precision_recall(f, g, k=NEIGHBOURS):
 
     def share(queries, members):
         radii = torch.cat([torch.cdist(rows, members).kthvalue(k + 1).values for rows in members.split(ROWS)])
-        return sum((torch.cdist(rows, members) <= radii).any(dim=1).sum() for rows in queries.split(ROWS)) / len(
-            queries
-        )
+        inside = torch.cat([(torch.cdist(rows, members) <= radii).any(dim=1) for rows in queries.split(ROWS)])
+        return inside.double().mean().item()
 
-    return share(f, g).item(), share(g, f).item()
+    return share(f, g), share(g, f)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -134,7 +133,7 @@ def open_pictures(source, name, image_size, split="all"):
         pictures = Dataset(source, split, image_size)
         if os.path.exists(f"{source}/samples.jsonl"):  # sample.py's: grid.png beside them is no sample
             with open(f"{source}/samples.jsonl", encoding="utf-8") as lines:
-                drawn = {json.loads(line)["file"] for line in lines}
+                drawn = {json.loads(line).get("file") for line in lines}
             return pictures, [i for i in range(len(pictures)) if pictures.key(i) in drawn]
     return pictures, range(len(pictures))
 
@@ -146,8 +145,8 @@ def features(extract, pictures, which, name, as_is, batch_size, device):
     for n, i in enumerate(which, 1):
         try:
             if as_is and (image := pictures.rgb(i)).size != (size, size):
-                which_one = f"{pictures.key(i)} of {name} is {image.width}x{image.height}"
-                raise ValueError(f"{which_one}, the drawn pictures are {size}x{size}: set image_size to resize both")
+                it_is = f"{pictures.key(i)} of {name} is {image.width}x{image.height}"
+                raise ValueError(f"{it_is}, not {size}x{size}: set image_size to crop and resize both sets")
             x = to_tensor(image) if as_is else pictures.pixels(i)
             batch.append(((x + 1) * 127.5).round().byte())
         except BadImage as e:
@@ -163,89 +162,99 @@ def features(extract, pictures, which, name, as_is, batch_size, device):
     return f
 
 
-def make_trunk_features(trunk, weights, device):
-    """A function from uint8 (B,3,S,S) to the means over the positions of the trunk's last tap (B,D)."""
-    lpips = LPIPS(trunk, weights, "uniform").to(device)  # for its normalisation of colours; not of features
+def load_trunk_features(trunk, weights, device):
+    """A function: uint8 (B,3,S,S) -> the trunk's last tap as LPIPS sees it, mean over positions, times sqrt(D): (B,D).
+
+    LPIPS makes the D channels at each position a vector of length 1; times sqrt(D) their mean square is 1, which gives
+    the kernel of `mmd` its scale. Without that a few strong channels decide, and precision hardly falls with blur.
+    """
+    if trunk not in TAPS:
+        raise ValueError(f"trunk={trunk} is not one of {', '.join(TAPS)}")
+    lpips = LPIPS(trunk, weights, "uniform").to(device)
 
     def extract(x):
-        with torch.backends.cudnn.flags(allow_tf32=False):  # the same number on a GPU
-            return lpips.trunk((x / 127.5 - 1 - lpips.shift) / lpips.scale).mean(dim=(2, 3))
+        if min(x.shape[2:]) < MIN_SIDE[trunk]:
+            raise ValueError(f"pictures of {x.shape[3]} px: {trunk} wants {MIN_SIDE[trunk]} or more, set image_size")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the same numbers on a GPU
+            f = lpips.features(x / 127.5 - 1)[-1]  # (B,D,h,w)
+        return f.mean(dim=(2, 3)) * f.shape[1] ** 0.5
 
     return extract
+
+
+def load_inception(weights, device):
+    """torch-fidelity's Inception as a function: uint8 (B,3,S,S), any S -> (B,2048); it resizes them to 299 itself."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.metric_prc import prc_features_to_metric  # noqa: F401 (version 0.3 has none)
+    except (ImportError, RuntimeError) as e:  # the latter from a torchvision of another torch
+        line = f"inception_weights needs torch-fidelity ({str(e).splitlines()[0]})"
+        raise ImportError(f"{line}: pip install 'torch-fidelity>=0.4', or set trunk_weights") from None
+    read_pth(weights)  # first, for torch-fidelity would run what is in a pickle
+    try:
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
+    except RuntimeError as e:
+        why = str(e).splitlines()[0].rstrip(":")
+        raise ValueError(
+            f"{weights} does not fit Inception ({why}): give weights-inception-2015-12-05-6726825d.pth"
+        ) from None
+    net = net.to(device).eval()
+    return lambda x: net(x)[0].cpu()
+
+
+def inception_scores(f, g):
+    """FID, KID (mean and deviation over 100 subsets), precision and recall of features of Inception, and by whom."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    from torch_fidelity.version import __version__
+
+    subset = min(1000, len(f), len(g))
+    found = fid_statistics_to_metric(fid_features_to_statistics(f), fid_features_to_statistics(g), False)
+    found |= kid_features_to_metric(f, g, kid_subset_size=subset, verbose=False)
+    found |= prc_features_to_metric(f, g, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+    names = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean"}
+    names |= {"kid_std": "kernel_inception_distance_std", "precision": "precision", "recall": "recall"}
+    made_with = f"torch-fidelity {__version__}: inception-v3-compat 2048, KID 100 x {subset}"
+    return {name: found[key] for name, key in names.items()} | {"features": made_with}
 
 
 # -- the score ---------------------------------------------------------------------------------------------------------
 
 
-def score(
-    samples,
-    reference,
-    image_size=0,
-    inception_weights="",
-    trunk="squeeze",
-    trunk_weights="",
-    batch_size=64,
-    device="auto",
-    split="all",
-):
+def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze", trunk_weights="", batch_size=64,
+          device="auto", split="all"):  # fmt: skip
     """How far samples are from reference: dict of scores, and of what they were made with; see the top of this file.
 
     samples, reference: uint8 array (N,H,W,3), .npz, or what data.dataset.Dataset opens, of which reference has a split.
     """
     if bool(inception_weights) == bool(trunk_weights):
-        url = f"{TRUNK_URL}{TRUNK_FILES.get(trunk, '')}"
-        raise ValueError(f"set either inception_weights, for FID, or trunk_weights, to a file such as {url}")
-    if trunk not in TAPS:
-        raise ValueError(f"trunk={trunk} is not one of {', '.join(TAPS)}")
+        given = "are both given" if inception_weights else "are both empty"
+        remedy = f"the first to torch-fidelity's .pth, for FID, or the second to {TRUNK_URL}{TRUNK_FILES.get(trunk)}"
+        raise ValueError(f"inception_weights and trunk_weights {given}: set {remedy}, fetched")
     if batch_size < 1 or image_size < 0:
-        raise ValueError(f"batch_size={batch_size} and image_size={image_size}: give 1 or more, and 0 or more")
+        raise ValueError(f"batch_size={batch_size}, image_size={image_size}: give at least 1 and 0")
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device={device} is not auto, cpu or cuda, or PyTorch sees no GPU here: set device=cpu")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     weights = inception_weights or trunk_weights
-    if inception_weights:
-        try:
-            import torch_fidelity
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-            from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-            from torch_fidelity.metric_kid import kid_features_to_metric
-            from torch_fidelity.metric_prc import prc_features_to_metric  # not in 0.3
-        except (ImportError, RuntimeError) as e:  # the latter from a torchvision of another torch
-            line = f"{str(e).splitlines()[0]}: pip install 'torch-fidelity>=0.4'"
-            raise ImportError(
-                f"inception_weights needs torch-fidelity ({line}), or set trunk_weights instead"
-            ) from None
-        read_pth(weights)  # torch-fidelity would run what is in a pickle
-        inception = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
-        inception.to(device)
+    extract = load_inception(weights, device) if inception_weights else load_trunk_features(trunk, weights, device)
     a, drawn = open_pictures(samples, "samples", image_size or 1)
     if not len(drawn):
         raise ValueError("samples has 0 pictures: draw some")
-    as_is = not image_size
-    size = a.image_size = image_size or min(a.rgb(drawn[0]).size)
-    if trunk_weights and size < MIN_SIDE[trunk]:
-        raise ValueError(f"pictures are {size} px, {trunk} wants {MIN_SIDE[trunk]} or more: set image_size")
-    b, real = open_pictures(reference, "reference", size, split)
-    extract = (lambda x: inception(x)[0].cpu()) if inception_weights else make_trunk_features(trunk, weights, device)
-    f = features(extract, a, drawn, "samples", as_is, batch_size, device)
-    g = features(extract, b, real, "reference", as_is and isinstance(b, Array), batch_size, device)
+    a.image_size = image_size or min(a.rgb(drawn[0]).size)
+    b, real = open_pictures(reference, "reference", a.image_size, split)
+    f = features(extract, a, drawn, "samples", not image_size, batch_size, device)
+    g = features(extract, b, real, "reference", not image_size and isinstance(b, Array), batch_size, device)
     if inception_weights:
-        statistics = [fid_features_to_statistics(x) for x in (f, g)]
-        result = {"fid": fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]}
-        subset = min(1000, len(f), len(g))
-        kid = kid_features_to_metric(f, g, kid_subset_size=subset, verbose=False)
-        result |= {name: kid[f"kernel_inception_distance_{how}"] for name, how in (("kid", "mean"), ("kid_std", "std"))}
-        shares = prc_features_to_metric(f, g, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
-        result |= {name: shares[name] for name in ("precision", "recall")}
-        made_with = f"torch-fidelity {torch_fidelity.__version__} inception-v3-compat 2048, KID of 100 x {subset}"
+        result = inception_scores(f, g)
     else:
         values = (frechet(*gaussian(f), *gaussian(g)), mmd(f, g), *precision_recall(f, g))
         result = {f"{trunk}_{name}": v for name, v in zip(("frechet", "mmd", "precision", "recall"), values)}
-        made_with = f"{trunk} layer {max(TAPS[trunk])}, mean over positions, {f.shape[1]}"
+        result |= {"features": f"{trunk} layer {max(TAPS[trunk])}, unit length, mean over positions, {f.shape[1]}"}
     with open(weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    about = {"samples": len(f), "reference": len(g), "image_size": size, "features": made_with, "sha256": digest}
-    return result | about
+        result["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return result | {"samples": len(f), "reference": len(g), "image_size": a.image_size}
 
 
 def one_line_error(kind, error, trace):
