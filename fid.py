@@ -203,7 +203,10 @@ def load_inception(weights, device):
 
 
 def inception_scores(f, g):
-    """FID, KID (mean and deviation over 100 subsets), precision and recall of features of Inception, and by whom."""
+    """FID, KID (mean and deviation over 100 subsets), precision and recall of features of Inception, and by whom.
+
+    Left to itself torch-fidelity takes VGG16 for precision and recall; the reports of diffusion models take Inception.
+    """
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
