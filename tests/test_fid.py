@@ -186,7 +186,7 @@ def test_real_pictures_are_near_each_other_and_noise_is_far(test_data):
     grainy = score(grainy, train, trunk_weights=str(trunk))
     noise = np.random.default_rng(0).integers(0, 256, test.shape, dtype=np.uint8)
     far = score(noise, train, trunk_weights=str(trunk))
-    assert 0 < 1.5 * near["squeeze_frechet"] < grainy["squeeze_frechet"] < far["squeeze_frechet"] / 3
+    assert 0 < 1.5 * near["squeeze_frechet"] < grainy["squeeze_frechet"] < far["squeeze_frechet"] / 2
     assert abs(near["squeeze_mmd"]) < 0.005 < 0.02 < grainy["squeeze_mmd"] < far["squeeze_mmd"]
     assert near["squeeze_precision"] > 0.7 and near["squeeze_recall"] > 0.7
     assert far["squeeze_precision"] < 0.05 and far["squeeze_recall"] < 0.05
