@@ -215,9 +215,10 @@ def load_tower(path, weights="", merges=""):
     return tower.requires_grad_(False).eval()
 
 
-def hash_weights(model):
-    """Hex digest of a module's parameters and buffers; as train_ldm.py's."""
+def hash_weights(model, but=()):
+    """Hex digest of a module's parameters and buffers, but for names that begin so."""
     h = hashlib.blake2b(digest_size=16)
     for name, t in sorted(model.state_dict().items()):
-        h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
+        if not name.startswith(but):
+            h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
     return h.hexdigest()

@@ -537,7 +537,7 @@ def image_condition(task, vae, given, sides, map_classes=0):
 
 
 def show_condition(task, given, side):
-    """What one example was shown, as a picture (3,side,side): a grey hole, the small image enlarged, a color a class."""
+    """What one example was shown, as (3,side,side): with a grey hole, enlarged, or with a color for each class."""
     if task == "inpaint":
         return given["image"] * (given["mask"] < 0.5)
     if task == "sr":

@@ -11,7 +11,6 @@ DIR is what stage 1 was trained on, or another; captions or labels lie in it. Th
 import contextlib
 import copy
 import datetime
-import hashlib
 import inspect
 import json
 import math
@@ -32,7 +31,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from convert import power_exponent
+from convert import hash_weights, power_exponent
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
 from data.tasks import WithCondition, layout_string
 from sample import (
@@ -371,15 +370,6 @@ class LatentCache(torch.utils.data.Dataset):
 
     def __getstate__(self):
         return {**self.__dict__, "shards": {}}  # a worker maps its own
-
-
-def hash_weights(model, but=()):
-    """Hex digest of a module's parameters and buffers, but for names that begin so."""
-    h = hashlib.blake2b(digest_size=16)
-    for name, t in sorted(model.state_dict().items()):
-        if not name.startswith(but):
-            h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
-    return h.hexdigest()
 
 
 # -- what stands in train_vae.py too, line for line --

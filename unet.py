@@ -548,7 +548,8 @@ class TextEncoder(nn.Module):
         if text_width % text_heads:
             raise ValueError(f"text_width={text_width} does not divide into text_heads={text_heads}")
         self.tokenizer = make_tokenizer(tokenizer)
-        self.length, self.end, self.pad = text_length, self.tokenizer.n_vocab, self.tokenizer.n_vocab + 1
+        self.width, self.length = text_width, text_length
+        self.end, self.pad = self.tokenizer.n_vocab, self.tokenizer.n_vocab + 1
         self.token_embedding = nn.Embedding(self.tokenizer.n_vocab + 2, text_width)
         self.position_embedding = nn.Parameter(0.01 * torch.randn(text_length, text_width))
         self.blocks = nn.ModuleList(TextBlock(text_width, text_heads) for _ in range(text_layers))
@@ -745,7 +746,8 @@ class CLIPTextEncoder(nn.Module):
             raise ValueError(
                 f"the merges make {self.tokenizer.n_vocab} tokens, the tower has {vocab}: are they CLIP's?"
             )
-        self.length, self.start, self.end = length, self.tokenizer.start, self.tokenizer.end
+        self.width, self.length = width, length
+        self.start, self.end = self.tokenizer.start, self.tokenizer.end
         self.pad = self.end if pad == "end" else 0
         self.token_embedding = nn.Embedding(vocab, width)
         self.position_embedding = nn.Parameter(0.01 * torch.randn(length, width))
