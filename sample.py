@@ -845,6 +845,9 @@ def generate(
     if guide is not None:
         check_guide(pipeline, guide)
     given = given or {}
+    for name, rows in {"seeds": seeds, **given, **({"source": source} if source is not None else {})}.items():
+        if len(rows) != len(conditions):
+            raise ValueError(f"{len(rows)} {name} for {len(conditions)} pictures: give one each")
     sides = latent_sides(pipeline, given_size(pipeline, given) or size)
     times = sample_times(steps, schedule, objective, spacing)
     if strength < 1:
@@ -1145,7 +1148,6 @@ def check_settings(config, pipeline):
         ("n", 0, math.inf, "choose 1 or more pictures"),
         ("num_samples", 0, math.inf, "choose 1 or more pictures"),
         ("noise_level", 0, pipeline.task.get("sr_noise", 0), f"choose 0 to {pipeline.task.get('sr_noise', 0)}"),
-        ("ema_std", 0, 0.25, "choose 0 (the stored EMA) to 0.25"),
         ("decode_tile", 0, math.inf, "choose a tile's side in latents, such as 64, or 0"),
     ]
     for name, low, high, remedy in ranges:
@@ -1164,20 +1166,20 @@ def check_settings(config, pipeline):
 def choose_pictures(pipeline, config):
     """What the settings ask for: (conditions, seeds, names of the given pictures or None, `given` of generate)."""
     c = SimpleNamespace(**config)
-    asked = c.prompt or c.prompts or c.cls
     wanted = choose_conditions(pipeline, c.prompt, c.prompts, c.cls)
     conditional = pipeline.text is not None or pipeline.num_classes > 0
+    given = c.init_image or c.semantic_map
+    if (given or c.interpolate) and not (c.prompt or c.prompts or c.cls):  # what training showed is not meant here
+        if pipeline.num_classes:
+            raise ValueError("this checkpoint takes a class: say with --cls which one is drawn")
+        wanted = [""] if pipeline.text is not None else [None]
     if c.interpolate:
-        return *between_two(wanted[0] if asked else None, c), None, {}
-    if not (c.init_image or c.semantic_map):
+        return *between_two(wanted, c), None, {}
+    if not given:
         each = c.n or (4 if len(wanted) == 1 else 1)
         wanted = [w for w in wanted for _ in range(each)] if conditional else [None] * (c.n or len(pipeline.shown))
         return wanted, list(range(c.seed, c.seed + len(wanted))), None, {}
     names, given = read_given(pipeline, c.init_image, c.mask, c.semantic_map, c.noise_level, c.size)
-    if not asked:  # what was shown in training is not in this picture
-        if pipeline.num_classes:
-            raise ValueError("this checkpoint takes a class: say with --cls what is drawn from the picture")
-        wanted = [""] if pipeline.text is not None else [None]
     pairs = [(i, w) for i in range(len(names)) for w in wanted]
     each = 1 if c.invert else c.n or (4 if len(pairs) == 1 else 1)
     index, wanted = zip(*[pair for pair in pairs for _ in range(each)])
@@ -1185,12 +1187,14 @@ def choose_pictures(pipeline, config):
     return list(wanted), seeds, [names[i] for i in index], {k: v[list(index)] for k, v in given.items()}
 
 
-def between_two(condition, c):
+def between_two(wanted, c):
     """(conditions, seeds) of the frames of --interpolate."""
     weights = [i / (c.interpolate - 1) for i in range(c.interpolate)]
+    if len(wanted) > 1:
+        raise ValueError(f"cls={c.cls} names several classes: interpolate stays with one")
     if c.prompt_to and not c.prompt:
         raise ValueError("prompt_to needs prompt, where the way to it begins")
-    conditions = [Between(c.prompt, c.prompt_to, w) if c.prompt_to else condition for w in weights]
+    conditions = [Between(c.prompt, c.prompt_to, w) if c.prompt_to else wanted[0] for w in weights]
     return conditions, [Between(c.seed, c.seed_to, w) if c.seed_to >= 0 else c.seed for w in weights]
 
 

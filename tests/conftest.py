@@ -84,15 +84,40 @@ def make_vae_run(path):
     return Saved(str(path), ema, None, [])
 
 
-def make_ldm_run(path, vae, cond, classes=(), shown=None, objective="v", schedule="cosine", **unet_settings):
+def make_ldm_run(
+    path,
+    vae,
+    cond,
+    classes=(),
+    shown=None,
+    objective="v",
+    schedule="cosine",
+    class_embed="add",
+    task=None,
+    uncertainty=False,
+    **unet_settings,
+):
+    """task: None, or the checkpoint's: {"task": ..., "sr_scale": ..., "sr_noise": ..., "map_classes": ...}.
+
+    Without any of the last three the file is as those were before there were tasks.
+    """
     import train_ldm
-    from unet import Denoiser, TextEncoder, UNet
+    from unet import Denoiser, Rescaler, TextEncoder, UNet
 
     text = TextEncoder(16, 1, 2, 16) if cond == "text" else None
+    tokens = torch.nn.Embedding(len(classes) + 1, 16) if class_embed == "token" else None
     settings = dict(in_channels=3, out_channels=3, channels=16, channel_mult=(1, 2), num_res_blocks=1)
-    settings |= dict(attention_ds=(2,), num_heads=2, norm_groups=4, context_dim=16 if text else 0)
-    settings |= dict(num_classes=len(classes) + 1 if cond == "class" else 0)
-    denoiser = Denoiser(UNet(**settings | unet_settings), text)
+    settings |= dict(attention_ds=(2,), num_heads=2, norm_groups=4, context_dim=16 if text or tokens else 0)
+    settings |= dict(num_classes=len(classes) + 1 if cond == "class" and not tokens else 0)
+    rescaler = None
+    if task and task["task"] == "inpaint":
+        settings |= dict(concat_channels=4)
+    elif task and task["task"] == "sr":
+        settings |= dict(concat_channels=3, num_classes=1000 if task["sr_noise"] else 0)
+    elif task and task["task"] == "semantic":
+        settings |= dict(concat_channels=3)
+        rescaler = Rescaler(task["map_classes"], vae.factor if vae else 1)
+    denoiser = Denoiser(UNet(**settings | unet_settings), text, tokens, rescaler, uncertainty)
     model, ema = fill(copy.deepcopy(denoiser), 1), fill(denoiser, 2).requires_grad_(False).eval()
     tensors = with_optimizer(train_ldm, model, ema)
     tensors |= train_ldm.with_prefix("vae", vae.state_dict()) if vae else {}
@@ -101,6 +126,8 @@ def make_ldm_run(path, vae, cond, classes=(), shown=None, objective="v", schedul
     about = {"unet": denoiser.unet.settings, "text": text and text.settings, "cond": cond}
     about |= {"first_stage": "vae" if vae else "none", "num_classes": len(classes), "image_size": 32 if vae else 8}
     about |= {"objective": objective, "schedule": schedule, "beta_start": 0.0015, "beta_end": 0.0195}
+    if task or tokens or uncertainty:
+        about |= {"zero_snr": False, "class_embed": class_embed, "text_encoder": "joint"} | (task or {"task": "none"})
     about = {"format": 1, "stage": "ldm", "model": about, "vae": vae and vae.settings, "shown": shown or [None] * 3}
     about |= {"classes": list(classes), "config": {"seed": 0}, "git": "unknown"}
     about |= {"step": 1, "images_seen": 4, "images_per_step": 4}
@@ -111,7 +138,10 @@ def make_ldm_run(path, vae, cond, classes=(), shown=None, objective="v", schedul
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Tiny runs by name: an autoencoder (f4), denoisers of its latents told text, classes or nothing, one of pixels."""
+    """Tiny runs by name: an autoencoder (f4), denoisers of its latents told text, classes or nothing, one of pixels.
+
+    And those with a class as a token, or with a task: inpaint, sr (twice the side), semantic (5 classes).
+    """
     root = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     made = {"vae": make_vae_run(root / "vae")}
@@ -121,6 +151,12 @@ def runs(tmp_path_factory):
     made["class"] = make_ldm_run(root / "class", vae, "class", classes, [0, 1, 2, 3], **process)
     made["none"] = make_ldm_run(root / "none", vae, "none")
     made["pixels"] = make_ldm_run(root / "pixels", None, "none", channel_mult=(1,), attention_ds=())
+    made["tokens"] = make_ldm_run(root / "tokens", vae, "class", ("cat", "dog"), [0, 1], class_embed="token")
+    made["inpaint"] = make_ldm_run(root / "inpaint", vae, "text", shown=["a"], task={"task": "inpaint"})
+    task = {"task": "sr", "sr_scale": 2, "sr_noise": 10}
+    made["sr"] = make_ldm_run(root / "sr", vae, "none", task=task, uncertainty=True, concat_channels=12)
+    task = {"task": "semantic", "map_classes": 5}
+    made["semantic"] = make_ldm_run(root / "semantic", vae, "none", task=task)
     return made
 
 

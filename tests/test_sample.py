@@ -424,7 +424,7 @@ def test_generate_errors(pipelines):
         generate(pipelines["text"], ["a"], [0], 1, sampler="dpm")
     with pytest.raises(ValueError, match="batch_size=0 pictures at a time: choose 1 or more"):
         generate(pipelines["text"], ["a"], [0], 1, batch_size=0)
-    with pytest.raises(ValueError, match="1 generators for 2 images"):
+    with pytest.raises(ValueError, match="1 seeds for 2 pictures: give one each"):
         generate(pipelines["text"], ["a", "b"], [0], 1)
     with pytest.raises(ValueError, match="steps is 0"):
         generate(pipelines["text"], ["a"], [0], 0)
