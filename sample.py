@@ -855,7 +855,8 @@ def generate(
     weight, pictures = next(denoiser.parameters()), []
     for start in range(0, len(conditions), batch_size):
         rows = slice(start, start + batch_size)
-        some, now = conditions[rows], {name: rows_of[rows].to(weight.device) for name, rows_of in given.items()}
+        some, now = conditions[rows], {name: t[rows].to(weight.device) for name, t in given.items()}
+        now = {name: t.to(weight.dtype) if t.is_floating_point() else t for name, t in now.items()}
         noise, generators = seeded_noise(seeds[rows], (shape[0], *sides))
         noise = noise.to(weight.device, weight.dtype, memory_format=torch.channels_last)
         shown = task_inputs(pipeline, now, sides, generators)

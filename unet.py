@@ -792,7 +792,7 @@ class Rescaler(nn.Module):
 
     def forward(self, x):
         x = F.interpolate(x, scale_factor=1 / self.factor, mode="area") if self.factor > 1 else x
-        return self.conv(x)
+        return self.conv(x.to(self.conv.weight.dtype))
 
 
 class Denoiser(nn.Module):
