@@ -591,6 +591,8 @@ class Dataset:
             with Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data)) as image:
                 turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
                 return image.size[::-1] if turned else image.size
+        except UnidentifiedImageError:
+            raise BadImage(f"{key}: not an image that Pillow can read") from None
         except Exception as e:
             raise BadImage(f"{key}: {str(e) or type(e).__name__}") from None
 
@@ -617,6 +619,8 @@ class Dataset:
             if image.mode not in ("L", "P", "1"):
                 raise ValueError(f"mode {image.mode}: save it as 8-bit grey or palette, a pixel its class")
             return Image.fromarray(np.array(image, dtype=np.uint8))  # the palette's indices, not its colors
+        except UnidentifiedImageError:  # its own message has an address in it
+            raise BadImage(f"{key}: its map is not an image that Pillow can read") from None
         except Exception as e:
             raise BadImage(f"{key}: its map does not read ({str(e) or type(e).__name__})") from None
 
