@@ -31,7 +31,7 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def make_scenes(path, n=20, size=(24, 16)):
-    """Pictures of a folder, whose maps are their colors: grey stripes of noise, and one red, green or blue object."""
+    """Pictures of a folder, whose maps are their colors: black, with one red, green or blue rectangle."""
     path.mkdir()
     rng, names, lines = np.random.default_rng(0), ["nothing", "red", "green", "blue"], []
     for i in range(n):
@@ -84,8 +84,8 @@ def test_a_mask_depends_on_its_seed_alone():
 def test_masks_cover_what_the_docstring_says():
     masks = torch.stack([random_mask((64, 64), "cover", p) for p in range(2000)])[:, 0]
     covered = masks.mean((1, 2)).numpy()
-    assert covered.mean() == pytest.approx(0.38, abs=0.03) and covered.min() > 0
-    assert np.percentile(covered, [5, 95]).tolist() == pytest.approx([0.07, 0.9], abs=0.03)
+    assert covered.mean() == pytest.approx(0.39, abs=0.03) and covered.min() > 0
+    assert np.percentile(covered, [10, 90]).tolist() == pytest.approx([0.12, 0.7], abs=0.03)
     assert (covered == 1).mean() == pytest.approx(0.05, abs=0.02), "everything"
     every = masks.mean(0)
     assert every.min() > 0.2 and every.max() < 0.6, "any place may be painted, and any may be known"
@@ -106,12 +106,12 @@ def test_masks_of_any_sides(sides):
 
 
 def test_masks_are_as_wide_in_a_larger_picture():
-    small, large = (np.mean([random_mask((s, s), p).mean() for p in range(300)]) for s in (64, 256))
-    assert small == pytest.approx(large, abs=0.02)
     start = time.process_time()
-    for p in range(100):
-        random_mask((256, 256), p)
-    assert (time.process_time() - start) / 100 < 0.01, "some 0.15 ms, were nobody else at work"
+    large = [random_mask((256, 256), p) for p in range(150)]
+    assert (time.process_time() - start) / 150 < 0.01, "some 0.2 ms, were nobody else at work"
+    for p, mask in enumerate(large):  # the same one, drawn finer: half the pixels of the outline may differ
+        small = F.interpolate(random_mask((64, 64), p)[None], scale_factor=4)[0]
+        assert (small - mask).abs().mean() < 0.08
 
 
 # -- degradation
@@ -153,10 +153,11 @@ def test_bsr_is_fixed_by_its_seed_and_stays_recognisable():
         assert low.shape == (3, 16, 16) and low.dtype == torch.float32 and -1 <= low.min() < low.max() <= 1
         assert torch.equal(((low + 1) * 127.5).round() / 127.5 - 1, low), "256 levels"
     quality = [psnr(low, clean) for low in lows]
-    print(min(quality), np.median(quality), max(quality), psnr(torch.stack(lows).mean(0), clean))
-    assert 18 < min(quality) and max(quality) < 45 and 3 < max(quality) - min(quality)
-    mean = torch.stack(lows).mean(0)
-    assert psnr(mean, clean) > max(np.median(quality) + 2, 25), "noise and JPEG are without bias"
+    assert 17 < min(quality) and max(quality) < 40 and 3 < max(quality) - min(quality)
+    colors = torch.tensor([-0.5, 0.1, 0.6]).view(3, 1, 1)
+    flat = torch.stack([degrade(colors.expand(3, 64, 64), 4, p, kind="bsr") for p in range(60)]) - colors
+    assert flat.mean((0, 2, 3)).abs().max() < 0.02, "without bias, but for the rounding of colors in JPEG"
+    assert 0.5 / 127.5 < flat.std((0, 2, 3)).mean() < 6 / 127.5, "noisy"
     assert degrade(image, 2, 0, kind="bsr").shape == (3, 32, 32) and degrade(image, 8, 0, kind="bsr").shape == (3, 8, 8)
 
 
@@ -263,7 +264,7 @@ def test_bad_layout_tokenizers(source, message):
 # -- items with their condition
 
 
-def check(task, p, condition, picture, dataset, item):
+def check(task, p, condition, picture):
     """One condition against the picture (3,S,S) that belongs to it."""
     if task == "inpaint":
         assert condition.keys() == {"image", "mask"} and torch.equal(condition["image"], picture)
@@ -288,7 +289,7 @@ def test_condition_of_a_stream(scenes, task, crop):
     for p in (0, 3, 17, 40, 41, 59):
         item, plain = made[p], stream[p]
         flips.add(item["flip"])
-        check(task, p, item["condition"], plain["image"], scenes, item)
+        check(task, p, item["condition"], plain["image"])
         changed = {"text"} if task == "layout" else set()
         assert all(same(item[name], plain[name]) for name in plain.keys() - changed)
         if task == "layout":
@@ -305,20 +306,20 @@ def test_condition_of_a_stream(scenes, task, crop):
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("task", TASKS)
-def test_condition_of_cached_latents_is_that_of_the_pixels(scenes, task, train, first_stage, tmp_path):
+def test_condition_of_cached_latents_is_that_of_the_pixels(scenes, train, first_stage, tmp_path):
     stream = Stream(scenes, 4, flip=True, train=train)
     cache = cached(stream, first_stage, tmp_path / "cache")
-    of_pixels, of_cache = WithCondition(stream, task, 9, scale=2), WithCondition(cache, task, 9, scale=2)
-    for p in range(0, 40, 3):
-        a, b = of_pixels[p], of_cache[p]
-        assert same(a["condition"], b["condition"]) and a["text"] == b["text"] and a["index"] == b["index"]
-        assert torch.equal(b["image"], cache[p]["image"]) and b["image"].dtype == torch.float16
-        check(task, p, b["condition"], scenes.pixels(b["index"], flip=b["flip"]), scenes, b)
-    batch = collate([of_cache[p] for p in range(5)])
-    assert batch["image"].shape == (5, 2, 4, 8, 8) and batch["condition"].keys() == a["condition"].keys()
-    sides = {"image": (5, 3, 16, 16), "mask": (5, 1, 16, 16), "low": (5, 3, 8, 8), "map": (5, 16, 16)}
-    assert all(value.shape == sides[name] for name, value in batch["condition"].items())
+    for task in TASKS:
+        of_pixels, of_cache = WithCondition(stream, task, 9, scale=2), WithCondition(cache, task, 9, scale=2)
+        for p in range(0, 40, 3):
+            a, b = of_pixels[p], of_cache[p]
+            assert same(a["condition"], b["condition"]) and a["text"] == b["text"] and a["index"] == b["index"]
+            assert torch.equal(b["image"], cache[p]["image"]) and b["image"].dtype == torch.float16
+            check(task, p, b["condition"], scenes.pixels(b["index"], flip=b["flip"]))
+        batch = collate([of_cache[p] for p in range(5)])
+        assert batch["image"].shape == (5, 2, 4, 8, 8) and batch["condition"].keys() == a["condition"].keys()
+        sides = {"image": (5, 3, 16, 16), "mask": (5, 1, 16, 16), "low": (5, 3, 8, 8), "map": (5, 16, 16)}
+        assert all(value.shape == sides[name] for name, value in batch["condition"].items())
 
 
 def test_conditions_do_not_depend_on_workers_or_order(scenes):
