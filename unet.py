@@ -557,7 +557,7 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def bpe(self):
-        """The tokenizer as the content of a .tiktoken file, or its name as bytes if it is one of tiktoken's own."""
+        """The tokenizer as bytes: the content of a .tiktoken file, the name of tiktoken's own, or `layout {...}`."""
         if self.tokenizer.name != "bpe":
             return self.tokenizer.name.encode()
         tokens = [self.tokenizer.decode_single_token_bytes(i) for i in range(self.tokenizer.n_vocab)]

@@ -591,6 +591,8 @@ class Dataset:
             with Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data)) as image:
                 turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
                 return image.size[::-1] if turned else image.size
+        except UnidentifiedImageError:
+            raise BadImage(f"{key}: not an image that Pillow can read") from None
         except Exception as e:
             raise BadImage(f"{key}: {str(e) or type(e).__name__}") from None
 
@@ -617,6 +619,8 @@ class Dataset:
             if image.mode not in ("L", "P", "1"):
                 raise ValueError(f"mode {image.mode}: save it as 8-bit grey or palette, a pixel its class")
             return Image.fromarray(np.array(image, dtype=np.uint8))  # the palette's indices, not its colors
+        except UnidentifiedImageError:  # its own message has an address in it
+            raise BadImage(f"{key}: its map is not an image that Pillow can read") from None
         except Exception as e:
             raise BadImage(f"{key}: its map does not read ({str(e) or type(e).__name__})") from None
 
@@ -665,7 +669,7 @@ class Dataset:
             if len(names) != len(boxes) or any(len(box) != 4 for box in boxes):
                 raise ValueError(f"{len(names)} categories, {len(boxes)} boxes: give [x, y, w, h] and a category each")
             numbered = dict(enumerate(self._object_names))
-            return [(numbered.get(name, str(name)), box) for name, box in zip(names, boxes)]
+            return [(numbered.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
         except Exception as e:
             raise BadImage(f"{key}: its objects do not read ({e})") from None
 
@@ -678,10 +682,11 @@ class Dataset:
         objects, seen = self._objects(i), []
         x, y, side = crop_square(*self.size(i), crop, u) if objects else (0, 0, 1)
         for name, (left, top, w, h) in objects:
-            x0, x1 = (min(max((v - x) / side, 0), 1) for v in (left, left + w))
-            y0, y1 = (min(max((v - y) / side, 0), 1) for v in (top, top + h))
-            if w > 0 and h > 0 and (x1 - x0) * (y1 - y0) * side**2 >= VISIBLE * w * h:
-                seen.append((name, 1 - x1 if flip else x0, y0, 1 - x0 if flip else x1, y1))
+            x0, x1 = (min(max(v - x, 0), side) for v in (left, left + w))
+            y0, y1 = (min(max(v - y, 0), side) for v in (top, top + h))
+            x0, x1 = (side - x1, side - x0) if flip else (x0, x1)
+            if w > 0 and h > 0 and (x1 - x0) * (y1 - y0) >= VISIBLE * w * h:
+                seen.append((name, x0 / side, y0 / side, x1 / side, y1 / side))
         return seen
 
     @functools.cached_property

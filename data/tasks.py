@@ -27,8 +27,8 @@ def random_mask(sides, *seed):
     (1,H,W) float32, 1 where to paint and 0 where the picture is known; sides are (H, W), seed any numbers and strings.
 
     Half of the masks are strokes, a quarter boxes, a fifth border (beyond one side or more, up to a frame), one in
-    twenty everything. They are wide, as LaMa's are (Suvorov et al. 2022, arXiv 2109.07161): on average 0.38 of the
-    picture is to be painted, in nine masks of ten 0.07 to 0.9, and never nothing.
+    twenty everything. They are wide, as LaMa's are (Suvorov et al. 2022, arXiv 2109.07161): on average 0.39 of the
+    picture is to be painted, in eight masks of ten 0.12 to 0.7, and never nothing.
     """
     height, width = sides
     rng = np.random.default_rng(seed_of("mask", *seed))
@@ -88,7 +88,7 @@ def degrade(image, scale, *seed, kind="bicubic"):
 
     kind "bicubic": antialiased, nothing random. "bsr": two blurs, a resize, noise and JPEG in random order, then JPEG,
     after BSRGAN (Zhang et al. 2021, arXiv 2103.14006, section 3) but lightly, so that what is there can still be told:
-    an isotropic Gaussian of 0.1 to 0.7 pixels and another of 0.1 to 2 along each of two turned axes (at scale 4, else
+    an isotropic Gaussian of 0.1 to 0.7 pixels and another of 0.1 to 1.4 along each of two turned axes (at scale 4, else
     in proportion), noise of 1 to 6 of 255, grey or colored, JPEG of quality 70 to 95.
     """
     height, width = image.shape[-2:]
@@ -113,7 +113,7 @@ def degrade(image, scale, *seed, kind="bicubic"):
         return blur(x, [rng.uniform(0.1, 0.7)] * 2)
 
     def anisotropic(x):
-        return blur(x, rng.uniform(0.1, 2, 2), rng.uniform(0, math.pi))
+        return blur(x, rng.uniform(0.1, 1.4, 2), rng.uniform(0, math.pi))
 
     def resize(x):
         x, filters = Image.fromarray(x), (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX)
