@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import re
 import shutil
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_train_vae import continued, make_images
 
+import configurator
 import convert
 import sample
 import train_ldm
@@ -676,3 +679,26 @@ def test_a_frozen_tower_is_named_and_left_alone(start, tmp_path, test_data, monk
 )
 def test_settings_that_do_not_go_together(args, wanted, start):
     assert re.search(wanted, start("ldm", *args.split()).fail())
+
+
+CONFIGS = sorted(Path(train_ldm.__file__).parent.glob("config/*_ldm.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_name_settings_that_exist_and_count_their_parameters(path):
+    """A recipe that tells its parameters has as many; the published counts are exact in test_unet.py."""
+    scope = {name: setting.default for name, setting in configurator.find_settings(vars(train_ldm)).items()}
+    config = scope | configurator.parse([str(path)], scope)
+    train_ldm.check_settings(config)
+    told = re.search(r"([\d.]+) M parameters", path.read_text().split("\n")[0])
+    if not told:
+        return
+    latents = 3 if "f4" in config["first_stage"] else 4
+    concat = {"none": 0, "inpaint": 1 + latents, "sr": 3, "semantic": 3}[config["task"]]
+    context = config["text_width"] if config["cond"] in ("text", "layout") or config["class_embed"] == "token" else 0
+    arguments = {name: config[name] for name in inspect.signature(UNet).parameters if name in config}
+    with torch.device("meta"):
+        unet = UNet(
+            **arguments | dict(in_channels=latents, out_channels=latents, concat_channels=concat, context_dim=context)
+        )
+    assert f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}" == told[1]
