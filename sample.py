@@ -53,7 +53,7 @@ def make_schedule(name, beta_start=0.00085, beta_end=0.012, T=1000, zero_snr=Fal
     linear          beta linear in i (Ho et al. 2020, there 1e-4 to 0.02)
     scaled_linear   sqrt(beta) linear in i: Stable Diffusion, where CompVis calls it "linear"
     quadratic       scaled_linear by the name it has elsewhere
-    sqrt            beta^2 linear in i: CompVis' "sqrt", beta = sqrt(linspace(beta_start, beta_end))
+    sqrt            beta^2 linear in i, from beta_start (not its square) to beta_end: CompVis' "sqrt"
     sigmoid         beta from beta_start to beta_end along a sigmoid over [-6, 6]
     squared_cosine  alpha_bar = cos^2 of i, beta at most 0.999 (Nichol & Dhariwal 2021, eq. 17; the betas' ends play no
                     part): diffusers' squaredcos_cap_v2
@@ -74,15 +74,22 @@ def make_schedule(name, beta_start=0.00085, beta_end=0.012, T=1000, zero_snr=Fal
         raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
     if not 0 < beta_start <= beta_end < 1 or T < 2:
         raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}, T={T}: need 0 < start <= end < 1 and T >= 2")
-    if name == "squared_cosine":
+
+    def line(start, end):
+        return torch.linspace(start, end, T, dtype=torch.float64)
+
+    if name == "linear":
+        betas = line(beta_start, beta_end)
+    elif name == "sqrt":
+        betas = line(beta_start, beta_end) ** 0.5
+    elif name == "sigmoid":
+        betas = beta_start + (beta_end - beta_start) * torch.sigmoid(line(-6, 6))
+    elif name == "squared_cosine":
         alpha_bar = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
-        return table_schedule(name, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999), zero_snr)
-    if name == "sigmoid":
-        rise = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
-        return table_schedule(name, beta_start + (beta_end - beta_start) * rise, zero_snr)
-    power = {"linear": 1, "scaled_linear": 2, "quadratic": 2, "sqrt": 0.5}[name]  # beta = linspace^power
-    ends = (beta_start, beta_end) if name == "sqrt" else (beta_start ** (1 / power), beta_end ** (1 / power))
-    return table_schedule(name, torch.linspace(*ends, T, dtype=torch.float64) ** power, zero_snr)
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    else:
+        betas = line(beta_start**0.5, beta_end**0.5) ** 2
+    return table_schedule(name, betas, zero_snr)
 
 
 def table_schedule(name, betas, zero_snr=False):
@@ -285,7 +292,7 @@ def sample_ddim(denoise, x, times, schedule, generators=None, eta=0.0):
         eps = (x - alpha_t * x0) / sigma_t
         var_ts = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
         std = eta * var_ts**0.5 * sigma_s / sigma_t  # eq. 16
-        x = alpha_s * x0 + (sigma_s**2 - std**2) ** 0.5 * eps  # eq. 12
+        x = alpha_s * x0 + max(sigma_s**2 - std**2, 0) ** 0.5 * eps  # eq. 12; rounding may leave -1e-17
         if std > 0:
             x = x + std * randn(x.shape, generators, x.device, x.dtype)
     return x
@@ -307,7 +314,8 @@ def sample_euler(denoise, x, times, schedule, generators=None):
 def sample_heun(denoise, x, times, schedule, generators=None):
     """Heun's second-order method (Karras et al. 2022, Algorithm 1) in the coordinates z, r of `sample_euler`.
 
-    The last step, to r = 0, is Euler's; so S steps take 2 S - 1 evaluations.
+    The last step, to r = 0, is Euler's; so S steps take 2 S - 1 evaluations. k-diffusion and diffusers average the
+    slopes in sigma / alpha, infinite at alpha = 0, instead: the same in the limit, with other second-order errors.
     """
     for t, s, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
         z, r_t, r_s = x / (alpha_t + sigma_t), sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
@@ -338,9 +346,9 @@ def sample_dpmpp_2m(denoise, x, times, schedule, generators=None):
 
 
 def sample_dpmpp_2m_sde(denoise, x, times, schedule, generators=None, eta=1.0):
-    """DPM-Solver++(2M) of the SDE (Lu et al. 2022, eq. 18), midpoint variant; eta = 0 is `sample_dpmpp_2m`.
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095), midpoint variant; eta = 0 is `sample_dpmpp_2m`.
 
-    With decay = exp(-h), 0 for an infinite h: eta weighs the noise as in k-diffusion's sampler of this name.
+    decay is exp(-h), 0 for an infinite h. eta weighs the noise as k-diffusion has it; at 1 it is the paper's.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: choose between 0 (the ODE) and 1 (the SDE)")
@@ -370,10 +378,11 @@ def sample_euler_a(denoise, x, times, schedule, generators=None, eta=1.0):
 
 
 def sample_plms(denoise, x, times, schedule, generators=None):
-    """PLMS: Adams-Bashforth's weights on the last four eps, in DDIM's step (Liu et al. 2022, eq. 9 and 12).
+    """PLMS: a DDIM step with Adams-Bashforth's mean of the last four eps (PNDM, Liu et al. 2022, arXiv 2202.09778).
 
-    The first step averages eps at its two ends, so S steps take S + 1 evaluations; at alpha < 1e-3, as at zero SNR,
-    sigma / alpha hardly falls to a finite value in one step: there a step is DDIM's.
+    The first step averages eps at its two ends, so S steps take S + 1 evaluations. Where alpha < 1e-3, as at zero SNR,
+    a step in sigma / alpha is all but infinite and a mean of eps would blow up: there it is DDIM's. The weights are
+    those of even steps: of two or three very uneven ones it overshoots.
     """
     adams = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
     past = []  # eps of the last steps, the newest first
@@ -394,10 +403,11 @@ def sample_plms(denoise, x, times, schedule, generators=None):
 
 
 def sample_unipc(denoise, x, times, schedule, generators=None, order=2):
-    """UniPC, predictor and corrector in B_2(h) = exp(h) - 1 on x0_hat (Zhao et al. 2023, Algorithms 5 and 6).
+    """UniPC of x0_hat with B_2(h) = exp(h) - 1 (Zhao et al. 2023, arXiv 2302.04867), h in log(alpha / sigma).
 
-    The corrector's evaluation is the next step's, so S steps take S. First, last and infinitely long steps (from
-    alpha = 0, to sigma = 0) are of predictor order 1. `order` 1 to 3 is the predictor's, the corrector's is one more.
+    `order`, 1 to 3, is the predictor's; the corrector, one order higher, uses x0_hat where the predictor has led, which
+    the next step needs in any case: S steps take S evaluations. The order grows from 1 at the first step and falls to
+    1 at the last. x0_hat at alpha = 0, infinitely far, is of no use to later steps.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order is {order}: choose 1, 2 or 3")
@@ -421,9 +431,9 @@ def sample_unipc(denoise, x, times, schedule, generators=None, order=2):
 
 
 def unipc_sum(r, D, h):
-    """The differences D at nodes r, weighted by UniPC's order conditions for B_2(h) (Zhao et al. 2023, eq. 5)."""
+    """The divided differences D at the nodes r, with weights that solve UniPC's order conditions for B_2(h)."""
     n = len(r)
-    if n < 2:  # 1/2 is as good as the solution (section 3.4), and finite for an infinite h
+    if n < 2:  # the authors' 1/2 is as good as the solution, and right for an infinite h too
         return 0.5 * D[0] if n else 0
     phi, b = math.expm1(-h), []
     for k in range(1, n + 1):
@@ -459,13 +469,14 @@ def make_denoiser(
         is another `null`.
     cfg: the guided x0 is x0_null + cfg (x0_cond - x0_null) (Ho & Salimans 2022, eq. 6 with cfg = 1 + w; linear, hence
         the same for eps and x0), both of one batch of two; cfg = 1 runs the condition alone.
-    cfg_interval: (lo, hi), outside lo <= t <= hi the condition runs alone (Kynkaanniemi et al. 2024).
-    cfg_rescale: in [0,1], how far the guided prediction's std in each image is brought back to the unguided one's
-        (phi of Lin et al. 2024, eq. 15 and 16).
-    guide: a `denoise(x, t)` of a weaker model, made by this function too: its x0_hat stands for x0_null (autoguidance,
-        Karras et al. 2024a), `null` is not used.
+    cfg_interval: (low, high); outside low <= t <= high the condition runs alone (Kynkaanniemi et al. 2024, arXiv
+        2404.07724).
+    cfg_rescale: in [0, 1], how far the std of each image's guided prediction is brought back to the unguided one's (phi
+        of Lin et al. 2024, eq. 15 and 16).
+    guide: another `denoise(x, t)`, of a weaker model under the same condition, made by this function too; its x0_hat
+        takes the place of x0_null, and `null` is not needed (autoguidance, Karras et al. 2024, arXiv 2406.02507).
 
-    `denoise.evaluations` counts network evaluations per image: 2 when guided.
+    `denoise.evaluations` counts network evaluations per image: 2 when guided, the guide's own included.
     """
     guided, (low, high) = cfg != 1, cfg_interval
     if guided and guide is None and (null is None or null.keys() != cond.keys()):
@@ -486,28 +497,29 @@ def make_denoiser(
 
     @torch.no_grad()
     def denoise(x, t):
-        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
-        alpha, sigma = schedule.alpha(t).item(), schedule.sigma(t).item()
+        at = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        t, alpha, sigma = at.item(), schedule.alpha(at).item(), schedule.sigma(at).item()
         guided_now = guided and low <= t <= high
         twice = guided_now and guide is None
         x_in = torch.cat([x, x]) if twice else x
-        t_in = torch.full((len(x_in),), unet_time(schedule, t).item(), device=x.device, dtype=torch.float32)
+        t_in = torch.full((len(x_in),), unet_time(schedule, at).item(), device=x.device, dtype=torch.float32)
         prediction = model(x_in.to(dtype=dtype), t_in, **(both if twice else alone)).to(x.dtype)
         denoise.evaluations += 2 if twice else 1
-        if guided_now:
-            if twice:
-                prediction, weak = prediction.chunk(2)
-            else:
-                before = getattr(guide, "evaluations", 0)
-                x0_weak = guide(x, t)
-                denoise.evaluations += getattr(guide, "evaluations", 1) - before
-                weak = target(objective, x0_weak, (x - alpha * x0_weak) / sigma, alpha, sigma)
-            wanted, axes = prediction, tuple(range(1, x.ndim))
-            prediction = weak + cfg * (wanted - weak)
-            if cfg_rescale:
-                std, std_wanted = (p.std(axes, keepdim=True, correction=0) for p in (prediction, wanted))
-                prediction = prediction * (1 - cfg_rescale + cfg_rescale * std_wanted / std.clamp(min=1e-8))
-        return to_x0(objective, prediction, x, alpha, sigma)
+        if not guided_now:
+            return to_x0(objective, prediction, x, alpha, sigma)
+        if twice:
+            prediction, weak = prediction.chunk(2)
+        else:
+            before = getattr(guide, "evaluations", 0)
+            x0_weak = guide(x, t)
+            denoise.evaluations += getattr(guide, "evaluations", 1) - before
+            weak = target(objective, x0_weak, (x - alpha * x0_weak) / sigma, alpha, sigma)
+        strong = weak + cfg * (prediction - weak)
+        if cfg_rescale > 0:
+            axes = tuple(range(1, x.ndim))
+            ratio = prediction.std(axes, keepdim=True) / strong.std(axes, keepdim=True).clamp(min=1e-8)
+            strong = (cfg_rescale * ratio + 1 - cfg_rescale) * strong
+        return to_x0(objective, strong, x, alpha, sigma)
 
     denoise.evaluations = 0
     return denoise
