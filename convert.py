@@ -9,10 +9,13 @@ So far it reads this repository's own files; other people's layouts join them he
 import hashlib
 import json
 import os
+import re
 import zlib
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 
 def find_checkpoint(path):
@@ -100,6 +103,68 @@ def load_text_encoder(cls, path, **settings):
     return text.requires_grad_(False).eval()
 
 
+def load_clip(cls, path, name, merges):
+    """A CLIP text tower from a .safetensors file of its state dict, in this repository's names."""
+    tower = cls.named(name, merges)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"the text tower {path} is not there: name a .safetensors file of {name}'s weights")
+    try:
+        tower.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as e:
+        raise ValueError(f"{path} does not hold {name}'s weights: {str(e).splitlines()[0]}") from None
+    return tower.requires_grad_(False).eval()
+
+
+def posthoc_ema(path, std):
+    """The `ema.*` tensors of an average over a run of relative length `std`, from the snapshots that it kept.
+
+    path: its out_dir, or the snapshot it shall end at; else it ends at the last. Snapshots hold averages of the weights
+    at several steps and of several lengths (train_ldm.py --ema_stds --snapshot_every). The profile asked for is their
+    combination that is nearest by least squares (Karras et al. 2024, EDM2, arXiv 2312.02696, section 3.2).
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    files = sorted(name for name in os.listdir(folder) if re.fullmatch(r"ema_\d+\.safetensors", name))
+    if os.path.basename(path) in files:
+        files = files[: files.index(os.path.basename(path)) + 1]
+    steps, gammas, sources = [], [], []
+    for name in files:
+        _, meta = read_checkpoint(f"{folder}/{name}")
+        for i, kept in enumerate(meta["model"].get("ema_stds") or ()):
+            steps, gammas = [*steps, meta["step"]], [*gammas, power_exponent(kept)]
+            sources.append((f"{folder}/{name}", f"ema_power_{i}"))
+    if not sources:
+        raise ValueError(
+            f"{folder} keeps no averages to combine: train with --ema_stds=0.05,0.1 --snapshot_every=STEPS"
+        )
+    if not 0.01 <= std <= 0.25:
+        raise ValueError(f"ema_std={std} is no relative length of an average: choose between 0.01 and 0.25")
+    steps, gammas = np.array(steps, dtype=np.float64), np.array(gammas)
+    target = np.array([steps.max()]), np.array([power_exponent(std)])
+    A = profile_products(steps[:, None], gammas[:, None], steps, gammas)
+    b = profile_products(steps[:, None], gammas[:, None], *target)
+    weights = np.linalg.lstsq(A, b, rcond=1e-12)[0][:, 0]
+    out = {}
+    for weight, (file, prefix) in zip(weights, sources):
+        for name, t in part(read_checkpoint(file, prefix)[0], prefix).items():
+            total = out.get(f"ema.{name}", torch.zeros_like(t, dtype=torch.float64))
+            out[f"ema.{name}"] = total + weight * t.double()
+    return {name: t.float() for name, t in out.items()}
+
+
+def power_exponent(std):
+    """gamma of the power profile, weights ~ t^gamma over a run's steps, whose relative deviation is std in (0, 0.28].
+
+    EDM2, section 3.1: std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    """
+    return np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max()
+
+
+def profile_products(t_a, gamma_a, t_b, gamma_b):
+    """Inner products of the profiles p(s) = (gamma + 1) / t (s / t)^gamma on [0, t]; arrays that broadcast."""
+    shorter = np.where(t_a < t_b, (t_a / t_b) ** gamma_b, (t_b / t_a) ** gamma_a)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shorter / np.maximum(t_a, t_b)
+
+
 def load_denoiser(path, ema_std=0.0):
     """The EMA unet.Denoiser of a stage-2 checkpoint: the U-Net with all that was trained beside it.
 
@@ -113,7 +178,7 @@ def load_denoiser(path, ema_std=0.0):
     model = meta["model"]
     bpe = tensors.pop("text.bpe", None)
     if ema_std:
-        tensors = posthoc_ema(find_checkpoint(path), ema_std)  # noqa: F821
+        tensors = posthoc_ema(find_checkpoint(path), ema_std)
     ema = part(tensors, "ema")
     text = TextEncoder(**model["text"], tokenizer=bytes(bpe.tolist())) if model["text"] else None
     class_tokens = rescaler = None
@@ -150,9 +215,10 @@ def load_tower(path, weights="", merges=""):
     return tower.requires_grad_(False).eval()
 
 
-def hash_weights(model):
-    """Hex digest of a module's parameters and buffers; as train_ldm.py's."""
+def hash_weights(model, but=()):
+    """Hex digest of a module's parameters and buffers, but for names that begin so."""
     h = hashlib.blake2b(digest_size=16)
     for name, t in sorted(model.state_dict().items()):
-        h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
+        if not name.startswith(but):
+            h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
     return h.hexdigest()

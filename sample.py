@@ -553,6 +553,16 @@ def image_condition(task, vae, given, sides, map_classes=0):
     return (given["map"][:, None] == torch.arange(map_classes, device=given["map"].device).view(-1, 1, 1)).float()
 
 
+def show_condition(task, given, side):
+    """What one example was shown, as (3,side,side): with a grey hole, enlarged, or with a color for each class."""
+    if task == "inpaint":
+        return given["image"] * (given["mask"] < 0.5)
+    if task == "sr":
+        return F.interpolate(given["low"][None], (side, side), mode="nearest")[0]
+    colors = 2 * torch.rand(257, 3, generator=torch.Generator().manual_seed(0)) - 1
+    return colors[given["map"]].permute(2, 0, 1)
+
+
 def augment_low(low, level, eps):
     """Noise on a low-resolution image, as Stable Diffusion's x4 upscaler has it: level (B,) counts in 0..999.
 
@@ -862,8 +872,8 @@ def generate(
     weight, pictures = next(denoiser.parameters()), []
     for start in range(0, len(conditions), batch_size):
         rows = slice(start, start + batch_size)
-        some, now = conditions[rows], {name: value[rows].to(weight.device) for name, value in given.items()}
-        now = {name: value.to(weight.dtype) if value.is_floating_point() else value for name, value in now.items()}
+        some, now = conditions[rows], {name: t[rows].to(weight.device) for name, t in given.items()}
+        now = {name: t.to(weight.dtype) if t.is_floating_point() else t for name, t in now.items()}
         noise, generators = seeded_noise(seeds[rows], (shape[0], *sides))
         noise = noise.to(weight.device, weight.dtype, memory_format=torch.channels_last)
         shown = task_inputs(pipeline, now, sides, generators)

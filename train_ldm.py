@@ -11,7 +11,6 @@ DIR is what stage 1 was trained on, or another; captions or labels lie in it. Th
 import contextlib
 import copy
 import datetime
-import hashlib
 import inspect
 import json
 import math
@@ -26,14 +25,31 @@ import zlib
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
+from convert import hash_weights, power_exponent
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
-from sample import Pipeline, generate, make_schedule, read_prompts, sample_times, save_grid, t_max, target, unet_time
-from unet import Denoiser, TextEncoder, UNet, make_tokenizer
+from data.tasks import WithCondition, layout_string
+from sample import (
+    Pipeline,
+    augment_low,
+    generate,
+    image_condition,
+    make_schedule,
+    read_prompts,
+    sample_times,
+    save_grid,
+    show_condition,
+    t_max,
+    target,
+    to_x0,
+    unet_time,
+)
+from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer
 from vae import VAE
 
 # data
@@ -45,13 +61,21 @@ first_stage = "out/vae"  # the autoencoder: a stage-1 checkpoint or its out_dir 
 cache_latents = True  # encode every image once, before training; False encodes at every step
 cache_dir = "cache"  # where the latents are kept, the same folder for all nodes
 # conditioning
-cond = "text"  # none | class | text
+cond = "text"  # none | class | text | layout (boxes with names, as a sequence of tokens)
 cond_drop = 0.1  # share of examples trained without their condition, for guidance
+class_embed = "add"  # a class is told by: add (to the time embedding) | token (a context of one token, LDM's cin256)
+text_encoder = "joint"  # joint (trained here) | clip_l (Stable Diffusion 1's, frozen) | openclip_h (2's, frozen)
+tower_weights = ""  # file of the frozen text encoder's weights
+clip_vocab = ""  # CLIP's bpe_simple_vocab_16e6.txt.gz; "" takes the one of an installed open_clip
 tokenizer = "auto"  # auto (DATASET/bpe.tiktoken if there, else bytes) | bytes | a .tiktoken file | a tiktoken name
 text_width = 512  # of the text encoder
 text_layers = 6  # of the text encoder
 text_heads = 8  # of the text encoder
 text_length = 77  # tokens of a prompt, the end token included
+task = "none"  # none | inpaint | sr (super-resolution) | semantic (label maps): shown to it beside the noise
+sr_scale = 4  # sr: how many times larger than what it is shown
+sr_kind = "bsr"  # sr: how images are made small: bicubic | bsr (blur, noise and JPEG too, in random order)
+sr_noise = 0  # sr: largest level, of 1000, of noise added to the small image; the level is told (SD's x4 upscaler: 350)
 # model: what UNet() takes; the defaults are Stable Diffusion 2's
 channels = 320  # at the latents' full side
 channel_mult = (1, 2, 4, 4)  # times channels: widths of the levels, each half the side of the one before
@@ -74,12 +98,21 @@ norm_groups = 32  # groups of every GroupNorm
 unet_dropout = 0.0  # in every residual block
 # diffusion
 objective = "v"  # eps | v | x0 | flow
-schedule = "cosine"  # cosine | flow | linear | scaled_linear (what CompVis calls linear)
-beta_start = 0.00085  # of linear and scaled_linear
-beta_end = 0.012  # of linear and scaled_linear
-timesteps = "uniform"  # how training draws t: uniform | logit_normal, which dwells on the middle (Esser et al. 2024)
-t_mean = 0.0  # of the normal below logit_normal; above 0 is noisier
+schedule = "cosine"  # cosine | flow | tables: linear, scaled_linear (SD), squared_cosine, sqrt, quadratic, sigmoid
+beta_start = 0.00085  # of the tables, but for squared_cosine
+beta_end = 0.012  # of the tables, but for squared_cosine
+zero_snr = False  # rescales a table so that it ends in pure noise (Lin et al. 2024); not with eps
+timesteps = (
+    "uniform"  # how training draws t: uniform | logit_normal (dwells on the middle) | shifted (to the noisy end)
+)
+t_mean = 0.0  # of the normal below logit_normal (Esser et al. 2024); above 0 is noisier
 t_std = 1.0  # of the normal below logit_normal
+t_shift = 3.0  # shifted: t becomes t_shift t / (1 + (t_shift - 1) t) (Esser et al. 2024, eq. 23)
+loss_type = "mse"  # mse | l1 | huber
+huber_delta = 0.1  # huber: where the square becomes linear
+loss_weight = "none"  # of each noise level: none | min_snr (Hang et al. 2023) | uncertainty (learned; EDM2)
+min_snr_gamma = 5.0  # min_snr: the signal-to-noise ratio above which x0's error counts no more
+offset_noise = 0.0  # noise of this deviation added to whole channels, for very dark and bright pictures; 0.1 is usual
 # optimizer
 batch_size = 32  # images per process and micro-step
 grad_accum = 1  # micro-steps per optimizer step
@@ -95,6 +128,7 @@ beta2 = 0.999  # AdamW
 weight_decay = 0.01  # AdamW, on matrices and kernels only
 grad_clip = 1.0  # largest gradient norm; 0 is no clipping
 ema_decay = 0.9999  # of the averaged weights, warmed up as (1 + n) / (10 + n)
+ema_stds = ()  # averages of these relative lengths too, 0.05,0.1 say: sample.py --ema_std makes others from them
 # run
 out_dir = "out/ldm"  # checkpoint, log and pictures
 seed = 0  # of weights, data order and noise
@@ -118,39 +152,73 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 1
 SHARD = 1024  # images in a file of the latent cache
 
 
-def squared_error(models, batch, noise, cfg):
-    """The objective's mean squared error of each example, (B,).
+def process_of(cfg):
+    return make_schedule(cfg["schedule"], cfg["beta_start"], cfg["beta_end"], zero_snr=cfg["zero_snr"])
 
-    batch["x0"] (B,C,h,w) of unit variance; with text batch["tokens"] and batch["null_tokens"] (B,L), with classes
-    batch["y"] and batch["null_y"] (B,). noise["eps"] like x0; noise["t"], noise["drop"] (B,) uniform in [0,1).
-    """
-    x0, eps = batch["x0"], noise["eps"]
-    process = make_schedule(cfg["schedule"], cfg["beta_start"], cfg["beta_end"])
-    t = noise["t"]
+
+def draw_times(u, cfg):
+    """Times (B,) of the training distribution from u (B,) uniform in [0,1)."""
     if cfg["timesteps"] == "logit_normal":
-        t = torch.sigmoid(cfg["t_mean"] + cfg["t_std"] * torch.special.ndtri(t))
-    t = t * t_max(cfg["objective"], process)
+        u = torch.sigmoid(cfg["t_mean"] + cfg["t_std"] * torch.special.ndtri(u))
+    elif cfg["timesteps"] == "shifted":
+        u = cfg["t_shift"] * u / (1 + (cfg["t_shift"] - 1) * u)
+    process = process_of(cfg)
+    t = u * t_max(cfg["objective"], process)
     if process.discrete:  # on the table's grid
         t = (torch.floor(t * process.discrete) + 1) / process.discrete
+    return t
+
+
+def prediction_error(models, batch, noise, cfg):
+    """error (B,), the objective's mean over an example; its weight (B,); and the learned log-variance (B,) or None.
+
+    batch["x0"] (B,C,h,w) of unit variance; with a joint text encoder batch["tokens"] and batch["null_tokens"] (B,L),
+    with a frozen one batch["context"] and batch["null_context"] (B,L,D), with classes batch["y"] and batch["null_y"]
+    (B,); with a task batch["concat"], see sample.image_condition. noise["eps"] like x0, noise["t"], noise["drop"] (B,)
+    uniform in [0,1); with offset_noise noise["offset"] (B,C,1,1).
+    """
+    x0, eps, process = batch["x0"], noise["eps"], process_of(cfg)
+    if "offset" in noise:
+        eps = eps + cfg["offset_noise"] * noise["offset"]
+    t = draw_times(noise["t"], cfg)
     alpha, sigma = (f(t).to(x0.dtype).view(-1, 1, 1, 1) for f in (process.alpha, process.sigma))
-    condition, dropped = {}, noise["drop"] < cfg["cond_drop"]
-    if cfg["cond"] == "text":
-        condition["tokens"] = torch.where(dropped[:, None], batch["null_tokens"], batch["tokens"])
-    elif cfg["cond"] == "class":
-        condition["y"] = torch.where(dropped, batch["null_y"], batch["y"])
+    dropped = noise["drop"] < cfg["cond_drop"]
+    condition = {"concat": batch["concat"]} if "concat" in batch else {}
+    for name in ("tokens", "context", "y"):
+        if f"null_{name}" in batch:
+            mask = dropped.view(-1, *[1] * (batch[name].ndim - 1))
+            condition[name] = torch.where(mask, batch[f"null_{name}"], batch[name])
+    if "level" in batch:  # how noisy the small image of sr is
+        condition["y"] = batch["level"]
     prediction = models["denoiser"](alpha * x0 + sigma * eps, unet_time(process, t).to(x0.dtype), **condition)
-    error = prediction.to(x0.dtype) - target(cfg["objective"], x0, eps, alpha, sigma)
-    return error.square().mean(dim=(1, 2, 3))
+    prediction, log_variance = prediction if isinstance(prediction, tuple) else (prediction, None)
+    prediction, wanted = prediction.to(x0.dtype), target(cfg["objective"], x0, eps, alpha, sigma)
+    if cfg["loss_type"] == "mse":
+        error = (prediction - wanted).square()
+    elif cfg["loss_type"] == "l1":
+        error = (prediction - wanted).abs()
+    else:
+        error = F.huber_loss(prediction, wanted, reduction="none", delta=cfg["huber_delta"])
+    weight = torch.ones_like(t, dtype=x0.dtype)
+    if cfg["loss_weight"] == "min_snr":
+        snr = (alpha / sigma.clamp(min=1e-12)).square()  # x0's error counts min(snr, gamma) (Hang et al. 2023);
+        one = to_x0(cfg["objective"], torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma)
+        weight = (snr.clamp(max=cfg["min_snr_gamma"]) * one.square()).flatten()  # so much is that of the prediction's
+    return error.mean(dim=(1, 2, 3)), weight, log_variance
 
 
 def train_step(models, batch, noise, cfg):
-    """One forward pass -> {name: scalar loss term}; "loss" is the one to differentiate. See squared_error."""
-    return {"loss": squared_error(models, batch, noise, cfg).mean()}
+    """One forward pass -> {name: scalar loss term}; "loss" is the one to differentiate. See prediction_error."""
+    error, weight, log_variance = prediction_error(models, batch, noise, cfg)
+    if log_variance is not None:
+        log_variance = log_variance.to(error.dtype)
+        return {"loss": (error / log_variance.exp() + log_variance).mean()}  # as in Karras et al. 2024 (EDM2)
+    return {"loss": (weight * error).mean()}
 
 
 @torch.no_grad()
 def evaluate(denoiser, examples, count, cfg, rank, world, device, autocast):
-    """Loss over `count` validation images, in all and in ten bins over t; each has its own noise and t for ever.
+    """Unweighted loss over `count` validation images, in all and by tenths of t; each has its own noise and t for ever.
 
     examples(rows) gives the batch of those images.
     """
@@ -163,13 +231,41 @@ def evaluate(denoiser, examples, count, cfg, rank, world, device, autocast):
         t = (0.5 + torch.tensor(rows, dtype=torch.float64) * 0.6180339887498949) % 1.0  # golden ratio: evenly spread
         noise = {"eps": torch.stack(eps).to(like), "t": t.to(like), "drop": torch.ones(len(rows), device=device)}
         with autocast():
-            losses = squared_error({"denoiser": denoiser}, batch, noise, cfg | {"timesteps": "uniform"})
+            losses, _, _ = prediction_error({"denoiser": denoiser}, batch, noise, cfg | {"timesteps": "uniform"})
         for k, values in enumerate((losses.double(), torch.ones_like(losses).double())):
             sums[k].index_add_(0, (t * 10).long().to(device), values)
     if world > 1:
         dist.all_reduce(sums)
     bins = [s / n if n else None for s, n in sums.T.tolist()]
     return {"val_loss": (sums[0].sum() / sums[1].sum()).item(), "val_loss_by_t": bins}
+
+
+@torch.no_grad()
+def example_predictions(denoiser, vae, batch, eps, cfg, autocast):
+    """What the network takes x_t for: (B,6,3,H,W) on the CPU, the truth and x0_hat at t = 0.1, 0.3, 0.5, 0.7, 0.9."""
+    process, x0, out = process_of(cfg), batch["x0"], [batch["x0"]]
+    condition = {name: batch[name] for name in ("tokens", "context", "y", "concat") if name in batch}
+    condition |= {"y": batch["level"]} if "level" in batch else {}
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+        t = torch.full((len(x0),), t, dtype=x0.dtype, device=x0.device)
+        alpha, sigma = (f(t).view(-1, 1, 1, 1) for f in (process.alpha, process.sigma))
+        x_t = alpha * x0 + sigma * eps
+        with autocast():
+            prediction = denoiser(x_t, unet_time(process, t), **condition)
+        out.append(to_x0(cfg["objective"], prediction.to(x0.dtype), x_t, alpha, sigma))
+    with autocast():
+        out = [x if vae is None else vae.decode(vae.denormalize(x)) for x in out]
+    return torch.stack(out, dim=1).float().cpu().clamp(-1, 1)
+
+
+# -- averages of any length (EDM2) --
+
+
+@torch.no_grad()
+def update_power_ema(ema, model, step, std):
+    """ema <- beta ema + (1 - beta) model with beta = (1 - 1/n)^(gamma + 1) after optimizer step n = 1, 2, ..."""
+    beta = (1 - 1 / step) ** (power_exponent(std) + 1)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - beta)
 
 
 # -- the latent cache --
@@ -274,15 +370,6 @@ class LatentCache(torch.utils.data.Dataset):
 
     def __getstate__(self):
         return {**self.__dict__, "shards": {}}  # a worker maps its own
-
-
-def hash_weights(model, but=()):
-    """Hex digest of a module's parameters and buffers, but for names that begin so."""
-    h = hashlib.blake2b(digest_size=16)
-    for name, t in sorted(model.state_dict().items()):
-        if not name.startswith(but):
-            h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
-    return h.hexdigest()
 
 
 # -- what stands in train_vae.py too, line for line --
@@ -415,23 +502,39 @@ def count_tflop(denoiser, shape):
     """TFLOP of training on one example: forward and twice that for backward, counted operator by operator."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    twin = copy.deepcopy(denoiser).to("meta")
-    x, t, condition = torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta"), {}
+    twin, settings = copy.deepcopy(denoiser).to("meta", torch.float32), denoiser.unet.settings
+
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(1, *shape, dtype=dtype, device="meta")
+
+    condition = {}
     if twin.text is not None:
-        condition["tokens"] = torch.zeros(1, twin.text.length, dtype=torch.long, device="meta")
-    if twin.unet.class_embed is not None:
-        condition["y"] = torch.zeros(1, dtype=torch.long, device="meta")
+        condition["tokens"] = zeros(twin.text.length, dtype=torch.long)
+    elif settings["context_dim"] and twin.class_tokens is None:
+        condition["context"] = zeros(77, settings["context_dim"])
+    if settings["num_classes"] or twin.class_tokens is not None:
+        condition["y"] = zeros(dtype=torch.long)
+    if twin.rescaler is not None:
+        scale = twin.rescaler.factor
+        condition["concat"] = zeros(twin.rescaler.conv.in_channels, shape[1] * scale, shape[2] * scale)
+    elif settings["concat_channels"]:
+        condition["concat"] = zeros(settings["concat_channels"], *shape[1:])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin.to(torch.float32)(x, t, **condition)
+        twin(zeros(*shape), zeros(), **condition)
     return 3 * counter.get_total_flops() / 1e12
 
 
 def check_settings(cfg):
     for name, choices in (
-        ("cond", ("none", "class", "text")),
+        ("cond", ("none", "class", "text", "layout")),
+        ("class_embed", ("add", "token")),
+        ("text_encoder", ("joint", "clip_l", "openclip_h")),
+        ("task", ("none", "inpaint", "sr", "semantic")),
+        ("sr_kind", ("bicubic", "bsr")),
         ("objective", ("eps", "v", "x0", "flow")),
-        ("schedule", ("cosine", "flow", "linear", "scaled_linear")),
-        ("timesteps", ("uniform", "logit_normal")),
+        ("timesteps", ("uniform", "logit_normal", "shifted")),
+        ("loss_type", ("mse", "l1", "huber")),
+        ("loss_weight", ("none", "min_snr", "uncertainty")),
         ("lr_schedule", ("constant", "cosine", "onecycle", "multistep")),
         ("device", ("auto", "cpu", "cuda")),
         ("dtype", ("auto", "float32", "bfloat16", "float64")),
@@ -440,13 +543,13 @@ def check_settings(cfg):
         if cfg[name] not in choices:
             raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
     counts = ("batch_size", "grad_accum", "max_steps", "eval_every", "save_every", "log_every", "val_images")
-    for name in (*counts, "n_samples", "sample_steps"):
+    for name in (*counts, "n_samples", "sample_steps", "sr_scale"):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
-    for name in ("lr", "t_std", "beta_start"):
+    for name in ("lr", "t_std", "t_shift", "beta_start", "huber_delta", "min_snr_gamma"):
         if not cfg[name] > 0:
             raise ValueError(f"{name}={cfg[name]} must be above 0")
-    for name in ("grad_clip", "warmup_steps", "weight_decay", "snapshot_every"):
+    for name in ("grad_clip", "warmup_steps", "weight_decay", "snapshot_every", "offset_noise"):
         if cfg[name] < 0:
             raise ValueError(f"{name}={cfg[name]} must not be negative: 0 does without it")
     for name in ("cond_drop", "ema_decay", "lr_end", "beta1", "beta2"):
@@ -454,7 +557,17 @@ def check_settings(cfg):
             raise ValueError(f"{name}={cfg[name]} must lie between 0 and 1")
     if not cfg["beta_start"] < cfg["beta_end"] < 1:
         raise ValueError(f"beta_start={cfg['beta_start']}, beta_end={cfg['beta_end']}: the first must be the smaller")
-    sample_times(cfg["sample_steps"], make_schedule(cfg["schedule"]), cfg["objective"])  # says if there are too many
+    if cfg["task"] == "sr" and cfg["sr_noise"] and cfg["cond"] == "class" and cfg["class_embed"] == "add":
+        raise ValueError("sr_noise and cond=class both want the class embedding: set class_embed=token or sr_noise=0")
+    if not 0 <= cfg["sr_noise"] < 1000:
+        raise ValueError(f"sr_noise={cfg['sr_noise']} is not a level: choose 0 to 999")
+    if cfg["cond"] == "text" and (cfg["text_encoder"] == "joint") != (not cfg["tower_weights"]):
+        wants = "no tower_weights, it is trained here" if cfg["text_encoder"] == "joint" else "tower_weights=FILE"
+        raise ValueError(f"text_encoder={cfg['text_encoder']} wants {wants}")
+    for std in cfg["ema_stds"]:
+        if not 0.01 <= std <= 0.25:
+            raise ValueError(f"ema_stds: {std} is no relative length: choose between 0.01 and 0.25")
+    sample_times(cfg["sample_steps"], process_of(cfg), cfg["objective"])  # says if there are too many
 
 
 def one_line_error(kind, error, trace):
@@ -507,13 +620,23 @@ if __name__ == "__main__":
     num_classes = images.num_classes if cond == "class" else 0
     if cond == "class" and not num_classes:
         raise ValueError(f"cond=class, but the images in {dataset} have no labels: use cond=none or cond=text")
+    if task == "semantic" and not (images.has_maps and images.map_classes):
+        raise ValueError(f"task=semantic, but the images in {dataset} have no label maps: add KEY.map.png")
+    if task == "sr" and image_size % sr_scale:
+        raise ValueError(f"image_size={image_size} is not a multiple of sr_scale={sr_scale}: change one of them")
     shown_count = min(len(validation), val_images)  # spread over all, which may be sorted by class
-    captions = []
-    for i in range(shown_count if cond == "text" else 0):
+
+    def told_of(images, i):
+        """The captions of image i, or its layout as one."""
+        return [layout_string(images.boxes(i), object_names)] if cond == "layout" else images.meta(i)["text"]
+
+    object_names, captions = images.object_classes if cond == "layout" else [], []
+    for i in range(shown_count if cond in ("text", "layout") else 0):
         with contextlib.suppress(BadImage):  # a caption that does not read; training names and counts them
-            captions += validation.meta(i * len(validation) // shown_count)["text"][:1]
-    if cond == "text" and not captions:
-        raise ValueError(f"cond=text, but the images in {dataset} have no captions: use cond=none or cond=class")
+            captions += told_of(validation, i * len(validation) // shown_count)[:1]
+    if cond in ("text", "layout") and not any(captions):
+        what = "captions" if cond == "text" else "boxes"
+        raise ValueError(f"cond={cond}, but the images in {dataset} have no {what}: use cond=none or cond=class")
 
     # resume, first half: a checkpoint brings its own autoencoder and tokenizer
     latest, step, images_per_step = f"{out_dir}/latest.safetensors", 0, batch_size * grad_accum * world
@@ -542,8 +665,11 @@ if __name__ == "__main__":
 
     # model
     torch.manual_seed(seed_of(seed, "init"))
-    text = None
-    if cond == "text":
+    text, tower, class_tokens, rescaler, context_dim, unet_classes = None, None, None, None, 0, 0
+    if cond == "layout":
+        source = bytes(tensors["text.bpe"].tolist()) if resumed else "layout " + json.dumps({"names": object_names})
+        text = TextEncoder(text_width, text_layers, text_heads, text_length, source)
+    elif cond == "text" and text_encoder == "joint":
         if tokenizer == "auto":
             tokenizer = f"{dataset}/bpe.tiktoken" if os.path.exists(f"{dataset}/bpe.tiktoken") else "bytes"
         source = bytes(tensors["text.bpe"].tolist()) if resumed and meta["model"]["text"] else tokenizer
@@ -554,10 +680,32 @@ if __name__ == "__main__":
             and make_tokenizer(tokenizer)._mergeable_ranks != (text.tokenizer._mergeable_ranks)
         ):
             raise ValueError(f"{latest} was trained with another tokenizer than {tokenizer}: use another out_dir")
+    elif cond == "text":
+        tower = CLIPTextEncoder.from_pretrained(tower_weights, name=text_encoder, merges=clip_vocab)
+        tower.to(device, torch.bfloat16 if dtype == "bfloat16" else param_dtype)
+    if text is not None or tower is not None:
+        context_dim = (text or tower).width
+    elif cond == "class" and class_embed == "token":
+        context_dim, class_tokens = text_width, torch.nn.Embedding(num_classes + 1, text_width)
+    elif cond == "class":
+        unet_classes = num_classes + 1
+    concat_channels, task_settings = 0, {"task": task}
+    if task == "inpaint":
+        concat_channels = 1 + latent_shape[0]
+    elif task == "sr":
+        low_side = image_size // sr_scale
+        if low_side % latent_shape[1] and low_side > latent_shape[1]:
+            raise ValueError(f"sr_scale={sr_scale} gives images of side {low_side}, no multiple of {latent_shape[1]}")
+        concat_channels = 3 * max(1, low_side // latent_shape[1]) ** 2
+        unet_classes = 1000 if sr_noise else unet_classes
+        task_settings |= dict(sr_scale=sr_scale, sr_noise=sr_noise)
+    elif task == "semantic":
+        concat_channels, rescaler = 3, Rescaler(images.map_classes, image_size // latent_shape[1])
+        task_settings |= dict(map_classes=images.map_classes)
     unet_settings = {name: config[name] for name in inspect.signature(UNet).parameters if name in config}
-    unet_settings |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0])
-    unet_settings |= dict(context_dim=text_width if text else 0, num_classes=num_classes + 1 if cond == "class" else 0)
-    model = Denoiser(UNet(**unet_settings), text)
+    unet_settings |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0], concat_channels=concat_channels)
+    unet_settings |= dict(context_dim=context_dim, num_classes=unet_classes)
+    model = Denoiser(UNet(**unet_settings), text, class_tokens, rescaler, loss_weight == "uncertainty")
     side_multiple = model.unet.side_multiple
     if latent_shape[1] % side_multiple:
         raise ValueError(
@@ -566,11 +714,14 @@ if __name__ == "__main__":
         )
     model.to(device, param_dtype, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    process = make_schedule(schedule, beta_start, beta_end)
+    power_emas = [copy.deepcopy(ema) for _ in ema_stds]
+    process = process_of(config)
     model_settings = {"unet": model.unet.settings, "text": text and text.settings}
     model_settings["first_stage"] = "none" if vae is None else "vae"
-    model_settings |= dict(cond=cond, num_classes=num_classes, image_size=image_size)
+    model_settings |= dict(cond=cond, num_classes=num_classes, image_size=image_size, class_embed=class_embed)
     model_settings |= dict(objective=objective, schedule=schedule, beta_start=beta_start, beta_end=beta_end)
+    model_settings |= dict(zero_snr=zero_snr, uncertainty=loss_weight == "uncertainty", ema_stds=ema_stds)
+    model_settings |= dict(text_encoder=text_encoder, tower_hash=tower and hash_weights(tower)) | task_settings
 
     # optimizer: no weight decay on biases and norms
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -583,6 +734,8 @@ if __name__ == "__main__":
         check_same_model(latest, meta["model"], model_settings)
         model.load_state_dict(without_prefix("model", tensors))
         ema.load_state_dict(without_prefix("ema", tensors))
+        for i, average in enumerate(power_emas):
+            average.load_state_dict(without_prefix(f"ema_power_{i}", tensors))
         load_optimizer(optimizer, model, "optim", tensors)
         step = meta["step"]
         if meta["images_per_step"] != images_per_step:  # another number of processes, or another batch_size
@@ -597,19 +750,26 @@ if __name__ == "__main__":
 
     # what the sample grids show: prompts from a file or the validation captions, or one class after the other
     shown = [None] * n_samples
-    if cond == "text":
-        shown = (read_prompts(prompts) if prompts else list(dict.fromkeys(captions)))[:n_samples]
+    if cond in ("text", "layout"):
+        shown = read_prompts(prompts) if prompts else captions if task != "none" else list(dict.fromkeys(captions))
+        shown = shown[:n_samples]
         for prompt in shown:
-            if text.count_tokens(prompt) > text_length and master:
-                print(f"prompt cut to text_length={text_length} tokens: {prompt[:60]}...")
+            if (text or tower).count_tokens(prompt) > (text or tower).length and master:
+                print(f"prompt cut to {(text or tower).length} tokens: {prompt[:60]}...")
     elif cond == "class":
         shown = [i % num_classes for i in range(n_samples)]
+
+    def averages():
+        tensors = with_prefix("ema", ema.state_dict())
+        for i, average in enumerate(power_emas):
+            tensors |= with_prefix(f"ema_power_{i}", average.state_dict())
+        return tensors
 
     def checkpoint():
         """Rank 0 writes all that a resumed run, sampling and a reader need."""
         if not master:
             return
-        tensors = with_prefix("model", model.state_dict()) | with_prefix("ema", ema.state_dict())
+        tensors = with_prefix("model", model.state_dict()) | averages()
         tensors |= optimizer_tensors(optimizer, model, "optim") | frozen_tensors
         now = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
         save_checkpoint(latest, tensors, about | now)
@@ -632,7 +792,7 @@ if __name__ == "__main__":
         print(f"{world} x {hardware}, {dtype}; settings not default: {config.changed}")
         print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {dataset}")
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tflop:.4g} TFLOP per trained image")
-        print(f"latents of {latent_shape}; cond={cond}; {objective} objective on the {schedule} schedule")
+        print(f"latents of {latent_shape}; cond={cond}, task={task}; {objective} objective on the {schedule} schedule")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
         print(f"resumed from {latest} at step {step}" if resumed else f"a new run in {out_dir}", flush=True)
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):  # what came after the checkpoint is done again
@@ -668,33 +828,83 @@ if __name__ == "__main__":
         stream, validation_stream = (LatentCache(s, vae, cache_dir, dtype) for s in (stream, validation_stream))
         for cache in (validation_stream, stream):
             cache.build(vae, device, autocast, workers, rank, world)
+    for kind in ("layout",) * (cond == "layout") + (task,) * (task != "none"):
+        stream, validation_stream = (
+            WithCondition(s, kind, seed, sr_scale, sr_kind) for s in (stream, validation_stream)
+        )
     if text is not None:
         null_tokens = text.tokenize([""]).to(device)
+    if tower is not None:
+        with torch.no_grad(), autocast():
+            null_context = tower([""])
 
     def examples(batch, noise):
-        """A collated batch on the device, as train_step takes it; noise (B,C,h,w) picks the posterior sample."""
+        """A collated batch on the device, as train_step takes it.
+
+        noise: "posterior" (B,C,h,w) picks the posterior sample; for sr with sr_noise "level" (B,) uniform in [0,1) and
+        "low" like the small image.
+        """
         n = len(batch["label"])
         if vae is None:
             out = {"x0": batch["image"].to(device, param_dtype, non_blocking=True)}
         elif cached:
             mean, std = batch["image"].to(device, non_blocking=True).to(param_dtype).unbind(1)
-            out = {"x0": vae.normalize(mean + std * noise)}
+            out = {"x0": vae.normalize(mean + std * noise["posterior"])}
         else:
             with torch.no_grad(), autocast():
                 posterior = vae.encode(batch["image"].to(device, param_dtype, non_blocking=True))
-            out = {"x0": vae.normalize(posterior.sample(noise))}
+            out = {"x0": vae.normalize(posterior.sample(noise["posterior"]))}
         out["x0"] = out["x0"].contiguous(memory_format=torch.channels_last)
-        if cond == "text":
+        if text is not None:
             out["tokens"] = text.tokenize(batch["text"]).to(device, non_blocking=True)
             out["null_tokens"] = null_tokens.expand(n, -1)
+        elif tower is not None:
+            with torch.no_grad(), autocast():
+                out["context"] = tower(batch["text"]).to(param_dtype)
+            out["null_context"] = null_context.expand(n, -1, -1).to(param_dtype)
         elif cond == "class":
             y, out["null_y"] = batch["label"].to(device), torch.full((n,), num_classes, device=device)
             out["y"] = torch.where(y < 0, out["null_y"], y)  # no label, no condition
+        if task != "none":
+            given = {name: t.to(device, non_blocking=True) for name, t in batch["condition"].items()}
+            given = {name: t.to(param_dtype) if t.is_floating_point() else t for name, t in given.items()}
+            if "level" in noise:
+                out["level"] = (noise["level"] * (sr_noise + 1)).long()
+                given["low"] = augment_low(given["low"], out["level"], noise["low"])
+            with torch.no_grad(), autocast():
+                concat = image_condition(task, vae, given, latent_shape[1:], task_settings.get("map_classes", 0))
+            out["concat"] = concat.to(param_dtype).contiguous(memory_format=torch.channels_last)
         return out
 
     def validation_examples(rows):
-        rows = [validation_stream[i * len(validation) // shown_count] for i in rows]
-        return examples(collate(rows), torch.zeros((), device=device))
+        batch = collate([validation_stream[i * len(validation) // shown_count] for i in rows])
+        noise = {"posterior": torch.zeros((), device=device)}
+        if sr_noise:  # as clean as it comes
+            noise |= {name: torch.zeros(len(rows), 1, 1, 1, device=device) for name in ("level", "low")}
+            noise["level"] = noise["level"].flatten()
+        return examples(batch, noise)
+
+    def draw_grids():
+        """samples_STEP.png, what it draws, and predictions_STEP.png, what it sees in noise."""
+        pipeline = Pipeline(ema, vae, process, objective, latent_shape, num_classes, images.classes, shown)
+        pipeline = pipeline._replace(task=task_settings, tower=tower)
+        rows, given = [i * len(validation) // shown_count for i in range(min(len(shown), shown_count))], None
+        wanted, grid, names = shown[: len(rows)] if task != "none" else shown, [], []
+        if task != "none":
+            given = collate([validation_stream[p] for p in rows])["condition"]
+        with autocast():
+            pictures = generate(pipeline, wanted, range(len(wanted)), sample_steps, cfg, given=given)
+        for i, (picture, condition) in enumerate(zip(pictures, wanted)):
+            if task != "none":
+                grid += [show_condition(task, {name: t[i] for name, t in given.items()}, image_size)]
+                names += ["shown"]
+            grid, names = [*grid, picture], [*names, pipeline.caption(condition)]
+        save_grid(f"{out_dir}/samples_{step:08d}.png", torch.stack(grid), names)
+        batch = validation_examples(range(min(6, shown_count)))
+        eps = torch.randn(batch["x0"].shape, generator=torch.Generator().manual_seed(0)).to(batch["x0"])
+        seen = example_predictions(ema, vae, batch, eps, config, autocast)
+        names = ["truth", *(f"x0_hat at t={t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9))]
+        save_grid(f"{out_dir}/predictions_{step:08d}.png", seen.flatten(0, 1), names * len(seen), columns=6)
 
     # compile, DDP
     net = torch.compile(model) if use_compile else model
@@ -756,16 +966,13 @@ if __name__ == "__main__":
             if master:
                 bins = " ".join("-" if b is None else f"{b:.3f}" for b in scores["val_loss_by_t"])
                 print(f"evaluation: loss {scores['val_loss']:.4f}, by tenths of t {bins}", flush=True)
-                pipeline = Pipeline(ema, vae, process, objective, latent_shape, num_classes, images.classes, shown)
-                with autocast():
-                    pictures = generate(pipeline, shown, range(len(shown)), sample_steps, cfg)
-                save_grid(f"{out_dir}/samples_{step:08d}.png", pictures, [pipeline.caption(c) for c in shown])
+                draw_grids()
                 plot_log(out_dir)
             clock.update(time=time.time(), step=step)  # evaluation does not count as training
         if finished or stop or (step % save_every == 0 and step > start_step):
             checkpoint()
         if snapshot_every and step % snapshot_every == 0 and step > start_step and master:
-            snapshot = with_prefix("ema", ema.state_dict()) | frozen_tensors
+            snapshot = averages() | frozen_tensors
             save_checkpoint(f"{out_dir}/ema_{step:08d}.safetensors", snapshot, about | {"step": step})
         if finished or stop:
             break
@@ -774,7 +981,11 @@ if __name__ == "__main__":
         generator = torch.Generator(device).manual_seed(seed_of(seed, "ldm noise", step))
         slots, draw = (grad_accum, world, batch_size), dict(generator=generator, device=device)
         noise = {name: torch.randn((*slots, *latent_shape), **draw) for name in ("posterior", "eps")}
-        noise |= {name: torch.rand(slots, **draw) for name in ("t", "drop")}
+        noise |= {name: torch.rand(slots, **draw) for name in ("t", "drop", *(("level",) if sr_noise else ()))}
+        if offset_noise:
+            noise["offset"] = torch.randn((*slots, latent_shape[0], 1, 1), **draw)
+        if sr_noise:
+            noise["low"] = torch.randn((*slots, 3, image_size // sr_scale, image_size // sr_scale), **draw)
         noise = {name: n[:, rank] for name, n in noise.items()}  # every rank draws the whole step's, takes its own
         if unet_dropout:
             torch.manual_seed(seed_of(seed, "dropout", step, rank))
@@ -785,7 +996,7 @@ if __name__ == "__main__":
                 bad_items += 1
                 print(f"skipped a bad image ({bad_items} so far on rank {rank}): {item}", flush=True)
             now = {name: n[micro].to(param_dtype) for name, n in noise.items()}
-            batch = examples(batch, now["posterior"])
+            batch = examples(batch, now)
             if world > 1:
                 net.require_backward_grad_sync = micro == grad_accum - 1  # one all-reduce a step
             with autocast():
@@ -805,6 +1016,8 @@ if __name__ == "__main__":
         optimizer.zero_grad(set_to_none=True)
         step += 1
         update_ema(ema, model, step, ema_decay)
+        for std, average in zip(ema_stds, power_emas):
+            update_power_ema(average, model, step, std)
 
         # log: this step's numbers travel to the host while the next step runs
         if pending:

@@ -7,6 +7,9 @@ Images from disk, and the order in which training sees them.
         parquet  shards with image {bytes, path} or bytes, label, text or caption, as the Hugging Face hub has them
         folder   image files; sub-folders are classes; if wanted metadata.jsonl {file_name, text, label}
               and, beside any of them, classes.json: a list of names, or {index: name}.
+        Semantic maps (a pixel is its class, 255 unknown) are KEY.map.png beside KEY.jpg, maps.npy (N, H, W), or a
+        parquet column map; map_classes.json names the classes. Objects are a field or column
+        objects: {"bbox": [[x, y, w, h] in pixels, ...], "categories": [...]}; object_classes.json names numbers.
     Stream    makes of it one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
     loader    cuts the sequence into micro-batches, for this rank, from any step on.
 
@@ -22,6 +25,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -43,6 +47,9 @@ PARTS = ("", "train", *HELD_OUT)  # where an item lies: a split folder, shards n
 CAPTIONS = ("text", "caption", "captions", "txt")  # the fields that hold captions, in JSON and parquet
 LABELS = ("label", "labels", "cls")
 PIXELS = ("image", "img", "jpg", "jpeg", "png", "webp")  # the parquet column that holds the image
+MAPS = ("map", "segmentation", "annotation")  # and that with semantic maps
+OBJECTS, CATEGORIES = ("objects",), ("categories", "category")
+VISIBLE = 0.2  # share of a box's area that must lie inside the crop, else the object is not there
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
 
 
@@ -122,6 +129,15 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def crop_square(width, height, crop="center", u=None):
+    """(x, y, side) of the square that is cut from a picture; see Dataset.pixels."""
+    short = min(width, height)
+    if crop == "random":
+        side = max(round(short * (0.5 + 0.5 * u[0])), 1)
+        return int((width - side + 1) * u[1]), int((height - side + 1) * u[2]), side
+    return (width - short) // 2, (height - short) // 2, short
+
+
 def to_tensor(image):
     """PIL RGB -> float32 (3, H, W) in [-1, 1]."""
     x = torch.from_numpy(np.array(image, dtype=np.float32))  # (H, W, 3)
@@ -139,13 +155,15 @@ class Index:
     One row an item: `key`; `label` (int, or a class name to be numbered); `part`, one of PARTS; `image`, where its
     bytes lie: (file, offset, size); `text`, where its captions lie: (kind, file, offset, size). file counts in `files`,
     and -1 is the file that the key names; in parquet it is (file, row group, row). `names[i]` is label i in words.
+    `beside`, in tar and npy: (offset, size) of the item's map and of its JSON, size 0 where there is none.
     """
 
     def __init__(self, files=(), names=()):
         self.files, self.names = list(files), list(names)
         self.keys, self.labels, self.parts, self.image, self.text = [], [], array("b"), array("q"), array("q")
+        self.beside = array("q")
 
-    def add(self, key, part, image, label=None, text=(NO_TEXT, 0, 0, 0)):
+    def add(self, key, part, image, label=None, text=(NO_TEXT, 0, 0, 0), beside=(0, 0, 0, 0)):
         if isinstance(label, str):
             label = int(label) if re.fullmatch(r"\s*-?\d+\s*", label) else label.strip() or None
         elif isinstance(label, float):  # a column with gaps; NaN is no label
@@ -155,6 +173,7 @@ class Index:
         self.parts.append(PARTS.index(part))
         self.image.extend(image)
         self.text.extend(text)
+        self.beside.extend(beside)
 
     def arrays(self):
         labels, names = self.labels, self.names
@@ -170,6 +189,7 @@ class Index:
             parts=np.array(self.parts, dtype=np.int8),
             image=np.array(self.image, dtype=np.int64).reshape(-1, 3),
             text=np.array(self.text, dtype=np.int64).reshape(-1, 4),
+            beside=np.array(self.beside, dtype=np.int64).reshape(-1, 4),
         )
 
 
@@ -234,7 +254,8 @@ def index_tar(root, shards):
                     label = f.read(parts[".cls"][1]).decode("utf-8", "replace")
                 if ".txt" in parts:
                     text = (PLAIN_TEXT, number, *parts[".txt"])
-                index.add(f"{shard[:-4]}/{key}", shard_part(shard), (number, *image), label, text)
+                beside = (*parts.get(".map.png", (0, 0)), *parts.get(".json", (0, 0)))
+                index.add(f"{shard[:-4]}/{key}", shard_part(shard), (number, *image), label, text, beside)
     return index
 
 
@@ -261,7 +282,7 @@ def index_npy(root, paths):
     index = Index()
     for path in paths:
         folder = path.removesuffix("images.npy")
-        images, labels, texts = np.load(f"{root}/{path}", mmap_mode="r"), None, None
+        images, labels, texts, maps = np.load(f"{root}/{path}", mmap_mode="r"), None, None, None
         good_shape = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
         if images.dtype != np.uint8 or not good_shape or not images.flags.c_contiguous:
             have = f"{images.dtype} {images.shape}"
@@ -274,12 +295,19 @@ def index_npy(root, paths):
         for name, values in (("labels.npy", labels), ("captions.jsonl", texts)):
             if values is not None and len(values) != len(images):
                 raise ValueError(f"{root}/{folder}{name} has {len(values)} entries, not {len(images)}: one an image")
+        if os.path.exists(f"{root}/{folder}maps.npy"):
+            maps = np.load(f"{root}/{folder}maps.npy", mmap_mode="r")
+            if maps.dtype != np.uint8 or maps.shape != images.shape[:3] or not maps.flags.c_contiguous:
+                have = f"{maps.dtype} {maps.shape}"
+                raise ValueError(f"{root}/{folder}maps.npy is {have}: make it uint8 {images.shape[:3]}, in C order")
         size = images.nbytes // max(len(images), 1)
+        area = size // math.prod(images.shape[3:])  # bytes of a map
         for i in range(len(images)):
             where = (len(index.files), images.offset + i * size, size)
             text = texts[i] if texts else (NO_TEXT, 0, 0, 0)
-            index.add(f"{folder}{i:08d}", folder.rstrip("/"), where, labels[i] if labels else None, text)
-        index.files += [path, folder + "captions.jsonl"]
+            beside = (0, 0, 0, 0) if maps is None else (maps.offset + i * area, area, 0, 0)
+            index.add(f"{folder}{i:08d}", folder.rstrip("/"), where, labels[i] if labels else None, text, beside)
+        index.files += [path, folder + "captions.jsonl", folder + "maps.npy"]
     return index
 
 
@@ -360,7 +388,7 @@ def open_parquet(path):
 
 def cached(stamp, build):
     """build() -> dict of arrays, kept in cache/ under a hash of stamp; built each time where that cannot be written."""
-    path = f"cache/index-{seed_of('v1', *stamp):016x}.npz"
+    path = f"cache/index-{seed_of('v2', *stamp):016x}.npz"
     try:
         with np.load(path, allow_pickle=False) as kept:
             return {name: kept[name] for name in kept.files}
@@ -404,6 +432,10 @@ class Dataset:
         tars = [path for path in paths if path.endswith(".tar")]
         tables = [path for path in paths if path.endswith(".parquet")]
         images = [path for path in paths if path.lower().endswith(IMAGES)]
+        maps = {path for path in images if path.endswith(".map.png")}
+        if maps:  # a map is no image, unless it stands alone
+            stems = {os.path.splitext(path)[0] for path in images}
+            images = [path for path in images if path not in maps or path.removesuffix(".map.png") not in stems]
         if npy:
             self.form, arrays = "npy", index_npy(self.root, npy).arrays()
         elif tars:  # before parquet: img2dataset writes a table beside every tar
@@ -425,16 +457,21 @@ class Dataset:
         chosen = self._choose(arrays["parts"])
         self.keys, self.labels = self.keys[chosen], self.labels[chosen]
         self.image, self.text = self.image[chosen], self.text[chosen]
+        self.beside = arrays["beside"][chosen]
         self.fingerprint = self._fingerprint()
         self._groups = OrderedDict()  # parquet: (file, row group, names) -> column, the latest last
 
-    def _name_classes(self, labels, names):
-        """Labels and class names, in the order of classes.json where there is one."""
+    def _given_names(self, *files):
+        """The names in the first of these files that has some, [] where none has."""
         folders = [os.path.join(self.root, part) for part in PARTS]
         if os.path.basename(os.path.abspath(self.root)) in PARTS:  # the path is itself a split folder
             folders.append(os.path.dirname(os.path.abspath(self.root)))
-        files = [os.path.join(folder, name) for folder in folders for name in ("classes.json", "meta.json")]
-        given = next((classes for path in files if os.path.exists(path) and (classes := read_classes(path))), names)
+        files = [os.path.join(folder, name) for folder in folders for name in files]
+        return next((classes for path in files if os.path.exists(path) and (classes := read_classes(path))), [])
+
+    def _name_classes(self, labels, names):
+        """Labels and class names, in the order of classes.json where there is one."""
+        given = self._given_names("classes.json", "meta.json") or names
         if names and set(names) <= set(given):
             order = np.array([given.index(name) for name in names])
             labels = np.where(labels >= 0, order[labels], -1)
@@ -534,17 +571,145 @@ class Dataset:
         by u = (side, x, y), three numbers in [0, 1).
         """
         image = self.rgb(i)
-        short = min(image.size)
-        if crop == "random":
-            side = max(round(short * (0.5 + 0.5 * u[0])), 1)
-            x, y = int((image.width - side + 1) * u[1]), int((image.height - side + 1) * u[2])
-        else:
-            side, x, y = short, (image.width - short) // 2, (image.height - short) // 2
+        x, y, side = crop_square(*image.size, crop, u)
         image = image.crop((x, y, x + side, y + side))
         if side != self.image_size:
             image = image.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)  # antialiased
         image = to_tensor(image)
         return image.flip(-1) if flip else image
+
+    # semantic maps and objects
+
+    def size(self, i):
+        """(width, height) of image i, upright; its pixels are not decoded."""
+        if self.form == "npy":
+            height, width = np.load(f"{self.root}/{self.files[self.image[i, 0]]}", mmap_mode="r").shape[1:3]
+            return width, height
+        key, where = self.key(i), self.image[i].tolist()
+        try:
+            data = self._cell(PIXELS, *where) if self.form == "parquet" else self._read(i, *where)
+            with Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data)) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
+                return image.size[::-1] if turned else image.size
+        except UnidentifiedImageError:
+            raise BadImage(f"{key}: not an image that Pillow can read") from None
+        except Exception as e:
+            raise BadImage(f"{key}: {str(e) or type(e).__name__}") from None
+
+    def _map(self, i):
+        """The map of item i as 8-bit PIL, or None where there is none."""
+        key, (file, *where), (offset, size) = self.key(i), self.image[i].tolist(), self.beside[i, :2].tolist()
+        try:
+            data, path = b"", f"{self.root}/{os.path.splitext(key)[0]}.map.png"
+            if self.form == "npy" and size:
+                data = np.frombuffer(self._read(i, file + 2, offset, size), np.uint8)
+                return Image.fromarray(data.reshape(self.size(i)[::-1]))
+            if self.form == "tar" and size:
+                data = self._read(i, file, offset, size)
+            elif self.form == "folder" and os.path.exists(path):
+                with open(path, "rb") as f:
+                    data = f.read()
+            elif self.form == "parquet":
+                data = self._cell(MAPS, file, *where)
+                data = data["bytes"] if isinstance(data, dict) and "bytes" in data else data
+            if not isinstance(data, bytes) or not data:  # a column called so may hold other things
+                return None
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+            if image.mode not in ("L", "P", "1"):
+                raise ValueError(f"mode {image.mode}: save it as 8-bit grey or palette, a pixel its class")
+            return Image.fromarray(np.array(image, dtype=np.uint8))  # the palette's indices, not its colors
+        except UnidentifiedImageError:  # its own message has an address in it
+            raise BadImage(f"{key}: its map is not an image that Pillow can read") from None
+        except Exception as e:
+            raise BadImage(f"{key}: its map does not read ({str(e) or type(e).__name__})") from None
+
+    def map(self, i, crop="center", flip=False, u=None):
+        """The semantic map of image i, (S,S) int64, -1 unknown, cut as `pixels` cuts the image; resizing is nearest."""
+        image = self._map(i)
+        if image is None:
+            raise BadImage(f"{self.key(i)}: it has no map")
+        if image.size != self.size(i):
+            raise BadImage(f"{self.key(i)}: its map is {image.size}, the picture {self.size(i)}: make them as large")
+        x, y, side = crop_square(*image.size, crop, u)
+        image = image.crop((x, y, x + side, y + side))
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
+        classes = torch.from_numpy(np.array(image, dtype=np.int64))
+        classes[classes == 255] = -1
+        return classes.flip(-1) if flip else classes
+
+    @functools.cached_property
+    def has_maps(self):
+        return any(image is not None for image in self._some(self._map, 64))
+
+    @functools.cached_property
+    def map_names(self):
+        """Names of the maps' classes, [] without map_classes.json."""
+        return self._given_names("map_classes.json")
+
+    @functools.cached_property
+    def map_classes(self):
+        """How many classes the maps have: those in map_classes.json, else what 500 maps, spread over all, have."""
+        found = (np.array(image) for image in self._some(self._map, 500) if image is not None)
+        return len(self.map_names) or 1 + max((int(image[image < 255].max(initial=0)) for image in found), default=-1)
+
+    def _objects(self, i):
+        """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
+        key, (kind, *where) = self.key(i), self.text[i].tolist()
+        try:
+            if self.form == "parquet":
+                objects = self._cell(OBJECTS, *self.image[i].tolist())
+            elif self.form == "tar" and self.beside[i, 3]:
+                objects = field(json.loads(self._read(i, int(self.image[i, 0]), *self.beside[i, 2:].tolist())), OBJECTS)
+            else:
+                objects = field(json.loads(self._read(i, *where)), OBJECTS) if kind == JSON_TEXT else None
+            if objects is None:
+                return []
+            names, boxes = field(objects, CATEGORIES), [[float(v) for v in box] for box in objects["bbox"]]
+            if len(names) != len(boxes) or any(len(box) != 4 for box in boxes):
+                raise ValueError(f"{len(names)} categories, {len(boxes)} boxes: give [x, y, w, h] and a category each")
+            numbered = dict(enumerate(self._object_names))
+            return [(numbered.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
+        except Exception as e:
+            raise BadImage(f"{key}: its objects do not read ({e})") from None
+
+    def boxes(self, i, flip=False, crop="center", u=None):
+        """
+        Objects of item i: [(name, x0, y0, x1, y1), ...] in shares of the square that `pixels` cuts, y downwards.
+
+        Boxes are clipped to the square; those of which less than VISIBLE is inside are left out.
+        """
+        objects, seen = self._objects(i), []
+        x, y, side = crop_square(*self.size(i), crop, u) if objects else (0, 0, 1)
+        for name, (left, top, w, h) in objects:
+            x0, x1 = (min(max(v - x, 0), side) for v in (left, left + w))
+            y0, y1 = (min(max(v - y, 0), side) for v in (top, top + h))
+            x0, x1 = (side - x1, side - x0) if flip else (x0, x1)
+            if w > 0 and h > 0 and (x1 - x0) * (y1 - y0) >= VISIBLE * w * h:
+                seen.append((name, x0 / side, y0 / side, x1 / side, y1 / side))
+        return seen
+
+    @functools.cached_property
+    def has_objects(self):
+        return any(self._some(self._objects, 64))
+
+    @functools.cached_property
+    def _object_names(self):
+        return self._given_names("object_classes.json") or self._given_names("classes.json")
+
+    @functools.cached_property
+    def object_classes(self):
+        """Names of the objects' classes: object_classes.json, else all that occur in 10000 items, spread over all."""
+        given = self._given_names("object_classes.json")
+        return given or sorted({name for objects in self._some(self._objects, 10000) for name, _ in objects})
+
+    def _some(self, read, n):
+        """read(i) of at most n items, spread over all, but for those that do not read."""
+        for i in range(0, len(self), -(-len(self) // n)):
+            try:
+                yield read(i)
+            except BadImage:
+                pass
 
     def _read(self, i, file, offset, size):
         """Bytes of a file; opened each time, so that workers share no file position and shards may be many."""
@@ -553,11 +718,13 @@ class Dataset:
             return f.read(size)
 
     def _cell(self, names, file, group, row):
-        """One parquet cell, of the first column that is called one of names; the latest row groups are kept."""
+        """One parquet cell, of the first column called one of names, None without one; some row groups are kept."""
         place = (file, group, names)
         if place not in self._groups:
             f = open_parquet(f"{self.root}/{self.files[file]}")
-            column = next(name for name in names if name in f.schema_arrow.names)
+            column = next((name for name in names if name in f.schema_arrow.names), None)
+            if column is None:
+                return None
             # no threads: pyarrow's pool does not outlive a fork
             self._groups[place] = f.read_row_group(group, columns=[column], use_threads=False).column(0)
             while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > GROUP_BYTES:
@@ -634,8 +801,11 @@ def step_positions(step, micro, batch_size, grad_accum=1, rank=0, world=1):
 
 
 def collate(samples):
-    """Samples -> dict(image (B,3,S,S), label and index (B,) int64, flip (B,) bool, text, key and bad: lists of str)."""
-    return dict(
+    """Samples -> dict(image (B,3,S,S), label and index (B,) int64, flip (B,) bool, text, key and bad: lists of str).
+
+    Where samples have a condition, a dict of tensors (see data/tasks.py), it is stacked too.
+    """
+    batch = dict(
         image=torch.stack([sample["image"] for sample in samples]),
         label=torch.tensor([sample["label"] for sample in samples], dtype=torch.int64),
         index=torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
@@ -644,6 +814,10 @@ def collate(samples):
         key=[sample["key"] for sample in samples],
         bad=[line for sample in samples for line in sample["bad"]],
     )
+    if "condition" in samples[0]:
+        names = samples[0]["condition"]
+        batch["condition"] = {name: torch.stack([sample["condition"][name] for sample in samples]) for name in names}
+    return batch
 
 
 def _heed_the_parent(worker):

@@ -397,6 +397,181 @@ def test_npy_grey_and_refusals(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# semantic maps and objects
+
+COLORS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], np.uint8)  # class -> color
+WHERE = [("cat", [2, 1, 4, 5]), ("dog", [12, 6, 6, 4]), ("cat", [0, 0, 2, 10])]  # the last is outside the centre crop
+
+
+def scene(i, size=(18, 10)):
+    """A map of blocks of two pixels, and the picture that has the map's colors; class 4 is unknown."""
+    w, h = size
+    classes = np.random.default_rng(i).integers(0, 5, (h // 2, w // 2)).repeat(2, 0).repeat(2, 1).astype(np.uint8)
+    return np.where(classes == 4, 255, classes).astype(np.uint8), COLORS[classes]
+
+
+def make_scenes(path, form, n=6, size=(18, 10)):
+    """One data set with maps and objects in each form."""
+    path.mkdir(parents=True, exist_ok=True)
+    maps, pictures = zip(*[scene(i, size) for i in range(n)])
+    objects = {"bbox": [box for _, box in WHERE], "categories": [name for name, _ in WHERE]}
+    pngs, map_pngs = [encoded(p) for p in pictures], [encoded(m) for m in maps]
+    if form == "npy":
+        np.save(path / "images.npy", np.stack(pictures)), np.save(path / "maps.npy", np.stack(maps))
+        lines = [json.dumps({"text": f"no {i}", "objects": objects}) for i in range(n)]
+        (path / "captions.jsonl").write_text("\n".join(lines))
+    elif form == "folder":
+        for i in range(n):
+            (path / f"{i:03d}.png").write_bytes(pngs[i]), (path / f"{i:03d}.map.png").write_bytes(map_pngs[i])
+        lines = [{"file_name": f"{i:03d}.png", "text": f"no {i}", "objects": objects} for i in range(n)]
+        (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    elif form == "tar":
+        record = json.dumps({"objects": objects}).encode()
+        parts = [
+            {".png": pngs[i], ".map.png": map_pngs[i], ".json": record, ".txt": f"no {i}".encode()} for i in range(n)
+        ]
+        samples = [{f"{i:03d}{end}": content for end, content in part.items()} for i, part in enumerate(parts)]
+        make_tar(path / "a.tar", samples[:2]), make_tar(path / "b.tar", samples[2:])
+    else:
+        columns = {"image": [{"bytes": png} for png in pngs], "segmentation": [{"bytes": png} for png in map_pngs]}
+        columns |= {"text": [f"no {i}" for i in range(n)], "objects": [objects] * n}
+        make_parquet(path / "a.parquet", columns, row_group_size=4)
+    return path
+
+
+def colors_of(classes):
+    """The picture (3,S,S) that a map tells of."""
+    return torch.from_numpy(COLORS[classes.numpy()]).permute(2, 0, 1) / 127.5 - 1  # -1 is the last color, too
+
+
+@pytest.mark.parametrize("form", ["npy", "folder", "tar", "parquet"])
+def test_maps_and_objects_in_every_form(tmp_path, form):
+    path = make_scenes(tmp_path / "set", form)
+    ds = Dataset(path, "all", 10)
+    assert (ds.form, len(ds), ds.has_maps, ds.has_objects) == (form, 6, True, True)
+    assert (ds.map_names, ds.map_classes, ds.object_classes) == ([], 4, ["cat", "dog"])
+    for i in range(6):
+        for crop in (dict(), dict(crop="random", u=(1 - 1e-9, 0.7, 0.4))):
+            for flip in (False, True):
+                classes = ds.map(i, flip=flip, **crop)
+                assert classes.shape == (10, 10) and classes.dtype == torch.int64
+                assert torch.equal(colors_of(classes), ds.pixels(i, flip=flip, **crop)), "as the pixels"
+        assert np.array_equal(ds.map(i) % 256, scene(i)[0][:, 4:14]), "and -1 is 255"
+        assert ds.size(i) == (18, 10) and ds.meta(i)["text"] == [f"no {i}"] and "objects" not in ds.meta(i)
+        cat, dog = ds.boxes(i)  # the crop is 4..14: half of the cat, a third of the dog is in it
+        assert cat == pytest.approx(("cat", 0, 0.1, 0.2, 0.6)) and dog == pytest.approx(("dog", 0.8, 0.6, 1, 1))
+        cat, dog = ds.boxes(i, flip=True)
+        assert cat == pytest.approx(("cat", 0.8, 0.1, 1, 0.6)) and dog == pytest.approx(("dog", 0, 0.6, 0.2, 1))
+    (path / "map_classes.json").write_text('["sky", "sea", "sand", "stone", "snow"]')
+    (path / "object_classes.json").write_text('["bird", "cat", "dog"]')
+    named = Dataset(path, "all", 10)
+    assert named.map_classes == 5 and named.map_names[1] == "sea" and named.object_classes == ["bird", "cat", "dog"]
+    assert named.fingerprint == ds.fingerprint, "caches of latents stay valid"
+    with pytest.raises(IndexError, match="dataset of 6"):
+        ds.map(6)
+
+
+def test_boxes_frame_what_the_pixels_show(tmp_path):
+    """One bright rectangle a picture: its box, scaled to the crop, is where the bright pixels are."""
+    rng, lines, seen = np.random.default_rng(0), [], 0
+    for i in range(20):
+        size = (30, 20) if i % 2 else (20, 30)
+        x, y = (int(rng.integers(0, side - 8)) for side in size)
+        w, h = (int(v) for v in rng.integers(2, 9, 2))
+        pixels = np.zeros((size[1], size[0], 3), np.uint8)
+        pixels[y : y + h, x : x + w] = 255
+        (tmp_path / f"{i:02d}.png").write_bytes(encoded(pixels))
+        lines.append({"file_name": f"{i:02d}.png", "objects": {"bbox": [[x, y, w, h]], "categories": ["it"]}})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ds = Dataset(tmp_path, "all", 20)
+    for i in range(20):
+        for flip in (False, True):
+            bright, boxes = (ds.pixels(i, flip=flip)[0] > 0).nonzero(), ds.boxes(i, flip)
+            visible = len(bright) / np.prod(lines[i]["objects"]["bbox"][0][2:])
+            assert len(boxes) == (visible >= room.VISIBLE)
+            for name, *corners in boxes:
+                (top, left), (bottom, right) = bright.min(0)[0].tolist(), bright.max(0)[0].tolist()
+                assert name == "it" and [20 * v for v in corners] == pytest.approx([left, top, right + 1, bottom + 1])
+                seen += 1
+    assert 20 < seen < 40, "some are outside"
+
+
+def test_an_older_index_of_a_tar_is_renewed_when_maps_come(tmp_path):
+    png, one = encoded(scene(0)[1]), encoded(scene(0)[0])
+    make_tar(tmp_path / "set/a.tar", [{"0.png": png}])
+    before = Dataset(tmp_path / "set", "all", 10)
+    assert not before.has_maps and before.map_classes == 0 and not before.has_objects and before.boxes(0) == []
+    with pytest.raises(BadImage, match="^a/0: it has no map$"):
+        before.map(0)
+    make_tar(tmp_path / "set/a.tar", [{"0.map.png": one, "0.png": png}])
+    after = Dataset(tmp_path / "set", "all", 10)
+    assert after.has_maps and torch.equal(colors_of(after.map(0)), after[0]["image"])
+
+
+def test_each_bad_map_says_what_is_wrong(tmp_path):
+    classes, pixels = scene(0)
+    contents = {
+        "a": (encoded(pixels), "mode RGB: save it as 8-bit grey"),
+        "b": (encoded(classes[:, :10]), r"its map is \(10, 10\), the picture \(18, 10\): make them as large"),
+        "c": (b"no", "its map is not an image that Pillow can read"),
+        "d": (b"", "it has no map"),
+    }
+    for name, (content, _) in contents.items():
+        (tmp_path / f"{name}.jpg").write_bytes(encoded(pixels, "JPEG"))
+        (tmp_path / f"{name}.map.png").write_bytes(content)
+    (tmp_path / "e.jpg").write_bytes(encoded(pixels, "JPEG"))
+    indexed = Image.fromarray(classes, "P")
+    indexed.putpalette([7] * 768)
+    indexed.save(tmp_path / "e.map.png")
+    (tmp_path / "alone.map.png").write_bytes(encoded(pixels))  # no picture beside it: it is one
+    ds = Dataset(tmp_path, "all", 10)
+    assert [ds.key(i) for i in range(len(ds))] == ["a.jpg", "alone.map.png", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
+    assert ds.has_maps and np.array_equal(ds.map(5) % 256, classes[:, 4:14])
+    for name, (_, message) in contents.items():
+        with pytest.raises(BadImage, match=f"^{name}.jpg: .*{message}"):
+            ds.map(ds_index(ds, f"{name}.jpg"))
+    np.save(tmp_path / "images.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    for wrong in (np.zeros((2, 8, 8), np.int64), np.zeros((3, 8, 8), np.uint8), np.zeros((2, 4, 4), np.uint8)):
+        np.save(tmp_path / "maps.npy", wrong)
+        with pytest.raises(ValueError, match=r"maps.npy is .*: make it uint8 \(2, 8, 8\)"):
+            Dataset(tmp_path)
+
+
+def test_numbered_objects_and_bad_ones(tmp_path):
+    np.save(tmp_path / "images.npy", np.zeros((7, 8, 8, 3), np.uint8))
+    objects = [
+        {"bbox": [[0, 0, 4, 8]], "categories": [1]},
+        {"bbox": [[0, 0, 4, 8]], "category": ["x y "]},
+        {"bbox": [[0, 0, 4]], "categories": [1]},
+        {"bbox": [], "categories": [1]},
+        {"bbox": [[0, 0, 0, 8], [9, 9, 9, 9], [-2, -2, 4, 4]], "categories": [0, 0, 7]},
+        {"categories": []},
+    ]
+    lines = [{"text": "t", "objects": value} for value in objects] + [["only captions"]]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ds = Dataset(tmp_path, "all", 8)
+    assert ds.boxes(0) == [("1", 0, 0, 0.5, 1)] and ds.boxes(1) == [("x y", 0, 0, 0.5, 1)]
+    assert ds.boxes(4) == [("7", 0, 0, 0.25, 0.25)], "nothing of the others can be seen"
+    assert ds.boxes(6) == [] and ds.meta(6)["text"] == ["only captions"]
+    assert ds.object_classes == ["0", "1", "7", "x y"]
+    for i, message in ((2, "give .x, y, w, h. and a category each"), (3, "1 categories, 0 boxes"), (5, "bbox")):
+        with pytest.raises(BadImage, match=f"0000000{i}: its objects do not read .*{message}"):
+            ds.boxes(i)
+    (tmp_path / "classes.json").write_text('{"1": "cat", "7": "dog"}')
+    ds = Dataset(tmp_path, "all", 8)
+    assert ds.boxes(0)[0][0] == "cat" and ds.boxes(4)[0][0] == "dog" and ds.object_classes == ["0", "cat", "dog", "x y"]
+    (tmp_path / "object_classes.json").write_text('["person", "tree"]')
+    ds = Dataset(tmp_path, "all", 8)
+    assert ds.boxes(0)[0][0] == "tree" and ds.boxes(4)[0][0] == "7" and ds.object_classes == ["person", "tree"]
+
+
+def test_a_column_called_map_that_holds_no_pictures(tmp_path):
+    columns = {"image": [encoded(picture(i)) for i in range(3)], "annotation": ["a", "b", "c"]}
+    make_parquet(tmp_path / "a.parquet", columns)
+    assert not Dataset(tmp_path, "all", 8).has_maps
+
+
+# -----------------------------------------------------------------------------
 # splits
 
 

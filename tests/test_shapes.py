@@ -5,13 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
+from data.dataset import Dataset
 from data.shapes import prepare as shapes
 from unet import SPLIT_PATTERN
 
@@ -26,7 +29,7 @@ def run(*args):
 
 @pytest.fixture(scope="module")
 def pictures():
-    images, captions, _ = shapes.make_split("val", 500, 64, seed=0)
+    images, captions = shapes.make_split("val", 500, 64, seed=0)[:2]
     return images, captions
 
 
@@ -44,7 +47,7 @@ def made(tmp_path_factory):
 
 
 def read_captions(folder):
-    return [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    return [json.loads(line)["text"] for line in (folder / "captions.jsonl").read_text().splitlines()]
 
 
 # -- captions and combinations
@@ -98,12 +101,58 @@ def test_files_have_the_common_form(made):
 
 
 def test_picture_depends_on_seed_split_and_index_only():
-    images, captions, labels = shapes.make_split("train", 20, 64, seed=3)
+    made = shapes.make_split("train", 20, 64, seed=3)
     again, fewer = shapes.make_split("train", 20, 64, seed=3), shapes.make_split("train", 7, 64, seed=3)
-    assert np.array_equal(images, again[0]) and captions == again[1]
-    assert np.array_equal(images[:7], fewer[0]) and captions[:7] == fewer[1]
+    for one, other, short in zip(made, again, fewer, strict=True):
+        assert np.array_equal(one, other) and np.array_equal(one[:7], short)
+    captions = made[1]
     for other in (shapes.make_split("val", 20, 64, seed=3), shapes.make_split("train", 20, 64, seed=4)):
         assert captions != other[1]
+
+
+def test_pictures_are_those_of_the_log():
+    """Numbers in LOG.md hold for these very pictures, so they must not change."""
+    images, captions = shapes.make_split("val", 100, 64, seed=0)[:2]
+    assert zlib.crc32("\n".join(captions).encode()) == 190813147
+    mean = [129.1575, 131.3972, 136.1592]
+    assert images.mean((0, 1, 2)).tolist() == pytest.approx(mean, abs=2e-3)  # a cosine may differ by machine
+
+
+def test_maps_and_boxes_are_where_the_shapes_are(made):
+    train = Dataset(made, "train", 64)
+    assert train.has_maps and train.map_names == ["background", *shapes.SHAPES] and train.has_objects
+    assert len(train.object_classes) == 56
+    colors = {name: torch.tensor(value) / 127.5 - 1 for name, value in shapes.PALETTE.items()}
+    for i in range(0, 1500, 50):
+        item, classes, boxes = train[i], train.map(i), train.boxes(i)
+        scene = shapes.parse(item["text"][0])
+        inside = classes > 0
+        assert classes[inside].unique().tolist() == [item["label"] + 1]
+        to_shape, to_background = (
+            (item["image"] - colors[scene[what]][:, None, None]).norm(dim=0) for what in ("color", "background")
+        )  # on the outline the brightness jitter may tell otherwise
+        assert ((to_shape < to_background) == inside).float().mean() > 0.985
+        ((name, x0, y0, x1, y1),) = boxes
+        rows, columns = inside.nonzero(as_tuple=True)
+        assert name == f"{scene['color']} {scene['shape']}"
+        assert [64 * v for v in (x0, y0, x1, y1)] == [
+            columns.min().item(),
+            rows.min().item(),
+            columns.max().item() + 1,
+            rows.max().item() + 1,
+        ]
+
+
+def test_a_folder_of_an_older_form_is_made_anew(made, tmp_path):
+    copy = tmp_path / "shapes"
+    shutil.copytree(made, copy)
+    for split in ("train", "val"):
+        (copy / split / "maps.npy").unlink()
+        meta = json.loads((copy / split / "meta.json").read_text())
+        del meta["map_classes"]
+        (copy / split / "meta.json").write_text(json.dumps(meta))
+    assert "already there" not in run(*SMALL, f"--out_dir={copy}").stdout
+    assert np.array_equal(np.load(copy / "val/maps.npy"), np.load(made / "val/maps.npy"))
 
 
 def test_rerun_makes_only_what_is_missing_or_different(made, tmp_path):

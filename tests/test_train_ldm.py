@@ -1,6 +1,8 @@
 """Stage 2 by itself; what it promises together with stage 1 (resume, ranks, faults, errors) is in test_train_vae.py."""
 
 import contextlib
+import functools
+import inspect
 import io
 import json
 import math
@@ -9,19 +11,23 @@ import re
 import shutil
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import assert_same, read
 from PIL import Image
+from safetensors.torch import save_file
 from test_train_vae import continued, make_images
 
+import configurator
+import convert
 import sample
 import train_ldm
 from data.dataset import Dataset, Stream, seed_of
-from train_ldm import LatentCache, squared_error, train_step
-from unet import Denoiser, UNet
+from train_ldm import LatentCache, prediction_error, train_step
+from unet import CLIPTextEncoder, Denoiser, UNet
 from vae import VAE
 
 OBJECTIVES, SCHEDULES = ("eps", "v", "x0", "flow"), ("cosine", "flow", "linear", "scaled_linear")
@@ -30,7 +36,8 @@ every_process = [pytest.mark.parametrize("objective", OBJECTIVES), pytest.mark.p
 
 def settings(**others):
     defaults = dict(objective="v", schedule="cosine", beta_start=0.00085, beta_end=0.012)
-    defaults |= dict(timesteps="uniform", t_mean=0.0, t_std=1.0)
+    defaults |= dict(timesteps="uniform", t_mean=0.0, t_std=1.0, t_shift=3.0, zero_snr=False, offset_noise=0.0)
+    defaults |= dict(loss_type="mse", huber_delta=0.1, loss_weight="none", min_snr_gamma=5.0)
     return defaults | dict(cond="none", cond_drop=0.1, batch_size=4) | others
 
 
@@ -55,9 +62,131 @@ def test_logit_normal_timesteps_are_that():
     n, net = 4000, Recorder()
     noise = {"eps": torch.zeros(n, 1, 1, 1), "t": (torch.arange(n) + 0.5) / n, "drop": torch.ones(n)}
     cfg = settings(timesteps="logit_normal", t_mean=0.4, t_std=0.7, schedule="flow")
-    squared_error({"denoiser": net}, {"x0": torch.zeros(n, 1, 1, 1)}, noise, cfg)
+    prediction_error({"denoiser": net}, {"x0": torch.zeros(n, 1, 1, 1)}, noise, cfg)
     logits = torch.logit(net.t / 1000)
     assert logits.mean().item() == pytest.approx(0.4, abs=5e-3) and logits.std().item() == pytest.approx(0.7, abs=5e-3)
+
+
+def test_shifted_timesteps():
+    """SD3's equation 23: as if the noise were that of sides t_shift times as large."""
+    u = torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    t = train_ldm.draw_times(u, settings(timesteps="shifted", t_shift=3.0, schedule="flow"))
+    torch.testing.assert_close(t / (1 - t), 3 * u / (1 - u))
+
+
+@every_process[0]
+def test_min_snr_weighs_the_error_of_x0(objective):
+    """Whatever the objective, the loss is that of x0 times min(snr, gamma)."""
+    noise, x0, net = draws(64), torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(1)), Recorder()
+    cfg = settings(objective=objective, schedule="scaled_linear", loss_weight="min_snr", min_snr_gamma=3.0)
+    error, weight, _ = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - betas, 0)[net.t.round().long()]
+    alpha, sigma = alpha_bar.sqrt().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
+    x0_hat = sample.to_x0(objective, torch.zeros(()), net.x.double(), alpha, sigma)
+    snr = alpha_bar / (1 - alpha_bar)
+    wanted = snr.clamp(max=3.0) * (x0_hat - x0).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close((weight * error).double(), wanted, rtol=1e-3, atol=1e-5)
+    formula = {"eps": 1 / snr, "v": 1 / (snr + 1), "x0": torch.ones_like(snr)}  # Hang et al. 2023
+    if objective in formula:
+        torch.testing.assert_close(weight.double(), snr.clamp(max=3.0) * formula[objective], rtol=1e-3, atol=1e-6)
+    loss = train_step({"denoiser": net}, {"x0": x0}, noise, cfg)["loss"]
+    assert loss.item() == pytest.approx((weight * error).mean().item())
+
+
+@every_process[0]
+@pytest.mark.parametrize("schedule", ("cosine", "flow"))
+def test_min_snr_is_finite_from_data_to_noise(objective, schedule):
+    noise = {"eps": torch.randn(5, 1, 2, 2), "t": torch.tensor([0, 1e-6, 0.5, 0.999, 1.0]), "drop": torch.ones(5)}
+    cfg = settings(objective=objective, schedule=schedule, loss_weight="min_snr")
+    assert train_step({"denoiser": Recorder()}, {"x0": torch.randn(5, 1, 2, 2)}, noise, cfg)["loss"].isfinite()
+
+
+def test_kinds_of_loss():
+    x0, noise, net = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)), draws(6), Recorder()
+    for loss_type, wanted in (
+        ("l1", x0.abs()),
+        ("huber", torch.where(x0.abs() < 0.5, x0**2 / 2, 0.5 * (x0.abs() - 0.25))),
+    ):
+        cfg = settings(objective="x0", loss_type=loss_type, huber_delta=0.5)
+        error, _, _ = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+        torch.testing.assert_close(error, wanted.mean(dim=(1, 2, 3)))
+
+
+def test_offset_noise_is_one_number_a_channel():
+    x0, noise, net = torch.zeros(3, 4, 8, 8), draws(3), Recorder()
+    noise["offset"] = torch.randn(3, 4, 1, 1)
+    cfg = settings(objective="eps", schedule="flow", offset_noise=0.5)
+    error, _, _ = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    eps = noise["eps"] + 0.5 * noise["offset"]
+    torch.testing.assert_close(error, eps.square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(net.x, (net.t / 1000).view(-1, 1, 1, 1) * eps)
+
+
+def test_uncertainty_learns_the_log_of_the_error():
+    """At the minimum of error / exp(u) + u the learned u is the logarithm of the mean error at each noise level."""
+    torch.manual_seed(0)
+    unet = UNet(channels=8, channel_mult=(1,), num_res_blocks=1, attention_ds=(), num_heads=1, norm_groups=4)
+    net = Denoiser(unet, uncertainty=True)  # its last layer is zero, so v is predicted as 0 and only u learns
+    optimizer = torch.optim.Adam(net.log_variance.parameters(), lr=0.05)
+    x0 = 0.5 * torch.randn(64, 4, 8, 8)
+    for i in range(250):
+        loss = train_step({"denoiser": net}, {"x0": x0}, draws(64, seed=i), settings(loss_weight="uncertainty"))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    error, _, u = prediction_error({"denoiser": net}, {"x0": x0}, draws(64, seed=999), settings())
+    assert error.max() > 2 * error.min()
+    assert (u - error.log()).abs().mean() < 0.15 and (u - error.log()).abs().max() < 0.4
+    net.eval()
+    assert isinstance(net(x0, torch.zeros(64)), torch.Tensor), "no more than the prediction when drawing"
+
+
+# -- averages --
+
+
+def test_a_power_average_is_one():
+    """Weights ~ step^gamma, whose mean is (gamma + 1) / (gamma + 2) of the run and whose relative deviation is std."""
+    for std in (0.05, 0.1, 0.25):
+        n = 2000
+        model, ema = torch.nn.Linear(n, 1, bias=False), torch.nn.Linear(n, 1, bias=False)
+        for step in range(1, n + 1):  # after step k the weights are the unit vector of k
+            with torch.no_grad():
+                model.weight.copy_(torch.nn.functional.one_hot(torch.tensor([step - 1]), n))
+            train_ldm.update_power_ema(ema, model, step, std)
+        share, at = ema.weight[0].double(), (torch.arange(n, dtype=torch.float64) + 1) / n
+        assert share.sum().item() == pytest.approx(1, abs=1e-4)
+        mean = (share * at).sum()
+        assert (share * (at - mean) ** 2).sum().sqrt().item() == pytest.approx(std, rel=0.01)
+
+
+def test_any_length_from_kept_averages(tmp_path):
+    """Of a random walk; snapshots of two lengths give the average of a third nearly, and those two themselves."""
+    walk, stds, lengths = torch.randn(400, 50, generator=torch.Generator().manual_seed(0)).cumsum(0), (0.05, 0.1), {}
+    for std in (0.05, 0.07, 0.1, 0.15):
+        model, ema = torch.nn.Linear(50, 1, bias=False), torch.nn.Linear(50, 1, bias=False)
+        for step, weight in enumerate(walk, 1):
+            model.weight.data[0] = weight
+            train_ldm.update_power_ema(ema, model, step, std)
+            if std in stds and step % 25 == 0:
+                lengths.setdefault(step, {})[std] = ema.weight.detach().clone()
+        lengths[std] = ema.weight.detach().clone()
+    for step in range(25, 401, 25):
+        kept = {f"ema_power_{i}.weight": lengths[step][std] for i, std in enumerate(stds)}
+        about = {"format": 1, "stage": "ldm", "step": step, "model": {"ema_stds": stds}}
+        train_ldm.save_checkpoint(f"{tmp_path}/ema_{step:08d}.safetensors", kept, about)
+    spread = walk.std()
+    for std in (0.05, 0.07, 0.1, 0.15):
+        got = convert.posthoc_ema(str(tmp_path), std)["ema.weight"]
+        assert (got - lengths[std]).abs().max() < (1e-4 if std in stds else 0.02) * spread, std
+    assert (lengths[0.05] - lengths[0.15]).abs().mean() > 0.1 * spread, "they do differ"
+    early = convert.posthoc_ema(f"{tmp_path}/ema_00000200.safetensors", 0.1)["ema.weight"]
+    torch.testing.assert_close(early, lengths[200][0.1], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="ema_std=0.5 is no relative length of an average"):
+        convert.posthoc_ema(str(tmp_path), 0.5)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty keeps no averages to combine: train with --ema_stds"):
+        convert.posthoc_ema(f"{tmp_path}/empty", 0.1)
 
 
 @every_process[0]
@@ -82,7 +211,8 @@ def test_loss_of_a_network_that_says_zero(objective, schedule):
         objective
     ]
     cfg = settings(objective=objective, schedule=schedule)
-    losses = squared_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    losses, weights, log_variance = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    assert (weights == 1).all() and log_variance is None
     torch.testing.assert_close(losses, (wanted**2).mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net.x, alpha * x0 + sigma * noise["eps"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net.t, told.float(), rtol=1e-4, atol=1e-3)
@@ -110,17 +240,20 @@ def test_every_process_trains_a_unet(objective, schedule):
 @pytest.mark.parametrize("cond_drop", (0.0, 0.3, 1.0))
 def test_condition_dropout_takes_exactly_those_drawn(cond_drop):
     net, noise, n = Recorder(), draws(20), 20
-    tokens, null_tokens = torch.arange(n * 5).view(n, 5), torch.full((n, 5), -1)
-    y, null_y = torch.arange(n), torch.full((n,), 99)
-    batch = dict(x0=torch.zeros(n, 4, 8, 8), tokens=tokens, null_tokens=null_tokens, y=y, null_y=null_y)
     dropped = [drop < cond_drop for drop in noise["drop"].tolist()]
     assert sum(dropped) == {0.0: 0, 1.0: n}.get(cond_drop, sum(dropped)) and (cond_drop != 0.3 or 0 < sum(dropped) < n)
-    for cond, name, null in (("text", "tokens", null_tokens), ("class", "y", null_y)):
-        squared_error({"denoiser": net}, batch, noise, settings(cond=cond, cond_drop=cond_drop))
-        assert list(net.condition) == [name]
+    tokens, context, y = torch.arange(n * 5).view(n, 5), torch.rand(n, 5, 7), torch.arange(n)
+    for name, given, null in (
+        ("tokens", tokens, torch.full((n, 5), -1)),
+        ("context", context, -context),
+        ("y", y, torch.full((n,), 99)),
+    ):
+        batch = {"x0": torch.zeros(n, 4, 8, 8), name: given, f"null_{name}": null, "concat": context}
+        prediction_error({"denoiser": net}, batch, noise, settings(cond_drop=cond_drop))
+        assert set(net.condition) == {name, "concat"} and net.condition["concat"] is context, "pictures are not dropped"
         for i in range(n):
-            assert torch.equal(net.condition[name][i], (null if dropped[i] else batch[name])[i])
-    squared_error({"denoiser": net}, batch, noise, settings(cond="none", cond_drop=cond_drop))
+            assert torch.equal(net.condition[name][i], (null if dropped[i] else given)[i])
+    prediction_error({"denoiser": net}, {"x0": torch.zeros(n, 4, 8, 8)}, noise, settings(cond_drop=cond_drop))
     assert not net.condition
 
 
@@ -302,7 +435,7 @@ def test_pixels_without_conditions(start, small_data, tmp_path):
     """On data that have labels and captions, which it must leave alone; decoded in another process."""
     args = ("--first_stage=none", "--cond=none", "--objective=flow", "--schedule=flow", "--max_steps=2", "--workers=1")
     run = start("ldm", *args, "--transformer_depth=0").finish()
-    assert "latents of (3, 16, 16); cond=none; flow objective on the flow schedule" in run.stdout
+    assert "latents of (3, 16, 16); cond=none, task=none; flow objective on the flow schedule" in run.stdout
     assert not any(name.startswith(("vae.", "text.", "model.text.")) for name in run.checkpoint[0])
     assert run.checkpoint[1]["vae"] is None and run.checkpoint[1]["shown"] == [None] * 3
     assert drawn(run).shape == (3, 3, 16, 16)
@@ -325,7 +458,7 @@ def drawn(run):
 def test_prompts_come_from_a_file_or_from_the_captions(start, finished, tmp_path):
     run = finished("ldm")
     assert sorted(run.checkpoint[1]["shown"]) == ["a blue blob", "a green blob", "a red blob"]
-    assert "prompt cut to text_length=12 tokens: a green blob" in run.stdout
+    assert "prompt cut to 12 tokens: a green blob" in run.stdout
     assert drawn(run).shape == (3, 3, 16, 16)
     (tmp_path / "prompts.txt").write_text("a red blob\n\na red blob\n")
     args = (f"--prompts={tmp_path}/prompts.txt", "--objective=x0", "--schedule=linear", "--max_steps=1")
@@ -400,3 +533,172 @@ def test_a_caption_that_does_not_read_is_no_end(start, tmp_path):
     run = start("ldm", f"--dataset={tmp_path / 'data'}", "--max_steps=5", folder=tmp_path).finish()
     assert run.checkpoint[1]["shown"] == ["a picture of 1", "a picture of 2", "a picture of 3"]
     assert "its caption does not read" in run.stdout
+
+
+# -- tasks, towers, classes as tokens --
+
+
+@pytest.fixture(scope="session")
+def told_data(small_data, tmp_path_factory):
+    """small_data with label maps and boxes."""
+    root = tmp_path_factory.mktemp("told") / "data"
+    shutil.copytree(small_data, root)
+    for part in ("train", "val"):
+        images, labels = np.load(root / part / "images.npy"), np.load(root / part / "labels.npy")
+        maps = (images.max(-1) > 120) * (labels[:, None, None] + 1)
+        np.save(root / part / "maps.npy", maps.astype(np.uint8))
+        lines = []
+        for image, label in zip(images, labels):
+            rows, columns = np.where(image.max(-1) > 120)
+            box = [int(v) for v in (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)]
+            name = "red green blue".split()[label]
+            objects = {"bbox": [box], "categories": [f"{name} blob"]}
+            lines.append(json.dumps({"text": [f"a {name} blob"], "objects": objects}))
+        (root / part / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    (root / "map_classes.json").write_text(json.dumps(["ground", "red", "green", "blue"]))
+    return root
+
+
+TASKS = {
+    "inpaint": ("--task=inpaint", "--cond=text"),
+    "sr": ("--task=sr", "--cond=none", "--transformer_depth=0", "--sr_scale=2", "--sr_noise=300"),
+    "sr bicubic": ("--task=sr", "--cond=none", "--transformer_depth=0", "--sr_scale=4", "--sr_kind=bicubic"),
+    "semantic": ("--task=semantic", "--cond=class", "--transformer_depth=0"),
+    "layout": ("--cond=layout",),
+    "pixels": ("--task=inpaint", "--cond=none", "--transformer_depth=0", "--first_stage=none", "--cache_latents=false"),
+    "tokens": ("--cond=class", "--class_embed=token"),
+    "all": (
+        "--task=semantic",
+        "--cond=layout",
+        "--loss_weight=uncertainty",
+        "--offset_noise=0.1",
+        "--ema_stds=0.05,0.1",
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def tasked(start, told_data):
+    """tasked(name): a run of that task, four steps long, made once for all tests."""
+
+    @functools.cache
+    def tasked(name):
+        args = (*TASKS[name], f"--dataset={told_data}", "--max_steps=4", "--eval_every=4", "--snapshot_every=2")
+        return start("ldm", *args, keep=True).finish()
+
+    return tasked
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_trains_and_shows_what_it_draws(name, tasked):
+    run = tasked(name)
+    tensors, meta = run.checkpoint
+    first = tensors["model.unet.input_blocks.0.0.weight"].shape[1]
+    assert first == {"inpaint": 9, "sr": 7, "sr bicubic": 7, "semantic": 7, "pixels": 7, "all": 7}.get(name, 4)
+    assert tensors["ema.unet.conv_out.weight"].abs().max() > 0
+    if name in ("semantic", "all"):
+        assert tensors["model.rescaler.conv.weight"].shape == (3, 4, 1, 1)
+    if name == "sr":
+        assert tensors["model.unet.class_embed.weight"].shape[0] == 1000
+    if name == "tokens":
+        assert tensors["model.class_tokens.weight"].shape == (4, 16) and "model.unet.class_embed.weight" not in tensors
+    if name == "layout":
+        assert meta["shown"][0].startswith(("red blob 0.", "green blob 0.", "blue blob 0."))
+    with Image.open(run.out / "samples_00000004.png") as grid, Image.open(run.out / "predictions_00000004.png") as seen:
+        assert seen.size[0] == 6 * 132 and grid.size[0] in (2 * 132, 3 * 132)
+    pipeline, given = sample.load_pipeline(str(run.out)), {}
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    task = TASKS[name][0].removeprefix("--task=")
+    if task == "inpaint":
+        mask = torch.zeros(2, 1, 16, 16)
+        mask[:, :, 4:12, 4:12] = 1
+        given = {"image": image, "mask": mask}
+    elif task == "sr":
+        given = {"low": image[..., :: meta["model"]["sr_scale"], :: meta["model"]["sr_scale"]]}
+    elif task == "semantic":
+        given = {"map": torch.randint(-1, 4, (2, 16, 16))}
+    pictures = sample.generate(pipeline, pipeline.shown[:2], [0, 1], 2, 2.0, given=given)
+    assert pictures.shape == (2, 3, 16, 16) and pictures.isfinite().all()
+    other = {key: t.flip(-1) for key, t in given.items()}
+    if given:
+        assert not torch.equal(sample.generate(pipeline, pipeline.shown[:2], [0, 1], 2, 2.0, given=other), pictures)
+
+
+@pytest.mark.parametrize("name", ["inpaint", "sr", "all"])
+def test_a_task_resumes_bit_for_bit_and_two_ranks_are_one(name, tasked, start, told_data, tmp_path):
+    args = (*TASKS[name], f"--dataset={told_data}", "--eval_every=4", "--snapshot_every=2")
+    half = start("ldm", *args, "--max_steps=2", folder=tmp_path).finish()
+    assert half.checkpoint[1]["step"] == 2
+    assert_same(
+        start("ldm", *args, "--max_steps=4", folder=tmp_path).finish().checkpoint[0], tasked(name).checkpoint[0]
+    )
+    one = start("ldm", *args, "--max_steps=2", "--dtype=float64").finish()
+    two = start("ldm", *args, "--max_steps=2", "--dtype=float64", "--batch_size=1", "--grad_accum=2", ranks=2).finish()
+    assert_same(one.checkpoint[0], two.checkpoint[0], atol=1e-9)
+
+
+def test_a_run_makes_averages_of_any_length(tasked):
+    run = tasked("all")
+    model = {n: t for n, t in run.checkpoint[0].items() if n.startswith("model.")}
+    for std in (0.05, 0.1, 0.15):
+        denoiser = sample.load_pipeline(str(run.out), std).denoiser
+        assert denoiser.state_dict().keys() == {n.removeprefix("model.") for n in model}
+    kept = convert.posthoc_ema(str(run.out), 0.1)["ema.unet.conv_out.weight"]
+    torch.testing.assert_close(kept, run.checkpoint[0]["ema_power_1.unet.conv_out.weight"], rtol=1e-3, atol=1e-6)
+    assert not torch.equal(run.checkpoint[0]["ema_power_0.unet.conv_out.weight"], kept)
+
+
+def test_a_frozen_tower_is_named_and_left_alone(start, tmp_path, test_data, monkeypatch):
+    """Small stand-ins for the towers: the widths of the real ones are those of test_text.py."""
+    merges = str(test_data / "assets/bpe_simple_vocab_16e6.txt.gz")
+    small = "width=16, layers=2, heads=2, activation='gelu', layer='penultimate', pad='zero'"
+    (tmp_path / "sitecustomize.py").write_text("")
+    torch.manual_seed(0)
+    tower = CLIPTextEncoder(**eval(f"dict({small})"), merges=merges)
+    save_file(tower.state_dict(), tmp_path / "tower.safetensors")
+    args = ("--text_encoder=openclip_h", f"--tower_weights={tmp_path}/tower.safetensors", f"--clip_vocab={merges}")
+    line = start("ldm", *args, "--max_steps=2").fail()
+    assert "does not hold openclip_h's weights" in line
+    line = start("ldm", "--text_encoder=clip_l").fail()
+    assert "text_encoder=clip_l wants tower_weights=FILE" in line
+
+
+@pytest.mark.parametrize(
+    "args, wanted",
+    [
+        ("--task=sr --sr_scale=3", "image_size=16 is not a multiple of sr_scale=3"),
+        ("--task=semantic", "task=semantic, but the images in .* have no label maps: add KEY.map.png"),
+        ("--cond=layout", "cond=layout, but the images in .* have no boxes"),
+        ("--task=sr --sr_noise=1000", "sr_noise=1000 is not a level: choose 0 to 999"),
+        ("--task=sr --sr_noise=9 --cond=class", "sr_noise and cond=class both want the class embedding"),
+        ("--ema_stds=0.5", "ema_stds: 0.5 is no relative length"),
+        ("--zero_snr=True --schedule=scaled_linear --objective=eps", "zero_snr"),
+        ("--loss_weight=snr", "loss_weight=snr is not one of none, min_snr, uncertainty"),
+        ("--offset_noise=-1", "offset_noise=-1.0 must not be negative"),
+    ],
+)
+def test_settings_that_do_not_go_together(args, wanted, start):
+    assert re.search(wanted, start("ldm", *args.split()).fail())
+
+
+CONFIGS = sorted(Path(train_ldm.__file__).parent.glob("config/*_ldm.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_name_settings_that_exist_and_count_their_parameters(path):
+    """A recipe that tells its parameters has as many; the published counts are exact in test_unet.py."""
+    scope = {name: setting.default for name, setting in configurator.find_settings(vars(train_ldm)).items()}
+    config = scope | configurator.parse([str(path)], scope)
+    train_ldm.check_settings(config)
+    told = re.search(r"([\d.]+) M parameters", path.read_text().split("\n")[0])
+    if not told:
+        return
+    latents = 3 if "f4" in config["first_stage"] else 4
+    concat = {"none": 0, "inpaint": 1 + latents, "sr": 3, "semantic": 3}[config["task"]]
+    context = config["text_width"] if config["cond"] in ("text", "layout") or config["class_embed"] == "token" else 0
+    arguments = {name: config[name] for name in inspect.signature(UNet).parameters if name in config}
+    with torch.device("meta"):
+        unet = UNet(
+            **arguments | dict(in_channels=latents, out_channels=latents, concat_channels=concat, context_dim=context)
+        )
+    assert f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}" == told[1]

@@ -1,6 +1,6 @@
 """Makes a small captioned data set, "a small red star on a blue background", and marks pictures drawn by its prompts.
 
-    python data/shapes/prepare.py                        # seconds: pictures, captions, tokenizer, prompts
+    python data/shapes/prepare.py                        # seconds: pictures, captions, maps, boxes, tokenizer, prompts
     python data/shapes/prepare.py --n_train=2000         # fewer pictures
     python data/shapes/prepare.py --score=out/samples    # how many sampled pictures show what their prompt says
 
@@ -118,7 +118,11 @@ def draw_mask(shape, cx, cy, radius, side):
 
 
 def make_split(split, n, side, seed):
-    """images (n, side, side, 3) uint8, captions, labels; picture i depends on (seed, split, i) alone."""
+    """images (n, side, side, 3), captions, labels, maps (n, side, side), boxes (n, 4) [x, y, w, h], their names.
+
+    Picture i depends on (seed, split, i) alone. A map is 0 on the background and label + 1 where the shape covers more
+    than half of the pixel; the box holds these; its name is color and shape.
+    """
     key = (seed, zlib.crc32(split.encode()))
     u = np.stack([np.random.default_rng((*key, i)).random(6, dtype=np.float32) for i in range(n)])  # (n, 6) in [0, 1)
     allowed = combinations(seed)
@@ -130,13 +134,18 @@ def make_split(split, n, side, seed):
     fg = np.array([PALETTE[name] for name in colors], dtype=np.float32) * (1 + BRIGHTNESS_JITTER * signed[:, 4:5])
     bg = np.array([PALETTE[name] for name in backgrounds], dtype=np.float32) * (1 + BRIGHTNESS_JITTER * signed[:, 5:6])
     labels = np.array([SHAPES.index(name) for name in shapes])
-    images = np.empty((n, side, side, 3), dtype=np.uint8)
+    images, maps = np.empty((n, side, side, 3), dtype=np.uint8), np.empty((n, side, side), dtype=np.uint8)
     for label, shape in enumerate(SHAPES):
         members = np.flatnonzero(labels == label)
         for i in np.split(members, range(64, len(members), 64)):  # 64 at a time stay in the cache
             mask = draw_mask(shape, cx[i], cy[i], radius[i], side)[..., None]
             images[i] = bg[i, None, None] + mask * (fg - bg)[i, None, None] + 0.5
-    return images, [caption(*scene) for scene in scenes], labels
+            maps[i] = (mask[..., 0] > 0.5) * (label + 1)
+    columns, rows = maps.any(1), maps.any(2)
+    x, y = columns.argmax(1), rows.argmax(1)
+    boxes = np.stack([x, y, side - columns[:, ::-1].argmax(1) - x, side - rows[:, ::-1].argmax(1) - y], 1)
+    names = [f"{color} {shape}" for color, shape in zip(colors, shapes)]
+    return images, [caption(*scene) for scene in scenes], labels, maps, boxes, names
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------
@@ -329,7 +338,7 @@ def prepare(out_dir, n_train, n_val, size, seed, vocab_size):
         raise ValueError(f"n_train={n_train}, n_val={n_val}, size={size}: set these to at least 1, 1 and 32")
     drawing = dict(size=size, seed=seed, vocab_size=vocab_size, palette={k: list(v) for k, v in PALETTE.items()})
     drawing |= dict(shapes=list(SHAPES), radii=RADII, radius_jitter=RADIUS_JITTER, brightness_jitter=BRIGHTNESS_JITTER)
-    drawing |= dict(position=POSITION)
+    drawing |= dict(position=POSITION, map_classes=["background", *SHAPES])
     for split, n in (("val", n_val), ("train", n_train)):
         folder, meta = os.path.join(out_dir, split), dict(drawing, split=split, count=n)
         meta_path = os.path.join(folder, "meta.json")
@@ -340,14 +349,20 @@ def prepare(out_dir, n_train, n_val, size, seed, vocab_size):
                     continue
             os.remove(meta_path)
         os.makedirs(folder, exist_ok=True)
-        images, captions, labels = make_split(split, n, size, seed)
+        images, captions, labels, maps, boxes, names = make_split(split, n, size, seed)
+        objects = [{"bbox": [box], "categories": [name]} for box, name in zip(boxes.tolist(), names)]
+        records = [{"text": [text], "objects": of_image} for text, of_image in zip(captions, objects)]
         write(os.path.join(folder, "images.npy"), images)
         write(os.path.join(folder, "labels.npy"), labels)
-        write(os.path.join(folder, "captions.jsonl"), "".join(json.dumps([text]) + "\n" for text in captions))
+        write(os.path.join(folder, "maps.npy"), maps)
+        write(os.path.join(folder, "captions.jsonl"), "".join(json.dumps(record) + "\n" for record in records))
         if split == "val":
             write(os.path.join(out_dir, "sheet.png"), contact_sheet(images[:40], captions[:40]))
         else:
             write(os.path.join(out_dir, "classes.json"), json.dumps(SHAPES) + "\n")
+            write(os.path.join(out_dir, "map_classes.json"), json.dumps(["background", *SHAPES]) + "\n")
+            every = [f"{color} {shape}" for color in PALETTE for shape in SHAPES]
+            write(os.path.join(out_dir, "object_classes.json"), json.dumps(every) + "\n")
             write(os.path.join(out_dir, "bpe.tiktoken"), train_bpe(captions, vocab_size))
             write(os.path.join(out_dir, "prompts.txt"), "\n".join(choose_prompts(captions, seed)) + "\n")
         write(meta_path, json.dumps(meta, indent=1) + "\n")

@@ -1,0 +1,24 @@
+# LDM from boxes, 256 px, as published: 246.3 M parameters, a text encoder of 16 layers (VQ-f4). Not yet run.
+dataset = "data/openimages"
+first_stage = "out/vq_f4"
+cond = "layout"
+text_width = 512
+text_layers = 16
+text_length = 92
+channels = 128
+channel_mult = (1, 2, 3, 4)
+attention_ds = (8, 4, 2)
+head_dim = 32
+transformer_depth = 3
+linear_proj = False
+objective = "eps"
+schedule = "scaled_linear"
+beta_start = 0.0015
+beta_end = 0.0205
+loss_type = "l1"
+batch_size = 24
+max_steps = 500_000  # ours: the published number is not known
+lr = 4.8e-5
+warmup_steps = 0
+grad_clip = 0.0
+out_dir = "out/layout_ldm"

@@ -1,0 +1,23 @@
+# LDM on LSUN churches, 256 px, as published: 295.0 M parameters on KL-f8 latents (FID 4.02). Not yet run.
+dataset = "data/lsun"
+first_stage = "out/vae"
+cond = "none"
+channels = 192
+channel_mult = (1, 2, 2, 4, 4)
+attention_ds = (1, 2, 4, 8)
+num_heads = 8
+head_dim = 0
+transformer_depth = 0
+scale_shift = True
+resblock_updown = True
+objective = "eps"
+schedule = "scaled_linear"
+beta_start = 0.0015
+beta_end = 0.0155
+loss_type = "l1"
+batch_size = 96
+max_steps = 500_000  # ours: the published number is not known
+lr = 5e-5
+warmup_steps = 10_000
+grad_clip = 0.0
+out_dir = "out/lsun_churches_ldm"

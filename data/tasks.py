@@ -1,0 +1,222 @@
+"""
+What an image-conditioned denoiser is shown in training, made from the data.
+
+    random_mask    where to paint: strokes, boxes, or what lies beyond a border
+    degrade        a picture made small, and worse, for super-resolution
+    layout_string  objects as text, for unet.LayoutTokenizer
+    WithCondition  a Stream or a latent cache whose items bring their condition
+
+All of it is a pure function of the seed, and in WithCondition of (seed, task, position): see data/dataset.py.
+"""
+
+import io
+import math
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from data.dataset import BadImage, seed_of, to_tensor
+
+TASKS = ("none", "inpaint", "sr", "semantic", "layout")
+DEGRADATIONS = ("bicubic", "bsr")
+
+
+def random_mask(sides, *seed):
+    """
+    (1,H,W) float32, 1 where to paint and 0 where the picture is known; sides are (H, W), seed any numbers and strings.
+
+    Half of the masks are strokes, a quarter boxes, a fifth border (beyond one side or more, up to a frame), one in
+    twenty everything. They are wide, as LaMa's are (Suvorov et al. 2022, arXiv 2109.07161): on average 0.39 of the
+    picture is to be painted, in eight masks of ten 0.12 to 0.7, and never nothing.
+    """
+    height, width = sides
+    rng = np.random.default_rng(seed_of("mask", *seed))
+    side, kind = min(height, width), rng.random()
+    image = Image.new("L", (width, height), 0)
+    pen = ImageDraw.Draw(image)
+    if kind < 0.5:  # strokes
+        for _ in range(rng.integers(1, 6)):
+            x, y, angle = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0, 2 * math.pi)
+            radius = max(side * rng.uniform(0.03, 0.18), 0.5)
+            points = [(x, y)]
+            for _ in range(rng.integers(1, 6)):
+                angle += rng.normal(0, 1)
+                length = side * rng.uniform(0.05, 0.6)
+                x, y = x + length * math.cos(angle), y + length * math.sin(angle)
+                x, y = min(max(x, 0), width - 1), min(max(y, 0), height - 1)  # along the border, not beyond it
+                points.append((x, y))
+            pen.line(points, 1, width=max(round(2 * radius), 1))
+            for x, y in points:  # round joints and ends
+                pen.ellipse((x - radius, y - radius, x + radius, y + radius), 1)
+    elif kind < 0.75:  # boxes
+        for _ in range(rng.integers(1, 5)):
+            w, h = (max(round(v), 1) for v in side * rng.uniform(0.12, 0.6, 2))
+            x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+            pen.rectangle((int(x), int(y), int(x + w - 1), int(y + h - 1)), 1)
+    elif kind < 0.95:  # border
+        beyond = rng.random(4) < 0.4  # left, top, right, bottom
+        beyond[rng.integers(4)] = True
+        share = rng.uniform(0.1, 0.75 if beyond.sum() == 1 else 0.4, 4) * beyond
+        left, top, right, bottom = np.maximum(np.round(share * (width, height, width, height)), beyond).tolist()
+        pen.rectangle((0, 0, width, height), 1)
+        if left < width - right and top < height - bottom:
+            pen.rectangle((left, top, width - right - 1, height - bottom - 1), 0)
+    else:
+        pen.rectangle((0, 0, width, height), 1)
+    return torch.from_numpy(np.array(image, dtype=np.float32))[None]
+
+
+# -----------------------------------------------------------------------------
+# degradation
+
+
+def gaussian_blur(image, covariance):
+    """Any Gaussian, by its spectrum; image (H,W,C), covariance (2,2) in squared pixels of (x, y), borders mirrored."""
+    pad = math.ceil(3 * math.sqrt(np.linalg.eigvalsh(covariance).max()))
+    x = np.pad(image.astype(np.float32), ((pad, pad), (pad, pad), (0, 0)), mode="symmetric")
+    fx, fy = np.fft.rfftfreq(x.shape[1]), np.fft.fftfreq(x.shape[0])[:, None]
+    (xx, xy), (_, yy) = covariance
+    response = np.exp(-2 * math.pi**2 * (xx * fx**2 + 2 * xy * fx * fy + yy * fy**2)).astype(np.float32)
+    x = np.fft.irfft2(np.fft.rfft2(x, axes=(0, 1)) * response[..., None], s=x.shape[:2], axes=(0, 1))
+    return x[pad : pad + image.shape[0], pad : pad + image.shape[1]]
+
+
+def degrade(image, scale, *seed, kind="bicubic"):
+    """
+    (3,H,W) in [-1,1] -> (3,H/scale,W/scale), in 256 levels as pictures come from files; seed as in random_mask.
+
+    kind "bicubic": antialiased, nothing random. "bsr": two blurs, a resize, noise and JPEG in random order, then JPEG,
+    after BSRGAN (Zhang et al. 2021, arXiv 2103.14006, section 3) but lightly, so that what is there can still be told:
+    an isotropic Gaussian of 0.1 to 0.7 pixels and another of 0.1 to 1.4 along each of two turned axes (at scale 4, else
+    in proportion), noise of 1 to 6 of 255, grey or colored, JPEG of quality 70 to 95.
+    """
+    height, width = image.shape[-2:]
+    if kind not in DEGRADATIONS:
+        raise ValueError(f"degradation {kind!r} is not known: choose {' or '.join(DEGRADATIONS)}")
+    if not isinstance(scale, int) or scale < 1 or height % scale or width % scale:
+        raise ValueError(f"an image of {height} x {width} is not to be divided by scale {scale}: set another scale")
+    small = width // scale, height // scale
+    pixels = ((image.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    if kind == "bicubic":
+        return to_tensor(Image.fromarray(pixels).resize(small, Image.Resampling.BICUBIC))
+    rng = np.random.default_rng(seed_of("degrade", *seed))
+
+    def to_bytes(x):
+        return np.clip(np.round(x), 0, 255).astype(np.uint8)
+
+    def blur(x, sigmas, angle=0.0):
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        return to_bytes(gaussian_blur(x, turn @ np.diag(np.square(sigmas) * (scale / 4) ** 2) @ turn.T))
+
+    def isotropic(x):
+        return blur(x, [rng.uniform(0.1, 0.7)] * 2)
+
+    def anisotropic(x):
+        return blur(x, rng.uniform(0.1, 1.4, 2), rng.uniform(0, math.pi))
+
+    def resize(x):
+        x, filters = Image.fromarray(x), (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX)
+        first, second = (filters[k] for k in rng.integers(0, 3, 2))
+        if rng.random() < 0.25:  # by way of another size
+            share = rng.uniform(1 / scale, 1)
+            x = x.resize((round(share * width), round(share * height)), first)
+        return np.asarray(x.resize(small, second))
+
+    def noise(x):
+        channels = 1 if rng.random() < 0.5 else 3
+        return to_bytes(x + rng.uniform(1, 6) * rng.standard_normal((*x.shape[:2], channels)))
+
+    def jpeg(x):
+        file = io.BytesIO()
+        Image.fromarray(x).save(file, "JPEG", quality=int(rng.integers(70, 96)))
+        return np.asarray(Image.open(file))
+
+    steps = [isotropic, anisotropic, resize, noise, jpeg]
+    for k in rng.permutation(len(steps)):
+        pixels = steps[k](pixels)
+    return to_tensor(Image.fromarray(jpeg(pixels)))
+
+
+# -----------------------------------------------------------------------------
+# layout
+
+
+def layout_string(objects, classes=None):
+    """
+    "red circle 0.10 0.20 0.50 0.60; ...", the biggest first, from the (name, x0, y0, x1, y1) of Dataset.boxes.
+
+    Given classes, objects of others are left out: validation may have some that the tokenizer was not made with.
+    """
+    objects = [o for o in objects if classes is None or o[0] in classes]
+    objects.sort(key=lambda o: -(o[3] - o[1]) * (o[4] - o[2]))
+    return "; ".join(f"{name} {x0:.3f} {y0:.3f} {x1:.3f} {y1:.3f}" for name, x0, y0, x1, y1 in objects)
+
+
+# -----------------------------------------------------------------------------
+# items with their condition
+
+
+class WithCondition(torch.utils.data.Dataset):
+    """
+    [p] -> stream[p] and "condition", a dict of tensors, from the same crop and flip; stream is a Stream or LatentCache.
+
+        none      {}
+        inpaint   {"image": (3,S,S) the whole picture, "mask": (1,S,S)}
+        sr        {"low": (3,S/scale,S/scale)}
+        semantic  {"map": (S,S) int64, -1 unknown}
+        layout    {}, and text is the item's layout
+
+    Masks and degradations depend on (seed, task, p) alone, so validation sees the same ones each time. An item whose
+    condition does not read is named in bad and replaced by that of another position, a function of (seed, p).
+    """
+
+    def __init__(self, stream, task, seed, scale=4, kind="bsr"):
+        """scale, kind: of "sr", see degrade."""
+        self.stream, self.task, self.seed, self.scale, self.kind = stream, task, seed, scale, kind
+        self.is_cache = hasattr(stream, "images")
+        self.images = images = stream.images if self.is_cache else stream.dataset
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is not known: choose one of {', '.join(TASKS)}")
+        if task == "sr":
+            degrade(torch.zeros(3, images.image_size, images.image_size), scale, kind=kind)  # refuses what cannot be
+        if task == "semantic" and not (images.has_maps and images.map_classes):
+            raise ValueError(f"{images.path} has no semantic maps: add KEY.map.png, maps.npy or a column {'map'!r}")
+        if task == "layout" and not images.has_objects:
+            raise ValueError(
+                f'{images.path} has no objects: give "objects": {{"bbox": ..., "categories": ...}} in JSON'
+            )
+        self.classes = frozenset(images.object_classes) if task == "layout" else None
+
+    def condition(self, p, item):
+        """What is added to an item of position p; raises BadImage."""
+        images, index, flip, crop = self.images, item["index"], item["flip"], {}
+        if not self.is_cache and self.stream.crop == "random":
+            crop = dict(crop="random", u=self.stream.draw(p, len(item["bad"]))["u"])
+        if self.task in ("inpaint", "sr"):  # a cache's items hold latents
+            x = images.pixels(index, flip=flip) if self.is_cache else item["image"]
+        if self.task == "inpaint":
+            return {"condition": {"image": x, "mask": random_mask(x.shape[1:], self.seed, "inpaint", p)}}
+        if self.task == "sr":
+            return {"condition": {"low": degrade(x, self.scale, self.seed, "sr", p, kind=self.kind)}}
+        if self.task == "semantic":
+            classes = images.map(index, flip=flip, **crop)
+            if classes.max() >= images.map_classes:
+                count = f"class {classes.max()} of its map is not among {images.map_classes}"
+                raise BadImage(f"{item['key']}: {count}: name all in map_classes.json")
+            return {"condition": {"map": classes}}
+        if self.task == "layout":
+            return {"condition": {}, "text": layout_string(images.boxes(index, flip, **crop), self.classes)}
+        return {"condition": {}}
+
+    def __getitem__(self, p):
+        bad, count = [], len(self.images)
+        for attempt in range(100):
+            at = seed_of(self.seed, "replace condition", p, attempt) % count if attempt else p
+            item = self.stream[at]
+            bad += item["bad"]
+            try:
+                return {**item, **self.condition(at, item), "bad": bad}
+            except BadImage as e:
+                bad.append(str(e))
+        raise ValueError(f"all of 100 images tried in {self.images.path} have no {self.task} condition: {bad[0]}")
