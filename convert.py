@@ -2,6 +2,7 @@
 
     VAE.from_pretrained("out/vae")        # ends up in load_vae
     UNet.from_pretrained("out/ldm")       # in load_unet
+    sample.load_pipeline("out/ldm")       # in load_denoiser, load_vae and load_tower
 
 So far it reads this repository's own files; other people's layouts join them here.
 """

@@ -1129,13 +1129,13 @@ def check_settings(config, pipeline):
     if c.sampler not in samplers:
         raise ValueError(f"sampler {c.sampler!r} is not one of {', '.join(samplers)}")
     conditional = pipeline.text is not None or pipeline.num_classes > 0
-    guided = c.cfg != 1 and (conditional or bool(c.guide_ckpt))
+    is_guided = c.cfg != 1 and (conditional or bool(c.guide_ckpt))
     bulk, between, prompted = c.num_samples != 0, c.interpolate != 0, pipeline.text is not None
     other_task = f"is not for this checkpoint, of task={task}"
     rules = [  # settings, whether they have a meaning here, why not
         ("cfg", conditional or c.guide_ckpt, "has nothing to guide towards: this checkpoint is unconditional"),
         ("guide_ckpt", c.cfg != 1, "needs a cfg above 1"),
-        ("cfg_from cfg_to cfg_rescale", guided, "needs guidance: set cfg, or leave it out"),
+        ("cfg_from cfg_to cfg_rescale", is_guided, "needs guidance: set cfg, or leave it out"),
         ("negative source_prompt prompt_to", prompted, "is not for this checkpoint, which takes no prompt"),
         ("negative", c.cfg != 1, "needs a cfg above 1"),
         ("negative", not c.guide_ckpt, "has no place beside guide_ckpt: set one of them"),
@@ -1147,11 +1147,7 @@ def check_settings(config, pipeline):
         ("mask strength invert", bool(c.init_image), "needs init_image"),
         ("mask strength size", task != "sr", other_task),
         ("invert num_samples interpolate", task == "none", other_task),
-        (
-            "strength n seed",
-            not c.invert,
-            "is not for --invert, which goes all the way, once and without a seed's noise",
-        ),
+        ("strength n seed", not c.invert, "is not for --invert, which goes all the way, once, without a seed"),
         ("source_prompt", c.invert, "is for --invert"),
         ("seed_to prompt_to", between, "is for --interpolate"),
         ("n init_image prompts", not between, "is not for --interpolate"),

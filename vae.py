@@ -392,7 +392,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def decode_tiled(self, z, tile=64, overlap=16):
-        """`decode` in tiles of tile x tile latents, blended linearly where they overlap: memory that does not grow.
+        """`decode` in tiles of tile x tile latents, blended linearly where they overlap, for large pictures.
 
         Away from the seams a purely convolutional decoder gives what `decode` does; norms and attention see one tile
         only, so keep the tile about as large as the pictures of the training.
