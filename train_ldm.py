@@ -34,21 +34,8 @@ from configurator import configure
 from convert import hash_weights, power_exponent
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
 from data.tasks import WithCondition, layout_string
-from sample import (
-    Pipeline,
-    augment_low,
-    generate,
-    image_condition,
-    make_schedule,
-    read_prompts,
-    sample_times,
-    save_grid,
-    show_condition,
-    t_max,
-    target,
-    to_x0,
-    unet_time,
-)
+from diffusion import make_schedule, sample_times, t_max, target, to_x0, unet_time
+from sample import Pipeline, augment_low, generate, image_condition, read_prompts, save_grid, show_condition
 from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer
 from vae import VAE
 
@@ -557,8 +544,8 @@ def check_settings(cfg):
             raise ValueError(f"{name}={cfg[name]} must lie between 0 and 1")
     if not cfg["beta_start"] < cfg["beta_end"] < 1:
         raise ValueError(f"beta_start={cfg['beta_start']}, beta_end={cfg['beta_end']}: the first must be the smaller")
-    if cfg["task"] == "sr" and cfg["sr_noise"] and cfg["cond"] == "class" and cfg["class_embed"] == "add":
-        raise ValueError("sr_noise and cond=class both want the class embedding: set class_embed=token or sr_noise=0")
+    if cfg["task"] == "sr" and cfg["sr_noise"] and cfg["cond"] == "class":
+        raise ValueError("sr_noise and cond=class both want the class embedding: set one of them to 0 or none")
     if not 0 <= cfg["sr_noise"] < 1000:
         raise ValueError(f"sr_noise={cfg['sr_noise']} is not a level: choose 0 to 999")
     if cfg["cond"] == "text" and (cfg["text_encoder"] == "joint") != (not cfg["tower_weights"]):
@@ -665,7 +652,7 @@ if __name__ == "__main__":
 
     # model
     torch.manual_seed(seed_of(seed, "init"))
-    text, tower, class_tokens, rescaler, context_dim, unet_classes = None, None, None, None, 0, 0
+    text, tower, tower_hash, class_tokens, rescaler, context_dim, unet_classes = None, None, None, None, None, 0, 0
     if cond == "layout":
         source = bytes(tensors["text.bpe"].tolist()) if resumed else "layout " + json.dumps({"names": object_names})
         text = TextEncoder(text_width, text_layers, text_heads, text_length, source)
@@ -682,6 +669,7 @@ if __name__ == "__main__":
             raise ValueError(f"{latest} was trained with another tokenizer than {tokenizer}: use another out_dir")
     elif cond == "text":
         tower = CLIPTextEncoder.from_pretrained(tower_weights, name=text_encoder, merges=clip_vocab)
+        tower_hash = hash_weights(tower)
         tower.to(device, torch.bfloat16 if dtype == "bfloat16" else param_dtype)
     if text is not None or tower is not None:
         context_dim = (text or tower).width
@@ -721,7 +709,7 @@ if __name__ == "__main__":
     model_settings |= dict(cond=cond, num_classes=num_classes, image_size=image_size, class_embed=class_embed)
     model_settings |= dict(objective=objective, schedule=schedule, beta_start=beta_start, beta_end=beta_end)
     model_settings |= dict(zero_snr=zero_snr, uncertainty=loss_weight == "uncertainty", ema_stds=ema_stds)
-    model_settings |= dict(text_encoder=text_encoder, tower_hash=tower and hash_weights(tower)) | task_settings
+    model_settings |= dict(text_encoder=text_encoder, tower_hash=tower_hash) | task_settings
 
     # optimizer: no weight decay on biases and norms
     decayed = [p for p in model.parameters() if p.ndim >= 2]

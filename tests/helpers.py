@@ -31,7 +31,15 @@ RUN_ARGS = (
 ARGS = {"vae": f"{VAE_ARGS} {RUN_ARGS} --out_dir=out", "ldm": f"{UNET_ARGS} {RUN_ARGS} --out_dir=out"}
 
 context = multiprocessing.get_context("forkserver")
-preload = ["torch._dynamo", "torch.utils.flop_counter", "matplotlib.pyplot", "sample", "train_ldm", "train_vae"]
+preload = [
+    "torch._dynamo",
+    "torch.utils.flop_counter",
+    "matplotlib.pyplot",
+    "diffusion",
+    "sample",
+    "train_ldm",
+    "train_vae",
+]
 context.set_forkserver_preload([*preload, "helpers"])
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert
+import diffusion
 import sample
 from unet import TextEncoder, UNet
 from vae import VAE
@@ -78,7 +79,7 @@ def test_stage_2_gives_its_text_encoder(runs):
 def test_load_pipeline(runs, x, name):
     run, pipeline = runs[name], sample.load_pipeline(runs[name].path)
     objective, schedule = ("eps", "scaled_linear") if name == "class" else ("v", "cosine")
-    expected = sample.make_schedule(schedule, 0.0015, 0.0195, zero_snr=False)
+    expected = diffusion.make_schedule(schedule, 0.0015, 0.0195, zero_snr=False)
     assert pipeline.objective == objective and pipeline.schedule is expected
     assert pipeline.latent_shape == (3, 8, 8) and pipeline.shown == run.shown
     assert pipeline.num_classes == (4 if name == "class" else 0)

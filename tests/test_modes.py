@@ -12,28 +12,23 @@ import pytest
 import torch
 from conftest import fill
 from PIL import Image
-from test_sample import FAST, MEAN, STD, command, gaussian_denoiser, noisy, normal, records, seeded  # noqa: F401
+from test_diffusion import MEAN, STD, gaussian_denoiser, noisy, normal
+from test_sample import FAST, command, records, seeded  # noqa: F401
 
 import convert
 import sample
 import train_ldm
 import unet
+from diffusion import ddim_invert, keep_known, make_denoiser, make_schedule, randn, sample_times, samplers
 from sample import (
     Between,
     augment_low,
-    ddim_invert,
     decode,
     draw_many,
     fit,
     generate,
     image_condition,
-    keep_known,
     load_pipeline,
-    make_denoiser,
-    make_schedule,
-    randn,
-    sample_times,
-    samplers,
     seeded_noise,
     slerp,
     to_pil,

@@ -23,6 +23,7 @@ from test_train_vae import continued, make_images
 
 import configurator
 import convert
+import diffusion
 import sample
 import train_ldm
 from data.dataset import Dataset, Stream, seed_of
@@ -83,7 +84,7 @@ def test_min_snr_weighs_the_error_of_x0(objective):
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - betas, 0)[net.t.round().long()]
     alpha, sigma = alpha_bar.sqrt().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
-    x0_hat = sample.to_x0(objective, torch.zeros(()), net.x.double(), alpha, sigma)
+    x0_hat = diffusion.to_x0(objective, torch.zeros(()), net.x.double(), alpha, sigma)
     snr = alpha_bar / (1 - alpha_bar)
     wanted = snr.clamp(max=3.0) * (x0_hat - x0).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close((weight * error).double(), wanted, rtol=1e-3, atol=1e-5)

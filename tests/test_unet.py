@@ -427,8 +427,8 @@ def test_bad_settings(settings, message):
 def test_overfits_one_batch():
     """Four latents with their noise, by the very step that training takes: the v loss falls from 1 to under 0.01."""
     torch.manual_seed(0)
-    cfg = dict(objective="v", schedule="cosine", beta_start=0.0, beta_end=0.0, timesteps="uniform")
-    cfg |= dict(cond="none", cond_drop=0.0)
+    cfg = dict(objective="v", schedule="cosine", beta_start=0.0, beta_end=0.0, zero_snr=False, timesteps="uniform")
+    cfg |= dict(cond_drop=0.0, loss_type="mse", loss_weight="none")
     unet = UNet(3, 3, channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_ds=(2,), norm_groups=8)
     models, batch = {"denoiser": Denoiser(unet)}, {"x0": normal(4, 3, 8, 8)}
     noise = {"eps": normal(4, 3, 8, 8, seed=1), "t": torch.tensor([0.1, 0.4, 0.7, 0.95]), "drop": torch.ones(4)}

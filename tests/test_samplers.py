@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sample import (
+from diffusion import (
     SPACINGS,
     make_denoiser,
     make_schedule,

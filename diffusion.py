@@ -1,0 +1,535 @@
+"""The diffusion process: noise schedules, objectives, samplers, guidance; all pure functions.
+
+A noisy sample is x_t = alpha(t) x0 + sigma(t) eps. Time runs from t = 0, data, to t = 1, noise. A schedule is the pair
+(alpha, sigma), an objective is a linear combination of x0 and eps, and a sampler sees the network only as
+`denoise(x, t) -> x0_hat`; so every objective goes with every schedule and every sampler. A new schedule is one more
+branch of make_schedule that gives betas or a pair (alpha, sigma); a new sampler is one more function in `samplers`.
+
+    process = make_schedule("flow")
+    denoise = make_denoiser(unet, process, "flow", {"context": text(["a red star"])})
+    x0 = sample_heun(denoise, torch.randn(1, 4, 32, 32), sample_times(20, process), process)
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+# --- noise schedules ---
+
+
+class Schedule(NamedTuple):
+    name: str
+    alpha: Callable  # of a float tensor t in [0, 1], any shape, dtype and device; alpha(0) = 1
+    sigma: Callable  # likewise; sigma(0) = 0
+    discrete: int  # T for a DDPM table, whose index i stands at t = (i + 1) / T; 0 for continuous time
+
+
+SCHEDULES = ("linear", "scaled_linear", "quadratic", "sqrt", "sigmoid", "squared_cosine", "cosine", "flow")
+
+
+@functools.cache  # a training step may ask for it every time
+def make_schedule(name, beta_start=0.00085, beta_end=0.012, T=1000, zero_snr=False):
+    """The noise schedule of that name: a DDPM table of T entries, index i = 0 to T - 1, or one in continuous time.
+
+    linear          beta linear in i (Ho et al. 2020, there 1e-4 to 0.02)
+    scaled_linear   sqrt(beta) linear in i: Stable Diffusion, where CompVis calls it "linear"
+    quadratic       scaled_linear by the name it has elsewhere
+    sqrt            beta^2 linear in i, from beta_start (not its square) to beta_end: CompVis' "sqrt"
+    sigmoid         beta from beta_start to beta_end along a sigmoid over [-6, 6]
+    squared_cosine  alpha_bar = cos^2 of i, beta at most 0.999 (Nichol & Dhariwal 2021, eq. 17; the betas' ends play no
+                    part): diffusers' squaredcos_cap_v2
+    cosine          continuous: alpha = cos(pi t / 2), sigma = sin(pi t / 2)
+    flow            continuous: alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023)
+
+    zero_snr: bring a table's last alpha to 0 (Lin et al. 2024, Algorithm 1), which eps cannot be used with; refused for
+    cosine and flow, which end there by themselves.
+    """
+    if name == "cosine" or name == "flow":
+        if zero_snr:
+            raise ValueError(f"schedule {name!r} ends at zero SNR by itself: leave zero_snr=False")
+        if name == "flow":
+            return Schedule(name, lambda t: 1 - t, lambda t: t, 0)
+        # the cosine is written as a sine so that alpha(1) is exactly 0
+        return Schedule(name, lambda t: torch.sin(math.pi / 2 * (1 - t)), lambda t: torch.sin(math.pi / 2 * t), 0)
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+    if not 0 < beta_start <= beta_end < 1 or T < 2:
+        raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}, T={T}: need 0 < start <= end < 1 and T >= 2")
+
+    def line(start, end):
+        return torch.linspace(start, end, T, dtype=torch.float64)
+
+    if name == "linear":
+        betas = line(beta_start, beta_end)
+    elif name == "sqrt":
+        betas = line(beta_start, beta_end) ** 0.5
+    elif name == "sigmoid":
+        betas = beta_start + (beta_end - beta_start) * torch.sigmoid(line(-6, 6))
+    elif name == "squared_cosine":
+        alpha_bar = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    else:
+        betas = line(beta_start**0.5, beta_end**0.5) ** 2
+    return table_schedule(name, betas, zero_snr)
+
+
+def table_schedule(name, betas, zero_snr=False):
+    """A DDPM table in continuous time: log-SNR is linear between entries, sigma^2 between the first entry and t = 0.
+
+    With zero_snr, log-SNR falls to -inf at the last entry: alpha is linear between the last two.
+    """
+    T = len(betas)
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    if zero_snr:  # Lin et al. 2024, Algorithm 1
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    log_snr = torch.log(alpha_bar / (1 - alpha_bar))  # sigmoid(-log_snr) is sigma^2, exact where 1 - alpha_bar is not
+    first_variance, last_but_one = float(1 - alpha_bar[0]), float(alpha_bar[-2])
+
+    @functools.cache  # one copy per device, not one per step
+    def table(device, dtype):
+        return log_snr.to(device=device, dtype=dtype)
+
+    def variance(t, sign):
+        """alpha^2 for sign = 1, sigma^2 for sign = -1."""
+        position = t * T  # entry i stands at i + 1
+        entries, below = table(t.device, t.dtype), position.long().clamp(1, T - 1)
+        between = torch.sigmoid(sign * torch.lerp(entries[below - 1], entries[below], position - below))
+        start = first_variance * position
+        if zero_snr:
+            end = last_but_one * (T - position) ** 2
+            between = torch.where(position < T - 1, between, end if sign == 1 else 1 - end)
+        return torch.where(position < 1, 1 - start if sign == 1 else start, between)
+
+    return Schedule(name, lambda t: variance(t, 1).sqrt(), lambda t: variance(t, -1).sqrt(), T)
+
+
+def unet_time(schedule, t):
+    """What the network is told of t: 1000 t, or a table's index (fractional between entries, 0 below the first)."""
+    return (schedule.discrete * t - 1).clamp(min=0) if schedule.discrete else 1000 * t
+
+
+# --- objectives: what the network predicts ---
+
+OBJECTIVES = ("eps", "v", "x0", "flow")
+
+
+def target(objective, x0, eps, alpha, sigma):
+    """What the network should predict at alpha x0 + sigma eps; alpha and sigma broadcast, as (B, 1, 1, 1) does."""
+    if objective == "eps":
+        return eps
+    if objective == "v":
+        return alpha * eps - sigma * x0  # Salimans & Ho 2022, section 4
+    if objective == "x0":
+        return x0
+    if objective == "flow":
+        return eps - x0
+    raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+
+
+def to_x0(objective, prediction, x, alpha, sigma):
+    """The x0 that a prediction at x = alpha x0 + sigma eps stands for: the inverse of `target`, for any alpha, sigma.
+
+    "eps" divides by alpha: at alpha = 0 the noise is all that is seen and says nothing of x0.
+    """
+    if objective == "eps":
+        return (x - sigma * prediction) / alpha
+    if objective == "v":
+        return (alpha * x - sigma * prediction) / (alpha**2 + sigma**2)
+    if objective == "x0":
+        return prediction
+    if objective == "flow":
+        return (x - sigma * prediction) / (alpha + sigma)
+    raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+
+
+# --- the steps of a sampler ---
+
+
+def t_max(objective, schedule):
+    """Where sampling starts (and training ends): 1, or 0.995 where eps would meet alpha = 0 and tell nothing of x0.
+
+    A table that ends at alpha = 0 is refused with eps: it was made (zero_snr) so that the last entry be trained.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    blind = objective == "eps" and schedule.alpha(torch.ones(1)).item() == 0
+    if blind and schedule.discrete:
+        raise ValueError(
+            f"objective eps cannot be used at zero SNR, where schedule {schedule.name!r} ends: "
+            "choose objective v, or zero_snr=False"
+        )
+    return 0.995 if blind else 1.0
+
+
+SPACINGS = ("trailing", "leading", "linspace", "karras", "quadratic")
+
+
+def sample_times(steps, schedule, objective="v", spacing="trailing"):
+    """Times of `steps` steps, strictly descending: float64 (steps + 1,); on a table all but karras fall on entries.
+
+    trailing   equal steps from t_max to 0 (Lin et al. 2024, table 2)
+    leading    Stable Diffusion's: multiples of T / steps, rounded down, plus 1, and an end at entry 0, not at t = 0
+    linspace   equal steps from t_max to entry 0, then 0 (Nichol & Dhariwal 2021)
+    karras     equal steps in (sigma / alpha)^(1/7) from t_max to entry 0, then 0 (Karras et al. 2022, eq. 5);
+               where that ratio is infinite the first step is from t_max to below 0.995
+    quadratic  indices growing as a square up to 0.8 T, plus 1, and an end at entry 0 (Song et al. 2021, appendix D.2)
+
+    Entry 0 is at 1/T, in continuous time at 1/1000. All T steps of leading and quadratic are the whole table, down to
+    t = 0. The two start below t_max, where there is signal yet: leading at about 1 - 1 / steps. On a table
+    sigma ~ sqrt(t) near 0, so trailing's last step is the large one: second-order samplers gain less there.
+    """
+    T, top = schedule.discrete, t_max(objective, schedule)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: at least 1 is needed")
+    if T and steps > T:
+        raise ValueError(f"steps is {steps}: schedule {schedule.name!r} has only {T} times")
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
+    first, end, i, last = 1 / (T or 1000), 0.0, torch.arange(steps), max(steps - 1, 1)  # i in ascending time
+    if spacing == "trailing":  # rounded in integers: all distinct
+        times = ((2 * T * (i + 1) + steps) // (2 * steps)).double() / T if T else top * (i + 1).double() / steps
+    elif spacing == "linspace":
+        times = torch.linspace(top, first, steps, dtype=torch.float64).flip(0)
+        times = (T * times).round() / T if T else times
+    elif spacing == "karras":
+        ends = torch.tensor([top, first], dtype=torch.float64)
+        if schedule.alpha(ends[0]) == 0:
+            ends[0] = 0.995
+        high, low = ((schedule.sigma(ends) / schedule.alpha(ends)) ** (1 / 7)).tolist()
+        times = time_of_ratio(schedule, torch.linspace(high, low, steps, dtype=torch.float64).flip(0) ** 7)
+        times[-1] = top
+    elif T:
+        index = i * T // steps if spacing == "leading" else 8 * T * i**2 // (10 * last**2)
+        index = (index - i).cummax(0).values + i  # a square's first indices would coincide
+        offset = 1 if steps < T else 0
+        times, end = (index + offset + 1).double() / T, offset / T
+    else:
+        part = i.double() / steps if spacing == "leading" else 0.8 * (i.double() / last) ** 2
+        times, end = 2 * first + (top - 2 * first) * part, first
+    return torch.cat([torch.tensor([end], dtype=torch.float64), times]).flip(0)
+
+
+def time_of_ratio(schedule, ratio):
+    """The t at which sigma / alpha is `ratio`, a float64 tensor, by bisection to the last bit."""
+    low, high = torch.zeros_like(ratio), torch.ones_like(ratio)
+    for _ in range(60):
+        t = (low + high) / 2
+        noisier = schedule.sigma(t) > ratio * schedule.alpha(t)
+        low, high = torch.where(noisier, low, t), torch.where(noisier, t, high)
+    return (low + high) / 2
+
+
+def steps_of(times, schedule):
+    """(t, s, alpha_t, alpha_s, sigma_t, sigma_s) of every step from a time t to the next, s.
+
+    Python floats: samplers weigh in float64 whatever the dtype of x.
+    """
+    times = times.double().cpu()
+    t, alpha, sigma = times.tolist(), schedule.alpha(times).tolist(), schedule.sigma(times).tolist()
+    return list(zip(t[:-1], t[1:], alpha[:-1], alpha[1:], sigma[:-1], sigma[1:], strict=True))
+
+
+def randn(shape, generators=None, device=None, dtype=None):
+    """Standard normal noise; with `generators` (CPU, one per image) an image's noise is its own, whatever the batch."""
+    if generators is None:
+        return torch.randn(shape, device=device, dtype=dtype)
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for {shape[0]} images: give one each")
+    noise = [torch.randn(shape[1:], generator=generator) for generator in generators]  # float32: the same for any dtype
+    return torch.stack(noise).to(device=device, dtype=dtype)
+
+
+# --- samplers: (denoise, x, times, schedule, generators=None, **options) -> x0 ---
+# x is the sample at times[0], pure noise where that is t = 1; times descend to 0, or to an end with some noise left.
+
+
+def sample_ddpm(denoise, x, times, schedule, generators=None, noise_scale=1.0, variance="small"):
+    """Ancestral sampling from the posterior q(x_s | x_t, x0_hat) (Ho et al. 2020, eq. 7; Kingma et al. 2021, eq. 25).
+
+    `noise_scale` multiplies the noise put in at each step: below 1 for smoother samples. Its `variance` is "small", the
+    posterior's, right for data in one point, or "large", that of q(x_t | x_s), beta, right for data N(0, 1) (Ho et al.,
+    section 3.2).
+    """
+    if variance not in ("small", "large"):
+        raise ValueError(f"variance is {variance!r}: choose small or large")
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        x0 = denoise(x, t)
+        alpha_ts = alpha_t / alpha_s  # q(x_t | x_s) = N(alpha_ts x_s, var_ts)
+        var_ts = sigma_t**2 - alpha_ts**2 * sigma_s**2
+        x = (alpha_ts * sigma_s**2 / sigma_t**2) * x + (alpha_s * var_ts / sigma_t**2) * x0
+        std = noise_scale * var_ts**0.5 * (sigma_s / sigma_t if variance == "small" else float(sigma_s > 0))
+        if std > 0:
+            x = x + std * randn(x.shape, generators, x.device, x.dtype)
+    return x
+
+
+def sample_ddim(denoise, x, times, schedule, generators=None, eta=0.0):
+    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic at eta = 0, the very steps of `sample_ddpm` at eta = 1."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: choose between 0 (DDIM) and 1 (DDPM)")
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        x0 = denoise(x, t)
+        eps = (x - alpha_t * x0) / sigma_t
+        var_ts = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
+        std = eta * var_ts**0.5 * sigma_s / sigma_t  # eq. 16
+        x = alpha_s * x0 + max(sigma_s**2 - std**2, 0) ** 0.5 * eps  # eq. 12; rounding may leave -1e-17
+        if std > 0:
+            x = x + std * randn(x.shape, generators, x.device, x.dtype)
+    return x
+
+
+def sample_euler(denoise, x, times, schedule, generators=None):
+    """Euler's method on the probability-flow ODE (Song et al. 2021b, eq. 13) along straight lines.
+
+    With z = x / (alpha + sigma) and r = sigma / (alpha + sigma), z = (1 - r) x0 + r eps and dz/dr = (z - x0_hat) / r,
+    finite at both ends of every schedule. A step keeps x0_hat and eps fixed, so it is DDIM's at eta = 0.
+    """
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        z, r_t, r_s = x / (alpha_t + sigma_t), sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
+        slope = (z - denoise(x, t)) / r_t
+        x = (z + (r_s - r_t) * slope) * (alpha_s + sigma_s)
+    return x
+
+
+def sample_heun(denoise, x, times, schedule, generators=None):
+    """Heun's second-order method (Karras et al. 2022, Algorithm 1) in the coordinates z, r of `sample_euler`.
+
+    The last step, to r = 0, is Euler's; so S steps take 2 S - 1 evaluations. k-diffusion and diffusers average the
+    slopes in sigma / alpha, infinite at alpha = 0, instead: the same in the limit, with other second-order errors.
+    """
+    for t, s, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        z, r_t, r_s = x / (alpha_t + sigma_t), sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
+        slope = (z - denoise(x, t)) / r_t
+        z_s = z + (r_s - r_t) * slope
+        if r_s > 0:
+            slope_s = (z_s - denoise(z_s * (alpha_s + sigma_s), s)) / r_s
+            z_s = z + (r_s - r_t) * (slope + slope_s) / 2
+        x = z_s * (alpha_s + sigma_s)
+    return x
+
+
+def sample_dpmpp_2m(denoise, x, times, schedule, generators=None):
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order at one evaluation a step.
+
+    h is the step's length in log(alpha / sigma). Of first order are the first step, one after alpha = 0 (infinitely
+    long) and the last, to sigma = 0 (likewise).
+    """
+    x0_before, h_before = 0, math.inf
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        x0 = denoise(x, t)
+        h = math.log(alpha_s * sigma_t / (alpha_t * sigma_s)) if alpha_t > 0 and sigma_s > 0 else math.inf
+        weight = h / (2 * h_before) if h < math.inf else 0  # 1 / (2 r)
+        D = (1 + weight) * x0 - weight * x0_before
+        x = (sigma_s / sigma_t) * x + (alpha_s - alpha_t * sigma_s / sigma_t) * D
+        x0_before, h_before = x0, h
+    return x
+
+
+def sample_dpmpp_2m_sde(denoise, x, times, schedule, generators=None, eta=1.0):
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095), midpoint variant; eta = 0 is `sample_dpmpp_2m`.
+
+    decay is exp(-h), 0 for an infinite h. eta weighs the noise as k-diffusion has it; at 1 it is the paper's.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: choose between 0 (the ODE) and 1 (the SDE)")
+    x0_before, h_before = 0, math.inf
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        x0 = denoise(x, t)
+        decay = alpha_t * sigma_s / (alpha_s * sigma_t)
+        h = -math.log(decay) if decay > 0 else math.inf
+        weight = h / (2 * h_before) if h < math.inf else 0  # 1 / (2 r)
+        D = (1 + weight) * x0 - weight * x0_before
+        x = (sigma_s / sigma_t * decay**eta) * x + alpha_s * (1 - decay ** (1 + eta)) * D
+        std = sigma_s * (1 - decay ** (2 * eta)) ** 0.5
+        if std > 0:
+            x = x + std * randn(x.shape, generators, x.device, x.dtype)
+        x0_before, h_before = x0, h
+    return x
+
+
+def sample_euler_a(denoise, x, times, schedule, generators=None, eta=1.0):
+    """Euler ancestral of k-diffusion: Euler's step to below s, then noise up to s.
+
+    In sigma / alpha it goes down to k_down and adds noise of k_up = eta k_s sqrt(1 - k_s^2 / k_t^2), with k_down^2 +
+    k_up^2 = k_s^2. As alpha_s k_up is the std of DDIM's eq. 16 and Euler's step is DDIM's, so this is `sample_ddim`;
+    at eta = 1, its default, it is `sample_ddpm`.
+    """
+    return sample_ddim(denoise, x, times, schedule, generators, eta)
+
+
+def sample_plms(denoise, x, times, schedule, generators=None):
+    """PLMS: a DDIM step with Adams-Bashforth's mean of the last four eps (PNDM, Liu et al. 2022, arXiv 2202.09778).
+
+    The first step averages eps at its two ends, so S steps take S + 1 evaluations. Where alpha < 1e-3, as at zero SNR,
+    a step in sigma / alpha is all but infinite and a mean of eps would blow up: there it is DDIM's. The weights are
+    those of even steps: of two or three very uneven ones it overshoots.
+    """
+    adams = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    past = []  # eps of the last steps, the newest first
+    for t, s, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
+        x0 = denoise(x, t)
+        eps = (x - alpha_t * x0) / sigma_t
+        past = [eps, *past[:3]]
+        ddim = alpha_s * x0 + sigma_s * eps
+        if alpha_t < 1e-3:
+            x = ddim
+            continue
+        if len(past) == 1 and sigma_s > 0:
+            mean = (eps + (ddim - alpha_s * denoise(ddim, s)) / sigma_s) / 2
+        else:
+            mean = sum(weight * e for weight, e in zip(adams[len(past) - 1], past))
+        x = alpha_s / alpha_t * (x - sigma_t * mean) + sigma_s * mean
+    return x
+
+
+def sample_unipc(denoise, x, times, schedule, generators=None, order=2):
+    """UniPC of x0_hat with B_2(h) = exp(h) - 1 (Zhao et al. 2023, arXiv 2302.04867), h in log(alpha / sigma).
+
+    `order`, 1 to 3, is the predictor's; the corrector, one order higher, uses x0_hat where the predictor has led, which
+    the next step needs in any case: S steps take S evaluations. The order grows from 1 at the first step and falls to
+    1 at the last. x0_hat at alpha = 0, infinitely far, is of no use to later steps.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order is {order}: choose 1, 2 or 3")
+    steps, past = steps_of(times, schedule), []  # past: (log(alpha / sigma), x0_hat) of earlier steps, the newest first
+    x0 = denoise(x, steps[0][0])
+    for i, (_, s, alpha_t, alpha_s, sigma_t, sigma_s) in enumerate(steps):
+        decay = alpha_t * sigma_s / (alpha_s * sigma_t)  # exp(-h)
+        h = -math.log(decay) if decay > 0 else math.inf
+        log_ratio = math.log(alpha_t / sigma_t) if alpha_t > 0 else -math.inf
+        earlier = past[: min(order, len(steps) - i) - 1]
+        r = [(e - log_ratio) / h for e, _ in earlier]
+        D = [(x0_e - x0) / r_e for r_e, (_, x0_e) in zip(r, earlier)]
+        B = alpha_s * (1 - decay)
+        base = (sigma_s / sigma_t) * x + B * x0
+        x = base + B * unipc_sum(r, D, h)  # the predictor, UniP
+        past = [(log_ratio, x0), *past[:1]] if alpha_t > 0 else []
+        if i + 1 < len(steps):  # the corrector, UniC: the same step, knowing x0_hat at its end
+            x0_t, x0 = x0, denoise(x, s)
+            x = base + B * unipc_sum([*r, 1.0], [*D, x0 - x0_t], h)
+    return x
+
+
+def unipc_sum(r, D, h):
+    """The divided differences D at the nodes r, with weights that solve UniPC's order conditions for B_2(h)."""
+    n = len(r)
+    if n < 2:  # the authors' 1/2 is as good as the solution, and right for an infinite h too
+        return 0.5 * D[0] if n else 0
+    phi, b = math.expm1(-h), []
+    for k in range(1, n + 1):
+        phi = phi / -h - 1 / math.factorial(k)
+        b.append(phi * math.factorial(k) / math.expm1(-h))
+    R = torch.tensor([[r_k**j for r_k in r] for j in range(n)], dtype=torch.float64)
+    weights = torch.linalg.solve(R, torch.tensor(b, dtype=torch.float64)).tolist()
+    return sum(weight * difference for weight, difference in zip(weights, D))
+
+
+samplers = {
+    "ddpm": sample_ddpm,
+    "ddim": sample_ddim,
+    "plms": sample_plms,
+    "euler": sample_euler,
+    "euler_a": sample_euler_a,
+    "heun": sample_heun,
+    "dpmpp_2m": sample_dpmpp_2m,
+    "dpmpp_2m_sde": sample_dpmpp_2m_sde,
+    "unipc": sample_unipc,
+}
+
+
+def ddim_invert(denoise, x0, times, schedule, iterations=3):
+    """The sample at times[0] from which DDIM at eta = 0, over these times, leads to x0; about that.
+
+    A step of DDIM (see sample_euler, whose coordinates these are) looks at its start, which is not known here: it is
+    found by so many fixed-point iterations (Pan et al. 2023, arXiv 2309.04907); 1 is the common explicit inversion.
+    """
+    x = x0
+    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in reversed(steps_of(times, schedule)):
+        z_s, r_t, r_s = x / (alpha_s + sigma_s), sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
+        z = z_s
+        for _ in range(iterations):
+            slope = (z - denoise(z * (alpha_t + sigma_t), t)) / r_t
+            z = z_s + (r_t - r_s) * slope
+        x = z * (alpha_t + sigma_t)
+    return x
+
+
+# --- the network as a denoiser ---
+
+
+def make_denoiser(
+    model, schedule, objective, cond, null=None, cfg=1.0, cfg_interval=(0.0, 1.0), cfg_rescale=0.0, guide=None
+):
+    """`denoise(x, t) -> x0_hat` of a network `model(x, unet_time, **cond) -> prediction`, with guidance.
+
+    cond, null: the condition and its empty twin, dicts of the same keys, of tensors batched as x is; a negative prompt
+        is another `null`.
+    cfg: the guided x0 is x0_null + cfg (x0_cond - x0_null) (Ho & Salimans 2022, eq. 6 with cfg = 1 + w; linear, hence
+        the same for eps and x0), both of one batch of two; cfg = 1 runs the condition alone.
+    cfg_interval: (low, high); outside low <= t <= high the condition runs alone (Kynkaanniemi et al. 2024, arXiv
+        2404.07724).
+    cfg_rescale: in [0, 1], how far the std of each image's guided prediction is brought back to the unguided one's (phi
+        of Lin et al. 2024, eq. 15 and 16).
+    guide: another `denoise(x, t)`, of a weaker model under the same condition, made by this function too; its x0_hat
+        takes the place of x0_null, and `null` is not needed (autoguidance, Karras et al. 2024, arXiv 2406.02507).
+
+    `denoise.evaluations` counts network evaluations per image: 2 when guided, the guide's own included.
+    """
+    guided, (low, high) = cfg != 1, cfg_interval
+    if guided and guide is None and (null is None or null.keys() != cond.keys()):
+        raise ValueError(
+            f"cfg={cfg} needs an empty condition for {list(cond)}, got {null and list(null)}: or set cfg=1"
+        )
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"cfg_interval={low},{high} is no interval of t: choose 0 <= low < high <= 1")
+    if not 0 <= cfg_rescale <= 1:
+        raise ValueError(f"cfg_rescale is {cfg_rescale}: choose between 0 (none) and 1 (all)")
+    dtype = next((p.dtype for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+
+    def to_model(inputs):
+        return {key: value.to(dtype=dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+    alone = to_model(cond)
+    both = to_model({key: torch.cat([cond[key], null[key]]) for key in cond}) if guided and guide is None else None
+
+    @torch.no_grad()
+    def denoise(x, t):
+        at = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        t, alpha, sigma = at.item(), schedule.alpha(at).item(), schedule.sigma(at).item()
+        guided_now = guided and low <= t <= high
+        twice = guided_now and guide is None
+        x_in = torch.cat([x, x]) if twice else x
+        t_in = torch.full((len(x_in),), unet_time(schedule, at).item(), device=x.device, dtype=torch.float32)
+        prediction = model(x_in.to(dtype=dtype), t_in, **(both if twice else alone)).to(x.dtype)
+        denoise.evaluations += 2 if twice else 1
+        if not guided_now:
+            return to_x0(objective, prediction, x, alpha, sigma)
+        if twice:
+            prediction, weak = prediction.chunk(2)
+        else:
+            before = getattr(guide, "evaluations", 0)
+            x0_weak = guide(x, t)
+            denoise.evaluations += getattr(guide, "evaluations", 1) - before
+            weak = target(objective, x0_weak, (x - alpha * x0_weak) / sigma, alpha, sigma)
+        strong = weak + cfg * (prediction - weak)
+        if cfg_rescale > 0:
+            axes = tuple(range(1, x.ndim))
+            ratio = prediction.std(axes, keepdim=True) / strong.std(axes, keepdim=True).clamp(min=1e-8)
+            strong = (cfg_rescale * ratio + 1 - cfg_rescale) * strong
+        return to_x0(objective, strong, x, alpha, sigma)
+
+    denoise.evaluations = 0
+    return denoise
+
+
+def keep_known(denoise, known, painted):
+    """`denoise` that knows x0 where `painted` (B,1,h,w) is 0: it is `known` (B,C,h,w) there. For any sampler."""
+
+    def denoise_rest(x, t):
+        return torch.where(painted > 0, denoise(x, t), known.to(x.dtype))
+
+    return denoise_rest
