@@ -84,14 +84,12 @@ unet_patch = 1  # p > 1 folds p x p latents into channels first: fast small mode
 norm_groups = 32  # groups of every GroupNorm
 unet_dropout = 0.0  # in every residual block
 # diffusion
-objective = "v"  # eps | v | x0 | flow
-schedule = "cosine"  # cosine | flow | tables: linear, scaled_linear (SD), squared_cosine, sqrt, quadratic, sigmoid
+objective = "flow"  # eps | v | x0 | flow
+schedule = "flow"  # flow | cosine | tables: linear, scaled_linear (SD), squared_cosine, sqrt, quadratic, sigmoid
 beta_start = 0.00085  # of the tables, but for squared_cosine
 beta_end = 0.012  # of the tables, but for squared_cosine
 zero_snr = False  # rescales a table so that it ends in pure noise (Lin et al. 2024); not with eps
-timesteps = (
-    "uniform"  # how training draws t: uniform | logit_normal (dwells on the middle) | shifted (to the noisy end)
-)
+timesteps = "logit_normal"  # how training draws t: logit_normal (dwells on the middle) | uniform | shifted (to noise)
 t_mean = 0.0  # of the normal below logit_normal (Esser et al. 2024); above 0 is noisier
 t_std = 1.0  # of the normal below logit_normal
 t_shift = 3.0  # shifted: t becomes t_shift t / (1 + (t_shift - 1) t) (Esser et al. 2024, eq. 23)

@@ -11,6 +11,7 @@ objective = "eps"
 schedule = "scaled_linear"
 beta_start = 0.0015
 beta_end = 0.0195
+timesteps = "uniform"
 batch_size = 48
 max_steps = 500_000  # ours: the published number is not known
 lr = 9.6e-5

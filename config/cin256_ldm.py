@@ -16,6 +16,7 @@ objective = "eps"
 schedule = "scaled_linear"
 beta_start = 0.0015
 beta_end = 0.0195
+timesteps = "uniform"
 batch_size = 75
 grad_accum = 2
 max_steps = 178_000

@@ -15,6 +15,7 @@ objective = "eps"
 schedule = "scaled_linear"
 beta_start = 0.0015
 beta_end = 0.0205
+timesteps = "uniform"
 loss_type = "l1"
 batch_size = 24
 max_steps = 500_000  # ours: the published number is not known

@@ -14,6 +14,7 @@ objective = "eps"
 schedule = "scaled_linear"
 beta_start = 0.0015
 beta_end = 0.0155
+timesteps = "uniform"
 loss_type = "l1"
 batch_size = 96
 max_steps = 500_000  # ours: the published number is not known

@@ -15,6 +15,7 @@ objective = "eps"
 schedule = "scaled_linear"
 beta_start = 0.0015
 beta_end = 0.0155
+timesteps = "uniform"
 batch_size = 64
 max_steps = 500_000  # ours: the published number is not known
 lr = 6.4e-5

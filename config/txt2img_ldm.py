@@ -16,6 +16,7 @@ objective = "eps"
 schedule = "scaled_linear"
 beta_start = 0.00085
 beta_end = 0.012
+timesteps = "uniform"
 batch_size = 17
 grad_accum = 5
 max_steps = 390_000

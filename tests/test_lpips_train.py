@@ -298,7 +298,8 @@ def numbers(log):
 def test_a_killed_run_resumes_bit_for_bit(ranks, start, finished, tmp_path):
     args = (f"--batch_size={4 // ranks}",)
     run = start(*args, ranks=ranks, trap=("step 4,", signal.SIGKILL), folder=tmp_path)
-    assert run.wait() == [-signal.SIGKILL] * ranks and run.checkpoint[1]["step"] == 3
+    assert run.wait()[0] == -signal.SIGKILL  # the others are killed too, or notice first that they are alone
+    assert run.checkpoint[1]["step"] == 3
     resumed = start(*args, ranks=ranks, folder=tmp_path).finish()
     assert "resumed from out/latest.safetensors at step 3" in resumed.stdout
     assert_same(resumed.checkpoint[0], finished[ranks].checkpoint[0])

@@ -8,11 +8,15 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
+import signal
+import sys
 import tarfile
 import threading
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -486,7 +490,7 @@ def test_a_run_keeps_to_its_autoencoder_and_brings_it_along(start, finished, fir
     tensors = start("ldm", "--first_stage=gone", "--max_steps=7", folder=folder).finish().checkpoint[0]
     vae, _ = read(first_stage)
     assert_same(train_ldm.without_prefix("vae", tensors), train_ldm.without_prefix("ema", vae))
-    wanted = r"channels: 8 in the checkpoint, 16 now; objective: v in the checkpoint, eps now"
+    wanted = r"channels: 8 in the checkpoint, 16 now; objective: flow in the checkpoint, eps now"
     assert wanted in start("ldm", "--channels=16", "--objective=eps", folder=folder).fail()
     message = start("ldm", "--image_size=18").fail()
     assert "image_size=18 gives latents of side 9, not a multiple of 2" in message
@@ -649,19 +653,46 @@ def test_a_run_makes_averages_of_any_length(tasked):
     assert not torch.equal(run.checkpoint[0]["ema_power_0.unet.conv_out.weight"], kept)
 
 
-def test_a_frozen_tower_is_named_and_left_alone(start, tmp_path, test_data, monkeypatch):
-    """Small stand-ins for the towers: the widths of the real ones are those of test_text.py."""
-    merges = str(test_data / "assets/bpe_simple_vocab_16e6.txt.gz")
-    small = "width=16, layers=2, heads=2, activation='gelu', layer='penultimate', pad='zero'"
-    (tmp_path / "sitecustomize.py").write_text("")
+def test_a_frozen_tower_is_named_and_left_alone(small_data, first_stage, tmp_path, test_data, monkeypatch, capsys):
+    """In this process, with a small tower in the place of CLIP's; the real ones' widths are those of test_text.py."""
+    small = dict(width=16, layers=2, heads=2, activation="quick_gelu", layer="last", pad="end")
+    monkeypatch.setitem(CLIPTextEncoder.towers, "clip_l", small)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.chdir(tmp_path)
+    merges, weights = str(test_data / "assets/bpe_simple_vocab_16e6.txt.gz"), f"{tmp_path}/tower.safetensors"
     torch.manual_seed(0)
-    tower = CLIPTextEncoder(**eval(f"dict({small})"), merges=merges)
-    save_file(tower.state_dict(), tmp_path / "tower.safetensors")
-    args = ("--text_encoder=openclip_h", f"--tower_weights={tmp_path}/tower.safetensors", f"--clip_vocab={merges}")
-    line = start("ldm", *args, "--max_steps=2").fail()
-    assert "does not hold openclip_h's weights" in line
-    line = start("ldm", "--text_encoder=clip_l").fail()
-    assert "text_encoder=clip_l wants tower_weights=FILE" in line
+    tower = CLIPTextEncoder.named("clip_l", merges)
+    save_file(tower.state_dict(), weights)
+    places = f"--dataset={small_data} --first_stage={first_stage} --cache_dir=cache --tower_weights={weights}"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def train(*args):
+        line = f"{helpers.ARGS['ldm']} {places} --text_encoder=clip_l --clip_vocab={merges}".split()
+        monkeypatch.setattr(sys, "argv", ["train_ldm.py", *line, *args])
+        try:
+            runpy.run_path(train_ldm.__file__, run_name="__main__")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    train("--max_steps=2")
+    tensors, meta = read("out/latest.safetensors")
+    assert not any(name.startswith(("model.text", "ema.text", "text.")) for name in tensors)
+    assert meta["model"]["text_encoder"] == "clip_l" and meta["model"]["tower_hash"] == convert.hash_weights(tower)
+    assert tensors["model.unet.middle_block.1.blocks.0.attn2.to_k.weight"].shape[1] == 16
+    pipeline = sample.load_pipeline("out")
+    draw = functools.partial(sample.generate, pipeline, seeds=[0], steps=2, cfg=2.0)
+    assert not torch.equal(draw(["a red blob"]), draw(["a blue blob"]))
+    train("--max_steps=3")
+    assert read("out/latest.safetensors")[1]["step"] == 3
+    with torch.no_grad():
+        tower.norm_out.bias += 1
+    save_file(tower.state_dict(), weights)
+    with pytest.raises(ValueError, match="tower_hash: [0-9a-f]* in the checkpoint, [0-9a-f]* now"):
+        train("--max_steps=4")
+    save_file({"other": torch.zeros(1)}, weights)
+    with pytest.raises(ValueError, match="tower.safetensors does not hold clip_l's weights"):
+        train("--out_dir=new")
 
 
 @pytest.mark.parametrize(
@@ -673,6 +704,7 @@ def test_a_frozen_tower_is_named_and_left_alone(start, tmp_path, test_data, monk
         ("--task=sr --sr_noise=1000", "sr_noise=1000 is not a level: choose 0 to 999"),
         ("--task=sr --sr_noise=9 --cond=class", "sr_noise and cond=class both want the class embedding"),
         ("--ema_stds=0.5", "ema_stds: 0.5 is no relative length"),
+        ("--text_encoder=clip_l", "text_encoder=clip_l wants tower_weights=FILE"),
         ("--zero_snr=True --schedule=scaled_linear --objective=eps", "zero_snr"),
         ("--loss_weight=snr", "loss_weight=snr is not one of none, min_snr, uncertainty"),
         ("--offset_noise=-1", "offset_noise=-1.0 must not be negative"),

@@ -227,8 +227,9 @@ def test_a_run_leaves_log_and_pictures(stage, finished):
     assert trained == [1, 2, 3, 4, 5, 6] and evaluated == [3, 6]
     assert all(r["images_seen"] == 4 * r["step"] for r in run.log)
     assert run.log[0]["lr"] == pytest.approx(1e-3 / 3) and run.log[-2]["lr"] == 1e-3
-    pictures = {"vae": "recon", "ldm": "samples"}[stage]
-    wanted = {f"{pictures}_{step:08d}.png" for step in (3, 6)} | {f"ema_{step:08d}.safetensors" for step in (3, 6)}
+    pictures = {"vae": ("recon",), "ldm": ("samples", "predictions")}[stage]
+    wanted = {f"{name}_{step:08d}.png" for name in pictures for step in (3, 6)}
+    wanted |= {f"ema_{step:08d}.safetensors" for step in (3, 6)}
     assert {p.name for p in run.out.iterdir()} == wanted | {"latest.safetensors", "log.jsonl", "loss.png"}
     for path in run.out.glob("*.png"):
         assert np.asarray(Image.open(path).convert("L")).std() > 1, path
