@@ -89,8 +89,8 @@ n = 0  # pictures of each prompt, class or given picture; 0 is 4 of a single one
 size = ()  # side in pixels, or height,width; () is the trained one, or a given picture's own
 # how
 seed = 0  # picture i starts from the noise of seed + i
-sampler = "ddim"  # ddpm | ddim | plms | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | unipc
-steps = 50  # from 1 up
+sampler = "unipc"  # ddpm | ddim | plms | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | unipc
+steps = 20  # from 1 up
 spacing = "trailing"  # of the steps: trailing | leading | linspace | karras | quadratic
 eta = -1.0  # ddim, euler_a, dpmpp_2m_sde: fresh noise, from 0 (none) to 1 (ancestral); -1 is 0 for ddim, else 1
 noise_scale = 1.0  # ddpm: times its noise; below 1 is smoother

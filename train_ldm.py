@@ -34,7 +34,7 @@ from configurator import configure
 from convert import hash_weights, power_exponent
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
 from data.tasks import WithCondition, layout_string
-from diffusion import make_schedule, sample_times, t_max, target, to_x0, unet_time
+from diffusion import make_schedule, sample_times, samplers, t_max, target, to_x0, unet_time
 from sample import Pipeline, augment_low, generate, image_condition, read_prompts, save_grid, show_condition
 from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer
 from vae import VAE
@@ -121,7 +121,8 @@ eval_every = 5000  # steps between evaluations: validation loss and a sample gri
 val_images = 1000  # validation images, each with its own fixed noise and time
 prompts = ""  # file with a prompt a line for the sample grids; else captions of the validation set
 n_samples = 16  # pictures of a grid
-sample_steps = 50  # of DDIM
+sampler = "unipc"  # of the grids: see diffusion.py
+sample_steps = 20  # of the sampler
 cfg = 3.0  # guidance scale of the grids
 save_every = 1000  # steps between checkpoints
 snapshot_every = 0  # steps between kept EMA snapshots ema_STEP.safetensors; 0 keeps none
@@ -520,6 +521,7 @@ def check_settings(cfg):
         ("timesteps", ("uniform", "logit_normal", "shifted")),
         ("loss_type", ("mse", "l1", "huber")),
         ("loss_weight", ("none", "min_snr", "uncertainty")),
+        ("sampler", tuple(samplers)),
         ("lr_schedule", ("constant", "cosine", "onecycle", "multistep")),
         ("device", ("auto", "cpu", "cuda")),
         ("dtype", ("auto", "float32", "bfloat16", "float64")),
@@ -879,7 +881,7 @@ if __name__ == "__main__":
         if task != "none":
             given = collate([validation_stream[p] for p in rows])["condition"]
         with autocast():
-            pictures = generate(pipeline, wanted, range(len(wanted)), sample_steps, cfg, given=given)
+            pictures = generate(pipeline, wanted, range(len(wanted)), sample_steps, cfg, sampler, given=given)
         for i, (picture, condition) in enumerate(zip(pictures, wanted)):
             if task != "none":
                 grid += [show_condition(task, {name: t[i] for name, t in given.items()}, image_size)]

@@ -276,10 +276,10 @@ def test_by_default_it_draws_what_training_showed(runs, pipelines, command):
         {"file": "00000.png", "prompt": "a red star", "seed": 0},
         {"file": "00001.png", "prompt": "a blue circle", "seed": 1},
     ]
-    expected = generate(pipelines["text"], ["a red star", "a blue circle"], [0, 1], 2, 3.0)
+    expected = generate(pipelines["text"], ["a red star", "a blue circle"], [0, 1], 2, 3.0, "unipc")
     for (picture, config), image in zip(pictures, expected):
         assert abs(picture.astype(int) - np.array(to_pil(image))).max() <= 1
-        assert config["steps"] == 2 and config["cfg"] == 3.0 and config["sampler"] == "ddim"
+        assert config["steps"] == 2 and config["cfg"] == 3.0 and config["sampler"] == "unipc"
     with Image.open(folder / "grid.png") as grid:
         assert json.loads(grid.text["settings"])["config"] == pictures[0][1]
 
@@ -300,7 +300,7 @@ def test_prompts_from_a_file(runs, command, tmp_path):
 @pytest.mark.parametrize(
     "name, args, captions",
     [
-        ("text", ["--prompt=a cat", "--eta=0.5"], ["a cat"] * 4),
+        ("text", ["--prompt=a cat", "--eta=0.5", "--sampler=ddim"], ["a cat"] * 4),
         ("text", ["--prompt=a cat", "--n=1", "--cfg=1", "--dtype=bfloat16"], ["a cat"]),
         ("class", [], ["cat", "dog", "7", "tench, Tinca"]),
         ("class", ["--cls=dog, 0"], ["dog", "cat"]),
@@ -342,7 +342,7 @@ def test_a_class_out_of_range_is_one_line(runs, command):
         ("class", ["--prompt=a cat"], "this checkpoint takes no prompt: use --cls"),
         ("none", ["--cfg=2"], "cfg=2.0 has nothing to guide towards: this checkpoint is unconditional"),
         ("text", ["--eta=1", "--sampler=heun"], "eta=1.0 is for sampler=ddim or euler_a or dpmpp_2m_sde, not heun"),
-        ("text", ["--eta=2"], r"eta is 2.0: choose between 0 \(DDIM\) and 1 \(DDPM\)"),
+        ("text", ["--eta=2", "--sampler=ddim"], r"eta is 2.0: choose between 0 \(DDIM\) and 1 \(DDPM\)"),
         ("text", ["--sampler=dpm"], "sampler 'dpm' is not one of .*"),
         ("text", ["--size=20"], "size=20 is not a multiple of 8: choose 16"),
         ("text", ["--n=-1"], "n=-1: choose 1 or more pictures"),
