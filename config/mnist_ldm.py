@@ -1,4 +1,4 @@
-# MNIST in pixels by class, no autoencoder.
+# MNIST in pixels by class, no autoencoder: clean digits after 11 minutes of one busy CPU core.
 dataset = "data/mnist"
 image_size = 28
 flip = False
