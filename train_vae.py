@@ -376,7 +376,8 @@ def frechet_distance(seen, n):
 def latent_statistics(vae, images, cfg, rank, world, device, autocast):
     """Per-channel mean and standard deviation of posterior samples over the training set: two (C,) tensors.
 
-    The variance of a sample is the variance of the mean plus the mean of the variance: no noise is drawn.
+    With a codebook the deviation is the same for all channels: the nearest code is the same in any one unit, but not
+    in several. The variance of a sample is the variance of the mean plus the mean of the variance: no noise is drawn.
     """
     sums = torch.zeros(3, vae.latent_channels, dtype=torch.float64, device=device)  # of 1, z, z^2
     count = min(len(images), cfg["latent_images"])
@@ -397,7 +398,8 @@ def latent_statistics(vae, images, cfg, rank, world, device, autocast):
     if world > 1:
         dist.all_reduce(sums)
     mean = sums[1] / sums[0]
-    return mean, (sums[2] / sums[0] - mean**2).sqrt()
+    variance = sums[2] / sums[0] - mean**2
+    return mean, (variance.mean().expand_as(mean) if vae.quantize else variance).sqrt()
 
 
 def learning_rate(step, cfg):
