@@ -12,6 +12,7 @@ import json
 import os
 import re
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -223,3 +224,239 @@ def hash_weights(model, but=()):
         if not name.startswith(but):
             h.update(name.encode() + t.detach().float().contiguous().cpu().numpy().tobytes())
     return h.hexdigest()
+
+
+# --- the key tables: ours and theirs, name by name ---
+
+# A name's ending in our files, in CompVis' and in diffusers'
+VAE_BLOCK = [(name, name, name) for name in ("norm1", "conv1", "norm2", "conv2")]
+VAE_SKIP = ("skip", "nin_shortcut", "conv_shortcut")
+VAE_ATTENTION = [("norm", "norm", "group_norm"), ("q", "q", "to_q"), ("k", "k", "to_k"), ("v", "v", "to_v")]
+VAE_ATTENTION += [("proj_out", "proj_out", "to_out.0")]
+UNET_BLOCK = [("norm1", "in_layers.0", "norm1"), ("conv1", "in_layers.2", "conv1")]
+UNET_BLOCK += [("emb", "emb_layers.1", "time_emb_proj")]
+UNET_BLOCK += [("norm2", "out_layers.0", "norm2"), ("conv2", "out_layers.3", "conv2")]
+UNET_SKIP = ("skip", "skip_connection", "conv_shortcut")
+# in our text towers, in transformers' and in open_clip's
+TEXT_BLOCK = [("norm1", "layer_norm1", "ln_1"), ("norm2", "layer_norm2", "ln_2")]
+TEXT_BLOCK += [("attn.to_out", "self_attn.out_proj", "attn.out_proj")]
+TEXT_BLOCK += [("mlp.0", "mlp.fc1", "mlp.c_fc"), ("mlp.2", "mlp.fc2", "mlp.c_proj")]
+
+
+class Key(NamedTuple):
+    """A tensor of theirs and what it is here."""
+
+    ours: tuple  # its name, or the names of the parts it is split into
+    theirs: str
+    heads: int = 1  # q, k and v lie in it head by head, so many times; 1: one behind the other
+    extra: int = 0  # dimensions of size 1 at the end of ours that theirs lacks; -1: the other way round
+
+
+def to_ours(state, keys, what="the file"):
+    """A state dict in our names; ValueError names a tensor that is missing or too many."""
+    missing = [key.theirs for key in keys if key.theirs not in state]
+    beyond = sorted(set(state) - {key.theirs for key in keys})
+    for names, problem in ((missing, "lacks"), (beyond, "has, with no place in this model,")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(
+                f"{what} {problem} {', '.join(names[:3])}{more}: it is damaged, or of another architecture"
+            )
+    out = {}
+    for key in keys:
+        t = state[key.theirs]
+        if key.extra < 0:
+            t = t.squeeze(-1)
+        elif t.ndim < 2 + key.extra:
+            t = t.reshape(*t.shape, *[1] * key.extra)
+        rows = len(key.ours) * key.heads
+        if len(t) % rows:
+            raise ValueError(f"{what}: {key.theirs} of {len(t)} rows does not divide into {rows}: check num_heads")
+        parts = t.unflatten(0, (key.heads, len(key.ours), -1)).unbind(1)
+        out |= {name: part.flatten(0, 1) for name, part in zip(key.ours, parts)}
+    return out
+
+
+def to_theirs(state, keys):
+    """The inverse: a state dict in their names."""
+    beyond = sorted(set(state) - {name for key in keys for name in key.ours})
+    if beyond:
+        raise ValueError(f"{beyond[0]} has no name in the other layout, which knows no such thing")
+    out = {}
+    for key in keys:
+        parts = [state[name].unflatten(0, (key.heads, -1)) for name in key.ours]
+        t = torch.stack(parts, dim=1).flatten(0, 2)
+        out[key.theirs] = t.unsqueeze(-1) if key.extra < 0 else t.reshape(t.shape[: t.ndim - key.extra])
+    return out
+
+
+def both(ours, theirs, **how):
+    """Weight and bias."""
+    ours = ours if isinstance(ours, tuple) else (ours,)
+    extra = how.pop("extra", 0)  # of the weight only, but for conv1d's bias, which has no place for it either
+    for kind in ("weight", "bias"):
+        names = tuple(f"{name}.{kind}" for name in ours)
+        yield Key(names, f"{theirs}.{kind}", extra=extra if kind == "weight" else 0, **how)
+
+
+def vae_keys(settings, layout):
+    """[Key, ...] of an autoencoder with these settings; layout: compvis | diffusers (AutoencoderKL and VQModel).
+
+    Without latent_mean and latent_std, which other layouts do not know.
+    """
+    column, keys = ("compvis", "diffusers").index(layout) + 1, []
+    s, levels = settings, len(settings["ch_mult"])
+    widths = [s["ch"] * mult for mult in s["ch_mult"]]
+
+    def add(*names, **how):
+        keys.extend(both(names[0], names[column], **how))
+
+    def block(a, b, *prefixes):
+        for names in [*VAE_BLOCK, VAE_SKIP] if a != b else VAE_BLOCK:
+            add(*(f"{prefix}.{name}" for prefix, name in zip(prefixes, names)))
+
+    def attention(*prefixes):
+        for names in VAE_ATTENTION:  # 1x1 convolutions, in diffusers linear layers
+            linear = layout == "diffusers" and names[0] != "norm"
+            add(*(f"{prefix}.{name}" for prefix, name in zip(prefixes, names)), extra=2 if linear else 0)
+
+    for half, down in (("encoder", True), ("decoder", False)):
+        c = s["ch"] if down else widths[-1]
+        add(f"{half}.conv_in", f"{half}.conv_in", f"{half}.conv_in")
+        for i in range(levels) if down else reversed(range(levels)):
+            # diffusers counts the decoder's levels as they are run, CompVis from full resolution
+            ours = f"{half}.down.{i}" if down else f"{half}.up.{i}"
+            theirs = f"{half}.down_blocks.{i}" if down else f"{half}.up_blocks.{levels - 1 - i}"
+            for j in range(s["num_res_blocks"] + (not down)):
+                block(c, widths[i], f"{ours}.block.{j}", f"{ours}.block.{j}", f"{theirs}.resnets.{j}")
+                c = widths[i]
+                if s["resolution"] // s["patch_size"] // 2**i in s["attn_resolutions"]:
+                    attention(f"{ours}.attn.{j}", f"{ours}.attn.{j}", f"{theirs}.attentions.{j}")
+            if down and i < levels - 1 and s["downsample"] == "conv":
+                add(f"{ours}.resample.conv", f"{ours}.downsample.conv", f"{theirs}.downsamplers.0.conv")
+            elif not down and i:
+                add(f"{ours}.resample.conv", f"{ours}.upsample.conv", f"{theirs}.upsamplers.0.conv")
+        for i in range(2):
+            block(0, 0, *[f"{half}.mid.block_{i + 1}"] * 2, f"{half}.mid_block.resnets.{i}")
+        if s["mid_attention"]:
+            attention(*[f"{half}.mid.attn_1"] * 2, f"{half}.mid_block.attentions.0")
+        add(f"{half}.norm_out", f"{half}.norm_out", f"{half}.conv_norm_out")
+        add(f"{half}.conv_out", f"{half}.conv_out", f"{half}.conv_out")
+    if s["latent_proj"]:
+        add(*["quant_conv"] * 3)
+        add(*["post_quant_conv"] * 3)
+    if s["bottleneck"] == "vq":
+        keys.append(Key(("quantize.embedding.weight",), "quantize.embedding.weight"))
+    return keys
+
+
+def unet_keys(settings, layout, new_order=False):
+    """[Key, ...] of a U-Net with these settings; layout: compvis | diffusers (UNet2DConditionModel and UNet2DModel).
+
+    new_order: of CompVis' plain attention blocks, q, k and v lie one behind the other, not head by head.
+    """
+    column, keys = ("compvis", "diffusers").index(layout) + 1, []
+    s, levels = settings, len(settings["channel_mult"])
+    blocks = s["num_res_blocks"] if isinstance(s["num_res_blocks"], (tuple, list)) else (s["num_res_blocks"],)
+    blocks = blocks * levels if len(blocks) == 1 else blocks
+    widths = [s["channels"] * mult for mult in s["channel_mult"]]
+
+    def add(*names, **how):
+        keys.extend(both(names[0], names[column], **how))
+
+    def block(a, b, *prefixes):
+        for names in [*UNET_BLOCK, UNET_SKIP] if a != b else UNET_BLOCK:
+            add(*(f"{prefix}.{name}" for prefix, name in zip(prefixes, names)))
+
+    def attention(c, *prefixes):
+        ours, theirs = prefixes[0], prefixes[column]
+        if s["transformer_depth"]:
+            for name in ("norm", "proj_in", "proj_out"):
+                add(*(f"{prefix}.{name}" for prefix in prefixes))
+            for i in range(s["transformer_depth"]):
+                inner, theirs_inner = f"{ours}.blocks.{i}", f"{theirs}.transformer_blocks.{i}"
+                for n in (1, 2, 3):
+                    keys.extend(both(f"{inner}.norm{n}", f"{theirs_inner}.norm{n}"))
+                for n in (1, 2):
+                    for x in "qkv":
+                        names = f"{inner}.attn{n}.to_{x}.weight", f"{theirs_inner}.attn{n}.to_{x}.weight"
+                        keys.append(Key(names[:1], names[1]))
+                    keys.extend(both(f"{inner}.attn{n}.to_out", f"{theirs_inner}.attn{n}.to_out.0"))
+                keys.extend(both(f"{inner}.ff.0.proj", f"{theirs_inner}.ff.net.0.proj"))
+                keys.extend(both(f"{inner}.ff.1", f"{theirs_inner}.ff.net.2"))
+            return
+        qkv = tuple(f"{ours}.attn.to_{x}" for x in "qkv")
+        if layout == "compvis":  # convolutions over the pixels as a sequence
+            heads = 1 if new_order else s["num_heads"] or c // s["head_dim"]
+            keys.extend(both(f"{ours}.norm", f"{theirs}.norm"))
+            keys.extend(both(qkv, f"{theirs}.qkv", heads=heads, extra=-1))
+            keys.extend(both(f"{ours}.attn.to_out", f"{theirs}.proj_out", extra=-1))
+        else:
+            keys.extend(both(f"{ours}.norm", f"{theirs}.group_norm"))
+            for name in qkv:
+                keys.extend(both(name, f"{theirs}.{name[-4:]}"))
+            keys.extend(both(f"{ours}.attn.to_out", f"{theirs}.to_out.0"))
+
+    for i, n in ((0, 1), (2, 2)):
+        add(f"time_embed.{i}", f"time_embed.{i}", f"time_embedding.linear_{n}")
+    if s["num_classes"]:
+        keys.append(Key(("class_embed.weight",), ("label_emb.weight", "class_embedding.weight")[column - 1]))
+    add("input_blocks.0.0", "input_blocks.0.0", "conv_in")
+    k, c, kept = 1, s["channels"], [s["channels"]]
+    for level, width in enumerate(widths):
+        theirs = f"down_blocks.{level}"
+        for j in range(blocks[level]):
+            block(c, width, *[f"input_blocks.{k}.0"] * 2, f"{theirs}.resnets.{j}")
+            c = width
+            if 2**level in s["attention_ds"]:
+                attention(c, *[f"input_blocks.{k}.1"] * 2, f"{theirs}.attentions.{j}")
+            kept, k = [*kept, c], k + 1
+        if level < levels - 1:
+            if s["resblock_updown"]:
+                block(c, c, *[f"input_blocks.{k}.0"] * 2, f"{theirs}.downsamplers.0")
+            elif s["resample"] == "conv":
+                add(f"input_blocks.{k}.0.conv", f"input_blocks.{k}.0.op", f"{theirs}.downsamplers.0.conv")
+            kept, k = [*kept, c], k + 1
+    block(c, c, *["middle_block.0"] * 2, "mid_block.resnets.0")
+    if s["middle_attention"]:
+        attention(c, *["middle_block.1"] * 2, "mid_block.attentions.0")
+    block(c, c, f"middle_block.{1 + s['middle_attention']}", "middle_block.2", "mid_block.resnets.1")
+    k = 0
+    for level, width in reversed(list(enumerate(widths))):
+        theirs = f"up_blocks.{levels - 1 - level}"
+        for j in range(blocks[level] + 1):
+            block(c + kept.pop(), width, *[f"output_blocks.{k}.0"] * 2, f"{theirs}.resnets.{j}")
+            c, at = width, 1
+            if 2**level in s["attention_ds"]:
+                attention(c, *[f"output_blocks.{k}.1"] * 2, f"{theirs}.attentions.{j}")
+                at = 2
+            if level and j == blocks[level]:
+                if s["resblock_updown"]:
+                    block(c, c, *[f"output_blocks.{k}.{at}"] * 2, f"{theirs}.upsamplers.0")
+                elif s["resample"] == "conv":
+                    add(*[f"output_blocks.{k}.{at}.conv"] * 2, f"{theirs}.upsamplers.0.conv")
+            k += 1
+    add("norm_out", "out.0", "conv_norm_out")
+    add("conv_out", "out.2", "conv_out")
+    return keys
+
+
+def text_keys(blocks, layout):
+    """[Key, ...] of CLIP's text tower with so many blocks; layout: transformers (below text_model) | open_clip."""
+    column = ("transformers", "open_clip").index(layout) + 1
+    names = ("", "embeddings.token_embedding.weight", "token_embedding.weight")
+    keys = [Key(("token_embedding.weight",), names[column])]
+    names = ("", "embeddings.position_embedding.weight", "positional_embedding")
+    keys += [Key(("position_embedding",), names[column])]
+    for i in range(blocks):
+        ours, theirs = f"blocks.{i}", ("", f"encoder.layers.{i}", f"transformer.resblocks.{i}")[column]
+        for names in TEXT_BLOCK:
+            keys += both(f"{ours}.{names[0]}", f"{theirs}.{names[column]}")
+        if layout == "open_clip":
+            qkv = tuple(f"{ours}.attn.to_{x}" for x in "qkv")
+            for kind in ("weight", "bias"):
+                keys += [Key(tuple(f"{name}.{kind}" for name in qkv), f"{theirs}.attn.in_proj_{kind}")]
+        else:
+            for x in "qkv":
+                keys += both(f"{ours}.attn.to_{x}", f"{theirs}.self_attn.{x}_proj")
+    return keys + list(both("norm_out", ("", "final_layer_norm", "ln_final")[column]))
