@@ -9,15 +9,19 @@ So far it reads this repository's own files; other people's layouts join them he
 
 import hashlib
 import json
+import math
 import os
 import re
+import sys
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from configurator import configure
 
 
 def find_checkpoint(path):
@@ -460,3 +464,433 @@ def text_keys(blocks, layout):
             for x in "qkv":
                 keys += both(f"{ours}.attn.to_{x}", f"{theirs}.self_attn.{x}_proj")
     return keys + list(both("norm_out", ("", "final_layer_norm", "ln_final")[column]))
+
+
+# --- ours out: diffusers' folders and CompVis' files ---
+
+# What a layout has no place for: (layouts, whether the settings have it, its name).
+VAE_LIMITS = (
+    ("diffusers compvis", lambda s: s["activation"] != "silu", "the autoencoder's activation=swiglu"),
+    ("diffusers compvis", lambda s: s["downsample"] != "conv", "the autoencoder's downsample=avg or max"),
+    ("diffusers compvis", lambda s: s["upsample"] != "nearest", "the autoencoder's upsample=bilinear or bicubic"),
+    ("diffusers compvis", lambda s: s["linear_attention"], "the autoencoder's linear_attention"),
+    ("diffusers compvis", lambda s: s["patch_size"] > 1, "the autoencoder's patch stem (patch_size)"),
+    (
+        "diffusers",
+        lambda s: level_attention(s),
+        "attention in the autoencoder's levels (attn_resolutions, as in kl-f16)",
+    ),
+    ("diffusers", lambda s: s["tanh_out"], "the autoencoder's tanh_out"),
+    ("diffusers", lambda s: s["bottleneck"] == "kl" and latents_of(s) != s["z_channels"], "embed_dim != z_channels"),
+    ("compvis", lambda s: s["norm_groups"] != 32, "the autoencoder's norm_groups, which are 32 there"),
+)
+UNET_LIMITS = (
+    ("diffusers compvis", lambda s: s["unet_patch"] > 1, "unet_patch"),
+    ("diffusers compvis", lambda s: s["context_pool"], "context_pool"),
+    ("diffusers compvis", lambda s: s["qk_norm"], "qk_norm"),
+    ("diffusers compvis", lambda s: s["linear_attention"], "the U-Net's linear_attention"),
+    ("diffusers", lambda s: s["resample"] == "pool" and not s["resblock_updown"], "resample=pool"),
+    ("diffusers", lambda s: s["transformer_depth"] and s["resblock_updown"], "resblock_updown with transformers"),
+    (
+        "diffusers",
+        lambda s: s["transformer_depth"] and not s["middle_attention"],
+        "transformers, but none in the middle",
+    ),
+    ("diffusers", lambda s: not s["transformer_depth"] and several(s["num_res_blocks"]), "num_res_blocks by level"),
+    ("diffusers", lambda s: not s["transformer_depth"] and head_width(s) is None, "num_heads > 1 on several widths"),
+    ("compvis", lambda s: s["transformer_depth"] and not s["context_dim"], "transformers without a context"),
+    ("compvis", lambda s: not s["middle_attention"], "middle_attention=False"),
+    ("compvis", lambda s: s["norm_groups"] != 32, "the U-Net's norm_groups, which are 32 there"),
+)
+MODEL_LIMITS = (
+    ("diffusers compvis", lambda m: m["objective"] == "flow", "objective=flow"),
+    ("diffusers compvis", lambda m: m["schedule"] == "flow", "schedule=flow, where alpha^2 + sigma^2 is not 1"),
+    (
+        "diffusers compvis",
+        lambda m: m["objective"] == "eps" and m["schedule"] == "cosine",
+        "objective=eps on schedule=cosine, which starts at t = 0.995",
+    ),
+    ("diffusers", lambda m: m["cond"] == "class" and m.get("class_embed") == "token", "class_embed=token"),
+    ("diffusers", lambda m: m.get("task") == "semantic", "task=semantic, whose maps go through a rescaler"),
+)
+
+
+def several(value):
+    return isinstance(value, (tuple, list)) and len(set(value)) > 1
+
+
+def latents_of(s):
+    """Channels of the latents of an autoencoder with these settings."""
+    return s["embed_dim"] or s["z_channels"]
+
+
+def level_attention(s):
+    """Whether levels of the autoencoder have attention."""
+    sides = [s["resolution"] // s["patch_size"] // 2**i for i in range(len(s["ch_mult"]))]
+    return any(side in s["attn_resolutions"] for side in sides)
+
+
+def head_width(s):
+    """Channels of a head where all attention of the U-Net has the same; 0: the level's own; None: neither."""
+    if s["head_dim"] or s["num_heads"] == 1:
+        return s["head_dim"]
+    mults = [mult for i, mult in enumerate(s["channel_mult"]) if 2**i in s["attention_ds"]]
+    widths = {s["channels"] * mult for mult in mults + s["middle_attention"] * [s["channel_mult"][-1]]}
+    return max(widths, default=0) // s["num_heads"] if len(widths) < 2 else None
+
+
+def check_expressible(path, to, vae, model):
+    """ValueError that names all that a layout cannot express; vae: the autoencoder's settings or None, model: meta's."""
+    found = [(VAE_LIMITS, vae)] if vae else []
+    found += [(UNET_LIMITS, tuples(model["unet"])), (MODEL_LIMITS, model)] if model else []
+    names = [name for limits, s in found for layouts, has, name in limits if to in layouts.split() and has(s)]
+    if names:
+        raise ValueError(f"{path} cannot become {to}, which has no {'; no '.join(names)}")
+
+
+def fold_statistics(tensors, mean, std):
+    """An autoencoder's tensors, in our names, with its latents' statistics inside, and the scalar that remains.
+
+    mean, std: (C,). Layouts of others have latents * scalar for the U-Net and latents / scalar for `decode`. Where all
+    means are 0 and all deviations one, the tensors stay and the scalar is 1 / std. Else it is 1: quant_conv gives
+    (mean - m) / s and logvar - 2 ln s, post_quant_conv takes W s and b + W m. The codes of VQ move along, which leaves
+    the nearest one the nearest only where all channels have one s; ValueError where they have not.
+    """
+    if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        raise ValueError("the autoencoder has no latent statistics: run train_vae.py with --measure_latents")
+    out, one = dict(tensors), bool((std == std[0]).all())
+    if one and not mean.any():
+        return out, 1 / std[0].item()
+    codes, C = "quantize.embedding.weight", len(mean)
+    if codes in out and not one:
+        raise ValueError(
+            "VQ latents with a std for each channel: scaled by it, another code would be the nearest; "
+            "only one std for all channels can be exported"
+        )
+    if "quant_conv.weight" not in out:
+        out |= identity_projections(C, 1 if codes in out else 2)
+    m, s = mean.double(), std.double()
+    w, b = out["quant_conv.weight"].double(), out["quant_conv.bias"].double()
+    w[:C], b[:C] = w[:C] / s.view(-1, 1, 1, 1), (b[:C] - m) / s
+    if codes in out:
+        out[codes] = ((out[codes].double() - m) / s).float()
+    else:
+        b[C:] -= 2 * s.log()
+    out |= {"quant_conv.weight": w.float(), "quant_conv.bias": b.float()}
+    w, b = out["post_quant_conv.weight"].double(), out["post_quant_conv.bias"].double()
+    b = b + w[:, :, 0, 0] @ m
+    return out | {"post_quant_conv.weight": (w * s.view(1, -1, 1, 1)).float(), "post_quant_conv.bias": b.float()}, 1.0
+
+
+def identity_projections(channels, moments):
+    """quant_conv and post_quant_conv that change nothing, for layouts that know no autoencoder without them."""
+    out = {}
+    for name, n in (("quant_conv", moments * channels), ("post_quant_conv", channels)):
+        out |= {f"{name}.weight": torch.eye(n).view(n, n, 1, 1), f"{name}.bias": torch.zeros(n)}
+    return out
+
+
+def fold_time(weight):
+    """The first weight of the time embedding for a U-Net that shall be told i where it was told i + 1.
+
+    The sinusoids of i + 1 are those of i, each pair turned by its frequency. With it a continuous schedule, whose
+    U-Net knows 1000 t, becomes a table of 1000 entries, whose entry i at t = (i + 1) / 1000 is told as i.
+    """
+    half = weight.shape[1] // 2
+    angle = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
+    c, s = weight[:, :half].double(), weight[:, half : 2 * half].double()  # of the cosines, of the sines
+    turned = [c * angle.cos() + s * angle.sin(), s * angle.cos() - c * angle.sin()]
+    return torch.cat([*(w.to(weight.dtype) for w in turned), weight[:, 2 * half :]], dim=1)
+
+
+def table_of(model):
+    """alpha_bar (T,) float64 of a checkpoint's schedule, and whether its U-Net counts from 1, see fold_time."""
+    from diffusion import make_schedule
+
+    ends = model["beta_start"], model["beta_end"]
+    process = make_schedule(model["schedule"], *ends, zero_snr=model.get("zero_snr", False))
+    T = process.discrete or 1000
+    return process.alpha(torch.arange(1, T + 1, dtype=torch.float64) / T) ** 2, not process.discrete
+
+
+def betas_of(alpha_bar):
+    return 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
+
+
+def scheduler_config(model):
+    """diffusers' DDIMScheduler for a checkpoint's settings; its steps are sample.py's, spacing=trailing, eta=0."""
+    known = {"linear": "linear", "scaled_linear": "scaled_linear", "quadratic": "scaled_linear"}
+    known |= {"squared_cosine": "squaredcos_cap_v2"}
+    config = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
+    if model["schedule"] in known:
+        config |= {"beta_schedule": known[model["schedule"]], "trained_betas": None}
+        config |= {"beta_start": model["beta_start"], "beta_end": model["beta_end"]}
+    else:
+        config["trained_betas"] = betas_of(table_of(model)[0]).tolist()
+    config["rescale_betas_zero_snr"] = model["schedule"] in known and bool(model.get("zero_snr"))
+    config["prediction_type"] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[model["objective"]]
+    # steps_offset plays no part in trailing steps, but pipelines complain of any other than 1
+    config |= {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 1}
+    return config | {"clip_sample": False, "thresholding": False}
+
+
+def vae_config(s, tensors, scaling, side):
+    """diffusers' config of an autoencoder with settings s, for images of that side."""
+    widths = [s["ch"] * mult for mult in s["ch_mult"]]
+    config = {"in_channels": 3, "out_channels": 3, "block_out_channels": widths, "act_fn": "silu"}
+    config |= {"down_block_types": ["DownEncoderBlock2D"] * len(widths)}
+    config |= {"up_block_types": ["UpDecoderBlock2D"] * len(widths), "layers_per_block": s["num_res_blocks"]}
+    config |= {"latent_channels": s["z_channels"], "norm_num_groups": s["norm_groups"], "sample_size": side}
+    config |= {"mid_block_add_attention": s["mid_attention"], "scaling_factor": scaling}
+    if s["bottleneck"] == "vq":
+        config |= {"num_vq_embeddings": s["codebook_size"], "vq_embed_dim": latents_of(s)}
+        return {"_class_name": "VQModel"} | config
+    projected = "quant_conv.weight" in tensors
+    return {"_class_name": "AutoencoderKL"} | config | {"use_quant_conv": projected, "use_post_quant_conv": projected}
+
+
+def unet_config(s, side):
+    """diffusers' config of a U-Net with settings s, for latents of that side: UNet2DModel has plain attention."""
+    widths, depth = [s["channels"] * mult for mult in s["channel_mult"]], s["transformer_depth"]
+    attends = [2**i in s["attention_ds"] for i in range(len(widths))]
+    config = {"sample_size": side, "in_channels": s["in_channels"] + s["concat_channels"]}
+    config |= {"out_channels": s["out_channels"], "block_out_channels": widths, "norm_num_groups": s["norm_groups"]}
+    config |= {"num_class_embeds": s["num_classes"] or None, "norm_eps": 1e-5, "act_fn": "silu"}
+    config |= {"flip_sin_to_cos": True, "freq_shift": 0, "dropout": s["unet_dropout"]}
+    config["resnet_time_scale_shift"] = "scale_shift" if s["scale_shift"] else "default"
+
+    def by_level(value):
+        value = list(value) if isinstance(value, (tuple, list)) else [value]
+        return value * len(widths) if len(value) == 1 else value
+
+    if depth:
+        down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+        config |= {"transformer_layers_per_block": depth, "use_linear_projection": s["linear_proj"]}
+        config |= {"cross_attention_dim": s["context_dim"] or widths, "mid_block_type": "UNetMidBlock2DCrossAttn"}
+        config |= {"layers_per_block": by_level(s["num_res_blocks"])}
+        # by this name it means the number of heads
+        config |= {"attention_head_dim": [s["num_heads"] or width // s["head_dim"] for width in widths]}
+        config |= {"only_cross_attention": [not attention for attention in by_level(s["self_attention"])]}
+        config |= {"mid_block_only_cross_attention": False, "_class_name": "UNet2DConditionModel"}
+    else:
+        plain = (
+            ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+            if s["resblock_updown"]
+            else ("DownBlock2D", "UpBlock2D")
+        )
+        (down, up), kind = (
+            zip(("AttnDownBlock2D", "AttnUpBlock2D"), plain),
+            "resnet" if s["resblock_updown"] else "conv",
+        )
+        config |= {"layers_per_block": by_level(s["num_res_blocks"])[0], "add_attention": s["middle_attention"]}
+        config |= {"attention_head_dim": head_width(s) or None, "attn_norm_num_groups": s["norm_groups"]}
+        config |= {"downsample_type": kind, "upsample_type": kind, "_class_name": "UNet2DModel"}
+    config["down_block_types"] = [down[0] if attention else down[1] for attention in attends]
+    config["up_block_types"] = [up[0] if attention else up[1] for attention in attends[::-1]]
+    return config
+
+
+def clip_files(tower):
+    """A CLIP tower as transformers keeps it: {file: content}, JSON-able or text."""
+    s = tower.settings
+    ends = {"bos_token_id": tower.start, "eos_token_id": tower.end, "pad_token_id": tower.pad}
+    config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": s["width"]}
+    config |= {"intermediate_size": 4 * s["width"], "projection_dim": s["width"], "num_attention_heads": s["heads"]}
+    config |= {"num_hidden_layers": len(tower.blocks), "max_position_embeddings": s["length"], "layer_norm_eps": 1e-5}
+    config |= {"vocab_size": s["vocab"], "hidden_act": s["activation"], "torch_dtype": "float32"} | ends
+    merges = tower.bpe().decode()
+    plain = [chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]]
+    letters = plain + [chr(256 + i) for i in range(256 - len(plain))]
+    names = letters + [f"{letter}</w>" for letter in letters]
+    names += [line.replace(" ", "") for line in merges.splitlines()[1:]] + ["<|startoftext|>", "<|endoftext|>"]
+    special = {"bos_token": names[tower.start], "eos_token": names[tower.end], "unk_token": names[tower.end]}
+    special |= {"pad_token": names[tower.pad]}
+    tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": s["length"], "do_lower_case": True} | special
+    return {
+        "text_encoder/config.json": config,
+        "tokenizer/tokenizer_config.json": tokenizer,
+        "tokenizer/special_tokens_map.json": special,
+        "tokenizer/vocab.json": {name: i for i, name in enumerate(names)},
+        "tokenizer/merges.txt": merges,
+    }
+
+
+def load_ours(path, ema_std, tower_weights, clip_vocab):
+    """(meta, denoiser or None, autoencoder or None, frozen text tower or None) of a checkpoint of either stage."""
+    from vae import VAE
+
+    _, meta = read_checkpoint(path)
+    if meta["stage"] == "vae":
+        return meta, None, VAE.from_pretrained(path), None
+    vae = VAE.from_pretrained(path) if meta["vae"] else None
+    return meta, load_denoiser(path, ema_std), vae, load_tower(path, tower_weights, clip_vocab)
+
+
+def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
+    """Writes a checkpoint of ours as a folder for diffusers; returns what it has become, in words.
+
+    Unconditional models become an LDMPipeline, those that listen to a frozen CLIP a StableDiffusionPipeline; of all
+    others the autoencoder, the U-Net and the scheduler are written, to be put together by hand.  path, ema_std,
+    tower_weights, clip_vocab: see sample.load_pipeline.  ValueError names what diffusers cannot express.
+    """
+    meta, denoiser, vae, tower = load_ours(path, ema_std, tower_weights, clip_vocab)
+    model = meta["model"] if denoiser else None
+    check_expressible(path, "diffusers", vae and vae.settings, model)
+    files, side = {}, (model or {}).get("image_size") or meta["config"].get("image_size", 256)
+    plain = model and not model["unet"]["transformer_depth"] and model.get("task", "none") == "none"
+    pipeline, reason = "", ""
+    if not model:
+        reason = "it is an autoencoder alone"
+    elif vae is None:
+        reason = "no pipeline of this kind draws pixels"
+    elif model.get("task", "none") != "none":
+        reason = f"no pipeline knows task={model['task']} as it was trained here"
+    elif model["cond"] == "none" and plain:
+        pipeline = "LDMPipeline"
+    elif model["cond"] == "none":
+        reason = "LDMPipeline takes plain attention, transformer_depth=0"
+    elif tower is not None and vae.quantize is None:
+        pipeline = "StableDiffusionPipeline"
+    elif tower is not None:
+        reason = "StableDiffusionPipeline takes no VQ"
+    elif model["cond"] == "class":
+        reason = f"no pipeline takes classes so; class_labels={model['num_classes']} is the empty condition"
+    else:
+        reason = "the text encoder was trained here and stays here"
+
+    vae_folder = "vqvae" if pipeline == "LDMPipeline" else "vae"
+    if vae is not None:
+        s, tensors = vae.settings, part({f"vae.{name}": t for name, t in vae.state_dict().items()}, "vae")
+        mean, std = tensors.pop("latent_mean"), tensors.pop("latent_std")
+        tensors, scaling = fold_statistics(tensors, mean, std)
+        if s["bottleneck"] == "vq" and "quant_conv.weight" not in tensors:  # VQModel has them always
+            tensors |= identity_projections(len(mean), 1)
+        s = s | {"latent_proj": "quant_conv.weight" in tensors}
+        files[f"{vae_folder}/config.json"] = vae_config(s, scaling, side)
+        weights = to_theirs(tensors, vae_keys(s, "diffusers"))
+        files[f"{vae_folder}/diffusion_pytorch_model.safetensors"] = weights
+    if model:
+        s, tensors = denoiser.unet.settings, dict(denoiser.unet.state_dict())
+        if table_of(model)[1]:
+            tensors["time_embed.0.weight"] = fold_time(tensors["time_embed.0.weight"])
+        files["unet/config.json"] = unet_config(s, side // (vae.factor if vae else 1))
+        files["unet/diffusion_pytorch_model.safetensors"] = to_theirs(tensors, unet_keys(s, "diffusers"))
+        files["scheduler/scheduler_config.json"] = scheduler_config(model)
+    if tower is not None:
+        files |= clip_files(tower)
+        weights = to_theirs(tower.state_dict(), text_keys(len(tower.blocks), "transformers"))
+        files["text_encoder/model.safetensors"] = {f"text_model.{name}": t for name, t in weights.items()}
+    if pipeline:
+        index = {"_class_name": pipeline, "scheduler": ["diffusers", "DDIMScheduler"]}
+        for name in ("unet", vae_folder):
+            index[name] = ["diffusers", files[f"{name}/config.json"]["_class_name"]]
+        if tower is not None:
+            index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+            index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+            index["requires_safety_checker"] = False
+        files["model_index.json"] = index
+
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise ValueError(f"out={folder} is there already: name a new folder")
+    for name, content in files.items():
+        file = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        if name.endswith(".safetensors"):
+            save_file({k: t.contiguous() for k, t in content.items()}, file, metadata={"format": "pt"})
+        else:
+            with open(file, "w", encoding="utf-8") as f:
+                f.write(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
+    if pipeline:
+        return f'{pipeline}: DiffusionPipeline.from_pretrained("{folder}") opens it'
+    parts = [f"{name} ({kind})" for name in ("vae", "unet", "scheduler") if (kind := class_of(files, name))]
+    return f"components, no pipeline: {', '.join(parts)}; {reason}"
+
+
+def class_of(files, name):
+    for file in (f"{name}/config.json", f"{name}/{name}_config.json"):
+        if file in files:
+            return files[file]["_class_name"]
+
+
+def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
+    """Writes a checkpoint of ours as one .safetensors file in CompVis' names; returns what is in it, in words.
+
+    first_stage_model. and scale_factor; model.diffusion_model. and the schedule's buffers; cond_stage_model. of a
+    frozen CLIP, of classes as tokens and of a rescaler for maps. An autoencoder alone has no prefix, as CompVis'.
+    """
+    meta, denoiser, vae, tower = load_ours(path, ema_std, tower_weights, clip_vocab)
+    model = meta["model"] if denoiser else None
+    check_expressible(path, "compvis", vae and vae.settings, model)
+    out, parts = {}, []
+
+    def add(prefix, tensors, what):
+        out.update({prefix + name: t for name, t in tensors.items()})
+        parts.append(what)
+
+    if vae is not None:
+        s, tensors = vae.settings, dict(vae.state_dict())
+        mean, std = tensors.pop("latent_mean"), tensors.pop("latent_std")
+        tensors, scaling = fold_statistics(tensors, mean, std)
+        if "quant_conv.weight" not in tensors:  # CompVis has them always
+            tensors |= identity_projections(len(mean), 1 if s["bottleneck"] == "vq" else 2)
+        tensors = to_theirs(tensors, vae_keys(s | {"latent_proj": True}, "compvis"))
+        add("first_stage_model." if model else "", tensors, f"the autoencoder, scale_factor {scaling:.6g}")
+        if model:
+            out["scale_factor"] = torch.tensor(scaling)
+    if model:
+        tensors = dict(denoiser.unet.state_dict())
+        alpha_bar, from_one = table_of(model)
+        if from_one:
+            tensors["time_embed.0.weight"] = fold_time(tensors["time_embed.0.weight"])
+        add("model.diffusion_model.", to_theirs(tensors, unet_keys(denoiser.unet.settings, "compvis")), "the U-Net")
+        before = torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
+        buffers = {"betas": betas_of(alpha_bar), "alphas_cumprod": alpha_bar, "alphas_cumprod_prev": before}
+        buffers |= {"sqrt_alphas_cumprod": alpha_bar.sqrt(), "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt()}
+        add("", {name: t.float() for name, t in buffers.items()}, f"its table of {len(alpha_bar)} betas")
+    if tower is not None:
+        # Stable Diffusion 1 has transformers' tower, 2 has open_clip's
+        layout = "transformers" if tower.settings["layer"] == "last" else "open_clip"
+        prefix = {"transformers": "transformer.text_model.", "open_clip": "model."}[layout]
+        weights = to_theirs(tower.state_dict(), text_keys(len(tower.blocks), layout))
+        add(f"cond_stage_model.{prefix}", weights, "the text tower")
+    if denoiser and denoiser.class_tokens is not None:
+        add("cond_stage_model.embedding.", denoiser.class_tokens.state_dict(), "the classes' tokens")
+    if denoiser and denoiser.rescaler is not None:
+        rescaler = {"channel_mapper.weight": denoiser.rescaler.conv.weight}
+        add("cond_stage_model.", rescaler, "the maps' rescaler")
+    if not file.endswith(".safetensors") or os.path.exists(file):
+        raise ValueError(f"out={file} is there already, or no .safetensors file: name a new one")
+    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    save_file({name: t.detach().contiguous() for name, t in out.items()}, file, metadata={"format": "pt"})
+    without = "; its own text encoder has no place there" if denoiser and denoiser.text is not None else ""
+    return f"{file}: {', '.join(parts)}{without}"
+
+
+# --- the command ---
+
+ckpt = ""  # a checkpoint of ours, of either stage, or its out_dir
+to = "diffusers"  # diffusers (a folder) | compvis (one .safetensors file)
+out = ""  # the folder or file to write, a new one
+ema_std = 0.0  # width of a post-hoc EMA, as in sample.py; 0 is the stored EMA
+tower_weights = ""  # of a frozen text encoder, if they are not where training found them
+clip_vocab = ""  # likewise, of its tokenizer
+
+
+def one_line_error(kind, error, trace):
+    """Users' mistakes as one line; TRACEBACK=1 shows where they were noticed, all else shows it always."""
+    if issubclass(kind, (ValueError, OSError, ImportError)) and not os.environ.get("TRACEBACK"):
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if __name__ == "__main__":
+    configure(globals())
+    sys.excepthook = one_line_error
+    if to not in ("diffusers", "compvis"):
+        raise ValueError(f"to={to} is not one of diffusers, compvis")
+    for name in ("ckpt", "out"):
+        if not globals()[name]:
+            raise ValueError(f"{name} is not set: python convert.py --ckpt=out/ldm --to={to} --out=NEW")
+    write = to_diffusers if to == "diffusers" else to_compvis
+    print(write(find_checkpoint(ckpt), out, ema_std, tower_weights, clip_vocab))
