@@ -539,8 +539,8 @@ def head_width(s):
     return max(widths, default=0) // s["num_heads"] if len(widths) < 2 else None
 
 
-def check_expressible(path, to, vae, model):
-    """ValueError that names all that a layout cannot express; vae: the autoencoder's settings or None, model: meta's."""
+def check_expressible(path, to, vae, model=None):
+    """ValueError naming all that a layout cannot express; vae: the autoencoder's settings or None, model: meta's."""
     found = [(VAE_LIMITS, vae)] if vae else []
     found += [(UNET_LIMITS, tuples(model["unet"])), (MODEL_LIMITS, model)] if model else []
     names = [name for limits, s in found for layouts, has, name in limits if to in layouts.split() and has(s)]
@@ -634,7 +634,7 @@ def scheduler_config(model):
     return config | {"clip_sample": False, "thresholding": False}
 
 
-def vae_config(s, tensors, scaling, side):
+def vae_config(s, scaling, side):
     """diffusers' config of an autoencoder with settings s, for images of that side."""
     widths = [s["ch"] * mult for mult in s["ch_mult"]]
     config = {"in_channels": 3, "out_channels": 3, "block_out_channels": widths, "act_fn": "silu"}
@@ -645,8 +645,8 @@ def vae_config(s, tensors, scaling, side):
     if s["bottleneck"] == "vq":
         config |= {"num_vq_embeddings": s["codebook_size"], "vq_embed_dim": latents_of(s)}
         return {"_class_name": "VQModel"} | config
-    projected = "quant_conv.weight" in tensors
-    return {"_class_name": "AutoencoderKL"} | config | {"use_quant_conv": projected, "use_post_quant_conv": projected}
+    config |= {"use_quant_conv": s["latent_proj"], "use_post_quant_conv": s["latent_proj"]}
+    return {"_class_name": "AutoencoderKL"} | config
 
 
 def unet_config(s, side):
@@ -704,13 +704,16 @@ def clip_files(tower):
     names = letters + [f"{letter}</w>" for letter in letters]
     names += [line.replace(" ", "") for line in merges.splitlines()[1:]] + ["<|startoftext|>", "<|endoftext|>"]
     special = {"bos_token": names[tower.start], "eos_token": names[tower.end], "unk_token": names[tower.end]}
-    special |= {"pad_token": names[tower.pad]}
+    # Stable Diffusion 2 pads with token 0, "!". By that name every "!" of a prompt would be taken for padding; so token 0
+    # has a second name, as padding only.
+    vocab = {name: i for i, name in enumerate(names)} | ({} if tower.pad == tower.end else {"<|pad|>": tower.pad})
+    special["pad_token"] = names[tower.end] if tower.pad == tower.end else "<|pad|>"
     tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": s["length"], "do_lower_case": True} | special
     return {
         "text_encoder/config.json": config,
         "tokenizer/tokenizer_config.json": tokenizer,
         "tokenizer/special_tokens_map.json": special,
-        "tokenizer/vocab.json": {name: i for i, name in enumerate(names)},
+        "tokenizer/vocab.json": vocab,
         "tokenizer/merges.txt": merges,
     }
 
@@ -760,7 +763,7 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
 
     vae_folder = "vqvae" if pipeline == "LDMPipeline" else "vae"
     if vae is not None:
-        s, tensors = vae.settings, part({f"vae.{name}": t for name, t in vae.state_dict().items()}, "vae")
+        s, tensors = vae.settings, dict(vae.state_dict())
         mean, std = tensors.pop("latent_mean"), tensors.pop("latent_std")
         tensors, scaling = fold_statistics(tensors, mean, std)
         if s["bottleneck"] == "vq" and "quant_conv.weight" not in tensors:  # VQModel has them always
