@@ -4,15 +4,20 @@
     UNet.from_pretrained("out/ldm")       # in load_unet
     sample.load_pipeline("out/ldm")       # in load_denoiser, load_vae and load_tower
 
-So far it reads this repository's own files; other people's layouts join them here.
+It reads this repository's own files and those of diffusers, transformers, CompVis, Stability, OpenCLIP and OpenAI: what
+tensor shapes show is inferred, what their configs tell is read, what is left is asked for by name. The key tables below
+go both ways.
 """
 
 import hashlib
+import inspect
 import json
 import math
 import os
+import pickle
 import re
 import sys
+import zipfile
 import zlib
 from typing import NamedTuple
 
@@ -74,7 +79,10 @@ def check_settings(path, saved, given):
 
 
 def load_vae(cls, path, **settings):
-    """The EMA autoencoder of a stage-1 checkpoint, or the first stage inside a stage-2 checkpoint."""
+    """The EMA autoencoder of a stage-1 checkpoint, or the first stage inside a stage-2 checkpoint, or another's."""
+    path = local(path)
+    if os.path.exists(path) and not is_ours(path):
+        return load_foreign_vae(cls, path, **settings)
     _, meta = read_checkpoint(path)
     own, prefix = (meta["model"], "ema") if meta["stage"] == "vae" else (meta["vae"], "vae")
     if own is None:
@@ -86,7 +94,10 @@ def load_vae(cls, path, **settings):
 
 
 def load_unet(cls, path, **settings):
-    """The EMA U-Net of a stage-2 checkpoint."""
+    """The EMA U-Net of a stage-2 checkpoint, or another's."""
+    path = local(path)
+    if os.path.exists(path) and not is_ours(path):
+        return load_foreign_unet(cls, path, **settings)
     tensors, meta = read_checkpoint(path, "ema.unet")
     if meta["stage"] != "ldm":
         raise ValueError(f"{path} is an autoencoder (stage 1): it holds no U-Net")
@@ -109,16 +120,12 @@ def load_text_encoder(cls, path, **settings):
     return text.requires_grad_(False).eval()
 
 
-def load_clip(cls, path, name, merges):
-    """A CLIP text tower from a .safetensors file of its state dict, in this repository's names."""
-    tower = cls.named(name, merges)
+def load_clip(cls, path, name="", merges=None):
+    """A CLIP text tower from a file of its state dict in this repository's names, or from another's file or folder."""
+    path = local(path)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"the text tower {path} is not there: name a .safetensors file of {name}'s weights")
-    try:
-        tower.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as e:
-        raise ValueError(f"{path} does not hold {name}'s weights: {str(e).splitlines()[0]}") from None
-    return tower.requires_grad_(False).eval()
+        raise FileNotFoundError(f"the text tower {path} is not there: name a file or folder of {name or 'its'} weights")
+    return load_foreign_clip(cls, path, name, merges)
 
 
 def posthoc_ema(path, std):
@@ -466,6 +473,709 @@ def text_keys(blocks, layout):
     return keys + list(both("norm_out", ("", "final_layer_norm", "ln_final")[column]))
 
 
+# --- settings from shapes ---
+
+# What the published models' U-Nets look like, and what their files do not tell: heads, process, scale, latents' side.
+# REFERENCE: the configurations in CompVis/latent-diffusion, CompVis/stable-diffusion, Stability-AI/stablediffusion.
+SD = dict(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, scale=0.18215, side=64)
+LDM = dict(objective="eps", schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195, scale=1.0, side=64)
+RELEASES = [
+    # Stable Diffusion 1 and its inpainting model
+    (dict(channels=320, context_dim=768, linear_proj=False), dict(num_heads=8, objective="eps", **SD)),
+    # Stable Diffusion 2: inpainting and depth; the others predict eps (512 px) or v (768 px), which no file tells
+    (
+        dict(channels=320, context_dim=1024, linear_proj=True, concat_channels=5),
+        dict(head_dim=64, objective="eps", **SD),
+    ),
+    (
+        dict(channels=320, context_dim=1024, linear_proj=True, concat_channels=1),
+        dict(head_dim=64, objective="eps", **SD),
+    ),
+    (dict(channels=320, context_dim=1024, linear_proj=True), dict(head_dim=64, **SD)),
+    # its x4 upscaler
+    (
+        dict(channels=256, context_dim=1024, linear_proj=True, num_classes=1000),
+        dict(num_heads=8, objective="v", **SD) | dict(beta_start=1e-4, beta_end=0.02, scale=0.08333, side=128),
+    ),
+    # LDM: text (1.4B), class (cin256-v2), text (256), class (LDM-8)
+    (dict(channels=320, context_dim=1280), dict(num_heads=8, objective="eps", **SD) | dict(side=32)),
+    (dict(channels=192, channel_mult=(1, 2, 3, 5), context_dim=512), LDM | dict(num_heads=1)),
+    (dict(channels=192, channel_mult=(1, 2, 3, 5), context_dim=640), LDM | dict(head_dim=32)),
+    (dict(channels=256, channel_mult=(1, 2, 4), context_dim=512), LDM | dict(head_dim=32, side=32)),
+    # LDM: unconditional (CelebA-HQ, FFHQ, LSUN bedrooms; churches)
+    (dict(channels=224, channel_mult=(1, 2, 3, 4), transformer_depth=0), LDM | dict(head_dim=32)),
+    (
+        dict(channels=192, channel_mult=(1, 2, 2, 4, 4), resblock_updown=True),
+        LDM | dict(num_heads=8, beta_end=0.0155, side=32, scale=None),
+    ),
+    # LDM: layouts, semantic maps, super-resolution, inpainting
+    (dict(channels=128, transformer_depth=3, context_dim=512), LDM | dict(head_dim=32, beta_end=0.0205)),
+    (dict(channels=128, channel_mult=(1, 4, 8), concat_channels=3), LDM | dict(num_heads=8, beta_end=0.0205)),
+    (dict(channels=160, channel_mult=(1, 2, 2, 4), concat_channels=3), LDM | dict(head_dim=32, beta_end=0.0155)),
+    (dict(channels=256, concat_channels=4, resblock_updown=True), LDM | dict(num_heads=8, beta_end=0.0205)),
+]
+
+
+def release_of(settings):
+    """What is known of the published model whose U-Net has these settings: {} where none does."""
+    for looks, known in RELEASES:
+        if all(settings[name] == value for name, value in looks.items()):
+            return known
+    return {}
+
+
+def count(state, name):
+    """How many of the numbers 0, 1, ... put into `name` give tensors of the state dict."""
+    n = 0
+    while name.format(n) in state:
+        n += 1
+    return n
+
+
+def multiples(widths, ch):
+    if not widths or any(width % ch for width in widths):
+        raise ValueError(f"levels of {widths} channels behind one of {ch}: that is no architecture known here")
+    return tuple(width // ch for width in widths)
+
+
+def infer_vae_settings(state):
+    """(settings, layout) of an autoencoder's state dict in CompVis' or diffusers' names; norm_groups is assumed."""
+    layout = "diffusers" if "encoder.down_blocks.0.resnets.0.conv1.weight" in state else "compvis"
+    down, block, attention, middle = (
+        ("encoder.down_blocks.{}", "resnets", "attentions.0.group_norm", "encoder.mid_block.attentions.0.group_norm")
+        if layout == "diffusers"
+        else ("encoder.down.{}", "block", "attn.0.norm", "encoder.mid.attn_1.norm")
+    )
+    needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", f"{down.format(0)}.{block}.0.conv1.weight")
+    for name in needed:
+        if name not in state:
+            raise ValueError(f"there is no {name}: it is no autoencoder of this kind")
+    levels = count(state, f"{down}.{block}.0.conv1.weight")
+    widths = [len(state[f"{down.format(i)}.{block}.0.conv1.weight"]) for i in range(levels)]
+    ch, z_channels = len(state["encoder.conv_in.weight"]), state["decoder.conv_in.weight"].shape[1]
+    settings = dict(ch=ch, ch_mult=multiples(widths, ch), z_channels=z_channels, resolution=256)
+    settings["num_res_blocks"] = count(state, f"{down.format(0)}.{block}.{{}}.conv1.weight")
+    attending = [i for i in range(levels) if f"{down.format(i)}.{attention}.weight" in state]
+    settings["attn_resolutions"] = tuple(256 // 2**i for i in attending)
+    settings["mid_attention"] = f"{middle}.weight" in state
+    settings["latent_proj"] = "post_quant_conv.weight" in state
+    embed_dim = state["post_quant_conv.weight"].shape[1] if settings["latent_proj"] else z_channels
+    settings["embed_dim"] = 0 if embed_dim == z_channels else embed_dim
+    if "quantize.embedding.weight" in state:
+        settings |= dict(bottleneck="vq", codebook_size=len(state["quantize.embedding.weight"]))
+    return settings, layout
+
+
+def infer_unet_settings(state):
+    """(settings, layout) of a U-Net's state dict in CompVis' or diffusers' names; heads and norm_groups are not known."""
+    layout = "compvis" if "input_blocks.0.0.weight" in state else "diffusers"
+    levels = []  # (width, blocks on the way down, prefix of an attention or None, prefix of a resampler)
+    if layout == "compvis":
+        conv_in, conv_out, middle = "input_blocks.0.0.weight", "out.2.weight", "middle_block.1"
+        emb, labels, resampled = "middle_block.0.emb_layers.1.weight", "label_emb.weight", "in_layers.0.weight"
+        n = blocks = 0
+        total = count(state, "output_blocks.{}.0.in_layers.0.weight")
+        for n in range(total):
+            stage, blocks = f"output_blocks.{n}", blocks + 1
+            attention = f"{stage}.1" if f"{stage}.1.norm.weight" in state else None
+            last = f"{stage}.{2 if attention else 1}"
+            if f"{last}.conv.weight" in state or f"{last}.{resampled}" in state or n == total - 1:
+                levels.insert(0, (len(state[f"{stage}.0.in_layers.2.weight"]), blocks - 1, attention, last))
+                blocks = 0
+    else:
+        conv_in, conv_out, middle = "conv_in.weight", "conv_out.weight", "mid_block.attentions.0"
+        emb, labels = "mid_block.resnets.0.time_emb_proj.weight", "class_embedding.weight"
+        resampled = "norm1.weight"
+        for i in range(count(state, "down_blocks.{}.resnets.0.conv1.weight")):
+            attention = f"down_blocks.{i}.attentions.0"
+            has_attention = f"{attention}.norm.weight" in state or f"{attention}.group_norm.weight" in state
+            n, width = (
+                count(state, f"down_blocks.{i}.resnets.{{}}.conv1.weight"),
+                f"down_blocks.{i}.resnets.0.conv1.weight",
+            )
+            attention = attention if has_attention else None
+            levels.append((len(state[width]), n, attention, f"down_blocks.{i}.downsamplers.0"))
+    for name in (conv_in, conv_out, emb):
+        if name not in state or not levels:
+            raise ValueError(f"there is no {name}: it is no U-Net of this kind")
+    channels, shown = state[conv_in].shape[:2]
+    out_channels = len(state[conv_out])
+    if shown < out_channels:
+        raise ValueError(f"it takes {shown} channels and gives {out_channels}: that is no architecture known here")
+    widths = [level[0] for level in levels]
+    s = dict(in_channels=out_channels, out_channels=out_channels, concat_channels=shown - out_channels)
+    s |= dict(channels=channels, channel_mult=multiples(widths, channels))
+    blocks = tuple(level[1] for level in levels)
+    s["num_res_blocks"] = blocks[0] if len(set(blocks)) == 1 else blocks
+    s["attention_ds"] = tuple(2**i for i, level in enumerate(levels) if level[2])
+    s["middle_attention"] = f"{middle}.norm.weight" in state or f"{middle}.group_norm.weight" in state
+    s["scale_shift"] = len(state[emb]) == 2 * widths[-1]
+    s["resblock_updown"] = any(f"{level[3]}.{resampled}" in state for level in levels)
+    s["num_classes"] = len(state[labels]) if labels in state else 0
+    # attention: plain, or a transformer, whose keys show what it looks at
+    attentions = [(level[0], level[2]) for level in levels if level[2]]
+    attentions += [(widths[-1], middle)] if s["middle_attention"] else []
+    s |= dict(transformer_depth=0, context_dim=0, linear_proj=False)
+    if attentions and f"{attentions[0][1]}.proj_in.weight" in state:
+        s["transformer_depth"] = count(state, f"{attentions[0][1]}.transformer_blocks.{{}}.norm1.weight")
+        s["linear_proj"] = state[f"{attentions[0][1]}.proj_in.weight"].ndim == 2
+        to_k = [
+            [state[f"{at}.transformer_blocks.0.attn{n}.to_k.weight"].shape[1] for _, at in attentions] for n in (1, 2)
+        ]
+        is_self = [to_k[1][i] == width for i, (width, _) in enumerate(attentions)]
+        s["context_dim"] = 0 if all(is_self) and len(set(to_k[1])) > 1 else to_k[1][0]
+        first = {at: width == dim for (width, at), dim in zip(attentions, to_k[0])}
+        s["self_attention"] = tuple(first.get(level[2], True) for level in levels)
+        if all(s["self_attention"]):
+            s["self_attention"] = True
+    if not attentions:
+        s |= dict(num_heads=1, head_dim=0)
+    return s, layout
+
+
+# --- other people's files ---
+
+PREFIXES = {"vae": "first_stage_model.", "unet": "model.diffusion_model.", "text": "cond_stage_model."}
+FOLDERS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text": ("text_encoder", "bert")}
+NAMES = {"vae": "autoencoder", "unet": "U-Net", "text": "text encoder"}
+# what Lightning's files name beside tensors; they get stand-ins that do nothing
+INERT = (
+    r"(pytorch_lightning|lightning|lightning_fabric)\..*|_codecs\.encode|numpy\.dtype|numpy\._?core\.multiarray\.scalar"
+)
+
+
+class Inert:
+    """Stands in for an object that a pickle names, does nothing and knows nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def is_ours(path):
+    """Whether path, a file or folder that is there, is a checkpoint of this repository."""
+    if os.path.isdir(path):
+        return os.path.exists(os.path.join(path, "latest.safetensors"))
+    if not path.endswith(".safetensors"):
+        return False
+    try:
+        with safe_open(path, framework="pt") as f:
+            return "latent_diffusion" in (f.metadata() or {})
+    except (OSError, SafetensorError):
+        return True  # read_checkpoint says what is wrong with it
+
+
+def local(path):
+    """path itself, or for the id of a Hugging Face repository (owner/name) the folder that it was fetched to."""
+    owner = path.split("/")[0]
+    if (
+        os.path.exists(path)
+        or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)
+        or os.path.isdir(owner)
+        or owner == "out"
+    ):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"{path} is not there; if it is a Hugging Face id, fetch it (pip install huggingface_hub; "
+            f"hf download {path} --local-dir {path}) and run again"
+        ) from None
+    kinds, skipped = (
+        ["*.json", "*/*.json", "*/merges.txt", "merges.txt"],
+        ["*.fp16.*", "*.non_ema.*", "*/safety_checker/*"],
+    )
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            inside = ["/".join(("*", weights)), f"diffusion_pytorch_model{weights[1:]}", f"model{weights[1:]}"]
+            folder = snapshot_download(path, allow_patterns=kinds + inside, ignore_patterns=skipped)
+            if any(name.endswith(weights[1:]) for _, _, names in os.walk(folder) for name in names):
+                break
+        return folder
+    except (OSError, ValueError) as e:  # what the hub's errors are
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise FileNotFoundError(f"{path} is not there, and Hugging Face does not give it ({reason})") from None
+
+
+def read_tensors(path):
+    """All tensors of a .safetensors file or of a pickle (Lightning's too), in which no code is run."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is not there: name a file, a folder or the id of a Hugging Face repository")
+    if path.endswith(".safetensors"):
+        try:
+            with safe_open(path, framework="pt") as f:
+                return {name: f.get_tensor(name) for name in f.keys()}
+        except (OSError, SafetensorError) as e:
+            raise ValueError(f"{path} is no .safetensors file, or one cut short ({e})") from None
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        code = [name for name in named if not re.fullmatch(INERT, name)]
+        if code:
+            raise ValueError(f"{path} holds {', '.join(code[:3])}, code that would be run: it is not read")
+        with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in named]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, AttributeError, KeyError, IndexError) as e:
+        reason = "a TorchScript archive" if "TorchScript" in str(e) else str(e).strip().splitlines()[0][:100]
+        raise ValueError(f"{path} cannot be read as a dict of tensors ({reason}): save its state dict alone") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+    if not state:
+        raise ValueError(f"{path} holds no tensors by name: save a state dict")
+    return state
+
+
+def read_folder(folder):
+    """(tensors, config) of a model's folder as diffusers and transformers save it: whole or in shards."""
+    if not os.path.exists(f"{folder}/config.json"):
+        raise ValueError(f"{folder} holds neither config.json nor model_index.json: name the model's own folder")
+    stems, kinds = ("diffusion_pytorch_model", "model", "pytorch_model"), (".safetensors", ".bin")
+    names = [f"{stem}{kind}{index}" for kind in kinds for index in ("", ".index.json") for stem in stems]
+    names += [f"{stem}.fp16{kind}" for kind in kinds for stem in stems]
+    name = next((name for name in names if os.path.exists(f"{folder}/{name}")), None)
+    if name is None:
+        raise ValueError(f"{folder} holds no weights: {names[0]} or the like is missing, fetch it again")
+    if not name.endswith(".index.json"):
+        return read_tensors(f"{folder}/{name}"), read_json(f"{folder}/config.json")
+    state, told = {}, read_json(f"{folder}/{name}").get("weight_map", {})
+    for shard in sorted(set(told.values())):
+        if not os.path.exists(f"{folder}/{shard}"):
+            raise ValueError(f"{folder} lacks the shard {shard} that {name} names: fetch it again")
+        state |= read_tensors(f"{folder}/{shard}")
+    lost = sorted(set(told) - set(state))
+    if lost:
+        raise ValueError(f"{folder}: {name} names {lost[0]}, which is in none of its shards: fetch it again")
+    return state, read_json(f"{folder}/config.json")
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read ({e}): fetch it again") from None
+
+
+def read_part(path, part):
+    """(tensors, config or {}, all tensors of the file) of the vae, unet or text in another's file or folder."""
+    if os.path.isdir(path):
+        folder = path
+        if os.path.exists(f"{path}/model_index.json"):
+            folder = next((f"{path}/{name}" for name in FOLDERS[part] if os.path.isdir(f"{path}/{name}")), None)
+            if folder is None:
+                raise ValueError(f"{path} holds no {NAMES[part]} ({' or '.join(FOLDERS[part])})")
+        state, config = read_folder(folder)
+        everything = state
+    else:
+        everything = read_tensors(path)
+        state, config = select_part(everything, part, path), {}
+        beside = os.path.join(os.path.dirname(path), "config.json")
+        if os.path.exists(beside) and any("down_blocks.0.resnets.0.conv1" in name for name in state):
+            config = read_json(beside)
+    if any("lora_" in name or ".lora." in name or "hada_" in name for name in everything):
+        raise ValueError(f"{path} is a LoRA, an addition to a model's weights: merge it into them first")
+    if part == "unet":
+        for name in ("label_emb.0.0.weight", "add_embedding.linear_1.weight"):
+            if name in state:
+                raise ValueError(f"{path} is SDXL's U-Net (it has {name}), which is not supported: its VAE is")
+    # diffusers' older names of an attention's layers
+    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    old = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
+    matches = {name: old.fullmatch(name) for name in state}
+    state = {f"{m[1]}.{renamed[m[2]]}.{m[3]}" if m else name: state[name] for name, m in matches.items()}
+    return state, config, everything
+
+
+def select_part(everything, part, path):
+    """The tensors of vae, unet or text in a CompVis file, without their prefix; the EMA's where there are any."""
+    prefix = PREFIXES[part]
+    if not any(name.startswith(tuple(PREFIXES.values())) for name in everything):
+        state, before = everything, ""  # one model alone
+    else:
+        state = {name[len(prefix) :]: t for name, t in everything.items() if name.startswith(prefix)}
+        before = "diffusion_model." if part == "unet" else None
+        if not state:
+            raise ValueError(f"{path} holds no {NAMES[part]}: there is nothing below {prefix}")
+    averages = {name: t for name, t in everything.items() if name.startswith("model_ema.")}
+    if averages and before is not None:  # LitEma took the dots out of the names
+        dotless = {}
+        for name in state:
+            short = "model_ema." + (before + name).replace(".", "")
+            if short in averages and short in dotless:
+                raise ValueError(f"{path}: {short} may be {dotless[short]} or {name}: its average cannot be told")
+            dotless[short] = name
+        state = state | {dotless[short]: t for short, t in averages.items() if short in dotless}
+    if part == "vae" and state is not None:
+        return {name: t for name, t in state.items() if not name.startswith(("loss.", "model_ema."))}
+    return {name: t for name, t in state.items() if not name.startswith("model_ema.")} if averages else state
+
+
+def refuse(config, path, **wanted):
+    """ValueError where a config has another value than the only one that is built here."""
+    for name, value in wanted.items():
+        if name in config and config[name] != value:
+            raise ValueError(f"{path} has {name}={config[name]!r}: only {value!r} is supported")
+
+
+def combine(path, inferred, told):
+    """Settings, of which `told` adds to what the shapes say but must not contradict it."""
+    rows = [f"{k}: {inferred[k]} by its shapes, {v} asked for" for k, v in told.items() if inferred.get(k, v) != v]
+    if rows:
+        raise ValueError(f"{path} tells its own settings ({'; '.join(rows)}): leave them out")
+    return inferred | told
+
+
+def build(model_class, settings, ours, what):
+    """The model in eval mode, frozen, with weights of its own in float32."""
+    with torch.device("meta"):
+        model = model_class(**settings)
+    for name, t in model.state_dict().items():
+        if name in ours and ours[name].shape != t.shape:
+            found, wanted = tuple(ours[name].shape), tuple(t.shape)
+            raise ValueError(f"{what}: {name} is {found}, its others want {wanted}: that is no architecture known here")
+    ours = {name: t.detach().to(torch.float32, copy=True).contiguous() for name, t in ours.items()}
+    model.load_state_dict(ours, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def named_error(path, e):
+    return ValueError(f"{path}: {e}")
+
+
+def load_foreign_vae(cls, path, scaling_factor=None, **told):
+    """The autoencoder in another's file or folder; scaling_factor: of its latents, where the file does not tell."""
+    state, config, everything = read_part(path, "vae")
+    refuse(config, path, act_fn="silu", norm_type="group", lookup_from_codebook=False, in_channels=3, out_channels=3)
+    try:
+        inferred, layout = infer_vae_settings(state)
+    except ValueError as e:
+        raise named_error(path, e) from None
+    if "norm_num_groups" in config:
+        inferred["norm_groups"] = config["norm_num_groups"]
+    resolution = told.get("resolution", 256)
+    if resolution != 256:
+        inferred["attn_resolutions"] = tuple(side * resolution // 256 for side in inferred["attn_resolutions"])
+        inferred["resolution"] = resolution
+    settings = combine(path, inferred, tuples(told))
+    ours = to_ours(state, vae_keys(complete(cls, settings), layout), path)
+    channels = len(ours["quantize.embedding.weight"][0]) if "quantize.embedding.weight" in ours else None
+    channels = channels or settings["embed_dim"] or settings["z_channels"]
+    mean, std = vae_statistics(path, settings, config, everything, scaling_factor)
+    ours["latent_mean"], ours["latent_std"] = (torch.as_tensor(t).expand(channels) for t in (mean, std))
+    return build(cls, settings, ours, path)
+
+
+def vae_statistics(path, settings, config, everything, scaling_factor):
+    """(mean, std) of the latents, which others keep as one scale: numbers, a list for each channel, or NaN, unknown."""
+    mean, std, known = 0.0, 1.0, {}
+    if any(name.startswith(PREFIXES["unet"]) for name in everything):
+        try:
+            known = release_of(infer_unet_settings(select_part(everything, "unet", path))[0])
+        except ValueError:  # not of a kind known here; its autoencoder may be
+            pass
+    scale = config.get("scaling_factor", scaling_factor)
+    if scaling_factor is not None and scale != scaling_factor:
+        raise ValueError(f"{path} has scaling_factor {scale}: leave scaling_factor={scaling_factor} out")
+    if config.get("latents_mean") and config.get("latents_std"):
+        mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    mean = config["shift_factor"] if config.get("shift_factor") else mean
+    if scale is None and "scale_factor" in everything:  # scale_by_std
+        scale = float(everything["scale_factor"])
+    if scale is None and any(name.startswith("conditioner.embedders.") for name in everything):
+        scale = 0.13025  # SDXL
+    scale = known.get("scale") if scale is None else scale
+    if scale is None and settings.get("bottleneck") == "vq":
+        scale = 1.0  # LDM leaves them as they are
+    if scale is None and settings["z_channels"] == 4 and len(settings["ch_mult"]) == 4:
+        scale = 0.18215  # Stable Diffusion
+    return mean, math.nan if scale is None else std / scale
+
+
+def complete(cls, settings):
+    """Settings with the defaults of the class."""
+    defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
+    for name in settings:
+        if name not in defaults:
+            raise ValueError(f"{name} is no setting of {cls.__name__}: {', '.join(defaults)}")
+    return defaults | settings
+
+
+def load_foreign_unet(cls, path, new_attention_order=False, **told):
+    """The U-Net in another's file or folder, with the EMA's weights where it has them.
+
+    new_attention_order: see unet_keys.
+    """
+    state, config, _ = read_part(path, "unet")
+    try:
+        inferred, layout = infer_unet_settings(state)
+    except ValueError as e:
+        raise named_error(path, e) from None
+    if config:
+        inferred |= read_unet_config(config, path, inferred)
+    if "num_heads" not in inferred and not (told.get("num_heads") or told.get("head_dim")):
+        known = release_of(inferred)
+        if not known:
+            raise ValueError(f"{path} does not tell its number of heads: give num_heads=N or head_dim=N")
+        inferred |= dict(num_heads=known.get("num_heads", 0), head_dim=known.get("head_dim", 0))
+    elif told.get("num_heads") or told.get("head_dim"):
+        told = dict(num_heads=0, head_dim=0) | told
+    settings = combine(path, inferred, tuples(told))
+    ours = to_ours(state, unet_keys(complete(cls, settings), layout, new_attention_order), path)
+    return build(cls, settings, ours, path)
+
+
+def read_unet_config(config, path, inferred):
+    """The settings that only diffusers' config.json tells; ValueError for what is not built here."""
+    one = dict(act_fn="silu", norm_eps=1e-5, mid_block_scale_factor=1, flip_sin_to_cos=True, freq_shift=0)
+    one |= dict(downsample_padding=1, center_input_sample=False, dual_cross_attention=False, class_embed_type=None)
+    one |= dict(addition_embed_type=None, encoder_hid_dim=None, time_embedding_type="positional", conv_in_kernel=3)
+    one |= dict(conv_out_kernel=3, class_embeddings_concat=False, resnet_skip_time_act=False, time_cond_proj_dim=None)
+    one |= dict(resnet_out_scale_factor=1.0, cross_attention_norm=None, attention_type="default")
+    one |= dict(time_embedding_act_fn=None, timestep_post_act=None, mid_block_only_cross_attention=None)
+    if not inferred["resblock_updown"]:
+        one |= dict(downsample_type="conv", upsample_type="conv")
+    refuse(config, path, **one)
+    conditional = config.get("_class_name", "UNet2DConditionModel") == "UNet2DConditionModel"
+    out = {"norm_groups": config.get("norm_num_groups") or 32}
+    # a trap: UNet2DConditionModel calls the number of heads attention_head_dim, UNet2DModel means what it says
+    given = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    widths = [inferred["channels"] * mult for mult in inferred["channel_mult"]]
+    if not conditional:
+        if given is None:
+            out |= dict(num_heads=1, head_dim=0)
+        else:
+            out |= dict(num_heads=0, head_dim=given)
+    elif isinstance(given, int) or len(set(given)) == 1:
+        out |= dict(num_heads=given if isinstance(given, int) else given[0], head_dim=0)
+    else:
+        dims = {width / heads for width, heads in zip(widths, given)}
+        if len(dims) > 1:
+            raise ValueError(f"{path} has attention_head_dim={given}: neither its heads nor their width are the same")
+        out |= dict(num_heads=0, head_dim=int(dims.pop()))
+    only_cross = config.get("only_cross_attention", False)
+    if only_cross is True:
+        raise ValueError(f"{path} has only_cross_attention=True: only one value for each level is supported")
+    if only_cross and any(only_cross):
+        out["self_attention"] = tuple(not value for value in only_cross)
+    return out
+
+
+TOKENIZERS = ("tokenizer", ".", "../tokenizer")  # where a text encoder's may lie
+
+
+def load_foreign_clip(cls, path, name="", merges=None):
+    """CLIP's text tower in a file or folder of transformers, open_clip, OpenAI, CompVis, Stability or ours."""
+    state, config, _ = read_part(path, "text")
+    config = config.get("text_config", config)
+    if "embedding.weight" in state and len(state) == 1:
+        raise ValueError(f"{path} listens to classes: it holds no text encoder")
+    if any("attn_layers." in key for key in state) or config.get("model_type") in ("ldmbert", "bert"):
+        raise ValueError(f"{path} listens to LDM's BERT, which is not supported: only CLIP's text towers are")
+    prefixes = ("transformer.text_model.", "text_model.", "model.", "text.", "transformer.embeddings", "")
+    own = "position_embedding" in state
+    prefix = next(p for p in prefixes if any(key.startswith(p) for key in state))
+    prefix = "transformer." if prefix == "transformer.embeddings" else prefix
+    state = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+    layout = "transformers" if "embeddings.token_embedding.weight" in state else "open_clip"
+    block = {
+        "transformers": "encoder.layers.{}.layer_norm1.weight",
+        "open_clip": "transformer.resblocks.{}.ln_1.weight",
+    }
+    blocks = count(state, "blocks.{}.norm1.weight" if own else block[layout])
+    table = {"transformers": "embeddings.token_embedding.weight", "open_clip": "token_embedding.weight"}[layout]
+    position = "position_embedding" if own else text_keys(0, layout)[1].theirs
+    if not blocks or table not in state or position not in state:
+        raise ValueError(f"{path} holds no text tower of CLIP's: neither transformers' names nor open_clip's are there")
+    (vocab, width), length = state[table].shape, len(state[position])
+    openai = layout == "transformers" or "visual.transformer.resblocks.0.attn.in_proj_weight" in state and width == 768
+    if own:
+        openai = width == cls.towers["clip_l"]["width"]
+    s = dict(width=width, layers=blocks, heads=max(1, width // 64), length=length, vocab=vocab, layer="last")
+    s |= dict(activation="quick_gelu", pad="end") if openai else dict(activation="gelu", pad="zero")
+    if config:
+        heads, activation = config.get("num_attention_heads", s["heads"]), config.get("hidden_act", "quick_gelu")
+        refuse(config, path, layer_norm_eps=1e-5, intermediate_size=4 * width)
+        s |= dict(heads=heads, activation=activation, pad="zero" if activation == "gelu" else "end")
+    folders = [os.path.join(path, folder) for folder in TOKENIZERS] if os.path.isdir(path) else []
+    special = next((f for f in folders if os.path.exists(f"{f}/tokenizer_config.json")), None)
+    if special:
+        pad = read_json(f"{special}/tokenizer_config.json").get("pad_token")
+        if os.path.exists(f"{special}/special_tokens_map.json"):
+            pad = read_json(f"{special}/special_tokens_map.json").get("pad_token", pad)
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        s["pad"] = "zero" if pad in ("!", "<|pad|>") else "end" if pad else s["pad"]
+    if layout == "open_clip" and not openai and not own and blocks > 1:
+        s["layer"] = "penultimate"  # as Stable Diffusion 2 listens to it
+    for known in cls.towers.values():  # the published ones; a file may hold the block that is not used, or not
+        held = known["layers"] - (known["layer"] == "penultimate")
+        same = all(s[key] == known[key] for key in ("width", "heads", "activation", "pad"))
+        s |= known if same and blocks in (held, known["layers"]) else {}
+    tower = name_of_tower(cls, s)
+    if name not in ("", "other", tower):
+        found = f"{tower} of {blocks} blocks of width {width}"
+        raise ValueError(f"{path} does not hold {name}'s weights but {found}: name the right one")
+    if merges is None:
+        merges = next((found for found in map(find_merges, folders) if found), None)
+    held = s["layers"] - (s["layer"] == "penultimate")
+    unused = re.compile(
+        r"visual\..*|logit_scale|text_projection(\.weight)?|attn_mask|.*position_ids|"
+        rf"(encoder\.layers|transformer\.resblocks|blocks)\.({'|'.join(map(str, range(held, blocks))) or 'x'})\..*"
+    )
+    state = {key: t for key, t in state.items() if not unused.fullmatch(key)}
+    ours = state if own else to_ours(state, text_keys(held, layout), path)
+    return build(cls, s | dict(merges=merges), ours, path)
+
+
+def name_of_tower(cls, settings):
+    """The published text tower that has these settings, or "other"."""
+    towers = cls.towers.items()
+    return next((name for name, known in towers if all(settings[key] == known[key] for key in known)), "other")
+
+
+def find_merges(folder):
+    """What CLIPTokenizer takes of a tokenizer's folder, or None: the folder, or the merges in a tokenizer.json."""
+    if os.path.exists(f"{folder}/merges.txt"):
+        return folder
+    if not os.path.exists(f"{folder}/tokenizer.json"):
+        return None
+    merges = read_json(f"{folder}/tokenizer.json").get("model", {}).get("merges", [])
+    lines = [line if isinstance(line, str) else " ".join(line) for line in merges]
+    return "\n".join(["#version: 0.2", *lines, ""]).encode() if lines else None
+
+
+# --- other people's pipelines ---
+
+PROMPT = "a photograph of an astronaut riding a horse"  # drawn where nothing is asked for
+
+
+def read_process(path, told):
+    """Objective and noise schedule, in the names of train_ldm.py's settings, of a pipeline folder's scheduler."""
+    config = read_json(f"{path}/scheduler/scheduler_config.json")
+    names = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "squared_cosine"}
+    names |= {"sigmoid": "sigmoid"}
+    if config.get("beta_schedule", "linear") not in names or config.get("trained_betas") is not None:
+        raise ValueError(f"{path}: its {config.get('_class_name')} has a noise schedule that is not known here")
+    refuse(config, path, num_train_timesteps=1000)
+    objective = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[config.get("prediction_type", "epsilon")]
+    if told not in ("", objective):
+        raise ValueError(f"{path} predicts {objective} by its scheduler's config: leave objective={told} out")
+    process = {"objective": objective, "schedule": names[config.get("beta_schedule", "linear")]}
+    process |= dict(beta_start=config.get("beta_start", 1e-4), beta_end=config.get("beta_end", 0.02))
+    return process | dict(zero_snr=bool(config.get("rescale_betas_zero_snr", False)))
+
+
+def process_of_file(path, everything, known, told):
+    """Likewise for a CompVis file: betas as it holds them, else those of the published model; objective as told."""
+    process = {name: known.get(name) for name in ("objective", "schedule", "beta_start", "beta_end")}
+    if "betas" in everything:
+        betas = everything["betas"].double()
+        start, end = betas[0].item(), betas[-1].item()
+        lines = {"linear": torch.linspace(start, end, len(betas), dtype=torch.float64)}
+        lines["scaled_linear"] = torch.linspace(start**0.5, end**0.5, len(betas), dtype=torch.float64) ** 2
+        fits = [name for name, line in lines.items() if torch.allclose(line, betas, rtol=1e-4, atol=1e-8)]
+        if not fits or len(betas) != 1000:
+            raise ValueError(f"{path}: its betas are of no schedule known here")
+        process |= dict(schedule=fits[0], beta_start=float(f"{start:.6g}"), beta_end=float(f"{end:.6g}"))
+    process["objective"] = told or process["objective"]
+    if process["objective"] is None:
+        raise ValueError(f"{path} does not tell what it predicts: set objective=v (SD 2 at 768 px) or eps (at 512 px)")
+    if process["schedule"] is None:
+        raise ValueError(f"{path} is no published model and holds no betas: its noise schedule cannot be told")
+    return process | {"zero_snr": False}
+
+
+def load_foreign(path, clip_vocab="", objective="", **settings):
+    """(unet.Denoiser, VAE or None, CLIPTextEncoder or None, meta) of another's whole diffusion model.
+
+    path: a pipeline folder of diffusers or a file of CompVis or Stability.  clip_vocab: of its tokenizer, if it is not
+    there.  objective: eps | v, of a file that does not tell.  settings: further ones of the U-Net, see
+    load_foreign_unet.  meta: as in a checkpoint of ours: "model", "classes", "shown".
+    """
+    from unet import CLIPTextEncoder, Denoiser, UNet
+    from vae import VAE
+
+    folder = os.path.isdir(path)
+    index, everything = {}, {}
+    if folder and not os.path.exists(f"{path}/model_index.json"):
+        raise ValueError(f"{path} holds no model_index.json: name the folder of a whole pipeline")
+    if folder:
+        index = read_json(f"{path}/model_index.json")
+        beyond = ("text_encoder_2", "prior", "image_normalizer", "depth_estimator", "transformer", "controlnet", "bert")
+        for part in beyond:
+            if index.get(part, [None])[0] is not None:
+                raise ValueError(f"{path} is a {index.get('_class_name')} with a {part}, which is not supported")
+    else:
+        everything = read_tensors(path)
+    unet = load_foreign_unet(UNet, path, **settings)
+    s, known = unet.settings, release_of(unet.settings)
+    if folder:
+        process = read_process(path, objective)
+        has_vae = any(os.path.isdir(f"{path}/{name}") for name in FOLDERS["vae"])
+        has_text = os.path.isdir(f"{path}/text_encoder")
+    else:
+        process = process_of_file(path, everything, known, objective)
+        has_vae = any(name.startswith(PREFIXES["vae"]) for name in everything)
+        has_text = any(name.startswith(PREFIXES["text"]) for name in everything)
+    vae = load_foreign_vae(VAE, path) if has_vae else None
+    if vae is not None and not vae.has_latent_statistics:
+        raise ValueError(f"{path} does not tell the scale of its latents, without which nothing can be drawn")
+    if vae is not None and vae.latent_channels != s["in_channels"]:
+        raise ValueError(
+            f"{path}: its U-Net draws {s['in_channels']} channels, its autoencoder has {vae.latent_channels}"
+        )
+
+    # what it listens to
+    tower = class_tokens = None
+    cond, classes, shown = "none", 0, [None] * 4
+    if has_text and not folder and f"{PREFIXES['text']}channel_mapper.weight" in everything:
+        raise ValueError(f"{path} draws semantic maps as LDM folds them, which is not supported")
+    table = everything.get(f"{PREFIXES['text']}embedding.weight")
+    if table is not None:  # LDM's class as a token; the last one is no class
+        if len(table) % 10 != 1:
+            raise ValueError(f"{path} has {len(table)} classes and none for no class: it cannot be guided")
+        class_tokens = torch.nn.Embedding.from_pretrained(table.float().clone())
+        cond, classes = "class", len(table) - 1
+        shown = list(range(0, classes, -(-classes // 8)))
+    elif s["context_dim"]:
+        if not has_text:
+            raise ValueError(f"{path} listens to a text encoder that is not there")
+        tower = load_foreign_clip(CLIPTextEncoder, path, merges=clip_vocab or None)
+        if tower.width != s["context_dim"]:
+            raise ValueError(f"{path}: its U-Net listens to width {s['context_dim']}, its text has {tower.width}")
+        cond, shown = "text", [PROMPT]
+    task, latents = {"task": "none"}, s["in_channels"]
+    factor = vae.factor if vae else 1
+    if s["concat_channels"] == 1 + latents and vae is not None and cond == "text":
+        task = {"task": "inpaint"}
+    elif s["concat_channels"] == 3 and vae is not None:
+        task = {"task": "sr", "sr_scale": factor, "sr_noise": 0}
+        if s["num_classes"]:
+            low = f"{path}/low_res_scheduler/scheduler_config.json"
+            low = read_json(low) if folder and os.path.exists(low) else {}
+            betas = low.get("beta_start", 1e-4), low.get("beta_end", 0.02)
+            task["sr_noise"] = index.get("max_noise_level", 350)
+            task["sr_schedule"] = (low.get("beta_schedule", "scaled_linear"), *betas)
+    elif s["concat_channels"]:
+        raise ValueError(
+            f"{path} is shown {s['concat_channels']} more channels, of which it is not known what they are"
+        )
+    if s["num_classes"] and task["task"] != "sr":
+        raise ValueError(f"{path} has {s['num_classes']} classes; which is none of them is not known")
+    side = known.get("side", 64)
+    if folder:
+        sides = read_json(f"{path}/unet/config.json").get("sample_size") or side
+        side = sides if isinstance(sides, int) else sides[0]
+    elif s["context_dim"] == 1024 and not s["concat_channels"] and process["objective"] == "v":
+        side = 96
+    model = {"unet": s, "text": None, "cond": cond, "num_classes": classes, "image_size": side * factor}
+    model |= {"class_embed": "token" if class_tokens is not None else "add", **process, **task}
+    model["text_encoder"] = name_of_tower(CLIPTextEncoder, tower.settings) if tower is not None else "joint"
+    denoiser = Denoiser(unet, None, class_tokens).requires_grad_(False).eval()
+    return denoiser, vae, tower, {"model": model, "vae": vae and vae.settings, "classes": [], "shown": shown}
+
+
 # --- ours out: diffusers' folders and CompVis' files ---
 
 # What a layout has no place for: (layouts, whether the settings have it, its name).
@@ -671,7 +1381,7 @@ def unet_config(s, side):
         # by this name it means the number of heads
         config |= {"attention_head_dim": [s["num_heads"] or width // s["head_dim"] for width in widths]}
         config |= {"only_cross_attention": [not attention for attention in by_level(s["self_attention"])]}
-        config |= {"mid_block_only_cross_attention": False, "_class_name": "UNet2DConditionModel"}
+        config["_class_name"] = "UNet2DConditionModel"
     else:
         plain = (
             ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
@@ -704,8 +1414,8 @@ def clip_files(tower):
     names = letters + [f"{letter}</w>" for letter in letters]
     names += [line.replace(" ", "") for line in merges.splitlines()[1:]] + ["<|startoftext|>", "<|endoftext|>"]
     special = {"bos_token": names[tower.start], "eos_token": names[tower.end], "unk_token": names[tower.end]}
-    # Stable Diffusion 2 pads with token 0, "!". By that name every "!" of a prompt would be taken for padding; so token 0
-    # has a second name, as padding only.
+    # Stable Diffusion 2 pads with token 0, "!". By that name every "!" of a prompt would be taken for padding, so token
+    # 0 has a second name, for padding only.
     vocab = {name: i for i, name in enumerate(names)} | ({} if tower.pad == tower.end else {"<|pad|>": tower.pad})
     special["pad_token"] = names[tower.end] if tower.pad == tower.end else "<|pad|>"
     tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": s["length"], "do_lower_case": True} | special
