@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from configurator import configure
 
@@ -1055,29 +1055,27 @@ def read_process(path, told):
     config = read_json(f"{path}/scheduler/scheduler_config.json")
     names = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "squared_cosine"}
     names |= {"sigmoid": "sigmoid"}
-    if config.get("beta_schedule", "linear") not in names or config.get("trained_betas") is not None:
+    betas = config.get("trained_betas")
+    table = {} if betas is None else schedule_of(torch.tensor(betas, dtype=torch.float64))
+    if table is None or (not table and config.get("beta_schedule", "linear") not in names):
         raise ValueError(f"{path}: its {config.get('_class_name')} has a noise schedule that is not known here")
     refuse(config, path, num_train_timesteps=1000)
     objective = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[config.get("prediction_type", "epsilon")]
     if told not in ("", objective):
         raise ValueError(f"{path} predicts {objective} by its scheduler's config: leave objective={told} out")
-    process = {"objective": objective, "schedule": names[config.get("beta_schedule", "linear")]}
+    process = {"objective": objective, "schedule": names.get(config.get("beta_schedule", "linear"))}
     process |= dict(beta_start=config.get("beta_start", 1e-4), beta_end=config.get("beta_end", 0.02))
-    return process | dict(zero_snr=bool(config.get("rescale_betas_zero_snr", False)))
+    return process | table | dict(zero_snr=bool(config.get("rescale_betas_zero_snr", False)))
 
 
 def process_of_file(path, everything, known, told):
     """Likewise for a CompVis file: betas as it holds them, else those of the published model; objective as told."""
     process = {name: known.get(name) for name in ("objective", "schedule", "beta_start", "beta_end")}
     if "betas" in everything:
-        betas = everything["betas"].double()
-        start, end = betas[0].item(), betas[-1].item()
-        lines = {"linear": torch.linspace(start, end, len(betas), dtype=torch.float64)}
-        lines["scaled_linear"] = torch.linspace(start**0.5, end**0.5, len(betas), dtype=torch.float64) ** 2
-        fits = [name for name, line in lines.items() if torch.allclose(line, betas, rtol=1e-4, atol=1e-8)]
-        if not fits or len(betas) != 1000:
+        table = schedule_of(everything["betas"].double())
+        if table is None:
             raise ValueError(f"{path}: its betas are of no schedule known here")
-        process |= dict(schedule=fits[0], beta_start=float(f"{start:.6g}"), beta_end=float(f"{end:.6g}"))
+        process |= table
     process["objective"] = told or process["objective"]
     if process["objective"] is None:
         raise ValueError(f"{path} does not tell what it predicts: set objective=v (SD 2 at 768 px) or eps (at 512 px)")
@@ -1118,6 +1116,8 @@ def load_foreign(path, clip_vocab="", objective="", **settings):
         process = process_of_file(path, everything, known, objective)
         has_vae = any(name.startswith(PREFIXES["vae"]) for name in everything)
         has_text = any(name.startswith(PREFIXES["text"]) for name in everything)
+    if process["schedule"] == "cosine":  # a table for others, with which their U-Net counts from 0
+        unet.time_embed[0].weight.copy_(fold_time(unet.time_embed[0].weight, -1))
     vae = load_foreign_vae(VAE, path) if has_vae else None
     if vae is not None and not vae.has_latent_statistics:
         raise ValueError(f"{path} does not tell the scale of its latents, without which nothing can be drawn")
@@ -1300,14 +1300,14 @@ def identity_projections(channels, moments):
     return out
 
 
-def fold_time(weight):
-    """The first weight of the time embedding for a U-Net that shall be told i where it was told i + 1.
+def fold_time(weight, by=1):
+    """The first weight of the time embedding for a U-Net that shall be told i where it was told i + by.
 
     The sinusoids of i + 1 are those of i, each pair turned by its frequency. With it a continuous schedule, whose
     U-Net knows 1000 t, becomes a table of 1000 entries, whose entry i at t = (i + 1) / 1000 is told as i.
     """
     half = weight.shape[1] // 2
-    angle = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
+    angle = by * torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
     c, s = weight[:, :half].double(), weight[:, half : 2 * half].double()  # of the cosines, of the sines
     turned = [c * angle.cos() + s * angle.sin(), s * angle.cos() - c * angle.sin()]
     return torch.cat([*(w.to(weight.dtype) for w in turned), weight[:, 2 * half :]], dim=1)
@@ -1327,6 +1327,24 @@ def betas_of(alpha_bar):
     return 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
 
 
+def schedule_of(betas):
+    """{schedule, beta_start, beta_end} of a table of betas (1000,) float64, or None where it is none of ours.
+
+    "cosine" too, which is continuous here: of a U-Net told i, see fold_time.
+    """
+    start, end = betas[0].item(), betas[-1].item()
+    low, high = (torch.sigmoid(torch.tensor([-6.0, 6.0], dtype=torch.float64))).tolist()
+    slope = (end - start) / (high - low)
+    ends = {"linear": (start, end), "scaled_linear": (start, end), "sqrt": (start**2, end**2)}
+    ends |= {"sigmoid": (start - slope * low, start - slope * low + slope)}
+    ends |= {"squared_cosine": (0.00085, 0.012), "cosine": (0.00085, 0.012)}
+    for name, (first, last) in ends.items():
+        if len(betas) == 1000 and 0 < first <= last < 1:
+            model = {"schedule": name, "beta_start": float(f"{first:.6g}"), "beta_end": float(f"{last:.6g}")}
+            if torch.allclose(betas_of(table_of(model)[0]), betas, rtol=1e-4, atol=1e-8):
+                return model
+
+
 def scheduler_config(model):
     """diffusers' DDIMScheduler for a checkpoint's settings; its steps are sample.py's, spacing=trailing, eta=0."""
     known = {"linear": "linear", "scaled_linear": "scaled_linear", "quadratic": "scaled_linear"}
@@ -1336,8 +1354,8 @@ def scheduler_config(model):
         config |= {"beta_schedule": known[model["schedule"]], "trained_betas": None}
         config |= {"beta_start": model["beta_start"], "beta_end": model["beta_end"]}
     else:
-        config["trained_betas"] = betas_of(table_of(model)[0]).tolist()
-    config["rescale_betas_zero_snr"] = model["schedule"] in known and bool(model.get("zero_snr"))
+        config["trained_betas"] = betas_of(table_of(model | {"zero_snr": False})[0]).tolist()
+    config["rescale_betas_zero_snr"] = bool(model.get("zero_snr"))
     config["prediction_type"] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[model["objective"]]
     # steps_offset plays no part in trailing steps, but pipelines complain of any other than 1
     config |= {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 1}

@@ -1,6 +1,5 @@
-"""What convert.py writes for others: diffusers opens it and draws the same, its scheduler steps alike; CompVis' names."""
+"""What convert.py writes for others: diffusers opens it and draws the same; CompVis' names are theirs."""
 
-import copy
 import json
 import runpy
 import sys
@@ -19,9 +18,9 @@ from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet
 from vae import VAE
 
 TINY = b"#version: 0.2\nl o\nlo w</w>\n! !</w>\n"  # merges of a CLIP tokenizer of 517 tokens
-TOWER = dict(width=32, layers=3, heads=4, length=12, vocab=517)
-TOWERS = {"clip_l": TOWER | dict(activation="quick_gelu", layer="last", pad="end")}
-TOWERS["openclip_h"] = TOWER | dict(activation="gelu", layer="penultimate", pad="zero")
+TOWER = dict(layers=3, length=12, vocab=517)  # heads of 64 channels, as all towers have
+TOWERS = {"clip_l": TOWER | dict(width=64, heads=1, activation="quick_gelu", layer="last", pad="end")}
+TOWERS["openclip_h"] = TOWER | dict(width=128, heads=2, activation="gelu", layer="penultimate", pad="zero")
 
 KL = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=4)
 VQ = KL | dict(bottleneck="vq", codebook_size=32)
@@ -218,6 +217,13 @@ def test_the_schedulers_table_is_ours(schedule, zero_snr, diffusers):
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     near(theirs.alphas_cumprod.double().sqrt(), process.alpha(t))
     near((1 - theirs.alphas_cumprod.double()).sqrt(), process.sigma(t), atol=5e-5)
+    if not zero_snr:  # and it is known again
+        name = {"quadratic": "scaled_linear"}.get(schedule, schedule)
+        betas = convert.betas_of(convert.table_of(model)[0])
+        for table in (betas, betas.float().double()):
+            found = convert.schedule_of(table)
+            assert found == {"schedule": name, "beta_start": 0.00085, "beta_end": 0.012}
+        assert convert.schedule_of(betas.flip(0)) is None and convert.schedule_of(betas[:999]) is None
     assert (theirs.alphas_cumprod[-1] == 0) == (zero_snr or schedule == "cosine")
 
 
@@ -271,7 +277,9 @@ def test_text_pipeline_draws_the_same(name, diffusers, tmp_path, monkeypatch):
     monkeypatch.setattr(CLIPTextEncoder, "towers", TOWERS)
     tower = fill(CLIPTextEncoder.named(name, TINY)).eval()
     process = dict(objective="eps", schedule="scaled_linear") if name == "clip_l" else {}
-    file = save_ldm(tmp_path, make_vae(), make_unet(LISTENS), "text", tower, text_encoder=name, **process)
+    file = save_ldm(
+        tmp_path, make_vae(), make_unet(LISTENS, context_dim=tower.width), "text", tower, text_encoder=name, **process
+    )
     words = convert.to_diffusers(file, f"{tmp_path}/out")
     assert words == f'StableDiffusionPipeline: DiffusionPipeline.from_pretrained("{tmp_path}/out") opens it'
     theirs = diffusers.DiffusionPipeline.from_pretrained(f"{tmp_path}/out", local_files_only=True)
@@ -306,7 +314,7 @@ def test_other_models_become_components(cond, words, diffusers, tmp_path, monkey
     vae = None if cond == "pixels" else make_vae(std=(0.7,), **VQ) if cond == "vq" else make_vae()
     plain, options = cond in ("class", "inpaint", "pixels"), {}
     more = dict(num_classes=4) if cond == "class" else dict(concat_channels=4) if cond == "inpaint" else {}
-    more = dict(context_dim=0) if cond == "transformers" else more
+    more = {"transformers": dict(context_dim=0), "vq": dict(context_dim=64)}.get(cond, more)
     unet = make_unet(PLAIN if plain else LISTENS, **more)
     if cond == "text":
         options = dict(denoiser=Denoiser(unet, TextEncoder(32, 1, 2, 8)))
@@ -401,7 +409,191 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+# --- there and back ---
+
+
+def same_vae(got, vae):
+    x = noise(1, 3, 16, 16).clamp(-1, 1)
+    near(got.normalize(got.encode(x).mean), vae.normalize(vae.encode(x).mean))
+    x0 = noise(1, vae.latent_channels, 8, 8)
+    near(got.decode(got.denormalize(x0)), vae.decode(vae.denormalize(x0)))
+    return True
+
+
+@pytest.mark.parametrize("settings", [KL, KL | dict(latent_proj=False), VQ], ids=["kl", "no projections", "vq"])
+@pytest.mark.parametrize("one", [False, True])
+def test_autoencoder_there_and_back(settings, one, tmp_path):
+    vae = make_vae(
+        (0.0,) if one else (0.3, -0.2, 0.1), (1.7,) if one or "codebook_size" in settings else (0.5, 1, 1.7), **settings
+    )
+    convert.to_diffusers(save_vae(tmp_path, vae), f"{tmp_path}/out")
+    back = VAE.from_pretrained(f"{tmp_path}/out/vae")
+    assert same_vae(back, vae)
+    if one:
+        state = back.state_dict()
+        assert all(torch.equal(state[name], t) for name, t in vae.state_dict().items())
+        assert torch.equal(back.decode(noise(1, 3, 8, 8)), vae.decode(noise(1, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("kind", ["none", "clip_l", "openclip_h"])
+def test_pipeline_there_and_back(kind, tmp_path, monkeypatch):
+    """The whole denoiser draws the same: schedule, objective, tower, statistics."""
+    monkeypatch.setattr(CLIPTextEncoder, "towers", TOWERS)
+    tower = fill(CLIPTextEncoder.named(kind, TINY)).eval() if kind in TOWERS else None
+    process = dict(objective="x0", schedule="sigmoid") if kind == "openclip_h" else {}
+    vae, unet = make_vae(), make_unet(LISTENS | dict(context_dim=tower.width) if tower else PLAIN)
+    file = save_ldm(
+        tmp_path, vae, unet, "text" if tower else "none", tower, text_encoder=kind if tower else "joint", **process
+    )
+    convert.to_diffusers(file, f"{tmp_path}/out")
+    denoiser, back, listener, meta = convert.load_foreign(f"{tmp_path}/out")
+    ours = convert.read_checkpoint(file)[1]["model"]
+    same = ("objective", "schedule", "beta_start", "beta_end", "zero_snr", "cond", "task", "image_size")
+    assert {name: meta["model"][name] for name in same} == {name: ours[name] for name in same}
+    assert same_vae(back, vae)
+    context = {}
+    if tower:
+        prompts = ["low low! Slow", ""]
+        assert listener.settings == tower.settings and torch.equal(listener(prompts), tower(prompts))
+        context = {"context": tower(prompts)}
+    args = noise(2, 3, 8, 8), torch.tensor([1000.0, 20.0])
+    near(denoiser.unet(*args, **context), unet(*args, **context))
+
+
 # --- CompVis' file ---
 
-BIG = dict(ch=32, norm_groups=32, num_res_blocks=1, ch_mult=(1, 2), z_channels=3)
-WIDE = LISTENS | dict(channels=32, norm_groups=32)
+WIDE_VAE = dict(ch=32, norm_groups=32)
+WIDE = dict(channels=32, norm_groups=32, head_dim=16)
+
+
+def names_of(pattern):
+    """Names from lines of PREFIX: NAME NAME ...; every NAME is a weight and a bias."""
+    out = set()
+    for line in pattern.split():
+        prefix, _, names = line.partition(":")
+        for name in names.split(","):
+            out |= {f"{prefix}.{name}.{kind}".replace("..", ".").removeprefix(".") for kind in ("weight", "bias")}
+    return out
+
+
+def test_compvis_names(tmp_path):
+    """Spelled out by hand: an autoencoder of two levels, a U-Net with attention below."""
+    vae, unet = make_vae(**WIDE_VAE), make_unet(PLAIN, **WIDE)
+    words = convert.to_compvis(save_ldm(tmp_path, vae, unet), f"{tmp_path}/out/model.safetensors")
+    assert (
+        words
+        == f"{tmp_path}/out/model.safetensors: the autoencoder, scale_factor 1, the U-Net, its table of 1000 betas"
+    )
+    block, res = "norm1,conv1,norm2,conv2", "in_layers.0,in_layers.2,emb_layers.1,out_layers.0,out_layers.3"
+    first = f"""quant_conv: post_quant_conv: encoder:conv_in,norm_out,conv_out decoder:conv_in,norm_out,conv_out
+        encoder.down.0.block.0:{block} encoder.down.0:downsample.conv encoder.down.1.block.0:{block},nin_shortcut
+        decoder.up.1.block.0:{block} decoder.up.1.block.1:{block} decoder.up.1:upsample.conv
+        decoder.up.0.block.0:{block},nin_shortcut decoder.up.0.block.1:{block}"""
+    for half in ("encoder", "decoder"):
+        first += f" {half}.mid.block_1:{block} {half}.mid.block_2:{block} {half}.mid.attn_1:norm,q,k,v,proj_out"
+    plain = "norm,qkv,proj_out"
+    second = f"""time_embed:0,2 input_blocks.0:0 input_blocks.1.0:{res} input_blocks.2.0:op
+        input_blocks.3.0:{res},skip_connection input_blocks.3.1:{plain}
+        middle_block.0:{res} middle_block.1:{plain} middle_block.2:{res}
+        output_blocks.0.0:{res},skip_connection output_blocks.0.1:{plain}
+        output_blocks.1.0:{res},skip_connection output_blocks.1.1:{plain} output_blocks.1.2:conv
+        output_blocks.2.0:{res},skip_connection output_blocks.3.0:{res},skip_connection out:0,2"""
+    expected = {f"first_stage_model.{name}" for name in names_of(first)}
+    expected |= {f"model.diffusion_model.{name}" for name in names_of(second)}
+    buffers = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"}
+    state = load_file(tmp_path / "out/model.safetensors")
+    assert set(state) == expected | buffers | {"scale_factor"}
+    assert state["model.diffusion_model.middle_block.1.qkv.weight"].shape == (192, 64, 1)
+    assert state["scale_factor"] == 1 and state["betas"].shape == (1000,)
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    near(state["alphas_cumprod"].double(), torch.cos(torch.pi / 2 * t) ** 2, atol=1e-7)
+    near(torch.cumprod(1 - state["betas"].double(), 0), state["alphas_cumprod"].double(), atol=1e-5)
+    assert state["alphas_cumprod_prev"][0] == 1 and torch.equal(
+        state["alphas_cumprod_prev"][1:], state["alphas_cumprod"][:-1]
+    )
+    near(state["sqrt_alphas_cumprod"] ** 2 + state["sqrt_one_minus_alphas_cumprod"] ** 2, torch.ones(1000))
+
+
+@pytest.mark.parametrize("kind", ["none", "clip_l", "openclip_h", "tokens", "joint"])
+def test_compvis_there_and_back(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(CLIPTextEncoder, "towers", TOWERS)
+    tower = fill(CLIPTextEncoder.named(kind, TINY)).eval() if kind in TOWERS else None
+    wide = dict(context_dim=tower.width) if tower else {}
+    vae, unet = make_vae((0.0,), (5.5,), **WIDE_VAE), make_unet(PLAIN if kind == "none" else LISTENS, **WIDE | wide)
+    process = dict(schedule="scaled_linear") if tower else {}
+    denoiser = Denoiser(unet, TextEncoder(32, 1, 2, 8) if kind == "joint" else None)
+    if kind == "tokens":
+        denoiser.class_tokens = fill(torch.nn.Embedding(11, 32))
+        process = dict(class_embed="token", num_classes=10)
+    cond = {"none": "none", "tokens": "class"}.get(kind, "text")
+    file = save_ldm(tmp_path, vae, unet, cond, tower, denoiser, text_encoder=kind if tower else "joint", **process)
+    words, out = convert.to_compvis(file, f"{tmp_path}/model.safetensors"), f"{tmp_path}/model.safetensors"
+    assert ("; its own text encoder has no place there" in words) == (kind == "joint")
+    state = load_file(out)
+    texts = {name for name in state if name.startswith("cond_stage_model.")}
+    assert bool(texts) == (kind in ("clip_l", "openclip_h", "tokens"))
+    assert state["scale_factor"] == pytest.approx(1 / 5.5)
+    assert same_vae(VAE.from_pretrained(out), vae)
+    assert torch.equal(VAE.from_pretrained(out).quant_conv.weight, vae.quant_conv.weight)
+    if kind == "joint":
+        return
+    merges = f"{tmp_path}/merges.txt" if tower else ""
+    back, _, listener, meta = convert.load_foreign(out, merges, "v", head_dim=16)
+    assert meta["model"]["schedule"] == process.get("schedule", "cosine") and meta["model"]["cond"] == cond
+    args, context = (noise(2, 3, 8, 8), torch.tensor([999.0, 0.0])), {}
+    if tower:
+        assert torch.equal(listener(["low low! Slow"]), tower(["low low! Slow"]))
+        assert ("cond_stage_model.model.ln_final.bias" in texts) == (kind == "openclip_h")
+        context = {"context": tower(["low", ""])}
+    elif kind == "tokens":
+        assert texts == {"cond_stage_model.embedding.weight"}
+        context = {"context": denoiser.class_tokens(torch.tensor([3, 10]))[:, None]}
+        near(back.class_tokens(torch.tensor([3, 10]))[:, None], context["context"])
+    near(back.unet(*args, **context), unet(*args, **context))
+
+
+def test_compvis_autoencoder_alone_and_maps(tmp_path):
+    vae = make_vae(**WIDE_VAE | dict(latent_proj=False, tanh_out=True, attn_resolutions=(128,)))
+    words = convert.to_compvis(save_vae(tmp_path, vae), f"{tmp_path}/a.safetensors")
+    state = load_file(tmp_path / "a.safetensors")
+    assert words.endswith("a.safetensors: the autoencoder, scale_factor 1") and "decoder.up.1.attn.0.q.weight" in state
+    assert state["quant_conv.weight"].shape == (6, 6, 1, 1) and "scale_factor" not in state
+    unet = make_unet(PLAIN, **WIDE, concat_channels=3)
+    denoiser = Denoiser(unet, rescaler=Rescaler(5, 2))
+    file = save_ldm(tmp_path, make_vae(**WIDE_VAE), unet, denoiser=denoiser, task="semantic", map_classes=5)
+    assert "the maps' rescaler" in convert.to_compvis(file, f"{tmp_path}/b.safetensors")
+    weight = load_file(tmp_path / "b.safetensors")["cond_stage_model.channel_mapper.weight"]
+    assert torch.equal(weight, denoiser.rescaler.conv.weight)
+
+
+# --- the command ---
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    def command(*args):
+        monkeypatch.setattr(sys, "argv", ["convert.py", *args])
+        monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+        runpy.run_path(f"{ROOT}/convert.py", run_name="__main__")
+
+    file = save_ldm(tmp_path, make_vae(**WIDE_VAE), make_unet(PLAIN, **WIDE))
+    command(f"--ckpt={file}", f"--out={tmp_path}/folder")
+    assert capsys.readouterr().out.startswith("LDMPipeline: DiffusionPipeline.from_pretrained(")
+    assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == ["model_index.json", "scheduler", "unet", "vqvae"]
+    command(f"--ckpt={file}", "--to=compvis", f"--out={tmp_path}/file.safetensors")
+    assert "file.safetensors: the autoencoder" in capsys.readouterr().out
+    for args, words in (
+        (["--out=x"], "ckpt is not set: python convert.py --ckpt=out/ldm --to=diffusers --out=NEW"),
+        ([f"--ckpt={file}", "--to=compvis"], "out is not set"),
+        ([f"--ckpt={file}", "--to=onnx", "--out=x"], "to=onnx is not one of diffusers, compvis"),
+        ([f"--ckpt={file}", f"--out={tmp_path}/folder"], "folder is there already: name a new folder"),
+        (
+            [f"--ckpt={file}", "--to=compvis", f"--out={file}"],
+            "is there already, or no .safetensors file: name a new one",
+        ),
+        ([f"--ckpt={file}", "--to=compvis", "--out=model.ckpt"], "is there already, or no .safetensors file"),
+        ([f"--ckpt={tmp_path}/none", "--out=x"], "none is not there: name a .safetensors file"),
+    ):
+        with pytest.raises((ValueError, OSError), match=words):
+            command(*args)
+    sys.excepthook(ValueError, ValueError("a: b"), None)
+    assert capsys.readouterr().err == "convert.py: a: b\n"
