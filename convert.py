@@ -30,10 +30,13 @@ from configurator import configure
 
 
 def find_checkpoint(path):
-    """The .safetensors file that path names: itself, or latest.safetensors in it."""
+    """The .safetensors file that path names: itself, or latest.safetensors in it; or another's file or folder."""
+    path = local(path)
     if os.path.isdir(path):
         file = os.path.join(path, "latest.safetensors")
         if not os.path.exists(file):
+            if any(os.path.exists(os.path.join(path, name)) for name in ("config.json", "model_index.json")):
+                return path
             raise FileNotFoundError(f"{path} holds no latest.safetensors: train first, or name a checkpoint file")
         return file
     if not os.path.exists(path):
@@ -59,6 +62,15 @@ def read_checkpoint(path, *prefixes):
             return {name: f.get_tensor(name) for name in f.keys() if name.startswith(wanted)}, meta
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{file} is no checkpoint, or one cut short ({e})") from None
+
+
+def describe(path):
+    """What tells a checkpoint from another, as JSON has it: the meta of ours, names and sizes of another's files."""
+    path = find_checkpoint(path)
+    if is_ours(path):
+        return read_checkpoint(path)[1]
+    files = [os.path.join(at, name) for at, _, names in os.walk(path) for name in names] or [path]
+    return {file: os.path.getsize(file) for file in sorted(files)}
 
 
 def part(tensors, prefix):
@@ -567,7 +579,7 @@ def infer_vae_settings(state):
 
 
 def infer_unet_settings(state):
-    """(settings, layout) of a U-Net's state dict in CompVis' or diffusers' names; heads and norm_groups are not known."""
+    """(settings, layout) of a U-Net's state dict in CompVis' or diffusers' names; heads, norm_groups are not known."""
     layout = "compvis" if "input_blocks.0.0.weight" in state else "diffusers"
     levels = []  # (width, blocks on the way down, prefix of an attention or None, prefix of a resampler)
     if layout == "compvis":
@@ -657,7 +669,7 @@ class Inert:
 def is_ours(path):
     """Whether path, a file or folder that is there, is a checkpoint of this repository."""
     if os.path.isdir(path):
-        return os.path.exists(os.path.join(path, "latest.safetensors"))
+        return not any(os.path.exists(os.path.join(path, name)) for name in ("config.json", "model_index.json"))
     if not path.endswith(".safetensors"):
         return False
     try:
@@ -710,16 +722,20 @@ def read_tensors(path):
                 return {name: f.get_tensor(name) for name in f.keys()}
         except (OSError, SafetensorError) as e:
             raise ValueError(f"{path} is no .safetensors file, or one cut short ({e})") from None
+    zipped = zipfile.is_zipfile(path)  # the pickles of before torch 1.6 are not, and name no code that is let through
     try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         code = [name for name in named if not re.fullmatch(INERT, name)]
-        if code:
-            raise ValueError(f"{path} holds {', '.join(code[:3])}, code that would be run: it is not read")
-        with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in named]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, AttributeError, KeyError, IndexError) as e:
-        reason = "a TorchScript archive" if "TorchScript" in str(e) else str(e).strip().splitlines()[0][:100]
-        raise ValueError(f"{path} cannot be read as a dict of tensors ({reason}): save its state dict alone") from None
+        if not code:
+            with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in named]):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, AttributeError) as e:
+        code = re.findall(r"GLOBAL (\S+)", str(e))
+        if not code:
+            reason = "a TorchScript archive" if "TorchScript" in str(e) else str(e).strip().split("\n")[0][:100]
+            raise ValueError(f"{path} is no checkpoint, or one cut short ({reason}): save a state dict") from None
+    if code:
+        raise ValueError(f"{path} holds {', '.join(code[:3])}, code that would be run: it is not read")
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     state = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     if not state:
