@@ -4,6 +4,9 @@
     UNet.from_pretrained("out/ldm")       # in load_unet
     sample.load_pipeline("out/ldm")       # in load_denoiser, load_vae and load_tower
 
+    python convert.py --ckpt=out/ldm --to=diffusers --out=DIR                # ours out: a folder for diffusers
+    python convert.py --ckpt=out/ldm --to=compvis --out=model.safetensors    # or one file in CompVis' names
+
 It reads this repository's own files and those of diffusers, transformers, CompVis, Stability, OpenCLIP and OpenAI: what
 tensor shapes show is inferred, what their configs tell is read, what is left is asked for by name. The key tables below
 go both ways.
@@ -1271,7 +1274,7 @@ def check_expressible(path, to, vae, model=None):
     found += [(UNET_LIMITS, tuples(model["unet"])), (MODEL_LIMITS, model)] if model else []
     names = [name for limits, s in found for layouts, has, name in limits if to in layouts.split() and has(s)]
     if names:
-        raise ValueError(f"{path} cannot become {to}, which has no {'; no '.join(names)}")
+        raise ValueError(f"{path} cannot become {to}, which has no place for {'; '.join(names)}")
 
 
 def fold_statistics(tensors, mean, std):
@@ -1468,6 +1471,8 @@ def load_ours(path, ema_std, tower_weights, clip_vocab):
 
     _, meta = read_checkpoint(path)
     if meta["stage"] == "vae":
+        if ema_std or tower_weights or clip_vocab:
+            raise ValueError(f"{path} is an autoencoder: ema_std, tower_weights and clip_vocab are not for it")
         return meta, None, VAE.from_pretrained(path), None
     vae = VAE.from_pretrained(path) if meta["vae"] else None
     return meta, load_denoiser(path, ema_std), vae, load_tower(path, tower_weights, clip_vocab)
@@ -1480,6 +1485,8 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
     others the autoencoder, the U-Net and the scheduler are written, to be put together by hand.  path, ema_std,
     tower_weights, clip_vocab: see sample.load_pipeline.  ValueError names what diffusers cannot express.
     """
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise ValueError(f"out={folder} is there already: name a new folder")
     meta, denoiser, vae, tower = load_ours(path, ema_std, tower_weights, clip_vocab)
     model = meta["model"] if denoiser else None
     check_expressible(path, "diffusers", vae and vae.settings, model)
@@ -1537,8 +1544,6 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
             index["requires_safety_checker"] = False
         files["model_index.json"] = index
 
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise ValueError(f"out={folder} is there already: name a new folder")
     for name, content in files.items():
         file = os.path.join(folder, name)
         os.makedirs(os.path.dirname(file), exist_ok=True)
@@ -1565,6 +1570,8 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
     first_stage_model. and scale_factor; model.diffusion_model. and the schedule's buffers; cond_stage_model. of a
     frozen CLIP, of classes as tokens and of a rescaler for maps. An autoencoder alone has no prefix, as CompVis'.
     """
+    if not file.endswith(".safetensors") or os.path.exists(file):
+        raise ValueError(f"out={file} is there already, or no .safetensors file: name a new one")
     meta, denoiser, vae, tower = load_ours(path, ema_std, tower_weights, clip_vocab)
     model = meta["model"] if denoiser else None
     check_expressible(path, "compvis", vae and vae.settings, model)
@@ -1605,8 +1612,6 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
     if denoiser and denoiser.rescaler is not None:
         rescaler = {"channel_mapper.weight": denoiser.rescaler.conv.weight}
         add("cond_stage_model.", rescaler, "the maps' rescaler")
-    if not file.endswith(".safetensors") or os.path.exists(file):
-        raise ValueError(f"out={file} is there already, or no .safetensors file: name a new one")
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     save_file({name: t.detach().contiguous() for name, t in out.items()}, file, metadata={"format": "pt"})
     without = "; its own text encoder has no place there" if denoiser and denoiser.text is not None else ""

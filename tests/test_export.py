@@ -363,7 +363,7 @@ def test_classes_by_hand_from_components(diffusers, tmp_path):
         (dict(attn_resolutions=(16,), resolution=32), {}, {}, "diffusers", "attention in the autoencoder's levels"),
         (dict(tanh_out=True), {}, {}, "diffusers", "tanh_out"),
         (dict(embed_dim=5), {}, {}, "diffusers", "embed_dim != z_channels"),
-        ({}, dict(in_channels=3), {}, "compvis", "norm_groups, which are 32 there; no the U-Net's norm_groups"),
+        ({}, dict(in_channels=3), {}, "compvis", "norm_groups, which are 32 there; the U-Net's norm_groups"),
         ({}, dict(unet_patch=2), {}, "both", "unet_patch"),
         ({}, LISTENS | dict(context_pool=True), {}, "both", "context_pool"),
         ({}, dict(qk_norm=True), {}, "both", "qk_norm"),
@@ -388,7 +388,7 @@ def test_refused_by_name(vae, unet, model, to, words):
     model = dict(cond="none", objective="v", schedule="cosine", unet=UNet(**PLAIN | unet).settings) | model
     for layout in ("diffusers", "compvis"):
         if to in ("both", layout):
-            with pytest.raises(ValueError, match=f"run cannot become {layout}, which has no ") as error:
+            with pytest.raises(ValueError, match=f"run cannot become {layout}, which has no place for ") as error:
                 convert.check_expressible("run", layout, vae, model)
             assert words in str(error.value)
         else:  # the other one can, but for its groups of 32
@@ -400,13 +400,15 @@ def test_refused_by_name(vae, unet, model, to, words):
 
 def test_what_is_refused_leaves_nothing_behind(tmp_path):
     file = save_ldm(tmp_path, make_vae(), make_unet(PLAIN), objective="flow", schedule="flow")
-    with pytest.raises(ValueError, match="which has no objective=flow; no schedule=flow"):
+    with pytest.raises(ValueError, match="which has no place for objective=flow; schedule=flow"):
         convert.to_diffusers(file, f"{tmp_path}/out")
     with pytest.raises(ValueError, match="VQ latents with a std for each channel: scaled by it, another code"):
         convert.to_diffusers(save_vae(tmp_path, make_vae(**VQ)), f"{tmp_path}/out")
     with pytest.raises(ValueError, match="no latent statistics: run train_vae.py with --measure_latents"):
         convert.to_diffusers(save_vae(tmp_path, make_vae(std=(float("nan"),))), f"{tmp_path}/out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="is an autoencoder: ema_std, tower_weights and clip_vocab are not for it"):
+        convert.to_compvis(save_vae(tmp_path, make_vae()), f"{tmp_path}/out.safetensors", ema_std=0.1)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
 
 
 # --- there and back ---
