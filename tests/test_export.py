@@ -238,7 +238,7 @@ def draw(file, conditions, steps, cfg=1.0):
     pipeline = sample.load_pipeline(file)
     denoise = sample.guided(pipeline, conditions, {}, cfg)
     times = sample.sample_times(steps, pipeline.schedule, pipeline.objective, "trailing")
-    x = torch.stack([noise(3, 8, 8, seed=7 + i) for i in range(len(conditions))])
+    x = torch.stack([noise(*pipeline.latent_shape, seed=7 + i) for i in range(len(conditions))])
     x = sample.samplers["ddim"](denoise, x, times, pipeline.schedule)
     return in_unit_range(sample.finish(pipeline, x))
 
@@ -270,6 +270,16 @@ def test_unconditional_pipeline_draws_the_same(process, bottleneck, diffusers, t
         got = theirs(1, torch.Generator().manual_seed(7), num_inference_steps=steps, output_type="np").images
         near(torch.from_numpy(got), expected, atol=1e-3)
     assert expected.std() > 0.05
+
+
+def test_a_trained_model_draws_the_same(diffusers, start, tmp_path):
+    """As train_ldm.py leaves it, with all its settings."""
+    run = start("ldm", "--cond=none", "--transformer_depth=0", "--max_steps=2", "--n_samples=1").finish()
+    convert.to_diffusers(convert.find_checkpoint(str(run.out)), f"{tmp_path}/out")
+    theirs = diffusers.DiffusionPipeline.from_pretrained(f"{tmp_path}/out")
+    theirs.set_progress_bar_config(disable=True)
+    given = dict(generator=torch.Generator().manual_seed(7), num_inference_steps=10, output_type="np")
+    near(torch.from_numpy(theirs(1, **given).images), draw(str(run.out), [None], 10), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["clip_l", "openclip_h"])
@@ -460,6 +470,8 @@ def test_pipeline_there_and_back(kind, tmp_path, monkeypatch):
         context = {"context": tower(prompts)}
     args = noise(2, 3, 8, 8), torch.tensor([1000.0, 20.0])
     near(denoiser.unet(*args, **context), unet(*args, **context))
+    prompts, cfg = (["low low! Slow", ""], 3.0) if tower else ([None], 1.0)
+    near(draw(f"{tmp_path}/out", prompts, 5, cfg), draw(file, prompts, 5, cfg), atol=1e-3)
 
 
 # --- CompVis' file ---
