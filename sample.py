@@ -67,12 +67,13 @@ def show_condition(task, given, side):
     return colors[given["map"]].permute(2, 0, 1)
 
 
-def augment_low(low, level, eps):
+def augment_low(low, level, eps, schedule=("linear", 1e-4, 0.02)):
     """Noise on a low-resolution image, as Stable Diffusion's x4 upscaler has it: level (B,) counts in 0..999.
 
     The network is told the level as y, so it knows what to trust (Ho et al. 2021, arXiv 2106.15282, section 4.2).
+    schedule: what make_schedule takes; the upscaler's own is ("scaled_linear", 1e-4, 0.02).
     """
-    schedule = make_schedule("linear", 1e-4, 0.02)
+    schedule = make_schedule(*schedule)
     t = ((level + 1) / schedule.discrete).to(low.dtype).view(-1, 1, 1, 1)
     return schedule.alpha(t) * low + schedule.sigma(t) * eps
 
@@ -104,6 +105,7 @@ guide_ckpt = ""  # guide away from this worse model, not from the empty conditio
 ema_std = 0.0  # width of a post-hoc EMA made from the run's snapshots, relative to its length; 0 is the stored EMA
 tower_weights = ""  # of a frozen text encoder, if they are not where training found them
 clip_vocab = ""  # likewise, of its tokenizer
+objective = ""  # what the network predicts, eps or v, if another's file does not tell: Stable Diffusion 2 as one file
 batch_size = 16  # pictures at a time
 decode_tile = 0  # decode in tiles of so many latents a side; 0 is whole pictures
 device = "auto"  # auto | cpu | cuda
@@ -132,6 +134,9 @@ out_dir = ""  # PNGs, samples.jsonl and grid.png; "" is the folder samples besid
 trajectory = False  # trajectory.gif too: what the first pictures were expected to become, step by step
 show = False  # open the grid
 reconstruct = ""  # instead: a folder of images, shown above their reconstructions, with PSNR and SSIM
+
+
+TASK_SETTINGS = ("sr_scale", "sr_noise", "sr_schedule", "map_classes")
 
 
 class Between(NamedTuple):
@@ -179,17 +184,33 @@ class Pipeline(NamedTuple):
         return condition or ""
 
 
-def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab=""):
+def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab="", objective="", **settings):
     """The pipeline in a stage-2 checkpoint, on the CPU: its EMA weights, or a post-hoc EMA of that relative width.
 
     tower_weights, clip_vocab: of a frozen text encoder, if they are not where training found them.
+    path may also be another's pipeline: a folder of diffusers, a file of CompVis or Stability, a Hugging Face id.
+    objective, settings: eps or v, num_heads or head_dim, and so on, if another's file does not tell.
     """
-    _, meta = convert.read_checkpoint(path)
-    if meta["stage"] != "ldm":
-        raise ValueError(f"{path} is an autoencoder (stage 1): train_ldm.py --first_stage={path} makes what can draw")
+    if convert.is_ours(convert.find_checkpoint(path)):
+        if objective or settings:
+            raise ValueError(
+                f"{path} is of this repository and tells all: leave out {', '.join(['objective', *settings])}"
+            )
+        _, meta = convert.read_checkpoint(path)
+        if meta["stage"] != "ldm":
+            raise ValueError(
+                f"{path} is an autoencoder (stage 1): train_ldm.py --first_stage={path} makes what can draw"
+            )
+        denoiser = convert.load_denoiser(path, ema_std)
+        vae = VAE.from_pretrained(path) if meta["vae"] else None
+        tower = convert.load_tower(path, tower_weights, clip_vocab)
+    else:
+        if ema_std or tower_weights:
+            raise ValueError(f"ema_std and tower_weights are for checkpoints of this repository, which {path} is not")
+        denoiser, vae, tower, meta = convert.load_foreign(
+            convert.find_checkpoint(path), clip_vocab, objective, **settings
+        )
     model = meta["model"]
-    denoiser = convert.load_denoiser(path, ema_std)
-    vae = VAE.from_pretrained(path) if meta["vae"] else None
     side = model["image_size"] // (vae.factor if vae else 1)
     task = model.get("task", "none")  # files of the time before tasks do not say
     return Pipeline(
@@ -201,8 +222,8 @@ def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab=""):
         model["num_classes"] if model["cond"] == "class" else 0,
         meta["classes"],
         meta["shown"],
-        {"task": task} | {name: model[name] for name in ("sr_scale", "sr_noise", "map_classes") if name in model},
-        convert.load_tower(path, tower_weights, clip_vocab),
+        {"task": task} | {name: model[name] for name in TASK_SETTINGS if name in model},
+        tower,
     )
 
 
@@ -418,7 +439,8 @@ def task_inputs(pipeline, given, sides, generators):
     if pipeline.task.get("sr_noise"):
         low = given["low"]
         level = given.get("level", torch.zeros(len(low), dtype=torch.long, device=low.device))
-        given = given | {"low": augment_low(low, level, randn(low.shape, generators, low.device, low.dtype))}
+        eps, process = randn(low.shape, generators, low.device, low.dtype), pipeline.task.get("sr_schedule")
+        given = given | {"low": augment_low(low, level, eps, *([process] if process else []))}
     concat = image_condition(task, pipeline.vae, given, sides, pipeline.task.get("map_classes", 0))
     return {"concat": concat} if level is None else {"concat": concat, "level": level}
 
@@ -843,7 +865,7 @@ if __name__ == "__main__":
         dtype = "bfloat16" if device == "cuda" else "float32"
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
     file = convert.find_checkpoint(ckpt)
-    out_dir = out_dir or os.path.join(os.path.dirname(file), "samples")
+    out_dir = out_dir or os.path.join(file if os.path.isdir(file) else os.path.dirname(file), "samples")
 
     if reconstruct:
         for name in config.changed:
@@ -858,7 +880,7 @@ if __name__ == "__main__":
         sys.exit(0)
 
     # models
-    pipeline = load_pipeline(file, ema_std, tower_weights, clip_vocab)
+    pipeline = load_pipeline(file, ema_std, tower_weights, clip_vocab, objective)
     check_settings(config, pipeline)
     guide = load_pipeline(guide_ckpt, 0.0, tower_weights, clip_vocab) if guide_ckpt else None
     for part in (pipeline, guide):
@@ -887,8 +909,8 @@ if __name__ == "__main__":
         started = time.time()
         elsewhere = ("out", "device", "fid_ref", "inception_weights", "trunk", "trunk_weights")
         settings = {name: value for name, value in config.items() if name not in elsewhere} | {"dtype": dtype}
-        inputs = {"checkpoint": convert.read_checkpoint(file)[1], "conditions": conditions}
-        inputs["guide"] = convert.read_checkpoint(guide_ckpt)[1] if guide_ckpt else None
+        inputs = {"checkpoint": convert.describe(file), "conditions": conditions}
+        inputs["guide"] = convert.describe(guide_ckpt) if guide_ckpt else None
         settings |= {f"crc32 of {name}": zlib.crc32(json.dumps(value).encode()) for name, value in inputs.items()}
         labels = conditions if pipeline.num_classes else None
         barrier = dist.barrier if world > 1 else None

@@ -396,7 +396,10 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, **settings):
-        """The denoiser (its EMA) in a stage-2 checkpoint of ours, in eval mode; path is the file or its out_dir."""
+        """The denoiser (its EMA) in a stage-2 checkpoint of ours, or in another's file or folder, in eval mode.
+
+        settings: what the file does not tell, such as num_heads or head_dim; see convert.load_foreign_unet.
+        """
         import convert
 
         return convert.load_unet(cls, path, **settings)
@@ -713,8 +716,11 @@ class CLIPTextEncoder(nn.Module):
         return cls(**cls.towers[name], merges=merges)
 
     @classmethod
-    def from_pretrained(cls, path, name="clip_l", merges=None):
-        """That tower with the weights in a .safetensors file, frozen; see CLIPTokenizer for merges."""
+    def from_pretrained(cls, path, name="", merges=None):
+        """The tower in a file or folder, frozen, of whatever is read by convert.py; see CLIPTokenizer for merges.
+
+        name: "clip_l" or "openclip_h" if it must be that one; "" takes what is there.
+        """
         import convert
 
         return convert.load_clip(cls, path, name, merges or None)

@@ -447,10 +447,10 @@ class VAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, **settings):
-        """The autoencoder in a checkpoint of ours (stage 1: its EMA; stage 2: its first stage), in eval mode.
+        """The autoencoder in a checkpoint of ours (stage 1: its EMA; stage 2: its first stage) or in another's file.
 
-        path: a .safetensors file or the out_dir that holds latest.safetensors.
-        settings: tell only what the file does not (our own files tell all).
+        path: a .safetensors file or the out_dir that holds latest.safetensors; or what convert.py reads besides.
+        settings: tell only what the file does not (our own files tell all); see convert.load_foreign_vae.
         """
         import convert
 
