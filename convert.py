@@ -146,17 +146,23 @@ def load_clip(cls, path, name="", merges=None):
 def posthoc_ema(path, std):
     """The `ema.*` tensors of an average over a run of relative length `std`, from the snapshots that it kept.
 
-    path: its out_dir, or the snapshot it shall end at; else it ends at the last. Snapshots hold averages of the weights
-    at several steps and of several lengths (train_ldm.py --ema_stds --snapshot_every). The profile asked for is their
-    combination that is nearest by least squares (Karras et al. 2024, EDM2, arXiv 2312.02696, section 3.2).
+    path: its out_dir, or the snapshot it shall end at; else it ends at the last. Snapshots of another run, which a
+    folder used twice may hold, are left alone. They hold averages of the weights at several steps and of several
+    lengths (train_ldm.py --ema_stds --snapshot_every). The profile asked for is their combination that is nearest by
+    least squares (Karras et al. 2024, EDM2, arXiv 2312.02696, section 3.2).
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     files = sorted(name for name in os.listdir(folder) if re.fullmatch(r"ema_\d+\.safetensors", name))
     if os.path.basename(path) in files:
         files = files[: files.index(os.path.basename(path)) + 1]
     steps, gammas, sources = [], [], []
+    latest = os.path.join(folder, "latest.safetensors")
+    newest = latest if os.path.exists(latest) else os.path.join(folder, files[-1]) if files else None
+    run = read_checkpoint(newest)[1].get("run") if newest else None
     for name in files:
         _, meta = read_checkpoint(f"{folder}/{name}")
+        if meta.get("run") != run:
+            continue
         for i, kept in enumerate(meta["model"].get("ema_stds") or ()):
             steps, gammas = [*steps, meta["step"]], [*gammas, power_exponent(kept)]
             sources.append((f"{folder}/{name}", f"ema_power_{i}"))

@@ -185,8 +185,11 @@ def sample_times(steps, schedule, objective="v", spacing="trailing"):
     T, top = schedule.discrete, t_max(objective, schedule)
     if steps < 1:
         raise ValueError(f"steps is {steps}: at least 1 is needed")
-    if T and steps > T:
-        raise ValueError(f"steps is {steps}: schedule {schedule.name!r} has only {T} times")
+    if steps > (T or 1000):
+        has = (
+            f"schedule {schedule.name!r} has only {T} times" if T else "more than 1000 change nothing that can be seen"
+        )
+        raise ValueError(f"steps is {steps}: {has}")
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
     first, end, i, last = 1 / (T or 1000), 0.0, torch.arange(steps), max(steps - 1, 1)  # i in ascending time
@@ -366,7 +369,8 @@ def sample_plms(denoise, x, times, schedule, generators=None):
 
     The first step averages eps at its two ends, so S steps take S + 1 evaluations. Where alpha < 1e-3, as at zero SNR,
     a step in sigma / alpha is all but infinite and a mean of eps would blow up: there it is DDIM's. The weights are
-    those of even steps: of two or three very uneven ones it overshoots.
+    those of even steps: of two or three very uneven ones it overshoots. With a v network it differs from diffusers',
+    which averages v instead of eps, though two v's belong to different alpha and sigma.
     """
     adams = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
     past = []  # eps of the last steps, the newest first

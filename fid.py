@@ -225,23 +225,29 @@ def inception_scores(f, g):
 # -- the score ---------------------------------------------------------------------------------------------------------
 
 
+def open_extractor(inception_weights, trunk, trunk_weights, device):
+    """uint8 pictures -> features, by the one of the two weights that is given; and the device it is on."""
+    if bool(inception_weights) == bool(trunk_weights):
+        given = "are both given" if inception_weights else "are both empty"
+        remedy = f"the first to torch-fidelity's .pth, for FID, or the second to {TRUNK_URL}{TRUNK_FILES.get(trunk)}"
+        raise ValueError(f"inception_weights and trunk_weights {given}: set {remedy}, fetched")
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device} is not auto, cpu or cuda, or PyTorch sees no GPU here: set device=cpu")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    weights = inception_weights or trunk_weights
+    return load_inception(weights, device) if inception_weights else load_trunk_features(trunk, weights, device), device
+
+
 def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze", trunk_weights="", batch_size=64,
           device="auto", split="all"):  # fmt: skip
     """How far samples are from reference: dict of scores, and of what they were made with; see the top of this file.
 
     samples, reference: uint8 array (N,H,W,3), .npz, or what data.dataset.Dataset opens, of which reference has a split.
     """
-    if bool(inception_weights) == bool(trunk_weights):
-        given = "are both given" if inception_weights else "are both empty"
-        remedy = f"the first to torch-fidelity's .pth, for FID, or the second to {TRUNK_URL}{TRUNK_FILES.get(trunk)}"
-        raise ValueError(f"inception_weights and trunk_weights {given}: set {remedy}, fetched")
     if batch_size < 1 or image_size < 0:
         raise ValueError(f"batch_size={batch_size}, image_size={image_size}: give at least 1 and 0")
-    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device={device} is not auto, cpu or cuda, or PyTorch sees no GPU here: set device=cpu")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    extract, device = open_extractor(inception_weights, trunk, trunk_weights, device)
     weights = inception_weights or trunk_weights
-    extract = load_inception(weights, device) if inception_weights else load_trunk_features(trunk, weights, device)
     a, drawn = open_pictures(samples, "samples", image_size or 1)
     if not len(drawn):
         raise ValueError("samples has 0 pictures: draw some")

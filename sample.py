@@ -31,52 +31,9 @@ from PIL.PngImagePlugin import PngInfo
 
 import convert
 from configurator import configure
+from data.tasks import augment_low, image_condition
 from diffusion import Schedule, ddim_invert, keep_known, make_denoiser, make_schedule, randn, sample_times, samplers
 from vae import VAE, psnr, ssim
-
-# --- what an image-conditioned denoiser is shown ---
-
-
-def image_condition(task, vae, given, sides, map_classes=0):
-    """`concat` of Denoiser.condition for a task; vae is None in pixels, sides (h, w) are the latents'.
-
-    inpaint   given["image"] (B,3,H,W) in [-1,1], given["mask"] (B,1,H,W), 1 where to paint -> mask and masked latents,
-              in Stable Diffusion's order (B,1+C,h,w)
-    sr        given["low"] (B,3,H/scale,W/scale) -> folded, or enlarged, to the latents' side (B,3 or more,h,w)
-    semantic  given["map"] (B,H,W) int64, -1 unknown -> one-hot (B,map_classes,H,W)
-    """
-    if task == "inpaint":
-        mask = (given["mask"] > 0.5).to(given["image"].dtype)
-        known = given["image"] * (1 - mask)
-        known = known if vae is None else vae.normalize(vae.encode(known).mode())
-        return torch.cat([F.interpolate(mask, sides, mode="nearest"), known], dim=1)
-    if task == "sr":
-        low = given["low"]
-        fold = low.shape[-1] // sides[1]
-        return F.pixel_unshuffle(low, fold) if fold > 1 else F.interpolate(low, sides, mode="bilinear")
-    return (given["map"][:, None] == torch.arange(map_classes, device=given["map"].device).view(-1, 1, 1)).float()
-
-
-def show_condition(task, given, side):
-    """What one example was shown, as (3,side,side): with a grey hole, enlarged, or with a color for each class."""
-    if task == "inpaint":
-        return given["image"] * (given["mask"] < 0.5)
-    if task == "sr":
-        return F.interpolate(given["low"][None], (side, side), mode="nearest")[0]
-    colors = 2 * torch.rand(257, 3, generator=torch.Generator().manual_seed(0)) - 1
-    return colors[given["map"]].permute(2, 0, 1)
-
-
-def augment_low(low, level, eps, schedule=("linear", 1e-4, 0.02)):
-    """Noise on a low-resolution image, as Stable Diffusion's x4 upscaler has it: level (B,) counts in 0..999.
-
-    The network is told the level as y, so it knows what to trust (Ho et al. 2021, arXiv 2106.15282, section 4.2).
-    schedule: what make_schedule takes; the upscaler's own is ("scaled_linear", 1e-4, 0.02).
-    """
-    schedule = make_schedule(*schedule)
-    t = ((level + 1) / schedule.discrete).to(low.dtype).view(-1, 1, 1, 1)
-    return schedule.alpha(t) * low + schedule.sigma(t) * eps
-
 
 # --- the command ---
 
@@ -380,7 +337,7 @@ def generate(
             pipeline, some, shown, cfg, negative, guide, cfg_interval=cfg_interval, cfg_rescale=cfg_rescale
         )
         denoise = network
-        if "image" in now:
+        if "image" in now and (strength < 1 or source is not None or pipeline.task.get("task") != "inpaint"):
             latents = now["image"] if vae is None else vae.normalize(vae.encode(now["image"]).mode())
         if "mask" in now and pipeline.task.get("task") != "inpaint":
             painted = F.max_pool2d((now["mask"] > 0.5).to(weight.dtype), pipeline.factor)  # a latent painted in part
@@ -423,7 +380,8 @@ def check_guide(pipeline, guide):
     """ValueError where autoguidance would compare what cannot be compared."""
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     same_noise = all(torch.equal(f(t), g(t)) for f, g in zip(guide.schedule[1:3], pipeline.schedule[1:3]))
-    same_task = guide.task == pipeline.task and guide.latent_shape[0] == pipeline.latent_shape[0]
+    hashes = [part.vae and convert.hash_weights(part.vae) for part in (guide, pipeline)]  # None draws pixels
+    same_task = guide.task == pipeline.task and hashes[0] == hashes[1]
     takes_same = guide.num_classes in (0, pipeline.num_classes) and (guide.text is None or pipeline.text is not None)
     if not (same_noise and same_task and takes_same):
         raise ValueError(
@@ -676,6 +634,8 @@ def check_settings(config, pipeline):
             raise ValueError(f"{name}={config[name]}: {remedy}")
     if c.invert and (c.sampler in STOCHASTIC or c.eta > 0):
         raise ValueError(f"invert needs a sampler without noise of its own, not {c.sampler}: choose ddim with eta=0")
+    if between and c.seed_to >= 0 and (c.sampler in STOCHASTIC or c.eta > 0):
+        raise ValueError(f"seed_to needs a sampler without noise of its own, not {c.sampler}: choose unipc or ddim")
     if c.fid_ref and bool(c.inception_weights) == bool(c.trunk_weights):
         raise ValueError("fid_ref needs inception_weights=FILE or trunk_weights=FILE, one of them: see fid.py")
     if c.fid_ref and not os.path.exists(c.fid_ref):
@@ -900,6 +860,16 @@ if __name__ == "__main__":
             asked = range(pipeline.num_classes)
         conditions = [asked[i % len(asked)] for i in range(num_samples)]
 
+        if fid_ref:  # what cannot be compared is said before anything is drawn
+            import fid
+
+            networks = dict(inception_weights=inception_weights, trunk=trunk, trunk_weights=trunk_weights)
+            height, width = latent_sides(pipeline, size)
+            if height != width:
+                raise ValueError(f"fid_ref compares squares, not {size}: leave size out, or give one side")
+            fid.open_extractor(**networks, device=device)
+            fid.open_pictures(fid_ref, "reference", width * pipeline.factor)
+
         def draw(rows):
             with autocast:
                 some = [conditions[i] for i in rows]
@@ -914,14 +884,14 @@ if __name__ == "__main__":
         settings |= {f"crc32 of {name}": zlib.crc32(json.dumps(value).encode()) for name, value in inputs.items()}
         labels = conditions if pipeline.num_classes else None
         barrier = dist.barrier if world > 1 else None
-        draw_many(out, num_samples, batch_size, draw, labels, settings, rank, world, barrier)
+        if fid_ref and os.path.exists(out):  # drawn before, by the same command
+            print(f"{out} is there already: compared as it is")
+        else:
+            draw_many(out, num_samples, batch_size, draw, labels, settings, rank, world, barrier)
         if rank == 0:
             print(f"{num_samples} pictures in {time.time() - started:.1f} s: {out}")
             if fid_ref:
-                import fid
-
-                names = dict(inception_weights=inception_weights, trunk=trunk, trunk_weights=trunk_weights)
-                print(json.dumps(fid.score(out, fid_ref, image_size=0, **names)))
+                print(json.dumps(fid.score(out, fid_ref, image_size=0, device=device, **networks)))
         if world > 1:
             dist.destroy_process_group()
         sys.exit(0)

@@ -33,9 +33,18 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from convert import hash_weights, power_exponent
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
-from data.tasks import WithCondition, layout_string
-from diffusion import make_schedule, sample_times, samplers, t_max, target, to_x0, unet_time
-from sample import Pipeline, augment_low, generate, image_condition, read_prompts, save_grid, show_condition
+from data.tasks import (
+    DEGRADATIONS,
+    TASKS,
+    WithCondition,
+    augment_low,
+    check_task,
+    image_condition,
+    layout_string,
+    show_condition,
+)
+from diffusion import OBJECTIVES, make_schedule, sample_times, samplers, t_max, target, to_x0, unet_time
+from sample import Pipeline, generate, read_prompts, save_grid
 from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer
 from vae import VAE
 
@@ -150,8 +159,8 @@ def draw_times(u, cfg):
         u = cfg["t_shift"] * u / (1 + (cfg["t_shift"] - 1) * u)
     process = process_of(cfg)
     t = u * t_max(cfg["objective"], process)
-    if process.discrete:  # on the table's grid
-        t = (torch.floor(t * process.discrete) + 1) / process.discrete
+    if process.discrete:  # on the table's grid; u may have been rounded up to 1
+        t = ((torch.floor(t * process.discrete) + 1) / process.discrete).clamp(max=1)
     return t
 
 
@@ -194,12 +203,12 @@ def prediction_error(models, batch, noise, cfg):
 
 
 def train_step(models, batch, noise, cfg):
-    """One forward pass -> {name: scalar loss term}; "loss" is the one to differentiate. See prediction_error."""
+    """One forward pass -> {name: scalar loss term}; "loss" is the one to differentiate, "error" is not weighted."""
     error, weight, log_variance = prediction_error(models, batch, noise, cfg)
+    loss = weight * error
     if log_variance is not None:
-        log_variance = log_variance.to(error.dtype)
-        return {"loss": (error / log_variance.exp() + log_variance).mean()}  # as in Karras et al. 2024 (EDM2)
-    return {"loss": (weight * error).mean()}
+        loss = error / log_variance.exp() + log_variance  # as in Karras et al. 2024 (EDM2)
+    return {"loss": loss.mean(), "error": error.mean()}
 
 
 @torch.no_grad()
@@ -465,7 +474,7 @@ def plot_log(out_dir):
     with open(f"{out_dir}/log.jsonl") as f:
         records = [json.loads(line) for line in f]
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
-    for axis, names in zip(axes, (("loss", "val_loss"), ("grad_norm",))):
+    for axis, names in zip(axes, (("error", "val_loss"), ("grad_norm",))):
         for name in names:
             points = [(r["step"], r[name]) for r in records if r[name] is not None]
             if points:
@@ -514,10 +523,10 @@ def check_settings(cfg):
     for name, choices in (
         ("cond", ("none", "class", "text", "layout")),
         ("class_embed", ("add", "token")),
-        ("text_encoder", ("joint", "clip_l", "openclip_h")),
-        ("task", ("none", "inpaint", "sr", "semantic")),
-        ("sr_kind", ("bicubic", "bsr")),
-        ("objective", ("eps", "v", "x0", "flow")),
+        ("text_encoder", ("joint", *CLIPTextEncoder.towers)),
+        ("task", TASKS),
+        ("sr_kind", DEGRADATIONS),
+        ("objective", OBJECTIVES),
         ("timesteps", ("uniform", "logit_normal", "shifted")),
         ("loss_type", ("mse", "l1", "huber")),
         ("loss_weight", ("none", "min_snr", "uncertainty")),
@@ -551,6 +560,18 @@ def check_settings(cfg):
     if cfg["cond"] == "text" and (cfg["text_encoder"] == "joint") != (not cfg["tower_weights"]):
         wants = "no tower_weights, it is trained here" if cfg["text_encoder"] == "joint" else "tower_weights=FILE"
         raise ValueError(f"text_encoder={cfg['text_encoder']} wants {wants}")
+    joint = cfg["cond"] == "text" and cfg["text_encoder"] == "joint"
+    for names, fits, reason in (
+        ("text_encoder", cfg["cond"] == "text", "cond=text"),
+        ("tower_weights clip_vocab", cfg["cond"] == "text" and not joint, "a frozen text_encoder"),
+        ("tokenizer", joint, "cond=text and text_encoder=joint"),
+        ("prompts", cfg["cond"] in ("text", "layout") and cfg["task"] == "none", "cond=text, or layout, and no task"),
+        ("class_embed", cfg["cond"] == "class", "cond=class"),
+        ("sr_scale sr_kind sr_noise", cfg["task"] == "sr", "task=sr"),
+    ):
+        for name in names.split():
+            if name in getattr(cfg, "changed", ()) and not fits:
+                raise ValueError(f"{name}={cfg[name]} has a meaning for {reason} alone: leave it out")
     for std in cfg["ema_stds"]:
         if not 0.01 <= std <= 0.25:
             raise ValueError(f"ema_stds: {std} is no relative length: choose between 0.01 and 0.25")
@@ -607,23 +628,19 @@ if __name__ == "__main__":
     num_classes = images.num_classes if cond == "class" else 0
     if cond == "class" and not num_classes:
         raise ValueError(f"cond=class, but the images in {dataset} have no labels: use cond=none or cond=text")
-    if task == "semantic" and not (images.has_maps and images.map_classes):
-        raise ValueError(f"task=semantic, but the images in {dataset} have no label maps: add KEY.map.png")
-    if task == "sr" and image_size % sr_scale:
-        raise ValueError(f"image_size={image_size} is not a multiple of sr_scale={sr_scale}: change one of them")
+    check_task(images, task, sr_scale, sr_kind, cond == "layout")
     shown_count = min(len(validation), val_images)  # spread over all, which may be sorted by class
 
     def told_of(images, i):
         """The captions of image i, or its layout as one."""
         return [layout_string(images.boxes(i), object_names)] if cond == "layout" else images.meta(i)["text"]
 
-    object_names, captions = images.object_classes if cond == "layout" else [], []
+    object_names, captions = images.object_classes if cond == "layout" else None, []
     for i in range(shown_count if cond in ("text", "layout") else 0):
         with contextlib.suppress(BadImage):  # a caption that does not read; training names and counts them
             captions += told_of(validation, i * len(validation) // shown_count)[:1]
-    if cond in ("text", "layout") and not any(captions):
-        what = "captions" if cond == "text" else "boxes"
-        raise ValueError(f"cond={cond}, but the images in {dataset} have no {what}: use cond=none or cond=class")
+    if cond == "text" and not captions:
+        raise ValueError(f"cond=text, but the images in {dataset} have no captions: use cond=none or cond=class")
 
     # resume, first half: a checkpoint brings its own autoencoder and tokenizer
     latest, step, images_per_step = f"{out_dir}/latest.safetensors", 0, batch_size * grad_accum * world
@@ -631,6 +648,13 @@ if __name__ == "__main__":
     resumed = os.path.exists(latest)
     if resumed:
         tensors, meta = load_checkpoint(latest, "ldm")
+        for name, before in dict(
+            class_embed="add", zero_snr=False, uncertainty=False, ema_stds=[], task="none"
+        ).items():
+            meta["model"].setdefault(name, before)  # what older files do not say
+        meta["model"] = {"text_encoder": "joint", "tower_hash": None} | meta["model"]
+        told = {name: meta["model"][name] for name in ("cond", "text_encoder", "task")}
+        check_same_model(latest, told, {name: config[name] for name in told})
 
     # first stage: frozen, or none
     param_dtype = torch.float64 if dtype == "float64" else torch.float32
@@ -670,7 +694,7 @@ if __name__ == "__main__":
     elif cond == "text":
         tower = CLIPTextEncoder.from_pretrained(tower_weights, name=text_encoder, merges=clip_vocab)
         tower_hash = hash_weights(tower)
-        tower.to(device, torch.bfloat16 if dtype == "bfloat16" else param_dtype)
+        tower.to(device, param_dtype)
     if text is not None or tower is not None:
         context_dim = (text or tower).width
     elif cond == "class" and class_embed == "token":
@@ -772,6 +796,7 @@ if __name__ == "__main__":
         frozen_tensors["text.bpe"] = torch.tensor(list(text.bpe()), dtype=torch.uint8)
     about = {"format": 1, "stage": "ldm", "model": model_settings, "vae": vae and vae.settings, "shown": shown}
     about |= {"classes": images.classes, "config": config, "git": git_revision}
+    about["run"] = meta.get("run", 0) if resumed else time.time_ns()  # tells its snapshots from those of another run
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in hardware), 0)
     if master:
@@ -795,7 +820,7 @@ if __name__ == "__main__":
 
             wandb_client.init(project="latent-diffusion", name=out_dir, config=dict(config))
 
-    terms_logged = ("loss", "grad_norm")
+    terms_logged = ("loss", "error", "grad_norm")
     fields = ("step", "images_seen", *terms_logged, "lr", "images_per_s", "mfu", "memory_gb")
     fields += ("val_loss", "val_loss_by_t")
 
@@ -816,10 +841,9 @@ if __name__ == "__main__":
         stream, validation_stream = (LatentCache(s, vae, cache_dir, dtype) for s in (stream, validation_stream))
         for cache in (validation_stream, stream):
             cache.build(vae, device, autocast, workers, rank, world)
-    for kind in ("layout",) * (cond == "layout") + (task,) * (task != "none"):
-        stream, validation_stream = (
-            WithCondition(s, kind, seed, sr_scale, sr_kind) for s in (stream, validation_stream)
-        )
+    stream, validation_stream = (
+        WithCondition(s, task, seed, sr_scale, sr_kind, object_names) for s in (stream, validation_stream)
+    )
     if text is not None:
         null_tokens = text.tokenize([""]).to(device)
     if tower is not None:
@@ -848,10 +872,11 @@ if __name__ == "__main__":
             out["null_tokens"] = null_tokens.expand(n, -1)
         elif tower is not None:
             with torch.no_grad(), autocast():
-                out["context"] = tower(batch["text"]).to(param_dtype)
+                out["context"] = tower(tower.tokenize(batch["text"]).to(device, non_blocking=True)).to(param_dtype)
             out["null_context"] = null_context.expand(n, -1, -1).to(param_dtype)
         elif cond == "class":
-            y, out["null_y"] = batch["label"].to(device), torch.full((n,), num_classes, device=device)
+            out["null_y"] = torch.full((n,), num_classes, device=device)
+            y = batch["label"].to(device, non_blocking=True)
             out["y"] = torch.where(y < 0, out["null_y"], y)  # no label, no condition
         if task != "none":
             given = {name: t.to(device, non_blocking=True) for name, t in batch["condition"].items()}
@@ -876,10 +901,15 @@ if __name__ == "__main__":
         """samples_STEP.png, what it draws, and predictions_STEP.png, what it sees in noise."""
         pipeline = Pipeline(ema, vae, process, objective, latent_shape, num_classes, images.classes, shown)
         pipeline = pipeline._replace(task=task_settings, tower=tower)
-        rows, given = [i * len(validation) // shown_count for i in range(min(len(shown), shown_count))], None
-        wanted, grid, names = shown[: len(rows)] if task != "none" else shown, [], []
-        if task != "none":
-            given = collate([validation_stream[p] for p in rows])["condition"]
+        wanted, given, grid, names = shown, None, [], []
+        if task != "none":  # of validation images, which bring their own text and class
+            count = min(n_samples, shown_count)
+            batch = collate([validation_stream[i * len(validation) // shown_count] for i in range(count)])
+            given, wanted = batch["condition"], [None] * count
+            if text is not None or tower is not None:
+                wanted = batch["text"]
+            elif cond == "class":
+                wanted = [label if label >= 0 else num_classes for label in batch["label"].tolist()]
         with autocast():
             pictures = generate(pipeline, wanted, range(len(wanted)), sample_steps, cfg, sampler, given=given)
         for i, (picture, condition) in enumerate(zip(pictures, wanted)):
@@ -957,11 +987,12 @@ if __name__ == "__main__":
                 draw_grids()
                 plot_log(out_dir)
             clock.update(time=time.time(), step=step)  # evaluation does not count as training
-        if finished or stop or (step % save_every == 0 and step > start_step):
-            checkpoint()
-        if snapshot_every and step % snapshot_every == 0 and step > start_step and master:
+        snapshot_due = finished or (step % snapshot_every == 0 and step > start_step) if snapshot_every else False
+        if snapshot_due and master:
             snapshot = averages() | frozen_tensors
             save_checkpoint(f"{out_dir}/ema_{step:08d}.safetensors", snapshot, about | {"step": step})
+        if finished or stop or (step % save_every == 0 and step > start_step):
+            checkpoint()
         if finished or stop:
             break
 

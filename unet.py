@@ -485,8 +485,10 @@ class LayoutTokenizer:
 
     Names and x0 y0 x1 y1 in shares of the picture, y downwards. Ids are the names', in their order, then those of
     grid * grid cells, row by row (Rombach et al. 2022, arXiv 2112.10752, appendix on layout-to-image). The empty string
-    has no tokens. With a text_length of 3 n + 1, n objects fit, and what is cut is whole objects.
+    has no tokens. Where there is no room for all, whole objects are cut.
     """
+
+    whole = 3  # tokens of an object
 
     def __init__(self, names, grid=32):
         self.names, self.grid = list(names), grid
@@ -573,8 +575,10 @@ class TextEncoder(nn.Module):
     def tokenize(self, prompts):
         """List of B strings -> token ids (B, length), cut or padded."""
         rows = torch.full((len(prompts), self.length), self.pad)
+        whole = getattr(self.tokenizer, "whole", 1)  # tokens that mean something together only
+        room = (self.length - 1) // whole * whole
         for row, prompt in zip(rows, prompts):
-            ids = self.tokenizer.encode_ordinary(prompt)[: self.length - 1] + [self.end]
+            ids = self.tokenizer.encode_ordinary(prompt)[:room] + [self.end]
             row[: len(ids)] = torch.tensor(ids)
         return rows
 
@@ -833,4 +837,5 @@ class Denoiser(nn.Module):
         prediction = self.unet(x, t, **self.condition(tokens, y, concat, context))
         if self.log_variance is None or not self.training:
             return prediction
-        return prediction, self.log_variance(timestep_embedding(t, 64).to(x.dtype))[:, 0]
+        head = self.log_variance  # not as a matrix product, which autocast would round to bf16's two digits
+        return prediction, (timestep_embedding(t, 64).to(head.weight.dtype) * head.weight[0]).sum(dim=1) + head.bias

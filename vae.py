@@ -417,7 +417,8 @@ class VAE(nn.Module):
                     weight = torch.minimum(weight, away.flip(0) / max(overlap * f, 1))
                 yield start, end, weight
 
-        out, total = torch.zeros(len(z), 3, h * f, w * f, device=z.device), torch.zeros(h * f, w * f, device=z.device)
+        like = dict(device=z.device, dtype=torch.promote_types(z.dtype, torch.float32))
+        out, total = torch.zeros(len(z), 3, h * f, w * f, **like), torch.zeros(h * f, w * f, **like)
         for top, bottom, rows in cuts(h):
             for left, right, columns in cuts(w):
                 where = slice(top * f, bottom * f), slice(left * f, right * f)

@@ -14,11 +14,13 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from data.dataset import BadImage, seed_of, to_tensor
+from diffusion import make_schedule
 
-TASKS = ("none", "inpaint", "sr", "semantic", "layout")
+TASKS = ("none", "inpaint", "sr", "semantic")
 DEGRADATIONS = ("bicubic", "bsr")
 
 
@@ -154,7 +156,64 @@ def layout_string(objects, classes=None):
 
 
 # -----------------------------------------------------------------------------
+# what the denoiser takes of it
+
+
+def image_condition(task, vae, given, sides, map_classes=0):
+    """`concat` of Denoiser.condition for a task; vae is None in pixels, sides (h, w) are the latents'.
+
+    inpaint   given["image"] (B,3,H,W) in [-1,1], given["mask"] (B,1,H,W), 1 where to paint -> mask and masked latents,
+              in Stable Diffusion's order (B,1+C,h,w)
+    sr        given["low"] (B,3,H/scale,W/scale) -> folded, or enlarged, to the latents' side (B,3 or more,h,w)
+    semantic  given["map"] (B,H,W) int64, -1 unknown -> one-hot (B,map_classes,H,W)
+    """
+    if task == "inpaint":
+        mask = (given["mask"] > 0.5).to(given["image"].dtype)
+        known = given["image"] * (1 - mask)
+        known = known if vae is None else vae.normalize(vae.encode(known).mode())
+        return torch.cat([F.interpolate(mask, sides, mode="nearest"), known], dim=1)
+    if task == "sr":
+        low = given["low"]
+        fold = low.shape[-1] // sides[1]
+        return F.pixel_unshuffle(low, fold) if fold > 1 else F.interpolate(low, sides, mode="bilinear")
+    return (given["map"][:, None] == torch.arange(map_classes, device=given["map"].device).view(-1, 1, 1)).float()
+
+
+def show_condition(task, given, side):
+    """What one example was shown, as (3,side,side): with a grey hole, enlarged, or with a color for each class."""
+    if task == "inpaint":
+        return given["image"] * (given["mask"] < 0.5)
+    if task == "sr":
+        return F.interpolate(given["low"][None], (side, side), mode="nearest")[0]
+    colors = 2 * torch.rand(257, 3, generator=torch.Generator().manual_seed(0)) - 1
+    return colors[given["map"]].permute(2, 0, 1)
+
+
+def augment_low(low, level, eps, schedule=("linear", 1e-4, 0.02)):
+    """Noise on a low-resolution image, as Stable Diffusion's x4 upscaler has it: level (B,) counts in 0..999.
+
+    The network is told the level as y, so it knows what to trust (Ho et al. 2021, arXiv 2106.15282, section 4.2).
+    schedule: what make_schedule takes; the upscaler's own is ("scaled_linear", 1e-4, 0.02).
+    """
+    schedule = make_schedule(*schedule)
+    t = ((level + 1) / schedule.discrete).to(low.dtype).view(-1, 1, 1, 1)
+    return schedule.alpha(t) * low + schedule.sigma(t) * eps
+
+
+# -----------------------------------------------------------------------------
 # items with their condition
+
+
+def check_task(images, task, scale=4, kind="bsr", layout=False):
+    """ValueError where a Dataset has not what a task, or a layout, needs."""
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is not known: choose one of {', '.join(TASKS)}")
+    if task == "sr":
+        degrade(torch.zeros(3, images.image_size, images.image_size), scale, kind=kind)  # refuses what cannot be
+    if task == "semantic" and not (images.has_maps and images.map_classes):
+        raise ValueError(f"{images.path} has no semantic maps: add KEY.map.png, maps.npy or a column 'map'")
+    if layout and not images.has_objects:
+        raise ValueError(f'{images.path} has no objects: give "objects": {{"bbox": ..., "categories": ...}} in JSON')
 
 
 class WithCondition(torch.utils.data.Dataset):
@@ -165,49 +224,40 @@ class WithCondition(torch.utils.data.Dataset):
         inpaint   {"image": (3,S,S) the whole picture, "mask": (1,S,S)}
         sr        {"low": (3,S/scale,S/scale)}
         semantic  {"map": (S,S) int64, -1 unknown}
-        layout    {}, and text is the item's layout
 
+    With `layout`, names of object classes, text is the item's layout in objects of those.
     Masks and degradations depend on (seed, task, p) alone, so validation sees the same ones each time. An item whose
     condition does not read is named in bad and replaced by that of another position, a function of (seed, p).
     """
 
-    def __init__(self, stream, task, seed, scale=4, kind="bsr"):
+    def __init__(self, stream, task, seed, scale=4, kind="bsr", layout=None):
         """scale, kind: of "sr", see degrade."""
         self.stream, self.task, self.seed, self.scale, self.kind = stream, task, seed, scale, kind
         self.is_cache = hasattr(stream, "images")
-        self.images = images = stream.images if self.is_cache else stream.dataset
-        if task not in TASKS:
-            raise ValueError(f"task {task!r} is not known: choose one of {', '.join(TASKS)}")
-        if task == "sr":
-            degrade(torch.zeros(3, images.image_size, images.image_size), scale, kind=kind)  # refuses what cannot be
-        if task == "semantic" and not (images.has_maps and images.map_classes):
-            raise ValueError(f"{images.path} has no semantic maps: add KEY.map.png, maps.npy or a column {'map'!r}")
-        if task == "layout" and not images.has_objects:
-            raise ValueError(
-                f'{images.path} has no objects: give "objects": {{"bbox": ..., "categories": ...}} in JSON'
-            )
-        self.classes = frozenset(images.object_classes) if task == "layout" else None
+        self.images = stream.images if self.is_cache else stream.dataset
+        check_task(self.images, task, scale, kind, layout is not None)
+        self.layout = None if layout is None else frozenset(layout)
 
     def condition(self, p, item):
         """What is added to an item of position p; raises BadImage."""
         images, index, flip, crop = self.images, item["index"], item["flip"], {}
         if not self.is_cache and self.stream.crop == "random":
             crop = dict(crop="random", u=self.stream.draw(p, len(item["bad"]))["u"])
+        more, shown = {}, {}
+        if self.layout is not None:
+            more["text"] = layout_string(images.boxes(index, flip, **crop), self.layout)
         if self.task in ("inpaint", "sr"):  # a cache's items hold latents
             x = images.pixels(index, flip=flip) if self.is_cache else item["image"]
         if self.task == "inpaint":
-            return {"condition": {"image": x, "mask": random_mask(x.shape[1:], self.seed, "inpaint", p)}}
-        if self.task == "sr":
-            return {"condition": {"low": degrade(x, self.scale, self.seed, "sr", p, kind=self.kind)}}
-        if self.task == "semantic":
-            classes = images.map(index, flip=flip, **crop)
-            if classes.max() >= images.map_classes:
-                count = f"class {classes.max()} of its map is not among {images.map_classes}"
+            shown = {"image": x, "mask": random_mask(x.shape[1:], self.seed, "inpaint", p)}
+        elif self.task == "sr":
+            shown = {"low": degrade(x, self.scale, self.seed, "sr", p, kind=self.kind)}
+        elif self.task == "semantic":
+            shown = {"map": images.map(index, flip=flip, **crop)}
+            if shown["map"].max() >= images.map_classes:
+                count = f"class {shown['map'].max()} of its map is not among {images.map_classes}"
                 raise BadImage(f"{item['key']}: {count}: name all in map_classes.json")
-            return {"condition": {"map": classes}}
-        if self.task == "layout":
-            return {"condition": {}, "text": layout_string(images.boxes(index, flip, **crop), self.classes)}
-        return {"condition": {}}
+        return more | {"condition": shown}
 
     def __getitem__(self, p):
         bad, count = [], len(self.images)

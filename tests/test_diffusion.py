@@ -152,6 +152,8 @@ def test_sample_times(name):
             assert (times == (times * 1000).round() / 1000).all(), "on the table's entries"
     with pytest.raises(ValueError, match="steps is 0"):
         sample_times(0, schedule)
+    with pytest.raises(ValueError, match="steps is 5000: "):
+        sample_times(5000, schedule)
     if schedule.discrete:
         with pytest.raises(ValueError, match="steps is 1001: .* only 1000 times"):
             sample_times(1001, schedule)

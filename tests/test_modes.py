@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,15 +20,14 @@ import convert
 import sample
 import train_ldm
 import unet
+from data.tasks import augment_low, image_condition
 from diffusion import ddim_invert, keep_known, make_denoiser, make_schedule, randn, sample_times, samplers
 from sample import (
     Between,
-    augment_low,
     decode,
     draw_many,
     fit,
     generate,
-    image_condition,
     load_pipeline,
     seeded_noise,
     slerp,
@@ -257,12 +257,13 @@ def load_copy(module):
 
 
 def test_a_guide_that_does_not_fit(pipelines):
-    for name, guide in (("none", "text"), ("text", "class"), ("none", "sr"), ("none", "pixels")):
-        other = pipelines[guide]._replace(schedule=pipelines[name].schedule)
-        if guide == "pixels":
-            other = pipelines["none"]._replace(schedule=make_schedule("flow"))
+    for name, guide in (("none", "text"), ("text", "class"), ("none", "sr"), ("none", "pixels"), ("none", "flow")):
+        other = pipelines["none" if guide == "flow" else guide]
+        process = make_schedule("flow") if guide == "flow" else pipelines[name].schedule
+        if guide == "pixels":  # as many channels as the latents have, but other ones
+            assert other.latent_shape[0] == pipelines[name].latent_shape[0]
         with pytest.raises(ValueError, match="guide_ckpt has other latents, noise or conditions"):
-            generate(pipelines[name], [None], [0], 1, 2.0, guide=other)
+            generate(pipelines[name], [None], [0], 1, 2.0, guide=other._replace(schedule=process))
 
 
 # --- tiles ---
@@ -606,13 +607,21 @@ def test_bulk_command(runs, command, tmp_path, monkeypatch):  # noqa: F811
     asked = []
     fid = types.ModuleType("fid")
     fid.score = lambda *args, **more: asked.append((args, more)) or {"fid": 12.5, "samples": 10}
+    fid.open_extractor = lambda **networks: asked.append(networks)
+    fid.open_pictures = lambda *args: asked.append(args)
     monkeypatch.setitem(sys.modules, "fid", fid)
     args = f"--ckpt={runs['class'].path}", *FAST, "--num_samples=10", "--batch_size=4", "--seed=3"
     status, out, err = command(*args, "--fid_ref=.", "--trunk=vgg", "--trunk_weights=vgg.pth")
     assert (status, err) == (0, ""), err
     assert re.search(r'10 pictures in .* s: samples.npz\n{"fid": 12.5, "samples": 10}\n$', out)
     weights = dict(inception_weights="", trunk="vgg", trunk_weights="vgg.pth")
-    assert asked == [(("samples.npz", "."), dict(image_size=0, **weights))]
+    before = [weights | {"device": "cpu"}, (".", "reference", 32)]
+    after = (("samples.npz", "."), dict(image_size=0, device="cpu", **weights))
+    assert asked == [*before, after], "what can be wrong is found before anything is drawn"
+    stamp = Path("samples.npz").stat().st_mtime_ns
+    status, out, err = command(*args, "--fid_ref=.", "--trunk=vgg", "--trunk_weights=vgg.pth")
+    assert status == 0 and "samples.npz is there already: compared as it is" in out and asked[-1] == after
+    assert Path("samples.npz").stat().st_mtime_ns == stamp
     with np.load(tmp_path / "samples.npz") as npz:
         one, labels = npz["arr_0"], npz["arr_1"]
     assert one.shape == (10, 32, 32, 3) and labels.tolist() == [0, 1, 2, 3] * 2 + [0, 1]

@@ -422,6 +422,7 @@ STABLE = {"steps_offset": 1, "set_alpha_to_one": False}  # leading, from index 1
         ("EulerDiscrete", TRAILING, "euler", {}),
         ("EulerDiscrete", {"timestep_spacing": "leading", "steps_offset": 1}, "euler", {}),
         ("EulerAncestralDiscrete", TRAILING, "euler_a", {}),
+        ("EulerAncestralDiscrete", {"timestep_spacing": "leading", "steps_offset": 1}, "euler_a", {}),
         ("DPMSolverMultistep", TRAILING, "dpmpp_2m", {}),
         ("DPMSolverMultistep", {"timestep_spacing": "linspace"}, "dpmpp_2m", {}),
         ("DPMSolverMultistep", TRAILING | {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", {}),

@@ -24,6 +24,14 @@ COLORS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8) 
 TASKS = ("none", "inpaint", "sr", "semantic", "layout")
 
 
+def with_condition(stream, task, seed, **options):
+    """WithCondition; "layout" stands for no task, and all its classes' boxes as text."""
+    if task == "layout":
+        images = stream.images if hasattr(stream, "images") else stream.dataset
+        task, options["layout"] = "none", images.object_classes
+    return WithCondition(stream, task, seed, **options)
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -284,7 +292,7 @@ def check(task, p, condition, picture):
 @pytest.mark.parametrize("task", TASKS)
 def test_condition_of_a_stream(scenes, task, crop):
     stream = Stream(scenes, 4, crop=crop, flip=True)
-    made = WithCondition(stream, task, 9, scale=2)
+    made = with_condition(stream, task, 9, scale=2)
     flips = set()
     for p in (0, 3, 17, 40, 41, 59):
         item, plain = made[p], stream[p]
@@ -301,7 +309,7 @@ def test_condition_of_a_stream(scenes, task, crop):
                 assert [16 * v for v in corners] == pytest.approx([left, top, right + 1, bottom + 1], abs=1.01)
                 channel = plain["image"][:, bright[:, 0], bright[:, 1]].mean(1).argmax().item()
                 assert name == ["red", "green", "blue"][channel]
-        assert same(item, WithCondition(stream, task, 9, scale=2)[p])
+        assert same(item, with_condition(stream, task, 9, scale=2)[p])
     assert flips == {True, False}
 
 
@@ -310,7 +318,7 @@ def test_condition_of_cached_latents_is_that_of_the_pixels(scenes, train, first_
     stream = Stream(scenes, 4, flip=True, train=train)
     cache = cached(stream, first_stage, tmp_path / "cache")
     for task in TASKS:
-        of_pixels, of_cache = WithCondition(stream, task, 9, scale=2), WithCondition(cache, task, 9, scale=2)
+        of_pixels, of_cache = with_condition(stream, task, 9, scale=2), with_condition(cache, task, 9, scale=2)
         for p in range(0, 40, 3):
             a, b = of_pixels[p], of_cache[p]
             assert same(a["condition"], b["condition"]) and a["text"] == b["text"] and a["index"] == b["index"]
@@ -323,14 +331,14 @@ def test_condition_of_cached_latents_is_that_of_the_pixels(scenes, train, first_
 
 
 def test_conditions_do_not_depend_on_workers_or_order(scenes):
-    made = WithCondition(Stream(scenes, 4, flip=True), "inpaint", 9)
+    made = with_condition(Stream(scenes, 4, flip=True), "inpaint", 9)
     plain, with_workers = (list(loader(made, 2, 5, 4, workers=workers)) for workers in (0, 2))
     assert len(plain) == 3 and all(same(a, b) for a, b in zip(plain, with_workers, strict=True))
     split = [next(loader(made, 2, 3, 2, rank=rank, world=2)) for rank in (0, 1)]
     assert torch.equal(torch.cat([part["condition"]["mask"] for part in split]), plain[0]["condition"]["mask"])
     masks = torch.cat([batch["condition"]["mask"] for batch in plain])
     assert len({mask.numpy().tobytes() for mask in masks}) > 9
-    other = WithCondition(made.stream, "inpaint", 10)
+    other = with_condition(made.stream, "inpaint", 10)
     assert not torch.equal(other[8]["condition"]["mask"], made[8]["condition"]["mask"])
 
 
@@ -338,7 +346,7 @@ def test_conditions_do_not_depend_on_workers_or_order(scenes):
 def test_an_item_whose_condition_does_not_read_is_replaced(scenes, task, first_stage, tmp_path):
     stream = Stream(scenes, 4, flip=True)
     source = cached(stream, first_stage, tmp_path / "cache") if task == "inpaint" else stream
-    made, path = WithCondition(source, task, 9), tmp_path / "scenes"
+    made, path = with_condition(source, task, 9), tmp_path / "scenes"
     if task == "inpaint":  # its latents are there, its pixels are gone
         os.remove(path / "05.png")
     elif task == "semantic":
@@ -357,7 +365,7 @@ def test_an_item_whose_condition_does_not_read_is_replaced(scenes, task, first_s
 
 def test_a_class_that_has_no_name_is_not_taken_for_unknown(scenes, tmp_path):
     (tmp_path / "scenes/map_classes.json").write_text('["nothing", "red", "green"]')
-    fewer = WithCondition(Stream(Dataset(tmp_path / "scenes", "all", 16), 4), "semantic", 9)
+    fewer = with_condition(Stream(Dataset(tmp_path / "scenes", "all", 16), 4), "semantic", 9)
     items = [fewer[p] for p in range(20)]
     assert max(item["condition"]["map"].max() for item in items) == 2
     bad = [line for item in items for line in item["bad"]]
@@ -369,17 +377,17 @@ def test_what_the_data_do_not_have_is_refused_at_once(small_data, scenes):
     for task, message in (
         ("semantic", "has no semantic maps: add KEY.map.png"),
         ("layout", "has no objects: give"),
-        ("colorize", "task 'colorize' is not known: choose one of none, inpaint, sr, semantic, layout"),
+        ("colorize", "task 'colorize' is not known: choose one of none, inpaint, sr, semantic"),
     ):
         with pytest.raises(ValueError, match=message):
-            WithCondition(stream, task, 0)
+            with_condition(stream, task, 0)
     with pytest.raises(ValueError, match="16 x 16 is not to be divided by scale 5"):
-        WithCondition(stream, "sr", 0, scale=5)
+        with_condition(stream, "sr", 0, scale=5)
     with pytest.raises(ValueError, match="degradation 'x'"):
-        WithCondition(stream, "sr", 0, kind="x")
+        with_condition(stream, "sr", 0, kind="x")
     for name in os.listdir(scenes.path):
         if name.endswith(".map.png") and name != "00.map.png":
             os.remove(f"{scenes.path}/{name}")
     os.rename(f"{scenes.path}/00.map.png", f"{scenes.path}/00.map")
     with pytest.raises(ValueError, match="has no semantic maps"):
-        WithCondition(Stream(Dataset(scenes.path, "all", 16), 0), "semantic", 0)
+        with_condition(Stream(Dataset(scenes.path, "all", 16), 0), "semantic", 0)

@@ -178,8 +178,11 @@ def test_any_length_from_kept_averages(tmp_path):
         lengths[std] = ema.weight.detach().clone()
     for step in range(25, 401, 25):
         kept = {f"ema_power_{i}.weight": lengths[step][std] for i, std in enumerate(stds)}
-        about = {"format": 1, "stage": "ldm", "step": step, "model": {"ema_stds": stds}}
+        about = {"format": 1, "stage": "ldm", "step": step, "run": 1, "model": {"ema_stds": stds}}
         train_ldm.save_checkpoint(f"{tmp_path}/ema_{step:08d}.safetensors", kept, about)
+    train_ldm.save_checkpoint(f"{tmp_path}/latest.safetensors", {}, about)
+    other = {f"ema_power_{i}.weight": torch.zeros(1, 50) for i in range(2)}  # left by another run of 500 steps
+    train_ldm.save_checkpoint(f"{tmp_path}/ema_00000500.safetensors", other, about | {"step": 500, "run": 0})
     spread = walk.std()
     for std in (0.05, 0.07, 0.1, 0.15):
         got = convert.posthoc_ema(str(tmp_path), std)["ema.weight"]
@@ -427,10 +430,11 @@ def test_classes_some_of_them_unknown(start, small_data, tmp_path):
     assert run.checkpoint[0]["model.unet.class_embed.weight"].shape[0] == 4
     assert (run.out / "samples_00000002.png").exists()
     assert drawn(run).shape == (5, 3, 16, 16)
-    message = start("ldm", "--cond=text", folder=continued(run, tmp_path)).fail()
-    assert (
-        "cond: class in the checkpoint, text now" in message and "text_width: None in the checkpoint, 16 now" in message
-    )
+    for cond in ("text", "layout"):
+        folder = tmp_path / cond
+        folder.mkdir()
+        message = start("ldm", f"--cond={cond}", folder=continued(run, folder)).fail()
+        assert f"cond: class in the checkpoint, {cond} now" in message or "has no objects" in message
     os.remove(tmp_path / "data/train/labels.npy"), os.remove(tmp_path / "data/val/labels.npy")
     message = start("ldm", f"--dataset={tmp_path}/data", "--cond=class").fail()
     assert re.search("cond=class, but the images in .*/data have no labels: use cond=none or cond=text", message)
@@ -609,6 +613,7 @@ def test_a_task_trains_and_shows_what_it_draws(name, tasked):
         assert tensors["model.class_tokens.weight"].shape == (4, 16) and "model.unet.class_embed.weight" not in tensors
     if name == "layout":
         assert meta["shown"][0].startswith(("red blob 0.", "green blob 0.", "blue blob 0."))
+        assert len(tensors["model.text.token_embedding.weight"]) == 3 + 32 * 32 + 2
     with Image.open(run.out / "samples_00000004.png") as grid, Image.open(run.out / "predictions_00000004.png") as seen:
         assert seen.size[0] == 6 * 132 and grid.size[0] in (2 * 132, 3 * 132)
     pipeline, given = sample.load_pipeline(str(run.out)), {}
@@ -655,7 +660,7 @@ def test_a_run_makes_averages_of_any_length(tasked):
 
 def test_a_frozen_tower_is_named_and_left_alone(small_data, first_stage, tmp_path, test_data, monkeypatch, capsys):
     """In this process, with a small tower in the place of CLIP's; the real ones' widths are those of test_text.py."""
-    small = dict(width=16, layers=2, heads=2, activation="quick_gelu", layer="last", pad="end")
+    small = dict(width=64, layers=2, heads=1, activation="quick_gelu", layer="last", pad="end")
     monkeypatch.setitem(CLIPTextEncoder.towers, "clip_l", small)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.chdir(tmp_path)
@@ -679,7 +684,7 @@ def test_a_frozen_tower_is_named_and_left_alone(small_data, first_stage, tmp_pat
     tensors, meta = read("out/latest.safetensors")
     assert not any(name.startswith(("model.text", "ema.text", "text.")) for name in tensors)
     assert meta["model"]["text_encoder"] == "clip_l" and meta["model"]["tower_hash"] == convert.hash_weights(tower)
-    assert tensors["model.unet.middle_block.1.blocks.0.attn2.to_k.weight"].shape[1] == 16
+    assert tensors["model.unet.middle_block.1.blocks.0.attn2.to_k.weight"].shape[1] == 64
     pipeline = sample.load_pipeline("out")
     draw = functools.partial(sample.generate, pipeline, seeds=[0], steps=2, cfg=2.0)
     assert not torch.equal(draw(["a red blob"]), draw(["a blue blob"]))
@@ -691,16 +696,20 @@ def test_a_frozen_tower_is_named_and_left_alone(small_data, first_stage, tmp_pat
     with pytest.raises(ValueError, match="tower_hash: [0-9a-f]* in the checkpoint, [0-9a-f]* now"):
         train("--max_steps=4")
     save_file({"other": torch.zeros(1)}, weights)
-    with pytest.raises(ValueError, match="tower.safetensors does not hold clip_l's weights"):
+    with pytest.raises(ValueError, match="tower.safetensors holds no text tower of CLIP's"):
         train("--out_dir=new")
 
 
 @pytest.mark.parametrize(
     "args, wanted",
     [
-        ("--task=sr --sr_scale=3", "image_size=16 is not a multiple of sr_scale=3"),
-        ("--task=semantic", "task=semantic, but the images in .* have no label maps: add KEY.map.png"),
-        ("--cond=layout", "cond=layout, but the images in .* have no boxes"),
+        ("--task=sr --sr_scale=3", "an image of 16 x 16 is not to be divided by scale 3: set another scale"),
+        ("--task=semantic", "has no semantic maps: add KEY.map.png"),
+        ("--cond=layout", "has no objects: give"),
+        ("--cond=class --text_encoder=clip_l", "text_encoder=clip_l has a meaning for cond=text alone: leave it out"),
+        ("--sr_noise=3", "sr_noise=3 has a meaning for task=sr alone"),
+        ("--task=inpaint --prompts=FILE", "prompts=FILE has a meaning for cond=text, or layout, and no task alone"),
+        ("--cond=none --sample_steps=5000", "steps is 5000: more than 1000"),
         ("--task=sr --sr_noise=1000", "sr_noise=1000 is not a level: choose 0 to 999"),
         ("--task=sr --sr_noise=9 --cond=class", "sr_noise and cond=class both want the class embedding"),
         ("--ema_stds=0.5", "ema_stds: 0.5 is no relative length"),
@@ -735,3 +744,66 @@ def test_configs_name_settings_that_exist_and_count_their_parameters(path):
             **arguments | dict(in_channels=latents, out_channels=latents, concat_channels=concat, context_dim=context)
         )
     assert f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}" == told[1]
+
+
+# -- what runs must really do --
+
+
+def test_example_predictions_are_x0_hat():
+    """Of a network that knows the noise: the truth, at every t; of one that says nothing, x_t / alpha."""
+    x0, eps = torch.randn(2, 3, 4, 4) / 4, torch.randn(2, 3, 4, 4)
+
+    def draw(net):
+        cfg = settings(objective="eps", schedule="flow")
+        return train_ldm.example_predictions(net, None, {"x0": x0}, eps, cfg, contextlib.nullcontext)
+
+    seen = draw(lambda x, t: eps)
+    assert seen.shape == (2, 6, 3, 4, 4)
+    torch.testing.assert_close(seen, x0[:, None].expand(-1, 6, -1, -1, -1).clamp(-1, 1), rtol=1e-4, atol=1e-4)
+    blind, t = draw(lambda x, t: torch.zeros_like(x)), torch.tensor([0, 0.1, 0.3, 0.5, 0.7, 0.9]).view(1, 6, 1, 1, 1)
+    torch.testing.assert_close(blind, (x0[:, None] + t / (1 - t) * eps[:, None]).clamp(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_settings_of_noise_reach_the_loss(start, tasked, told_data):
+    """The same run without the setting has another first loss."""
+    args = ("--task=sr", "--cond=none", "--transformer_depth=0", "--sr_scale=2", f"--dataset={told_data}")
+    plain = start("ldm", *args, "--max_steps=2").finish().log
+    assert plain[1]["loss"] != tasked("sr").log[1]["loss"], "sr_noise"
+    for setting in ("--offset_noise=0.5", "--loss_type=l1", "--loss_weight=min_snr", "--timesteps=shifted"):
+        assert start("ldm", *args, setting, "--max_steps=2").finish().log[1]["loss"] != plain[1]["loss"], setting
+
+
+def test_a_class_that_validation_alone_has_is_left_out_of_layouts(told_data, start, tmp_path):
+    shutil.copytree(told_data, tmp_path / "data")
+    path = tmp_path / "data/val/captions.jsonl"
+    path.write_text(path.read_text().replace("blue blob", "unheard-of blob"))
+    run = start("ldm", "--cond=layout", f"--dataset={tmp_path}/data", "--max_steps=1").finish()
+    assert not any("unheard-of" in prompt for prompt in run.checkpoint[1]["shown"])
+
+
+def test_a_run_from_before_tasks_goes_on(start, finished, tmp_path):
+    """Its checkpoint lacks the settings that came later."""
+    folder = continued(finished("ldm"), tmp_path)
+    tensors, meta = read(folder / "out/latest.safetensors")
+    for name in ("class_embed", "zero_snr", "uncertainty", "ema_stds", "text_encoder", "tower_hash", "task"):
+        del meta["model"][name]
+    train_ldm.save_checkpoint(str(folder / "out/latest.safetensors"), tensors, meta)
+    assert start("ldm", "--max_steps=7", folder=folder).finish().checkpoint[1]["step"] == 7
+
+
+def test_grids_of_a_task_show_conditions_of_the_very_pictures(told_data, start, monkeypatch, tmp_path):
+    """Conditions, classes and prompts come from the same validation images."""
+    seen = {}
+    monkeypatch.setattr(sample, "save_grid", lambda path, images, names, *rest, **more: seen.update({path: names}))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.chdir(tmp_path)
+    places = f"--dataset={told_data} --first_stage=none --cache_latents=false --task=inpaint --cond=class --max_steps=1"
+    monkeypatch.setattr(sys, "argv", ["train_ldm.py", *f"{helpers.ARGS['ldm']} {places} --transformer_depth=0".split()])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        runpy.run_path(train_ldm.__file__, run_name="__main__")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    labels = np.load(told_data / "val/labels.npy")[:3]
+    assert seen["out/samples_00000001.png"][1::2] == [f"class {label}" for label in labels]

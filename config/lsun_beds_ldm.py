@@ -1,0 +1,20 @@
+# LDM on LSUN bedrooms, 256 px, unconditional, as published: 274.1 M parameters on VQ-f4 latents (FID 2.95). Not yet run.
+dataset = "data/lsun"
+first_stage = "out/vq_f4"
+cond = "none"
+channels = 224
+channel_mult = (1, 2, 3, 4)
+attention_ds = (8, 4, 2)
+head_dim = 32
+transformer_depth = 0
+objective = "eps"
+schedule = "scaled_linear"
+beta_start = 0.0015
+beta_end = 0.0195
+timesteps = "uniform"
+batch_size = 48
+max_steps = 500_000  # ours: the published number is not known
+lr = 9.6e-5
+warmup_steps = 0
+grad_clip = 0.0
+out_dir = "out/lsun_beds_ldm"
