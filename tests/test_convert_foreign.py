@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import helpers
 import pytest
 import torch
 from conftest import ROOT, fill
@@ -604,6 +605,45 @@ def test_the_command(stable, tmp_path):
     run = subprocess.run([*command, f"--out_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "grid.png").exists() and (tmp_path / "00000.png").exists()
+
+
+def test_fine_tuning(stable, small_data, tmp_path, monkeypatch):
+    """train_ldm.py goes on from their U-Net beside their text and autoencoder; what it leaves is a checkpoint of ours."""
+    _, folder = stable["sd1"]
+    theirs = sample.load_pipeline(folder)
+    monkeypatch.setitem(helpers.ARGS, "ldm", f"{helpers.RUN_ARGS} --out_dir=out")  # the model's settings come along
+    args = [f"--dataset={small_data}", f"--init_from={folder}", "--image_size=64", "--batch_size=1", "--lr=1e-6"]
+    args += ["--val_images=1", "--n_samples=1", "--sample_steps=1", "--warmup_steps=0", "--cache_latents=false"]
+    run = helpers.Run("ldm", tmp_path, *args, "--max_steps=1").finish()
+    assert f"from the weights of {folder}" in run.stdout
+    pipeline = sample.load_pipeline(str(run.out))
+    assert pipeline.objective == "eps" and pipeline.latent_shape == (4, 8, 8) and pipeline.denoiser.text is None
+    before = theirs.denoiser.unet.state_dict()
+    moved = {name: (t - before[name]).abs().max().item() for name, t in pipeline.denoiser.unet.state_dict().items()}
+    assert all(value < 1e-5 for value in moved.values()) and sum(value > 0 for value in moved.values()) > 600
+    for ours, before in ((pipeline.vae, theirs.vae), (pipeline.tower, theirs.tower)):
+        assert all(torch.equal(t, before.state_dict()[name]) for name, t in ours.state_dict().items())
+    run = helpers.Run("ldm", tmp_path, *args, "--max_steps=2").finish()
+    assert "resumed from" in run.stdout and "step 2" in run.stdout
+    # a checkpoint of ours is gone on from in the same way
+    args[1] = f"--init_from={run.out}"
+    again = helpers.Run("ldm", tmp_path / "again", *args, "--max_steps=1").finish()
+    assert "from the weights of" in again.stdout and sample.load_pipeline(str(again.out)).objective == "eps"
+    code, errors = helpers.Run("ldm", tmp_path / "other", *args, "--channels=64").wait()
+    assert code == 1 and "brings its own settings (channels: 16 in the model, 64 asked for): leave them out" in errors
+
+
+def test_fine_tuning_an_autoencoder(stable, small_data, tmp_path, monkeypatch):
+    _, folder = stable["sd2"]
+    monkeypatch.setitem(helpers.ARGS, "vae", f"{helpers.RUN_ARGS} --out_dir=out --perceptual_weight=0 --disc_weight=0")
+    args = [f"--dataset={small_data}", f"--init_from={folder}", "--image_size=32", "--batch_size=1", "--val_images=1"]
+    for steps in (1, 2):
+        run = helpers.Run("vae", tmp_path, *args, "--train=decoder", f"--max_steps={steps}", "--lr=1e-6").finish()
+    assert "resumed from" in run.stdout
+    ours, theirs = VAE.from_pretrained(str(run.out)), VAE.from_pretrained(folder)
+    for name, t in ours.state_dict().items():
+        moved = (t - theirs.state_dict()[name]).abs().max().item()
+        assert moved < 1e-4 and (moved == 0) == (not name.startswith(("decoder", "post_quant"))), name
 
 
 # --- what is not there, and what is not taken ---
