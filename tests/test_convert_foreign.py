@@ -608,7 +608,7 @@ def test_the_command(stable, tmp_path):
 
 
 def test_fine_tuning(stable, small_data, tmp_path, monkeypatch):
-    """train_ldm.py goes on from their U-Net beside their text and autoencoder; what it leaves is a checkpoint of ours."""
+    """train_ldm.py goes on from their U-Net beside their text and autoencoder; it leaves a checkpoint of ours."""
     _, folder = stable["sd1"]
     theirs = sample.load_pipeline(folder)
     monkeypatch.setitem(helpers.ARGS, "ldm", f"{helpers.RUN_ARGS} --out_dir=out")  # the model's settings come along
@@ -629,8 +629,10 @@ def test_fine_tuning(stable, small_data, tmp_path, monkeypatch):
     args[1] = f"--init_from={run.out}"
     again = helpers.Run("ldm", tmp_path / "again", *args, "--max_steps=1").finish()
     assert "from the weights of" in again.stdout and sample.load_pipeline(str(again.out)).objective == "eps"
-    code, errors = helpers.Run("ldm", tmp_path / "other", *args, "--channels=64").wait()
-    assert code == 1 and "brings its own settings (channels: 16 in the model, 64 asked for): leave them out" in errors
+    error = helpers.Run("ldm", tmp_path / "other", *args, "--channels=64").fail()
+    assert "brings its own settings (channels: 16 in the model, 64 asked for): leave them out" in error
+    error = helpers.Run("ldm", tmp_path, *args, "--max_steps=2").fail()
+    assert "is of a run with init_from=" in error
 
 
 def test_fine_tuning_an_autoencoder(stable, small_data, tmp_path, monkeypatch):
