@@ -1093,7 +1093,7 @@ def read_process(path, told):
     return process | table | dict(zero_snr=bool(config.get("rescale_betas_zero_snr", False)))
 
 
-def process_of_file(path, everything, known, told):
+def process_of_file(path, everything, known, told, otherwise=""):
     """Likewise for a CompVis file: betas as it holds them, else those of the published model; objective as told."""
     process = {name: known.get(name) for name in ("objective", "schedule", "beta_start", "beta_end")}
     if "betas" in everything:
@@ -1101,20 +1101,20 @@ def process_of_file(path, everything, known, told):
         if table is None:
             raise ValueError(f"{path}: its betas are of no schedule known here")
         process |= table
-    process["objective"] = told or process["objective"]
-    if process["objective"] is None:
+    process["objective"] = told or process["objective"] or otherwise
+    if not process["objective"]:
         raise ValueError(f"{path} does not tell what it predicts: set objective=v (SD 2 at 768 px) or eps (at 512 px)")
     if process["schedule"] is None:
         raise ValueError(f"{path} is no published model and holds no betas: its noise schedule cannot be told")
     return process | {"zero_snr": False}
 
 
-def load_foreign(path, clip_vocab="", objective="", **settings):
+def load_foreign(path, clip_vocab="", objective="", otherwise="", **settings):
     """(unet.Denoiser, VAE or None, CLIPTextEncoder or None, meta) of another's whole diffusion model.
 
     path: a pipeline folder of diffusers or a file of CompVis or Stability.  clip_vocab: of its tokenizer, if it is not
-    there.  objective: eps | v, of a file that does not tell.  settings: further ones of the U-Net, see
-    load_foreign_unet.  meta: as in a checkpoint of ours: "model", "classes", "shown".
+    there.  objective: eps | v, of a file, which does not tell; otherwise: where it is not known of the published model
+    either.  settings: further ones of the U-Net, see load_foreign_unet.  meta: as in a checkpoint of ours.
     """
     from unet import CLIPTextEncoder, Denoiser, UNet
     from vae import VAE
@@ -1138,7 +1138,7 @@ def load_foreign(path, clip_vocab="", objective="", **settings):
         has_vae = any(os.path.isdir(f"{path}/{name}") for name in FOLDERS["vae"])
         has_text = os.path.isdir(f"{path}/text_encoder")
     else:
-        process = process_of_file(path, everything, known, objective)
+        process = process_of_file(path, everything, known, objective, otherwise)
         has_vae = any(name.startswith(PREFIXES["vae"]) for name in everything)
         has_text = any(name.startswith(PREFIXES["text"]) for name in everything)
     if process["schedule"] == "cosine":  # a table for others, with which their U-Net counts from 0

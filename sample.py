@@ -397,8 +397,8 @@ def task_inputs(pipeline, given, sides, generators):
     if pipeline.task.get("sr_noise"):
         low = given["low"]
         level = given.get("level", torch.zeros(len(low), dtype=torch.long, device=low.device))
-        eps, process = randn(low.shape, generators, low.device, low.dtype), pipeline.task.get("sr_schedule")
-        given = given | {"low": augment_low(low, level, eps, *([process] if process else []))}
+        eps = randn(low.shape, generators, low.device, low.dtype)
+        given = given | {"low": augment_low(low, level, eps, pipeline.task.get("sr_schedule"))}
     concat = image_condition(task, pipeline.vae, given, sides, pipeline.task.get("map_classes", 0))
     return {"concat": concat} if level is None else {"concat": concat, "level": level}
 

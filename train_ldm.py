@@ -2,6 +2,7 @@
 
     python train_ldm.py config/shapes_ldm.py                                          # 2 CPU cores, minutes
     python train_ldm.py --dataset=DIR --first_stage=out/vae --cond=text               # one GPU
+    python train_ldm.py --dataset=DIR --init_from=FILE_OR_FOLDER --lr=1e-5            # fine-tunes, Stable Diffusion too
     torchrun --nproc_per_node=8 train_ldm.py --dataset=DIR --first_stage=out/vae      # eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ldm.py --dataset=DIR
 
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from convert import hash_weights, power_exponent
+from convert import find_checkpoint, hash_weights, is_ours, load_denoiser, load_foreign, power_exponent, read_checkpoint
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
 from data.tasks import (
     DEGRADATIONS,
@@ -56,12 +57,13 @@ workers = 4  # processes that read latents or decode images; 0 does it in the ma
 first_stage = "out/vae"  # the autoencoder: a stage-1 checkpoint or its out_dir | none (diffuse pixels)
 cache_latents = True  # encode every image once, before training; False encodes at every step
 cache_dir = "cache"  # where the latents are kept, the same folder for all nodes
+init_from = ""  # start from this model, ours or another's, as it was built: U-Net, text, process, autoencoder, task
 # conditioning
 cond = "text"  # none | class | text | layout (boxes with names, as a sequence of tokens)
 cond_drop = 0.1  # share of examples trained without their condition, for guidance
 class_embed = "add"  # a class is told by: add (to the time embedding) | token (a context of one token, LDM's cin256)
-text_encoder = "joint"  # joint (trained here) | clip_l (Stable Diffusion 1's, frozen) | openclip_h (2's, frozen)
-tower_weights = ""  # file of the frozen text encoder's weights
+text_encoder = "joint"  # joint (trained here); frozen: clip_l (Stable Diffusion 1's) | openclip_h (2's) | other CLIP
+tower_weights = ""  # file of the frozen text encoder's weights, or the folder of a pipeline that has it
 clip_vocab = ""  # CLIP's bpe_simple_vocab_16e6.txt.gz; "" takes the one of an installed open_clip
 tokenizer = "auto"  # auto (DATASET/bpe.tiktoken if there, else bytes) | bytes | a .tiktoken file | a tiktoken name
 text_width = 512  # of the text encoder
@@ -493,6 +495,29 @@ def plot_log(out_dir):
     plt.close(figure)
 
 
+def inherit(config, model, path):
+    """The settings of a model to start from (a checkpoint's meta["model"]); ValueError where others are asked for."""
+    names = "cond class_embed objective schedule beta_start beta_end zero_snr text_encoder task sr_scale sr_noise"
+    found = {name: model[name] for name in names.split() if name in model}
+    found |= model["unet"] | (model["text"] or {})
+    if found.get("class_embed") == "token":
+        found["text_width"] = model["unet"]["context_dim"]
+    found["num_res_blocks"], found["self_attention"] = (
+        tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        for value in (found["num_res_blocks"], found["self_attention"])
+    )
+    found = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name in config}
+    free = ("unet_dropout",)
+    rows = [
+        f"{name}: {value} in the model, {config[name]} asked for"
+        for name, value in found.items()
+        if name in config.changed and name not in free and config[name] != value
+    ]
+    if rows:
+        raise ValueError(f"{path} brings its own settings ({'; '.join(rows)}): leave them out")
+    return {name: value for name, value in found.items() if name not in free or name not in config.changed}
+
+
 def count_tflop(denoiser, shape):
     """TFLOP of training on one example: forward and twice that for backward, counted operator by operator."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -523,7 +548,7 @@ def check_settings(cfg):
     for name, choices in (
         ("cond", ("none", "class", "text", "layout")),
         ("class_embed", ("add", "token")),
-        ("text_encoder", ("joint", *CLIPTextEncoder.towers)),
+        ("text_encoder", ("joint", *CLIPTextEncoder.towers, "other")),
         ("task", TASKS),
         ("sr_kind", DEGRADATIONS),
         ("objective", OBJECTIVES),
@@ -590,6 +615,33 @@ def one_line_error(kind, error, trace):
 if __name__ == "__main__":
     config = configure(globals())
     sys.excepthook = one_line_error
+
+    # a model to start from brings its own settings; of a run that goes on they are in its checkpoint
+    latest, weights, sr_schedule = f"{out_dir}/latest.safetensors", None, None
+    resumed = os.path.exists(latest)
+    if init_from:
+        source = latest if resumed else find_checkpoint(init_from)
+        if is_ours(source):
+            meta = read_checkpoint(source)[1]
+            if meta["stage"] != "ldm":
+                raise ValueError(f"init_from={init_from} is an autoencoder: name it with first_stage")
+            weights = None if resumed else load_denoiser(source)
+            brought = {name: meta["config"][name] for name in ("tower_weights", "clip_vocab", "first_stage")}
+            if not resumed and meta["vae"] is not None:
+                brought["first_stage"] = source
+        else:
+            told = {"objective": config.changed.get("objective", ""), "otherwise": objective}
+            weights, autoencoder, frozen_text, meta = load_foreign(source, clip_vocab, **told)
+            brought = {"first_stage": "none" if autoencoder is None else source}
+            brought |= {"tower_weights": source} if frozen_text is not None else {}
+            autoencoder = frozen_text = None
+        began = meta["model"]
+        if began["cond"] == "layout":
+            raise ValueError(f"{init_from} draws layouts of the objects of its own data: it cannot be gone on from")
+        sr_schedule = began.get("sr_schedule")
+        brought = {name: value for name, value in brought.items() if name not in config.changed}
+        for name, value in (brought | inherit(config, began, init_from)).items():
+            config[name] = globals()[name] = value
     check_settings(config)
 
     # derive
@@ -643,9 +695,8 @@ if __name__ == "__main__":
         raise ValueError(f"cond=text, but the images in {dataset} have no captions: use cond=none or cond=class")
 
     # resume, first half: a checkpoint brings its own autoencoder and tokenizer
-    latest, step, images_per_step = f"{out_dir}/latest.safetensors", 0, batch_size * grad_accum * world
+    step, images_per_step = 0, batch_size * grad_accum * world
     os.makedirs(out_dir, exist_ok=True)
-    resumed = os.path.exists(latest)
     if resumed:
         tensors, meta = load_checkpoint(latest, "ldm")
         for name, before in dict(
@@ -655,6 +706,9 @@ if __name__ == "__main__":
         meta["model"] = {"text_encoder": "joint", "tower_hash": None} | meta["model"]
         told = {name: meta["model"][name] for name in ("cond", "text_encoder", "task")}
         check_same_model(latest, told, {name: config[name] for name in told})
+        if meta["config"].get("init_from", "") != init_from:
+            then = meta["config"].get("init_from", "")
+            raise ValueError(f"{latest} is of a run with init_from={then!r}, not {init_from!r}: use another out_dir")
 
     # first stage: frozen, or none
     param_dtype = torch.float64 if dtype == "float64" else torch.float32
@@ -684,6 +738,7 @@ if __name__ == "__main__":
         if tokenizer == "auto":
             tokenizer = f"{dataset}/bpe.tiktoken" if os.path.exists(f"{dataset}/bpe.tiktoken") else "bytes"
         source = bytes(tensors["text.bpe"].tolist()) if resumed and meta["model"]["text"] else tokenizer
+        source = weights.text.bpe() if weights else source
         text = TextEncoder(text_width, text_layers, text_heads, text_length, source)
         if (
             resumed
@@ -711,6 +766,7 @@ if __name__ == "__main__":
         concat_channels = 3 * max(1, low_side // latent_shape[1]) ** 2
         unet_classes = 1000 if sr_noise else unet_classes
         task_settings |= dict(sr_scale=sr_scale, sr_noise=sr_noise)
+        task_settings |= {"sr_schedule": list(sr_schedule)} if sr_schedule else {}
     elif task == "semantic":
         concat_channels, rescaler = 3, Rescaler(images.map_classes, image_size // latent_shape[1])
         task_settings |= dict(map_classes=images.map_classes)
@@ -718,6 +774,15 @@ if __name__ == "__main__":
     unet_settings |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0], concat_channels=concat_channels)
     unet_settings |= dict(context_dim=context_dim, num_classes=unet_classes)
     model = Denoiser(UNet(**unet_settings), text, class_tokens, rescaler, loss_weight == "uncertainty")
+    if weights:
+        names = ("in_channels", "concat_channels", "context_dim", "num_classes")
+        check_same_model(init_from, began["unet"], {name: unet_settings[name] for name in names})
+        if class_tokens is not None and num_classes != began["num_classes"]:
+            raise ValueError(f"{init_from} knows {began['num_classes']} classes, {dataset} has {num_classes}")
+        for name, child in model.named_children():
+            if getattr(weights, name) is not None:
+                child.load_state_dict(getattr(weights, name).state_dict())
+        weights = None  # its memory is needed
     side_multiple = model.unet.side_multiple
     if latent_shape[1] % side_multiple:
         raise ValueError(
@@ -807,7 +872,8 @@ if __name__ == "__main__":
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tflop:.4g} TFLOP per trained image")
         print(f"latents of {latent_shape}; cond={cond}, task={task}; {objective} objective on the {schedule} schedule")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
-        print(f"resumed from {latest} at step {step}" if resumed else f"a new run in {out_dir}", flush=True)
+        start = f"a new run in {out_dir}" + (f", from the weights of {init_from}" if init_from else "")
+        print(f"resumed from {latest} at step {step}" if resumed else start, flush=True)
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):  # what came after the checkpoint is done again
             with open(f"{out_dir}/log.jsonl") as f:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -883,7 +949,7 @@ if __name__ == "__main__":
             given = {name: t.to(param_dtype) if t.is_floating_point() else t for name, t in given.items()}
             if "level" in noise:
                 out["level"] = (noise["level"] * (sr_noise + 1)).long()
-                given["low"] = augment_low(given["low"], out["level"], noise["low"])
+                given["low"] = augment_low(given["low"], out["level"], noise["low"], sr_schedule)
             with torch.no_grad(), autocast():
                 concat = image_condition(task, vae, given, latent_shape[1:], task_settings.get("map_classes", 0))
             out["concat"] = concat.to(param_dtype).contiguous(memory_format=torch.channels_last)

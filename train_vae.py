@@ -107,7 +107,7 @@ weight_decay = 0.0  # AdamW, on matrices and kernels only
 grad_clip = 1.0  # largest gradient norm of the autoencoder; 0 is no clipping
 ema_decay = 0.9999  # of the averaged weights, warmed up as (1 + n) / (10 + n)
 # where it starts and what it trains
-init_from = ""  # start from the EMA weights of this checkpoint or out_dir; "" starts anew
+init_from = ""  # start from the EMA weights of this checkpoint, ours or another's, as it was built; "" starts anew
 train = "all"  # all | decoder: encoder, codebook, latents and their statistics stay as they are
 # run
 out_dir = "out/vae"  # checkpoint, log and pictures
@@ -684,6 +684,14 @@ if __name__ == "__main__":
             dist.destroy_process_group()
         sys.exit(0)
 
+    # a model to start from brings its settings, where none are asked for here
+    latest, step, images_per_step = f"{out_dir}/latest.safetensors", 0, batch_size * grad_accum * world
+    resumed = os.path.exists(latest)
+    if init_from:
+        source = VAE.from_pretrained(latest if resumed else init_from)
+        for name in (name for name in source.settings if name in config and name not in config.changed):
+            config[name] = globals()[name] = source.settings[name]
+
     # model
     torch.manual_seed(seed_of(seed, "init"))
     model = VAE(**{name: config[name] for name in inspect.signature(VAE).parameters if name in config})
@@ -691,11 +699,8 @@ if __name__ == "__main__":
         raise ValueError(
             f"image_size={image_size} is not a multiple of {model.factor}, which this autoencoder divides by"
         )
-    latest, step, images_per_step = f"{out_dir}/latest.safetensors", 0, batch_size * grad_accum * world
     os.makedirs(out_dir, exist_ok=True)
-    resumed = os.path.exists(latest)
     if init_from and not resumed:
-        source = VAE.from_pretrained(init_from)
         free = ["tanh_out", "dropout", "vq_beta", "vq_legacy"]
         if source.state_dict().keys() == model.state_dict().keys():  # attention at the same levels all the same
             free.append("resolution")

@@ -1,4 +1,4 @@
-# LDM on LSUN bedrooms, 256 px, unconditional, as published: 274.1 M parameters on VQ-f4 latents (FID 2.95). Not yet run.
+# LDM on LSUN bedrooms, 256 px, as published: 274.1 M parameters on VQ-f4 latents (FID 2.95). Not yet run.
 dataset = "data/lsun"
 first_stage = "out/vq_f4"
 cond = "none"

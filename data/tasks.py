@@ -189,13 +189,13 @@ def show_condition(task, given, side):
     return colors[given["map"]].permute(2, 0, 1)
 
 
-def augment_low(low, level, eps, schedule=("linear", 1e-4, 0.02)):
+def augment_low(low, level, eps, schedule=None):
     """Noise on a low-resolution image, as Stable Diffusion's x4 upscaler has it: level (B,) counts in 0..999.
 
     The network is told the level as y, so it knows what to trust (Ho et al. 2021, arXiv 2106.15282, section 4.2).
-    schedule: what make_schedule takes; the upscaler's own is ("scaled_linear", 1e-4, 0.02).
+    schedule: what make_schedule takes, None is ("linear", 1e-4, 0.02); the upscaler's own is scaled_linear.
     """
-    schedule = make_schedule(*schedule)
+    schedule = make_schedule(*(schedule or ("linear", 1e-4, 0.02)))
     t = ((level + 1) / schedule.discrete).to(low.dtype).view(-1, 1, 1, 1)
     return schedule.alpha(t) * low + schedule.sigma(t) * eps
 

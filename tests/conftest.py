@@ -28,16 +28,36 @@ def test_data():
 
 
 @pytest.fixture(scope="session")
-def lpips_package():
-    """The package `lpips`, to compare with; its torchvision may have been built for another torch than this one."""
+def with_torchvision():
+    """What is compared with imports torchvision, which may have been built for another torch than this one."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
         pytest.skip("no torchvision: pip install -r requirements.txt")
-    except RuntimeError:  # "operator torchvision::nms does not exist": its compiled part, which LPIPS does without
+    except RuntimeError:  # "operator torchvision::nms does not exist": nothing here needs its compiled part
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+
+
+@pytest.fixture(scope="session")
+def lpips_package(with_torchvision):
+    """The package `lpips`, to compare with."""
     return pytest.importorskip("lpips")
+
+
+@pytest.fixture(scope="session")
+def open_clip(with_torchvision):
+    return pytest.importorskip("open_clip")
+
+
+@pytest.fixture(scope="session")
+def transformers(with_torchvision):
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="session")
+def diffusers(with_torchvision):
+    return pytest.importorskip("diffusers")
 
 
 @torch.no_grad()

@@ -67,28 +67,6 @@ def merges(request):
     return str(folder / "bpe_simple_vocab_16e6.txt.gz")
 
 
-@pytest.fixture(scope="session")
-def with_torchvision():
-    """transformers and open_clip import torchvision, which may have been built for another torch than this one."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pytest.skip("no torchvision: pip install -r requirements.txt")
-    except RuntimeError:  # "operator torchvision::nms does not exist": nothing here needs its compiled part
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-
-
-@pytest.fixture(scope="session")
-def open_clip(with_torchvision):
-    return pytest.importorskip("open_clip")
-
-
-@pytest.fixture(scope="session")
-def transformers(with_torchvision):
-    return pytest.importorskip("transformers")
-
-
 @pytest.fixture
 def reference(open_clip, merges):
     from open_clip.tokenizer import SimpleTokenizer
