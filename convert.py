@@ -690,6 +690,7 @@ def is_ours(path):
 
 def local(path):
     """path itself, or for the id of a Hugging Face repository (owner/name) the folder that it was fetched to."""
+    path = os.fspath(path)
     owner = path.split("/")[0]
     if (
         os.path.exists(path)
@@ -741,8 +742,9 @@ def read_tensors(path):
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, AttributeError) as e:
         code = re.findall(r"GLOBAL (\S+)", str(e))
         if not code:
-            reason = "a TorchScript archive" if "TorchScript" in str(e) else str(e).strip().split("\n")[0][:100]
-            raise ValueError(f"{path} is no checkpoint, or one cut short ({reason}): save a state dict") from None
+            script = "a TorchScript archive: save its state dict" if "TorchScript" in str(e) else ""
+            reason = script or "neither .safetensors nor a dict of tensors as torch.save writes it"
+            raise ValueError(f"{path} is no checkpoint, or one cut short ({reason})") from None
     if code:
         raise ValueError(f"{path} holds {', '.join(code[:3])}, code that would be run: it is not read")
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
