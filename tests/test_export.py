@@ -274,7 +274,8 @@ def test_unconditional_pipeline_draws_the_same(process, bottleneck, diffusers, t
 
 def test_a_trained_model_draws_the_same(diffusers, start, tmp_path):
     """As train_ldm.py leaves it, with all its settings."""
-    run = start("ldm", "--cond=none", "--transformer_depth=0", "--max_steps=2", "--n_samples=1").finish()
+    args = ("--cond=none", "--transformer_depth=0", "--objective=v", "--schedule=cosine")
+    run = start("ldm", *args, "--max_steps=2", "--n_samples=1").finish()
     convert.to_diffusers(convert.find_checkpoint(str(run.out)), f"{tmp_path}/out")
     theirs = diffusers.DiffusionPipeline.from_pretrained(f"{tmp_path}/out")
     theirs.set_progress_bar_config(disable=True)
