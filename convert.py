@@ -1016,9 +1016,9 @@ def load_foreign_clip(cls, path, name="", merges=None):
     if not blocks or table not in state or position not in state:
         raise ValueError(f"{path} holds no text tower of CLIP's: neither transformers' names nor open_clip's are there")
     (vocab, width), length = state[table].shape, len(state[position])
-    openai = layout == "transformers" or "visual.transformer.resblocks.0.attn.in_proj_weight" in state and width == 768
-    if own:
-        openai = width == cls.towers["clip_l"]["width"]
+    if layout == "open_clip" and not own and not name and width == 768:  # OpenAI's has QuickGELU, LAION's GELU
+        raise ValueError(f"{path} may be OpenAI's ViT-L/14 or another's: give name=clip_l, or name=other")
+    openai = layout == "transformers" or name == "clip_l" or (own and width == 768)
     s = dict(width=width, layers=blocks, heads=max(1, width // 64), length=length, vocab=vocab, layer="last")
     s |= dict(activation="quick_gelu", pad="end") if openai else dict(activation="gelu", pad="zero")
     if config:

@@ -4,6 +4,7 @@
     python sample.py --ckpt=out/ldm --prompt="a red star" --steps=20 --sampler=dpmpp_2m
     python sample.py --ckpt=out/ldm --prompt="a hat" --init_image=photo.png --mask=mask.png
     torchrun --nproc_per_node=8 sample.py --ckpt=out/ldm --num_samples=50000           # an .npz for evaluators
+    python sample.py --ckpt=FOLDER_OR_FILE --prompt="a hat" --cfg=7.5 --spacing=leading  # Stable Diffusion as it draws
 
 The diffusion process itself is in diffusion.py; `generate` brings it together with the networks.
 """

@@ -405,6 +405,20 @@ def test_text_of_open_clip(open_clip, tmp_path):
             assert close(ours(rows), expected)
 
 
+def test_openai_names_are_also_open_clips(tmp_path):
+    """Both write the same names; only QuickGELU tells OpenAI's ViT-L/14 apart, and no tensor shows that."""
+    made = CLIPTextEncoder(**CLIPTextEncoder.towers["clip_l"] | dict(layers=12, vocab=517), merges=TINY)
+    state = convert.to_theirs(made.state_dict(), convert.text_keys(12, "open_clip"))
+    assert state["transformer.resblocks.3.attn.in_proj_weight"].shape == (3 * 768, 768)
+    save_file(state | {"text_projection": torch.ones(768, 768)}, tmp_path / "clip.safetensors")
+    with pytest.raises(ValueError, match="may be OpenAI's ViT-L/14 or another's: give name=clip_l, or name=other"):
+        CLIPTextEncoder.from_pretrained(str(tmp_path / "clip.safetensors"), merges=TINY)
+    for name, activation in (("clip_l", "quick_gelu"), ("other", "gelu")):
+        tower = CLIPTextEncoder.from_pretrained(str(tmp_path / "clip.safetensors"), name=name, merges=TINY)
+        assert tower.settings["activation"] == activation and tower.settings["heads"] == 12
+    assert torch.equal(tower.position_embedding, made.position_embedding)
+
+
 # --- whole pipelines ---
 
 
