@@ -39,6 +39,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import warnings
+import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -48,14 +49,21 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..")))
 from configurator import configure
-from data.dataset import captions_of, crop_square, open_parquet, parse, to_rgb
+from data.dataset import IMAGES, captions_of, crop_square, list_files, open_parquet, parse, to_rgb
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, the limit of data/dataset.py too: more is taken for a bomb
 STATE = ".prepare"  # folder in out_dir with what is known of finished shards, until meta.json says it all
 BATCH = 16  # images that a worker gets at a time
 BPE_CAPTIONS = 2_000_000  # most captions that the tokenizer is trained on
-NOT_CONTENT = ("workers", "out_dir", "download")  # settings that do not change what is made
+NOT_CONTENT = (
+    "workers",
+    "out_dir",
+    "download",
+    "verify",
+    "repack",
+    "threads",
+)  # settings that do not change what is made
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
@@ -229,6 +237,35 @@ def _parquet_cell(pixels, at):
     return value or b""
 
 
+def list_images(source):
+    """(path inside source, image) of every image file, sorted; source is a folder, or a .zip or .tar with the files.
+
+    Images in a .zip are functions: it is read by this process alone, in passing.
+    """
+    if source.endswith(".zip"):
+        archive = zipfile.ZipFile(source)
+        names = sorted(name for name in archive.namelist() if name.lower().endswith(IMAGES) and "__MACOSX" not in name)
+        return [(name, functools.partial(archive.read, name)) for name in names]
+    if source.endswith(".tar"):
+        with tarfile.open(source, "r:") as tar:
+            return sorted((m.name, (source, m.offset_data, m.size)) for m in tar if m.name.lower().endswith(IMAGES))
+    if not os.path.isdir(source):
+        raise ValueError(f"{source} is no folder, .zip or .tar: unpack it, and set source to the folder")
+    return [(path, f"{source}/{path}") for path in list_files(source) if path.lower().endswith(IMAGES)]
+
+
+def find_file(source, *names):
+    """The path of the first of these files that lies anywhere below the folder source (or beside it), else None."""
+    folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
+    there = {os.path.basename(path): f"{folder}/{path}" for path in reversed(list_files(folder))}
+    return next((there[name] for name in names if name in there), None)
+
+
+def in_fraction(key, fraction):
+    """Whether a key is among the fraction of all keys that is kept: a function of the key, and nested."""
+    return zlib.crc32(b"fraction " + os.fsencode(key)) < fraction * 2**32
+
+
 def tar_samples(path):
     """(key, {extension: (offset, size)}) of each sample of a webdataset shard, whose files lie side by side."""
     key, sample = None, {}
@@ -298,14 +335,14 @@ def convert(image, record, how):
         target = (max(round(w * scale), 1), max(round(h * scale), 1))
         record = dict(record, width=width, height=height)
         if record.get("objects"):
-            boxes = [
-                [(a - x) * scale, (b - y) * scale, c * scale, d * scale] for a, b, c, d in record["objects"]["bbox"]
-            ]
-            record["objects"] = dict(record["objects"], bbox=[[round(v, 2) for v in box] for box in boxes])
+            objects = dict(record["objects"])
+            u, v = (width, height) if objects.pop("unit", "pixel") == "image" else (1, 1)  # boxes in shares of it
+            boxes = [(a * u - x, b * v - y, c * u, d * v) for a, b, c, d in objects["bbox"]]
+            record["objects"] = objects | dict(bbox=[[round(value * scale, 2) for value in box] for box in boxes])
         if keep and target == (width, height):
             return "", bytes(data), ".jpg", record  # as it is: to compress it again would only harm
-        drawn = picture.width / width, picture.height / height  # less than 1 after draft
-        box = (x * drawn[0], y * drawn[1], (x + w) * drawn[0], (y + h) * drawn[1])
+        u, v = picture.width / width, picture.height / height  # less than 1 after draft
+        box = (x * u, y * v, min((x + w) * u, picture.width), min((y + h) * v, picture.height))
         if picture.size != target or box != (0, 0, *target):
             picture = picture.resize(target, Image.Resampling.LANCZOS, box)
         file = io.BytesIO()

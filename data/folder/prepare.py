@@ -5,10 +5,10 @@
 
 DIR is all that data/dataset.py reads: images in folders (sub-folders are classes; train/ and val/ are splits;
 metadata.jsonl {file_name, text, label, objects} if wanted), tar shards of KEY.jpg with KEY.json, .txt or .cls, or
-parquet. What that can read needs no preparing; this makes it small and fast, and leaves out what is broken or twice there.
-Source and licence: yours. Size: about 45 KB an image at 256 pixels and quality 95. Time: 100 to 300 images/s and core.
-On disk: train-*.tar, val-*.tar (the same images that data/dataset.py would hold out of DIR), classes.json where there are
-classes, bpe.tiktoken where there are captions, meta.json, dropped.jsonl, sheet.png.
+parquet. It needs no preparing to be read; this makes it small and fast, and leaves out what is broken or there twice.
+Source and licence: yours. Size: about 45 KB an image at 256 pixels and quality 95. Time: TIME.
+On disk: train-*.tar, val-*.tar (the images that data/dataset.py would hold out of DIR), classes.json where there
+are classes, bpe.tiktoken where there are captions, meta.json, dropped.jsonl, sheet.png.
 """
 
 import functools
