@@ -337,8 +337,9 @@ def convert(image, record, how):
         if record.get("objects"):
             objects = dict(record["objects"])
             u, v = (width, height) if objects.pop("unit", "pixel") == "image" else (1, 1)  # boxes in shares of it
-            boxes = [(a * u - x, b * v - y, c * u, d * v) for a, b, c, d in objects["bbox"]]
-            record["objects"] = objects | dict(bbox=[[round(value * scale, 2) for value in box] for box in boxes])
+            p, q = target[0] / w, target[1] / h
+            boxes = [((a * u - x) * p, (b * v - y) * q, c * u * p, d * v * q) for a, b, c, d in objects["bbox"]]
+            record["objects"] = objects | dict(bbox=[[round(value, 2) for value in box] for box in boxes])
         if keep and target == (width, height):
             return "", bytes(data), ".jpg", record  # as it is: to compress it again would only harm
         u, v = picture.width / width, picture.height / height  # less than 1 after draft

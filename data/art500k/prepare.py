@@ -5,8 +5,8 @@
 
 DIR holds the unpacked images: GROUP/NAME/TITLE##ID.jpg, of the groups Artists1, Artists2, "Art Movement", Medium.
 Source: https://deepart.hkust.edu.hk/ART500K/art500k.html. Licence: non-commercial research only.
-Size: not measured here. A share of its files is broken, and a work lies in several groups: broken ones are dropped, and
-of equal ones the first is kept, that of the chosen group before others.
+Size: not measured. Time: that of reading it. Some of its files are broken, and a work lies in several groups: broken
+ones are dropped, and of equal ones the first is kept, that of the chosen group before others.
 On disk: train-*.tar, val-*.tar (one in a hundred), classes.json (the names in the chosen group; works of other groups
 have no label), bpe.tiktoken, meta.json, dropped.jsonl, sheet.png. A caption is the title, with the folder's name.
 """
