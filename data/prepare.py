@@ -3,6 +3,7 @@
     items   an iterator of {"key": str, "image": ..., "split": "train", ...}: the image is bytes, a path, (path, offset,
             size), an array (H, W, 3) or a function that gives one of these; other fields (label, text, ...) are kept.
             The split, where the source has none of its own, is "val" if crc32(key) % 100 == 0, as in data/dataset.py
+            An item with "drop": "unsafe: ..." is left out for that reason, listed and counted like those below.
     make    turns them, in their order and whatever the number of workers, into
                 train-00000.tar ...  shards of KEY.jpg and KEY.json; KEY is the item's number, the JSON has its own key
                 classes.json         names of the labels, where there are some
@@ -20,6 +21,7 @@ import base64
 import collections
 import functools
 import hashlib
+import heapq
 import http.client
 import importlib
 import io
@@ -47,7 +49,6 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..")))
 from configurator import configure
 from data.dataset import IMAGES, captions_of, crop_square, list_files, open_parquet, parse, to_rgb
 
@@ -100,12 +101,14 @@ def need_source(cfg, what):
 
 
 def write(path, content):
-    """Saves an array, a picture, bytes or text under a temporary name, then renames: no half-written file is seen."""
+    """Saves an array, a picture, bytes, text or a generator's lines: under a temporary name, on disk, then renamed."""
     with open(f"{path}.tmp", "wb") as f:
         if isinstance(content, np.ndarray):
             np.save(f, content)
         elif isinstance(content, Image.Image):
             content.save(f, "PNG")
+        elif isinstance(content, types.GeneratorType):
+            f.writelines(line.encode() for line in content)
         else:
             f.write(content.encode() if isinstance(content, str) else content)
         f.flush()
@@ -420,8 +423,8 @@ class Seen:
         return True
 
     def update(self, values):
-        new = np.array([*self.recent, *values], np.uint64)
-        self.old, self.recent = np.union1d(self.old, new), set()
+        recent = np.array(list(self.recent), np.uint64)
+        self.old, self.recent = np.unique(np.concatenate([self.old, recent, np.array(values, np.uint64)])), set()
 
 
 # -- captions ----------------------------------------------------------------------------------------------------------
@@ -497,20 +500,30 @@ class Shards:
     def __init__(self, out_dir, split, max_bytes):
         self.out_dir, self.split, self.max_bytes = out_dir, split, max_bytes
         self.finished, self.next, self.last = {}, 0, ""  # next: position of the first item that is in none of them
-        while os.path.exists(f"{out_dir}/{self.name}") and os.path.exists(self.state_path):
-            with open(self.state_path) as f:
-                state = json.load(f)
+        self.hashes = [np.empty(0, np.uint64)]  # of the images in those that were finished before
+        while os.path.exists(f"{out_dir}/{self.name}") and os.path.exists(self.state_path(self.name)):
+            state = self.read_state(self.name)
             self.next, self.last = state["next"], state["last"]
-            self.finished[self.name] = state
+            self.hashes.append(np.array([int(h, 16) for h in state["hashes"]], np.uint64))
+            self.finished[self.name] = {part: state[part] for part in ("count", "bytes", "sha256")}
         self.begin()
 
     @property
     def name(self):
         return f"{self.split}-{len(self.finished):05d}.tar"
 
-    @property
-    def state_path(self):
-        return f"{self.out_dir}/{STATE}/{self.name}.json"
+    def state_path(self, name):
+        return f"{self.out_dir}/{STATE}/{name}.json"
+
+    def read_state(self, name):
+        with open(self.state_path(name)) as f:
+            return json.load(f)
+
+    def dropped(self):
+        """Lines on the images that were dropped, in the order of the items."""
+        for name in self.finished:
+            yield from self.read_state(name)["dropped"]
+        yield from self.state["dropped"]
 
     def begin(self):
         self.tar = None
@@ -552,9 +565,10 @@ class Shards:
         self.file.close()
         path = f"{self.out_dir}/{self.name}"
         self.state |= dict(next=position, last=last, bytes=os.path.getsize(f"{path}.tmp"), sha256=digest(f"{path}.tmp"))
-        write(self.state_path, json.dumps(self.state))
+        write(self.state_path(self.name), json.dumps(self.state))
         os.replace(f"{path}.tmp", path)  # the name is the mark that it is done
-        self.finished[self.name], self.next, self.last = self.state, position, last
+        self.finished[self.name] = {part: self.state[part] for part in ("count", "bytes", "sha256")}
+        self.next, self.last = position, last
         self.begin()
 
 
@@ -655,7 +669,7 @@ def make(items, cfg, classes=(), total=None, **about):
     shards = {split: Shards(cfg.out_dir, split, cfg.shard_mb * 1e6) for split in SPLITS}
     seen, drop_duplicates = Seen(), getattr(cfg, "drop_duplicates", True)
     if drop_duplicates:
-        seen.update(int(h, 16) for of in shards.values() for state in of.finished.values() for h in state["hashes"])
+        seen.update(np.concatenate([part for of in shards.values() for part in of.hashes]))
     resumed = {of.next - 1: of.last for of in shards.values() if of.finished}
     if resumed:
         names = sum(len(of.finished) for of in shards.values())
@@ -673,17 +687,18 @@ def make(items, cfg, classes=(), total=None, **about):
             if position < shards[split].next:
                 bar.update()
                 continue
-            image = item["image"]
+            image = b"" if item.get("drop") else item["image"]
             if callable(image):
                 try:
                     image = image()
                 except Exception:  # convert says so
                     image = b""
-            record = {name: value for name, value in item.items() if name not in ("key", "image", "split")}
+            record = {name: value for name, value in item.items() if name not in ("key", "image", "split", "drop")}
             yield (position, split, item), image, record
 
     with bar:
         for (at, split, item), (reason, data, ending, record) in converted(work(), how, cfg.workers):
+            reason = item.get("drop") or reason
             code = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
             if not reason and drop_duplicates and not seen.add(code):
                 reason = "duplicate: an image before it gives the same file"
@@ -700,27 +715,28 @@ def make(items, cfg, classes=(), total=None, **about):
 def finish(cfg, settings, shards, count, last, classes, about):
     """The last shards, and all the other files."""
     out = cfg.out_dir
-    pending = [line for of in shards.values() if of.tar is None for line in of.state["dropped"]]
     for of in shards.values():
         of.finish(count, last)
     states = {name: state for of in shards.values() for name, state in of.finished.items()}
-    dropped = sorted(
-        pending + [line for state in states.values() for line in state["dropped"]], key=lambda line: line["position"]
-    )
-    write(f"{out}/dropped.jsonl", "".join(json.dumps(line) + "\n" for line in dropped))
+    reasons, first = collections.Counter(), []
+
+    def lines():
+        for line in heapq.merge(*(of.dropped() for of in shards.values()), key=lambda line: line["position"]):
+            reasons[line["reason"].split(":")[0]] += 1
+            first[:] = first or [line["reason"]]
+            yield json.dumps(line) + "\n"
+
+    write(f"{out}/dropped.jsonl", lines())
     if not states:
-        why = (
-            f"all {count} were dropped, as {out}/dropped.jsonl says: {dropped[0]['reason']}"
-            if dropped
-            else "none found"
-        )
+        why = f"all {count} were dropped, as {out}/dropped.jsonl says: {first[0]}" if first else "none found"
         raise ValueError(f"no images for {out}, {why}: look at the source and the settings")
     classes = [str(name) for name in (classes() if callable(classes) else classes)]
     labels, captions = collections.Counter(), {}
-    for state in states.values():
-        labels.update(state["labels"])
-        for name, counts in state["captions"].items():
-            captions.setdefault(name, collections.Counter()).update(counts)
+    for of in shards.values():
+        for state in map(of.read_state, of.finished):
+            labels.update(state["labels"])
+            for name, counts in state["captions"].items():
+                captions.setdefault(name, collections.Counter()).update(counts)
     if classes:
         write(f"{out}/classes.json", json.dumps(classes, ensure_ascii=False) + "\n")
     training = [name for name in states if name.startswith("train")] or list(states)
@@ -728,7 +744,6 @@ def finish(cfg, settings, shards, count, last, classes, about):
         texts = (text for name in training for _, record in samples(f"{out}/{name}") for text in captions_of(record))
         write(f"{out}/bpe.tiktoken", train_bpe(itertools.islice(texts, BPE_CAPTIONS), cfg.vocab_size))
     write(f"{out}/sheet.png", contact_sheet(out, {name: states[name]["count"] for name in training}, classes))
-    reasons = collections.Counter(line["reason"].split(":")[0] for line in dropped)
     meta = dict(count=sum(state["count"] for state in states.values()), size=cfg.size)
     meta["splits"] = {
         split: sum(s["count"] for s in of.finished.values()) for split, of in shards.items() if of.finished
@@ -743,16 +758,14 @@ def finish(cfg, settings, shards, count, last, classes, about):
         meta["captions"] = describe_captions(captions)
     meta |= about
     meta["settings"] = settings
-    meta["shards"] = {
-        name: {part: state[part] for part in ("count", "bytes", "sha256")} for name, state in states.items()
-    }
+    meta["shards"] = states
     write(f"{out}/meta.json", json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
     shutil.rmtree(f"{out}/{STATE}")
     size = sum(state["bytes"] for state in states.values())
     parts = ", ".join(f"{n} {split}" for split, n in meta["splits"].items())
     print(f"{out}: {parts} images in {len(states)} shards, {size / 1e6:.1f} MB")
     lost = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
-    print(f"{len(dropped)} dropped{f': {lost}; {out}/dropped.jsonl lists them' if dropped else ''}")
+    print(f"{reasons.total()} dropped{f': {lost}; {out}/dropped.jsonl lists them' if lost else ''}")
     for name, values in meta.get("captions", {}).items():
         print(f"captions, {name}: {', '.join(f'{what} {value}' for what, value in list(values.items())[:8])}")
     print(f"look at {out}/sheet.png")

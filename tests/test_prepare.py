@@ -7,6 +7,7 @@ import http.server
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -220,6 +221,14 @@ def test_workers_do_not_change_a_byte(items, tmp_path):
     assert len(list((tmp_path / "a").glob("train-*.tar"))) > 3
 
 
+def test_a_worker_that_dies_is_told(items, tmp_path, monkeypatch):
+    if multiprocessing.get_start_method() != "fork":
+        pytest.skip("workers do not inherit what this test changes")
+    monkeypatch.setattr(room, "convert", lambda *args: os._exit(9))
+    with pytest.raises(ValueError, match="a worker died.*run it again, it continues"):
+        make(items[:40], tmp_path / "out", workers=1)
+
+
 class Stop(Exception):
     pass
 
@@ -281,8 +290,14 @@ def test_killed_by_the_system_it_continues_to_the_same_bytes(tmp_path):
     first = run([*command, f"--out_dir={tmp_path / 'a'}"])
     while first.poll() is None and len(list(tmp_path.glob("a/train-*.tar"))) < 3:
         time.sleep(0.001)
+    listed = Path(f"/proc/{first.pid}/task/{first.pid}/children")
+    children = listed.read_text().split() if listed.exists() else []
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
+    until = time.time() + 10
+    while any(Path(f"/proc/{child}/cwd").exists() for child in children):  # a dead one has none
+        assert time.time() < until, "workers live on"
+        time.sleep(0.05)
     assert not (tmp_path / "a" / "meta.json").exists()
     again = run([*command, f"--out_dir={tmp_path / 'a'}"])
     said = again.communicate()[0]
@@ -832,7 +847,7 @@ def test_laion400m(tmp_path, monkeypatch, capsys):
     (tmp_path / "lists").mkdir()
     meta = prepare("laion400m", out, urls=str(tmp_path / "lists"), size=32, vocab_size=300, min_similarity=0.32)
     assert "20 links: 16 images, 4 lost (20.0 %)" in capsys.readouterr().out
-    assert meta["links"] == LINKS and meta["count"] == 12  # without NSFW, and without those below 0.32
+    assert meta["links"] == LINKS and meta["count"] == 12 and meta["dropped"] == dict(unlike=2, unsafe=2)
     assert asked[0]["url_col"] == "URL" and asked[0]["caption_col"] == "TEXT" and asked[0]["image_size"] == 32
     assert asked[0]["resize_mode"] == "keep_ratio" and asked[0]["output_format"] == "webdataset"
     assert len(Dataset(out, "all", 32)) == 12  # .fetched is not seen
@@ -882,6 +897,28 @@ def test_bad_sources_are_told_in_one_line(name, tmp_path):
         assert word in module.__doc__ or word.lower() in module.__doc__, word
 
 
+def test_the_hub_keeps_its_files_below_hf_home(tmp_path):
+    """As the hub's own library lays them out, and no network."""
+    pytest.importorskip("huggingface_hub")
+    folder = tmp_path / "home" / "hub" / "datasets--huggan--wikiart"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    names = dict(artist=["Unknown Artist"], genre=["portrait"], style=["Cubism"])
+    rows = [dict(image=image_cell(i, width=80, height=70), artist=0, genre=0, style=0) for i in range(4)]
+    write_parquet(folder / "snapshots" / "abc" / "data" / "train-00000-of-00001.parquet", rows, names)
+    environment = os.environ | dict(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    command = [sys.executable, str(ROOT / "data/wikiart/prepare.py"), "--download=True", "--workers=0"]
+    command.append(f"--out_dir={tmp_path / 'out'}")
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert len(records(tmp_path / "out")) == 4
+    command[-1] = f"--out_dir={tmp_path / 'other'}"
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment | dict(HF_HOME=str(tmp_path / "no"))
+    )
+    assert result.returncode == 1 and "huggan/wikiart did not come" in result.stderr and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["openimages", "laion400m", "lsun", "wikiart"])
 def test_optional_tools_are_asked_for_with_their_command(name, tmp_path, monkeypatch):
     tool = dict(openimages="fiftyone", laion400m="img2dataset", lsun="lmdb", wikiart="huggingface_hub")[name]
@@ -891,12 +928,6 @@ def test_optional_tools_are_asked_for_with_their_command(name, tmp_path, monkeyp
     wanted = dict(openimages=dict(download=True), laion400m=dict(urls=str(tmp_path)), wikiart=dict(download=True))
     with pytest.raises(ImportError, match=f"needs {tool}.*: pip install {tool}$"):
         prepare(name, tmp_path / "out", **wanted.get(name, dict(source=str(tmp_path))))
-
-
-def test_the_command_ends_with_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "data/ffhq/prepare.py"), f"--source={tmp_path / 'nowhere'}"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "nowhere is not there" in result.stderr
 
 
 # -- real data ---------------------------------------------------------------------------------------------------------

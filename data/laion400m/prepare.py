@@ -84,7 +84,7 @@ def report(links):
             print(f"  {n:9d}  {' '.join(reason.split())[:100]}")
 
 
-def items(shards, keep=lambda record: True):
+def items(shards, unwanted=lambda record: ""):
     for path in shards:
         with open(path, "rb") as f:
             for key, sample in tar_samples(path):
@@ -98,11 +98,11 @@ def items(shards, keep=lambda record: True):
                 if not texts and ".txt" in sample:
                     f.seek(sample[".txt"][0])
                     texts = captions_of(f.read(sample[".txt"][1]).decode("utf-8", "replace").strip())
-                if keep(record):
-                    yield dict(key=key, image=(path, *image), text=texts, url=record.get("url", ""))
+                item = dict(key=key, image=(path, *image), text=texts, url=record.get("url", ""))
+                yield item | dict(drop=unwanted(record))
 
 
-def from_urls(cfg, keep=lambda record: True, **options):
+def from_urls(cfg, unwanted=lambda record: "", **options):
     """Fetches where there are lists, reports the links, packs the shards; what both sets of URLs do."""
     folder = cfg.fetched or f"{cfg.out_dir}/.fetched"
     made = cfg.repack and os.path.exists(f"{cfg.out_dir}/meta.json")  # then nothing is fetched again
@@ -114,7 +114,7 @@ def from_urls(cfg, keep=lambda record: True, **options):
     links = lost_links(folder)
     report(links)
     if cfg.repack:
-        make(items(shards, keep), cfg, total=links["images"] or None, links=links)
+        make(items(shards, unwanted), cfg, total=links["images"] or None, links=links)
 
 
 def prepare(cfg):
@@ -122,12 +122,15 @@ def prepare(cfg):
         raise ValueError(f"max_unsafe {cfg.max_unsafe!r} is not known: choose {', '.join(UNSAFE)}")
     allowed = UNSAFE[: UNSAFE.index(cfg.max_unsafe) + 1]
 
-    def keep(record):
+    def unwanted(record):
+        if record.get("NSFW") not in (None, *allowed):
+            return f"unsafe: {record['NSFW']}"
         similarity = record.get("similarity")
-        return record.get("NSFW") in (None, *allowed) and (similarity is None or similarity >= cfg.min_similarity)
+        unlike = similarity is not None and similarity < cfg.min_similarity
+        return f"unlike: similarity {similarity:.3f}" if unlike else ""
 
     columns = dict(input_format="parquet", url_col="URL", caption_col="TEXT")
-    from_urls(cfg, keep, url_list=cfg.urls, save_additional_columns=["NSFW", "similarity"], **columns)
+    from_urls(cfg, unwanted, url_list=cfg.urls, save_additional_columns=["NSFW", "similarity"], **columns)
 
 
 if __name__ == "__main__":

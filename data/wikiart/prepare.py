@@ -6,7 +6,7 @@
 
 Source: https://huggingface.co/datasets/huggan/wikiart (of the ArtGAN project, of wikiart.org). Licence: non-commercial
 research only; the paintings' own vary. Size: 34 GB fetched, about 4 GB made at 256 pixels
-(estimate). Time: an hour on 4 cores (estimate).
+(estimate). Time: half an hour of one core (estimate).
 On disk: train-*.tar, val-*.tar (one in a hundred), classes.json (of the chosen label), bpe.tiktoken, meta.json,
 dropped.jsonl, sheet.png. A caption is "landscape by claude monet, impressionism", of what is known; all three are also
 in each KEY.json.
