@@ -76,6 +76,8 @@ def run(prepare, scope):
         prepare(cfg)
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"prepare.py: {e}")
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
+        sys.exit(f"prepare.py: an archive in {getattr(cfg, 'source', '')} is damaged ({e}): fetch it again")
     except KeyboardInterrupt:
         sys.exit("prepare.py: stopped; the same command continues")
 

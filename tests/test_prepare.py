@@ -508,6 +508,31 @@ def test_folder_of_captions(form, tmp_path):
     assert (tmp_path / "out" / "bpe.tiktoken").exists()
 
 
+def test_folder_drops_an_image_whose_caption_does_not_read(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with tarfile.open(tmp_path / "photos" / "a.tar", "w") as tar:
+        for i in range(9):
+            add(tar, f"{i}.jpg", encoded(i))
+            add(tar, f"{i}.json", b'{"text": ["half' if i == 4 else json.dumps(dict(text=[str(i)])).encode())
+    meta = prepare("folder", tmp_path / "out", source=str(tmp_path / "photos"), size=32, vocab_size=0)
+    assert meta["count"] == 8 and meta["dropped"] == dict(broken=1)
+    assert "a/4: its caption does not read" in (tmp_path / "out" / "dropped.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "celeba", "imagenet"])
+def test_a_damaged_archive_is_told_in_one_line(name, tmp_path, monkeypatch):
+    files = dict(cifar10="cifar-10-binary.tar.gz", celeba="img_align_celeba.zip", imagenet="ILSVRC2012_img_train.tar")
+    (tmp_path / files[name]).write_bytes(b"\x1f\x8b\x08" + bytes(range(200)))
+    module = importlib.import_module(f"data.{name}.prepare")
+    source = tmp_path / files[name] if name == "cifar10" else tmp_path
+    monkeypatch.setattr(
+        sys, "argv", ["prepare.py", f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--workers=0"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        room.run(module.prepare, dict(vars(module)))
+    assert "is damaged" in stopped.value.code and str(tmp_path) in stopped.value.code and "\n" not in stopped.value.code
+
+
 def test_folder_refuses_what_it_would_spoil(tmp_path):
     write_folder(tmp_path / "photos", 4)
     with pytest.raises(ValueError, match="is inside the source"):

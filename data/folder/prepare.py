@@ -17,7 +17,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from data.dataset import PIXELS, Dataset
+from data.dataset import PIXELS, BadImage, Dataset
 from data.prepare import make, need_source, run
 
 source = ""  # folder of images, of tar shards or of parquet files
@@ -45,7 +45,11 @@ def items(splits):
                 image = functools.partial(cell, ds, (file, *where))
             else:
                 image = (f"{ds.root}/{ds.files[file] if file >= 0 else ds.key(i)}", *where)
-            item, objects = ds.meta(i), ds._objects(i)
+            try:
+                item, objects = ds.meta(i), ds._objects(i)
+            except BadImage as e:
+                yield dict(key=ds.key(i), split=split, drop=f"broken: {e}")
+                continue
             item = dict(key=item["key"], image=image, split=split, label=item["label"], text=item["text"])
             if objects:
                 item["objects"] = dict(bbox=[box for _, box in objects], categories=[name for name, _ in objects])
