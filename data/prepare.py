@@ -54,17 +54,12 @@ from data.dataset import IMAGES, captions_of, crop_square, list_files, open_parq
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, the limit of data/dataset.py too: more is taken for a bomb
+START_ANEW = "to start anew, remove *.tar, meta.json and .prepare there"
 STATE = ".prepare"  # folder in out_dir with what is known of finished shards, until meta.json says it all
 BATCH = 16  # images that a worker gets at a time
 BPE_CAPTIONS = 2_000_000  # most captions that the tokenizer is trained on
-NOT_CONTENT = (
-    "workers",
-    "out_dir",
-    "download",
-    "verify",
-    "repack",
-    "threads",
-)  # settings that do not change what is made
+# settings that do not change what is made
+NOT_CONTENT = ("workers", "out_dir", "download", "verify", "repack", "threads")
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
@@ -639,13 +634,15 @@ def look_around(cfg, settings):
         changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if changed:
             a, b = before.get(changed[0]), settings.get(changed[0])
-            raise ValueError(f"{out} was made with {changed[0]}={a}, now it is {b}: remove it, or set another out_dir")
+            raise ValueError(
+                f"{out} was made with {changed[0]}={a}, now it is {b}: {START_ANEW}, or set another out_dir"
+            )
     if os.path.exists(f"{out}/meta.json"):
         with open(f"{out}/meta.json") as f:
             for name, shard in json.load(f)["shards"].items():
                 path = f"{out}/{name}"
                 if not os.path.exists(path) or os.path.getsize(path) != shard["bytes"]:
-                    raise ValueError(f"{path} is not the {shard['bytes']} bytes it was: remove {out}, and run again")
+                    raise ValueError(f"{path} is not the {shard['bytes']} bytes it was: {START_ANEW}")
         shutil.rmtree(f"{out}/{STATE}", ignore_errors=True)
         print(f"{out}: already there")
         return True
@@ -684,7 +681,7 @@ def make(items, cfg, classes=(), total=None, **about):
         for position, item in enumerate(items() if callable(items) else items):
             last = item["key"]
             if position in resumed and resumed[position] != last:
-                raise ValueError(f"the source has changed since it was begun: remove {cfg.out_dir}, and run again")
+                raise ValueError(f"the source has changed since {cfg.out_dir} was begun: {START_ANEW}")
             split = item.get("split") or ("val" if zlib.crc32(os.fsencode(last)) % 100 == 0 else "train")
             if position < shards[split].next:
                 bar.update()
@@ -710,7 +707,7 @@ def make(items, cfg, classes=(), total=None, **about):
                 shards[split].add(at, item, data, ending, record, code)
             bar.update()
     if position < max(resumed, default=-1):
-        raise ValueError(f"the source has fewer images than when it was begun: remove {cfg.out_dir}, and run again")
+        raise ValueError(f"the source has fewer images than when {cfg.out_dir} was begun: {START_ANEW}")
     return finish(cfg, settings, shards, position + 1, last, classes, about)
 
 

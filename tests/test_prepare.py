@@ -312,7 +312,7 @@ def test_other_settings_another_source_and_foreign_shards_are_errors(items, tmp_
     make(items[:30], out)
     make(iter(()), out)  # nothing is even asked of the source
     assert "already there" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="was made with size=32, now it is 64: remove it"):
+    with pytest.raises(ValueError, match="was made with size=32, now it is 64: to start anew, remove"):
         make(items, out, size=64)
     shard = next(out.glob("train-*.tar"))
     shard.write_bytes(shard.read_bytes()[:-512])
