@@ -24,6 +24,11 @@ import zlib
 import numpy as np
 from PIL import Image, ImageFilter
 
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
+from configurator import configure
+from data.dataset import BadImage, Dataset, seed_of
+from data.prepare import is_made, write
+
 source = ""  # folder of the published layout
 standin = ""  # make a stand-in from these photos instead: a folder, tar or parquet shards
 out_dir = "data/bapps"  # 2afc and jnd go here; the stand-in's own layout to standin below it
@@ -112,14 +117,8 @@ def prepare(source, out_dir, size, what):
     for folder, target, items in work:
         state = [(os.path.relpath(path, folder), os.path.getsize(path)) for item in items for path in item]
         meta = {"count": len(items), "size": size, "crc32": zlib.crc32(repr(state).encode())}
-        meta_path = f"{target}/meta.json"
-        if os.path.exists(meta_path):
-            with open(meta_path) as f:
-                if json.load(f) == meta:
-                    print(f"{target}: already there")
-                    continue
-            os.remove(meta_path)
-        os.makedirs(target, exist_ok=True)
+        if is_made(target, meta):
+            continue
         shape = (len(items), len(items[0]) - 1, size, size, 3)
         images = np.lib.format.open_memmap(f"{target}/images.npy.tmp", "w+", np.uint8, shape)  # may not fit in memory
         judge = np.zeros(len(items), np.float32)
@@ -130,15 +129,9 @@ def prepare(source, out_dir, size, what):
         images.flush()
         os.replace(f"{target}/images.npy.tmp", f"{target}/images.npy")
         np.save(f"{target}/judge.npy", judge)
-        write_json(meta_path, meta)
+        write(f"{target}/meta.json", json.dumps(meta))
         print(f"{target}: {len(items)} judgements of {shape[1]} patches of {size} x {size}", flush=True)
-    write_json(f"{out_dir}/meta.json", {"what": what})
-
-
-def write_json(path, content):
-    with open(path + ".tmp", "w") as f:
-        json.dump(content, f)
-    os.replace(path + ".tmp", path)
+    write(f"{out_dir}/meta.json", json.dumps({"what": what}))
 
 
 # -- the stand-in ------------------------------------------------------------------------------------------------------
@@ -202,8 +195,6 @@ def taken_again(patch, rng):
 
 def make_standin(photos, folder, size, n_train, n_val, seed):
     """Writes the published layout; every item is a function of (seed, split, category, number)."""
-    from data.dataset import BadImage, Dataset, seed_of
-
     photos = Dataset(photos, "all", size)
     if len(photos) < 2:
         raise ValueError(f"{photos.path} has {len(photos)} photos: give two or more, as some are for validation alone")
@@ -253,9 +244,6 @@ def make_standin(photos, folder, size, n_train, n_val, seed):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-    from configurator import configure
-
     configure(globals())
     try:
         if bool(source) == bool(standin):

@@ -16,6 +16,10 @@ import zlib
 
 import numpy as np
 
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
+from configurator import configure
+from data.prepare import is_made, write
+
 source = "data/mnist/raw"  # folder of the four .gz files
 download = False  # fetch those that are not in source, or damaged there
 mirror = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # from here
@@ -83,41 +87,22 @@ def read_split(source, prefix):
     return np.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD)))[..., None], labels
 
 
-def write(path, content):
-    """Saves an array or bytes under a temporary name, then renames, so that no half-written file is seen."""
-    with open(path + ".tmp", "wb") as f:
-        if isinstance(content, np.ndarray):
-            np.save(f, content)
-        else:
-            f.write(content)
-    os.replace(path + ".tmp", path)
-
-
 def prepare(source, out_dir):
     """Makes train and val below out_dir where they are not there already."""
     for split, prefix in (("train", "train"), ("val", "t10k")):
         images, labels = read_split(source, prefix)
         folder = os.path.join(out_dir, split)
-        meta_path = os.path.join(folder, "meta.json")
         meta = dict(split=split, count=len(images), size=images.shape[1], crc32=zlib.crc32(images))
-        if os.path.exists(meta_path):
-            with open(meta_path) as f:
-                if json.load(f) == meta:
-                    print(f"{folder}: already there")
-                    continue
-            os.remove(meta_path)
-        os.makedirs(folder, exist_ok=True)
+        if is_made(folder, meta):
+            continue
         write(os.path.join(folder, "images.npy"), images)
         write(os.path.join(folder, "labels.npy"), labels.astype(np.int64))
         write(os.path.join(out_dir, "classes.json"), json.dumps([str(digit) for digit in range(10)]).encode())
-        write(meta_path, json.dumps(meta).encode())
+        write(os.path.join(folder, "meta.json"), json.dumps(meta).encode())
         print(f"{folder}: {len(images)} pictures of {images.shape[1]} x {images.shape[2]}")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-    from configurator import configure
-
     configure(globals())
     try:
         if download:

@@ -9,7 +9,6 @@ out of both splits, so that a prompt score on them tells composition from memory
 picture that it believes it sees, and compares. Here "color" is the shape's, "background" the other one.
 """
 
-import base64
 import functools
 import itertools
 import json
@@ -21,6 +20,10 @@ import zlib
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
+from configurator import configure
+from data.prepare import is_made, train_bpe, write
 
 n_train = 12000  # pictures in out_dir/train
 n_val = 1000  # pictures in out_dir/val
@@ -268,47 +271,7 @@ def score_folder(folder, seed):
         raise ValueError(f"{len(bad)} of {len(lines)} samples in {index} cannot be scored: {'; '.join(bad[:3])}")
 
 
-# -- tokenizer ---------------------------------------------------------------------------------------------------------
-
-
-def train_bpe(captions, vocab_size):
-    """Byte-level BPE in tiktoken's text form: a line 'base64(token) rank' each, the 256 bytes first, then merges."""
-    if vocab_size < 256:
-        raise ValueError(f"vocab_size={vocab_size} does not hold the 256 bytes: set it to 256 or more")
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-
-    from unet import SPLIT_PATTERN
-
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
-    # GPT-2 writes bytes as printable characters: those that print as themselves, the other 68 in order from 256 on
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    byte_of = {chr(b): b for b in plain} | {chr(256 + k): b for k, b in enumerate(others)}
-    by_rank = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    merged = [bytes(byte_of[c] for c in token) for token in by_rank if len(token) > 1]
-    tokens = [bytes([b]) for b in range(256)] + merged
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
-
-
 # -- files -------------------------------------------------------------------------------------------------------------
-
-
-def write(path, content):
-    """Saves an array, a picture or text under a temporary name, then renames, so that no half-written file is seen."""
-    with open(path + ".tmp", "wb") as f:
-        if isinstance(content, np.ndarray):
-            np.save(f, content)
-        elif isinstance(content, Image.Image):
-            content.save(f, "PNG")
-        else:
-            f.write(content.encode())
-    os.replace(path + ".tmp", path)
 
 
 def choose_prompts(train_captions, seed):
@@ -341,14 +304,8 @@ def prepare(out_dir, n_train, n_val, size, seed, vocab_size):
     drawing |= dict(position=POSITION, map_classes=["background", *SHAPES])
     for split, n in (("val", n_val), ("train", n_train)):
         folder, meta = os.path.join(out_dir, split), dict(drawing, split=split, count=n)
-        meta_path = os.path.join(folder, "meta.json")
-        if os.path.exists(meta_path):
-            with open(meta_path) as f:
-                if json.load(f) == meta:
-                    print(f"{folder}: already there")
-                    continue
-            os.remove(meta_path)
-        os.makedirs(folder, exist_ok=True)
+        if is_made(folder, meta):
+            continue
         images, captions, labels, maps, boxes, names = make_split(split, n, size, seed)
         objects = [{"bbox": [box], "categories": [name]} for box, name in zip(boxes.tolist(), names)]
         records = [{"text": [text], "objects": of_image} for text, of_image in zip(captions, objects)]
@@ -365,14 +322,11 @@ def prepare(out_dir, n_train, n_val, size, seed, vocab_size):
             write(os.path.join(out_dir, "object_classes.json"), json.dumps(every) + "\n")
             write(os.path.join(out_dir, "bpe.tiktoken"), train_bpe(captions, vocab_size))
             write(os.path.join(out_dir, "prompts.txt"), "\n".join(choose_prompts(captions, seed)) + "\n")
-        write(meta_path, json.dumps(meta, indent=1) + "\n")
+        write(os.path.join(folder, "meta.json"), json.dumps(meta, indent=1) + "\n")
         print(f"{folder}: {n} pictures of {size} x {size}")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-    from configurator import configure
-
     configure(globals())
     try:
         if score:

@@ -1,0 +1,72 @@
+"""Any folder of images, with or without captions and classes, as tar shards.
+
+    python data/folder/prepare.py --source=DIR --out_dir=data/mine
+    python data/folder/prepare.py --source=DIR --out_dir=data/mine --size=512 --vocab_size=8192
+
+DIR is all that data/dataset.py reads: images in folders (sub-folders are classes; train/ and val/ are splits;
+metadata.jsonl {file_name, text, label, objects} if wanted), tar shards of KEY.jpg with KEY.json, .txt or .cls, or
+parquet. It needs no preparing to be read; this makes it small and fast, and leaves out what is broken or there twice.
+Source and licence: yours. Size: about 45 KB an image at 256 pixels and quality 95. Time: 200 JPEG
+of 500 x 375 a second and core, 50 of 1024 x 768, 26 PNG of 1024 x 1024.
+On disk: train-*.tar, val-*.tar (the images that data/dataset.py would hold out of DIR), classes.json where there
+are classes, bpe.tiktoken where there are captions, meta.json, dropped.jsonl, sheet.png.
+"""
+
+import functools
+import os
+import sys
+
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
+from data.dataset import PIXELS, BadImage, Dataset
+from data.prepare import make, need_source, run
+
+source = ""  # folder of images, of tar shards or of parquet files
+out_dir = "data/folder/shards"  # where the shards go
+size = 256  # short side in pixels; smaller images stay as they are
+crop = "none"  # keeps the ratio of the sides; center: the middle square
+quality = 95  # of JPEG; 0: PNG
+min_side = 32  # pixels; images with a shorter side are dropped
+drop_duplicates = True  # the first of equal images is kept
+vocab_size = 4096  # most tokens of a tokenizer trained on the captions; 0: none
+shard_mb = 256.0  # size of a shard
+workers = 4  # processes that decode and resize; 0: none but this
+
+
+def cell(ds, where):
+    value = ds._cell(PIXELS, *where)
+    return (value["bytes"] if isinstance(value, dict) else value) or b""
+
+
+def items(splits):
+    for split, ds in splits.items():
+        for i in range(len(ds)):
+            file, *where = ds.image[i].tolist()
+            if ds.form == "parquet":
+                image = functools.partial(cell, ds, (file, *where))
+            else:
+                image = (f"{ds.root}/{ds.files[file] if file >= 0 else ds.key(i)}", *where)
+            try:
+                item, objects = ds.meta(i), ds._objects(i)
+            except BadImage as e:
+                yield dict(key=ds.key(i), split=split, drop=f"broken: {e}")
+                continue
+            item = dict(key=item["key"], image=image, split=split, label=item["label"], text=item["text"])
+            if objects:
+                item["objects"] = dict(bbox=[box for _, box in objects], categories=[name for name, _ in objects])
+            yield {name: value for name, value in item.items() if value not in (-1, [])}
+
+
+def prepare(cfg):
+    source = need_source(cfg, "a folder of images, of tar shards or of parquet files")
+    if os.path.realpath(cfg.out_dir).startswith(os.path.realpath(source) + os.sep):
+        raise ValueError(f"out_dir {cfg.out_dir} is inside the source, whose files it would become: set another")
+    splits = {split: Dataset(source, split) for split in ("train", "val")}
+    if splits["train"].form == "npy":
+        raise ValueError(f"{source} holds images.npy: train on it as it is")
+    if len(Dataset(source, "all")) == 1:
+        del splits["val"]
+    make(items(splits), cfg, splits["train"].classes, sum(map(len, splits.values())))
+
+
+if __name__ == "__main__":
+    run(prepare, globals())
