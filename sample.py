@@ -240,12 +240,12 @@ def seeded_noise(seeds, shape):
     return noise, generators
 
 
-def told(pipeline, conditions, concat=None, level=None):
+def unet_inputs(pipeline, conditions, concat=None, level=None):
     """What the pipeline's U-Net takes besides x and t for conditions as `generate` takes them: UNet.forward's names."""
     denoiser, text, inputs = pipeline.denoiser, pipeline.text, {}
     place = next(denoiser.parameters()).device
     if text is not None and any(isinstance(c, Between) for c in conditions):
-        a, b = (told(pipeline, list(side), concat, level) for side in list(zip(*conditions))[:2])
+        a, b = (unet_inputs(pipeline, list(side), concat, level) for side in list(zip(*conditions))[:2])
         weight = torch.tensor([c.weight for c in conditions], device=place).view(-1, 1, 1)
         return a | {"context": torch.lerp(a["context"].float(), b["context"].float(), weight)}
     if text is not None:
@@ -364,13 +364,13 @@ def generate(
 
 def guided(pipeline, conditions, shown, cfg, negative="", guide=None, **guidance):
     """make_denoiser of the pipeline for these conditions and `shown` pictures, away from `guide` or no condition."""
-    cond, null, weaker = told(pipeline, conditions, **shown), None, None
+    cond, null, weaker = unet_inputs(pipeline, conditions, **shown), None, None
     if guide is not None:
         weaker = guided(guide, conditions, shown, 1.0)
     elif pipeline.text is not None:
-        null = told(pipeline, [negative] * len(conditions), **shown)
+        null = unet_inputs(pipeline, [negative] * len(conditions), **shown)
     elif pipeline.num_classes:
-        null = told(pipeline, [pipeline.num_classes] * len(conditions), **shown)
+        null = unet_inputs(pipeline, [pipeline.num_classes] * len(conditions), **shown)
     else:
         cfg = 1.0  # there is nothing to guide away from
     network, schedule, objective = pipeline.denoiser.unet, pipeline.schedule, pipeline.objective
@@ -391,7 +391,7 @@ def check_guide(pipeline, guide):
 
 
 def task_inputs(pipeline, given, sides, generators):
-    """What `told` takes of a batch of given pictures: {"concat", "level"}, or {}."""
+    """What `unet_inputs` takes of a batch of given pictures: {"concat", "level"}, or {}."""
     task, level = pipeline.task.get("task", "none"), None
     if task == "none":
         return {}

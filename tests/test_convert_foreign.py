@@ -545,7 +545,7 @@ def test_classes_as_tokens(tmp_path):
     torch.save({"state_dict": state}, tmp_path / "model.ckpt")
     pipeline = sample.load_pipeline(str(tmp_path / "model.ckpt"), objective="eps", num_heads=1)
     assert pipeline.num_classes == 10 and pipeline.schedule.name == "linear" and pipeline.vae.latent_std[0] == 1
-    shown = sample.told(pipeline, [3, 10])["context"]
+    shown = sample.unet_inputs(pipeline, [3, 10])["context"]
     assert torch.equal(shown, table[[3, 10]][:, None])
     assert sample.generate(pipeline, [3], [0], 2, cfg=3.0, size=(16,)).shape == (1, 3, 16, 16)
 
