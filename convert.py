@@ -12,6 +12,7 @@ tensor shapes show is inferred, what their configs tell is read, what is left is
 go both ways.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -185,6 +186,7 @@ def posthoc_ema(path, std):
     return {name: t.float() for name, t in out.items()}
 
 
+@functools.cache  # training asks for it at every step
 def power_exponent(std):
     """gamma of the power profile, weights ~ t^gamma over a run's steps, whose relative deviation is std in (0, 0.28].
 
@@ -206,7 +208,7 @@ def load_denoiser(path, ema_std=0.0):
     """
     from unet import Denoiser, Rescaler, TextEncoder, UNet
 
-    tensors, meta = read_checkpoint(path, "ema", "text")
+    tensors, meta = read_checkpoint(path, "text", *(() if ema_std else ("ema",)))
     if meta["stage"] != "ldm":
         raise ValueError(f"{path} is an autoencoder (stage 1): it holds no U-Net")
     model = meta["model"]

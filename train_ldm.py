@@ -45,7 +45,7 @@ from data.tasks import (
     show_condition,
 )
 from diffusion import OBJECTIVES, make_schedule, sample_times, samplers, t_max, target, to_x0, unet_time
-from sample import Pipeline, generate, read_prompts, save_grid
+from sample import Pipeline, generate, read_prompts, save_grid, write_whole
 from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer
 from vae import VAE
 
@@ -147,6 +147,7 @@ wandb = False  # send the log to Weights & Biases too
 # dense bf16 (V100: fp16)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}
 SHARD = 1024  # images in a file of the latent cache
+CONDITIONS = ("tokens", "context", "y", "concat")  # what a batch may bring for Denoiser.forward
 
 
 def process_of(cfg):
@@ -171,8 +172,9 @@ def prediction_error(models, batch, noise, cfg):
 
     batch["x0"] (B,C,h,w) of unit variance; with a joint text encoder batch["tokens"] and batch["null_tokens"] (B,L),
     with a frozen one batch["context"] and batch["null_context"] (B,L,D), with classes batch["y"] and batch["null_y"]
-    (B,); with a task batch["concat"], see sample.image_condition. noise["eps"] like x0, noise["t"], noise["drop"] (B,)
-    uniform in [0,1); with offset_noise noise["offset"] (B,C,1,1).
+    (B,); with a task batch["concat"], see data.tasks.image_condition, and as batch["y"] how noisy a small image is.
+    What has no null_ twin is never dropped. noise["eps"] like x0, noise["t"], noise["drop"] (B,) uniform in [0,1); with
+    offset_noise noise["offset"] (B,C,1,1).
     """
     x0, eps, process = batch["x0"], noise["eps"], process_of(cfg)
     if "offset" in noise:
@@ -180,13 +182,11 @@ def prediction_error(models, batch, noise, cfg):
     t = draw_times(noise["t"], cfg)
     alpha, sigma = (f(t).to(x0.dtype).view(-1, 1, 1, 1) for f in (process.alpha, process.sigma))
     dropped = noise["drop"] < cfg["cond_drop"]
-    condition = {"concat": batch["concat"]} if "concat" in batch else {}
-    for name in ("tokens", "context", "y"):
+    condition = {name: batch[name] for name in CONDITIONS if name in batch}
+    for name in condition:
         if f"null_{name}" in batch:
             mask = dropped.view(-1, *[1] * (batch[name].ndim - 1))
             condition[name] = torch.where(mask, batch[f"null_{name}"], batch[name])
-    if "level" in batch:  # how noisy the small image of sr is
-        condition["y"] = batch["level"]
     prediction = models["denoiser"](alpha * x0 + sigma * eps, unet_time(process, t).to(x0.dtype), **condition)
     prediction, log_variance = prediction if isinstance(prediction, tuple) else (prediction, None)
     prediction, wanted = prediction.to(x0.dtype), target(cfg["objective"], x0, eps, alpha, sigma)
@@ -241,8 +241,7 @@ def evaluate(denoiser, examples, count, cfg, rank, world, device, autocast):
 def example_predictions(denoiser, vae, batch, eps, cfg, autocast):
     """What the network takes x_t for: (B,6,3,H,W) on the CPU, the truth and x0_hat at t = 0.1, 0.3, 0.5, 0.7, 0.9."""
     process, x0, out = process_of(cfg), batch["x0"], [batch["x0"]]
-    condition = {name: batch[name] for name in ("tokens", "context", "y", "concat") if name in batch}
-    condition |= {"y": batch["level"]} if "level" in batch else {}
+    condition = {name: batch[name] for name in CONDITIONS if name in batch}
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
         t = torch.full((len(x0),), t, dtype=x0.dtype, device=x0.device)
         alpha, sigma = (f(t).view(-1, 1, 1, 1) for f in (process.alpha, process.sigma))
@@ -328,17 +327,8 @@ class LatentCache(torch.utils.data.Dataset):
                         posterior = vae.encode(y)
                     pair.append(torch.stack([posterior.mean, posterior.std], dim=1))
                 parts.append(torch.stack(pair, dim=1).half().cpu().numpy())  # (32, flips, 2, C, h, w)
-            temporary = f"{self.path(shard)}.{os.getpid()}.tmp"
-            try:
-                with open(temporary, "wb") as f:
-                    np.save(f, np.concatenate(parts))
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(temporary, self.path(shard))
-            except OSError as e:
-                if os.path.exists(temporary):
-                    os.remove(temporary)
-                raise OSError(f"could not write {self.path(shard)} ({e}): make room and run again") from None
+            latents = np.concatenate(parts)
+            write_whole(self.path(shard), lambda f, latents=latents: np.save(f, latents))
         while not all(os.path.exists(self.path(shard)) for shard in missing):
             time.sleep(1)
 
@@ -699,11 +689,8 @@ if __name__ == "__main__":
     os.makedirs(out_dir, exist_ok=True)
     if resumed:
         tensors, meta = load_checkpoint(latest, "ldm")
-        for name, before in dict(
-            class_embed="add", zero_snr=False, uncertainty=False, ema_stds=[], task="none"
-        ).items():
-            meta["model"].setdefault(name, before)  # what older files do not say
-        meta["model"] = {"text_encoder": "joint", "tower_hash": None} | meta["model"]
+        before = dict(class_embed="add", zero_snr=False, uncertainty=False, ema_stds=[], task="none")
+        meta["model"] = before | dict(text_encoder="joint", tower_hash=None) | meta["model"]  # older files do not say
         told = {name: meta["model"][name] for name in ("cond", "text_encoder", "task")}
         check_same_model(latest, told, {name: config[name] for name in told})
         if meta["config"].get("init_from", "") != init_from:
@@ -828,8 +815,7 @@ if __name__ == "__main__":
     # what the sample grids show: prompts from a file or the validation captions, or one class after the other
     shown = [None] * n_samples
     if cond in ("text", "layout"):
-        shown = read_prompts(prompts) if prompts else captions if task != "none" else list(dict.fromkeys(captions))
-        shown = shown[:n_samples]
+        shown = (read_prompts(prompts) if prompts else list(dict.fromkeys(captions)))[:n_samples]
         for prompt in shown:
             if (text or tower).count_tokens(prompt) > (text or tower).length and master:
                 print(f"prompt cut to {(text or tower).length} tokens: {prompt[:60]}...")
@@ -914,7 +900,7 @@ if __name__ == "__main__":
         null_tokens = text.tokenize([""]).to(device)
     if tower is not None:
         with torch.no_grad(), autocast():
-            null_context = tower([""])
+            null_context = tower([""]).to(param_dtype)
 
     def examples(batch, noise):
         """A collated batch on the device, as train_step takes it.
@@ -939,7 +925,7 @@ if __name__ == "__main__":
         elif tower is not None:
             with torch.no_grad(), autocast():
                 out["context"] = tower(tower.tokenize(batch["text"]).to(device, non_blocking=True)).to(param_dtype)
-            out["null_context"] = null_context.expand(n, -1, -1).to(param_dtype)
+            out["null_context"] = null_context.expand(n, -1, -1)
         elif cond == "class":
             out["null_y"] = torch.full((n,), num_classes, device=device)
             y = batch["label"].to(device, non_blocking=True)
@@ -948,8 +934,8 @@ if __name__ == "__main__":
             given = {name: t.to(device, non_blocking=True) for name, t in batch["condition"].items()}
             given = {name: t.to(param_dtype) if t.is_floating_point() else t for name, t in given.items()}
             if "level" in noise:
-                out["level"] = (noise["level"] * (sr_noise + 1)).long()
-                given["low"] = augment_low(given["low"], out["level"], noise["low"], sr_schedule)
+                out["y"] = (noise["level"] * (sr_noise + 1)).long()
+                given["low"] = augment_low(given["low"], out["y"], noise["low"], sr_schedule)
             with torch.no_grad(), autocast():
                 concat = image_condition(task, vae, given, latent_shape[1:], task_settings.get("map_classes", 0))
             out["concat"] = concat.to(param_dtype).contiguous(memory_format=torch.channels_last)
