@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from convert import find_checkpoint
 from data.dataset import Dataset, Stream, loader, seed_of, uniform
-from lpips_train import LPIPS, MIN_SIDE, make_trunk
+from lpips_train import LPIPS, MIN_SIDE, make_trunk, read_pth
 from vae import VAE, Attention, Discriminator, ResBlock, psnr, ssim, turn_and_scale
 
 # data
@@ -359,6 +359,7 @@ def load_inception(path):
         ) from None
     if not os.path.exists(path):
         raise FileNotFoundError(f"inception_weights={path} is not there: give torch-fidelity's .pth file")
+    read_pth(path)  # first, for torch-fidelity would run what is in a pickle
     return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
 
 

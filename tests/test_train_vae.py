@@ -899,6 +899,21 @@ def test_rfid_is_the_distance_of_two_gaussians(small_data, monkeypatch):
     )
 
 
+def test_code_in_inceptions_file_is_not_run(tmp_path, monkeypatch):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (f"{tmp_path}/it ran",)
+
+    torch.save({"weight": Code()}, tmp_path / "inception.pth")
+    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = None
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with pytest.raises(ValueError, match="inception.pth does not load"):
+        train_vae.load_inception(str(tmp_path / "inception.pth"))
+    assert not (tmp_path / "it ran").exists()
+
+
 # bad input
 
 
