@@ -140,6 +140,7 @@ snapshot_every = 0  # steps between kept EMA snapshots ema_STEP.safetensors; 0 k
 log_every = 50  # steps between progress lines
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16 | float64
+checkpointing = False  # computes the U-Net's activations twice instead of keeping them: less memory, a third slower
 compile = "auto"  # torch.compile: auto (on CUDA) | true | false
 deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # send the log to Weights & Biases too
@@ -777,6 +778,7 @@ if __name__ == "__main__":
             f"which {len(channel_mult)} levels divide by: change image_size or channel_mult"
         )
     model.to(device, param_dtype, memory_format=torch.channels_last)
+    model.unet.checkpointing = checkpointing
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     power_emas = [copy.deepcopy(ema) for _ in ema_stds]
     process = process_of(config)
