@@ -269,24 +269,7 @@ def update_power_ema(ema, model, step, std):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - beta)
 
 
-# -- the latent cache --
-
-
-class Images(torch.utils.data.Dataset):
-    """Centre crops by index; one that does not decode is all NaN, and so are its latents."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        try:
-            return self.images.pixels(i)
-        except BadImage as e:
-            print(f"skipped a bad image: {e}", flush=True)
-            return torch.full((3, self.images.image_size, self.images.image_size), math.nan)
+# -- the cache of text --
 
 
 def announce(what, folder, size):
@@ -296,112 +279,6 @@ def announce(what, folder, size):
     if size > free:
         room = f"{size / 2**30:.3g} GiB to write, and {free / 2**30:.3g} GiB free"
         raise OSError(f"no room for the cache in {folder} ({room}): make room, or set another cache_dir")
-
-
-class LatentCache(torch.utils.data.Dataset):
-    """cache[p] is stream[p] with the posterior's mean and std (2,C,h,w) in the place of the image.
-
-    Shard files of (SHARD, 1 or 2, 2, C, h, w) float16: of an image and its mirror, mean and std. The file's name is its
-    done mark. The folder's name is a hash of the encoder, the precision it runs in, the data's index, size and flip: a
-    change of any of them makes another cache. After load() the items' images are empty: their latents are elsewhere.
-    """
-
-    def __init__(self, stream, vae, folder, precision="float32"):
-        self.stream, self.images = stream, stream.dataset
-        self.flips = 2 if stream.flip else 1
-        side = self.images.image_size // vae.factor
-        self.shape = (self.flips, 2, vae.latent_channels, side, side)
-        encoder = hash_weights(vae, but=("decoder.", "post_quant_conv."))  # another decoder has the same latents
-        key = seed_of(encoder, precision, self.images.fingerprint, self.images.image_size, self.flips)
-        self.folder, self.shards, self.undecoded = f"{folder}/latents-{key:016x}", {}, None
-        self.count = -(-len(self.images) // SHARD)
-        self.bytes = 2 * len(self.images) * math.prod(self.shape)
-
-    def path(self, shard):
-        return f"{self.folder}/{shard:06d}.npy"
-
-    def members(self, shard):
-        """The images whose latents are in a shard."""
-        return range(shard * SHARD, min((shard + 1) * SHARD, len(self.images)))
-
-    def is_whole(self, shard):
-        """Whether the file of a shard is there, with the head and the size that it must have."""
-        head, shape = io.BytesIO(), (len(self.members(shard)), *self.shape)
-        np.lib.format.write_array_header_1_0(head, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        try:
-            with open(self.path(shard), "rb") as f:
-                same = f.read(len(head.getvalue())) == head.getvalue()
-                return same and f.seek(0, os.SEEK_END) == len(head.getvalue()) + 2 * math.prod(shape)
-        except FileNotFoundError:
-            return False
-
-    @torch.no_grad()
-    def build(self, vae, device, autocast, workers, rank, world):
-        """Every rank encodes its shards, those that are there already excepted, then waits for the others'."""
-        os.makedirs(self.folder, exist_ok=True)
-        missing = [shard for shard in range(self.count) if not self.is_whole(shard)]
-        if missing and rank == 0:
-            count = sum(len(self.members(shard)) for shard in missing)
-            announce(f"the latents of {count} images", self.folder, 2 * count * math.prod(self.shape))
-        for shard in missing:
-            if shard % world != rank:  # by number: ranks may not find the same ones missing
-                continue
-            if os.path.exists(self.path(shard)):
-                print(f"{self.path(shard)} is cut short or damaged: it is made again", flush=True)
-            subset = torch.utils.data.Subset(Images(self.images), self.members(shard))
-            parts = []
-            for x in torch.utils.data.DataLoader(subset, batch_size=32, num_workers=workers):
-                x = x.to(device, vae.latent_mean.dtype)
-                pair = []
-                for y in (x, x.flip(-1))[: self.flips]:
-                    with autocast():
-                        posterior = vae.encode(y)
-                    pair.append(torch.stack([posterior.mean, posterior.std], dim=1))
-                parts.append(torch.stack(pair, dim=1).half().cpu().numpy())  # (32, flips, 2, C, h, w)
-            latents = np.concatenate(parts)
-            write_whole(self.path(shard), lambda f, latents=latents: np.save(f, latents))
-        while not all(self.is_whole(shard) for shard in missing):
-            time.sleep(1)
-
-    def load(self, device):
-        """All latents as one tensor (N * flips, 2, C, h, w) float16: image i in row i * flips, its mirror after it."""
-        latents = torch.empty(len(self.images), *self.shape, dtype=torch.float16, device=device)
-        self.undecoded = np.empty((len(self.images), self.flips), dtype=bool)  # the workers must know
-        for shard in range(self.count):
-            part = np.load(self.path(shard))
-            self.undecoded[shard * SHARD :][: len(part)] = np.isnan(part).any(axis=(2, 3, 4, 5))
-            latents[shard * SHARD :][: len(part)].copy_(torch.from_numpy(part))
-        return latents.flatten(0, 1)
-
-    def moments(self, index, flip):
-        """(2, C, h, w) float16: mean and std, all NaN where the image did not decode."""
-        shard, row = divmod(index, SHARD)
-        if shard not in self.shards:
-            if len(self.shards) == 256:  # each open map takes a file descriptor, of which a process has some 1000
-                self.shards.pop(next(iter(self.shards)))
-            self.shards[shard] = np.load(self.path(shard), mmap_mode="r")
-        return torch.from_numpy(np.array(self.shards[shard][row, int(flip)]))
-
-    def __getitem__(self, p):
-        bad = []
-        for attempt in range(100):
-            try:
-                drawn = self.stream.draw(p, attempt)
-            except BadImage as e:
-                bad.append(str(e))
-                continue
-            if self.undecoded is None:
-                moments = self.moments(drawn["index"], drawn["flip"])
-                undecoded = moments.isnan().any()
-            else:
-                moments, undecoded = torch.empty(0), self.undecoded[drawn["index"], int(drawn["flip"])]
-            if not undecoded:
-                return {"image": moments, "bad": bad, **drawn}
-            bad.append(f"{drawn['key']}: did not decode when its latents were cached")
-        raise ValueError(f"all {len(bad)} images tried in {self.images.path} are bad ({bad[0]}): look at the data")
-
-    def __getstate__(self):
-        return {**self.__dict__, "shards": {}}  # a worker maps its own
 
 
 class Captions(torch.utils.data.Dataset):
@@ -510,14 +387,6 @@ class TextCache(torch.utils.data.Dataset):
         return {**self.__dict__, "shards": {}}
 
 
-def collate_all(samples):
-    """As data.dataset.collate, and "context" (B,L,D) where a TextCache brings it."""
-    batch = collate(samples)
-    if "context" in samples[0]:
-        batch["context"] = torch.stack([sample["context"] for sample in samples])
-    return batch
-
-
 class Remembered:
     """A frozen tower's embeddings of a few prompts, in its place once it has been taken off the device."""
 
@@ -530,6 +399,132 @@ class Remembered:
 
     def __call__(self, numbers):
         return self.contexts[numbers.to(self.contexts.device)]
+
+
+# -- the latent cache --
+
+
+class Images(torch.utils.data.Dataset):
+    """Centre crops by index; one that does not decode is all NaN, and so are its latents."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        try:
+            return self.images.pixels(i)
+        except BadImage as e:
+            print(f"skipped a bad image: {e}", flush=True)
+            return torch.full((3, self.images.image_size, self.images.image_size), math.nan)
+
+
+class LatentCache(torch.utils.data.Dataset):
+    """cache[p] is stream[p] with the posterior's mean and std (2,C,h,w) in the place of the image.
+
+    Shard files of (SHARD, 1 or 2, 2, C, h, w) float16: of an image and its mirror, mean and std. The file's name is its
+    done mark. The folder's name is a hash of the encoder, the precision it runs in, the data's index, size and flip: a
+    change of any of them makes another cache. After load() the items' images are empty: their latents are elsewhere.
+    """
+
+    def __init__(self, stream, vae, folder, precision="float32"):
+        self.stream, self.images = stream, stream.dataset
+        self.flips = 2 if stream.flip else 1
+        side = self.images.image_size // vae.factor
+        self.shape = (self.flips, 2, vae.latent_channels, side, side)
+        encoder = hash_weights(vae, but=("decoder.", "post_quant_conv."))  # another decoder has the same latents
+        key = seed_of(encoder, precision, self.images.fingerprint, self.images.image_size, self.flips)
+        self.folder, self.shards, self.undecoded = f"{folder}/latents-{key:016x}", {}, None
+        self.count = -(-len(self.images) // SHARD)
+        self.bytes = 2 * len(self.images) * math.prod(self.shape)
+
+    def path(self, shard):
+        return f"{self.folder}/{shard:06d}.npy"
+
+    def members(self, shard):
+        """The images whose latents are in a shard."""
+        return range(shard * SHARD, min((shard + 1) * SHARD, len(self.images)))
+
+    def is_whole(self, shard):
+        """Whether the file of a shard is there, with the head and the size that it must have."""
+        head, shape = io.BytesIO(), (len(self.members(shard)), *self.shape)
+        np.lib.format.write_array_header_1_0(head, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        try:
+            with open(self.path(shard), "rb") as f:
+                same = f.read(len(head.getvalue())) == head.getvalue()
+                return same and f.seek(0, os.SEEK_END) == len(head.getvalue()) + 2 * math.prod(shape)
+        except FileNotFoundError:
+            return False
+
+    @torch.no_grad()
+    def build(self, vae, device, autocast, workers, rank, world):
+        """Every rank encodes its shards, those that are there already excepted, then waits for the others'."""
+        os.makedirs(self.folder, exist_ok=True)
+        missing = [shard for shard in range(self.count) if not self.is_whole(shard)]
+        if missing and rank == 0:
+            count = sum(len(self.members(shard)) for shard in missing)
+            announce(f"the latents of {count} images", self.folder, 2 * count * math.prod(self.shape))
+        for shard in missing:
+            if shard % world != rank:  # by number: ranks may not find the same ones missing
+                continue
+            if os.path.exists(self.path(shard)):
+                print(f"{self.path(shard)} is cut short or damaged: it is made again", flush=True)
+            subset = torch.utils.data.Subset(Images(self.images), self.members(shard))
+            parts = []
+            for x in torch.utils.data.DataLoader(subset, batch_size=32, num_workers=workers):
+                x = x.to(device, vae.latent_mean.dtype)
+                pair = []
+                for y in (x, x.flip(-1))[: self.flips]:
+                    with autocast():
+                        posterior = vae.encode(y)
+                    pair.append(torch.stack([posterior.mean, posterior.std], dim=1))
+                parts.append(torch.stack(pair, dim=1).half().cpu().numpy())  # (32, flips, 2, C, h, w)
+            latents = np.concatenate(parts)
+            write_whole(self.path(shard), lambda f, latents=latents: np.save(f, latents))
+        while not all(self.is_whole(shard) for shard in missing):
+            time.sleep(1)
+
+    def load(self, device):
+        """All latents as one tensor (N * flips, 2, C, h, w) float16: image i in row i * flips, its mirror after it."""
+        latents = torch.empty(len(self.images), *self.shape, dtype=torch.float16, device=device)
+        self.undecoded = np.empty((len(self.images), self.flips), dtype=bool)  # the workers must know
+        for shard in range(self.count):
+            part = np.load(self.path(shard))
+            self.undecoded[shard * SHARD :][: len(part)] = np.isnan(part).any(axis=(2, 3, 4, 5))
+            latents[shard * SHARD :][: len(part)].copy_(torch.from_numpy(part))
+        return latents.flatten(0, 1)
+
+    def moments(self, index, flip):
+        """(2, C, h, w) float16: mean and std, all NaN where the image did not decode."""
+        shard, row = divmod(index, SHARD)
+        if shard not in self.shards:
+            if len(self.shards) == 256:  # each open map takes a file descriptor, of which a process has some 1000
+                self.shards.pop(next(iter(self.shards)))
+            self.shards[shard] = np.load(self.path(shard), mmap_mode="r")
+        return torch.from_numpy(np.array(self.shards[shard][row, int(flip)]))
+
+    def __getitem__(self, p):
+        bad = []
+        for attempt in range(100):
+            try:
+                drawn = self.stream.draw(p, attempt)
+            except BadImage as e:
+                bad.append(str(e))
+                continue
+            if self.undecoded is None:
+                moments = self.moments(drawn["index"], drawn["flip"])
+                undecoded = moments.isnan().any()
+            else:
+                moments, undecoded = torch.empty(0), self.undecoded[drawn["index"], int(drawn["flip"])]
+            if not undecoded:
+                return {"image": moments, "bad": bad, **drawn}
+            bad.append(f"{drawn['key']}: did not decode when its latents were cached")
+        raise ValueError(f"all {len(bad)} images tried in {self.images.path} are bad ({bad[0]}): look at the data")
+
+    def __getstate__(self):
+        return {**self.__dict__, "shards": {}}  # a worker maps its own
 
 
 # -- what stands in train_vae.py too, line for line --
@@ -1152,7 +1147,7 @@ if __name__ == "__main__":
         return out
 
     def validation_examples(rows):
-        batch = collate_all([validation_stream[i * len(validation) // shown_count] for i in rows])
+        batch = collate([validation_stream[i * len(validation) // shown_count] for i in rows])
         noise = {"posterior": torch.zeros((), device=device)}
         if sr_noise:  # as clean as it comes
             noise |= {name: torch.zeros(len(rows), 1, 1, 1, device=device) for name in ("level", "low")}
@@ -1165,7 +1160,7 @@ if __name__ == "__main__":
         pipeline = pipeline._replace(task=task_settings, tower=tower)
         wanted, given, grid, names = shown, None, [], []
         if task != "none":  # of validation images, which bring their own text and class
-            batch = collate_all([validation_stream[i * len(validation) // shown_count] for i in range(grid_count)])
+            batch = collate([validation_stream[i * len(validation) // shown_count] for i in range(grid_count)])
             given, wanted = batch["condition"], [None] * grid_count
             if text is not None or tower is not None:
                 wanted = batch["text"]
@@ -1189,7 +1184,7 @@ if __name__ == "__main__":
     net = torch.compile(model) if use_compile else model
     if world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers, collate_all)
+    batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers)
 
     # SIGTERM and SIGINT ask for a stop; every rank learns of it with the loss terms and stops at the same step
     asked_to_stop = []

@@ -806,7 +806,8 @@ def step_positions(step, micro, batch_size, grad_accum=1, rank=0, world=1):
 def collate(samples):
     """Samples -> dict(image (B,3,S,S), label and index (B,) int64, flip (B,) bool, text, key and bad: lists of str).
 
-    Where samples have a condition, a dict of tensors (see data/tasks.py), it is stacked too.
+    Where samples have a condition, a dict of tensors (see data/tasks.py), or a context, a tensor (the text's, from a
+    cache), these are stacked too.
     """
     batch = dict(
         image=torch.stack([sample["image"] for sample in samples]),
@@ -817,6 +818,8 @@ def collate(samples):
         key=[sample["key"] for sample in samples],
         bad=[line for sample in samples for line in sample["bad"]],
     )
+    if "context" in samples[0]:
+        batch["context"] = torch.stack([sample["context"] for sample in samples])
     if "condition" in samples[0]:
         names = samples[0]["condition"]
         batch["condition"] = {name: torch.stack([sample["condition"][name] for sample in samples]) for name in names}
