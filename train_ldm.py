@@ -1245,8 +1245,9 @@ if __name__ == "__main__":
             clock.update(time=time.time(), step=step)  # evaluation does not count as training
         snapshot_due = finished or (step % snapshot_every == 0 and step > start_step) if snapshot_every else False
         if snapshot_due and master:
-            snapshot = averages() | frozen_tensors
-            save_checkpoint(f"{out_dir}/ema_{step:08d}.safetensors", snapshot, about | {"step": step})
+            snapshot = averages() | {name: t for name, t in frozen_tensors.items() if not name.startswith("vae.")}
+            about_it = about | {"step": step, "snapshot": True}  # the autoencoder is in the checkpoint beside it
+            save_checkpoint(f"{out_dir}/ema_{step:08d}.safetensors", snapshot, about_it)
         if finished or stop or (step % save_every == 0 and step > start_step):
             checkpoint()
         if finished or stop:
