@@ -282,7 +282,7 @@ def announce(what, folder, size):
 
 
 class Captions(torch.utils.data.Dataset):
-    """All captions by index, [] where they do not read: training does not draw such an image."""
+    """All captions by index, [] where they do not read: training names such an image when it is drawn."""
 
     def __init__(self, images):
         self.images = images
@@ -293,8 +293,7 @@ class Captions(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             return self.images.meta(i)["text"]
-        except BadImage as e:
-            print(f"skipped bad captions: {e}", flush=True)
+        except BadImage:
             return []
 
 
@@ -369,13 +368,14 @@ class TextCache(torch.utils.data.Dataset):
             return self.null
         shard, row = divmod(item["index"], SHARD)
         if shard not in self.shards:
-            if len(self.shards) == 256:
+            if len(self.shards) == 4096:  # maps of memory, which hold no file descriptors
                 self.shards.pop(next(iter(self.shards)))
             f = safe_open(self.path(shard), framework="pt")
-            self.shards[shard] = f.get_tensor("starts").tolist(), f.get_tensor("crc").tolist(), f.get_slice("context")
+            self.shards[shard] = [f.get_slice(name) for name in ("starts", "crc", "context")]
         starts, crc, context = self.shards[shard]
-        at = starts[row] + item["caption"]
-        if at >= starts[row + 1] or crc[at] != zlib.crc32(item["text"].encode("utf-8", "surrogatepass")):
+        first, end = starts[row : row + 2].tolist()
+        at = first + item["caption"]
+        if at >= end or crc[at].item() != zlib.crc32(item["text"].encode("utf-8", "surrogatepass")):
             raise ValueError(f"{item['key']} has other captions than were cached: delete {self.path(shard)}")
         return context[at]
 
