@@ -232,6 +232,8 @@ def test_two_ranks_build_the_cache_of_one(kind, late, told_data, vae, tmp_path):
     threads[0].start()
     while late and not pair[0].is_whole(2):  # rank 0 is done with its shards, 0 and 2
         assert threads[0].is_alive()
+    threads[0].join(timeout=0.3)
+    assert threads[0].is_alive(), "it waits for rank 1"
     threads[1].start()
     for thread in threads:
         thread.join(timeout=20)
