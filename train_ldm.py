@@ -707,6 +707,7 @@ def check_settings(cfg):
         ("cond", ("none", "class", "text", "layout")),
         ("class_embed", ("add", "token")),
         ("text_encoder", ("joint", *CLIPTextEncoder.towers, "other")),
+        ("latents_on_device", ("auto", "true", "false", "True", "False")),
         ("task", TASKS),
         ("sr_kind", DEGRADATIONS),
         ("objective", OBJECTIVES),
@@ -718,7 +719,6 @@ def check_settings(cfg):
         ("device", ("auto", "cpu", "cuda")),
         ("dtype", ("auto", "float32", "bfloat16", "float64")),
         ("compile", ("auto", "true", "false", "True", "False")),
-        ("latents_on_device", ("auto", "true", "false", "True", "False")),
     ):
         if cfg[name] not in choices:
             raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
@@ -947,9 +947,9 @@ if __name__ == "__main__":
             f"which {len(channel_mult)} levels divide by: change image_size or channel_mult"
         )
     model.to(device, param_dtype, memory_format=torch.channels_last)
-    model.unet.checkpointing = checkpointing
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     power_emas = [copy.deepcopy(ema) for _ in ema_stds]
+    model.unet.checkpointing = checkpointing
     process = process_of(config)
     model_settings = {"unet": model.unet.settings, "text": text and text.settings}
     model_settings["first_stage"] = "none" if vae is None else "vae"
