@@ -386,8 +386,8 @@ def check_shared(cache, rank, world):
     blind = [node for node in ranks if node is not True]
     if blind:
         raise ValueError(
-            f"{cache.folder} on {blind[0]} is another folder than on rank 0's node: set cache_dir to one that all nodes "
-            f"share, copy the finished cache to each, or set cache_latents=False"
+            f"{cache.folder} on {blind[0]} is another folder than on rank 0's node: set cache_dir to one that all "
+            f"nodes share, copy the finished cache to each, or set cache_latents=False"
         )
 
 
@@ -475,7 +475,7 @@ def send_updates(owner):
 
 @torch.no_grad()
 def optimizer_tensors(optimizer, model, prefix, owner=None):
-    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}; of a shared one rank 0 gets all from the others.
+    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}; of a shared one rank 0 gets the others' part.
 
     owner: share_out()'s. Every rank has to call it then.
     """

@@ -495,7 +495,7 @@ def send_updates(owner):
 
 @torch.no_grad()
 def optimizer_tensors(optimizer, model, prefix, owner=None):
-    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}; of a shared one rank 0 gets all from the others.
+    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}; of a shared one rank 0 gets the others' part.
 
     owner: share_out()'s. Every rank has to call it then.
     """
