@@ -831,7 +831,7 @@ if __name__ == "__main__":
     # compile, DDP
     judge = torch.compile(model) if use_compile else model
     if world > 1:
-        judge = DistributedDataParallel(judge, gradient_as_bucket_view=True, broadcast_buffers=False)
+        judge = DistributedDataParallel(judge, gradient_as_bucket_view=True, forward_sync_buffers=False)
     join = torch.utils.data.default_collate
     batches = loader(train, step, max_steps, batch_size, grad_accum, rank, world, workers, join)
 

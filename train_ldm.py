@@ -1113,7 +1113,7 @@ if __name__ == "__main__":
     # compile, DDP
     net = torch.compile(model) if use_compile else model
     if world > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True, forward_sync_buffers=False)
     batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers)
 
     # SIGTERM and SIGINT ask for a stop; every rank learns of it with the loss terms and stops at the same step

@@ -136,8 +136,9 @@ class Run:
         codes = self.wait()
         lines = [line for line in self.stderr.splitlines() if line.strip()]
         assert codes[0] not in (0, None) and codes[0] > 0 and len(lines) == 1, (codes, self.stderr)
-        assert lines[0].startswith(f"train_{self.stage}.py: "), lines
-        return lines[0].removeprefix(f"train_{self.stage}.py: ")
+        line = lines[0].removeprefix("[rank0]: ")  # as torch.distributed says of many
+        assert line.startswith(f"train_{self.stage}.py: "), lines
+        return line.removeprefix(f"train_{self.stage}.py: ")
 
     @property
     def checkpoint(self):
