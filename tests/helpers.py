@@ -59,7 +59,7 @@ class Trap:
         self.stream.flush()
 
 
-def _main(script, args, folder, environment, trap, limit, keep, plots, first):
+def _main(script, args, folder, environment, trap, limit, keep, plots, first=""):
     """In the new process: the script as __main__; the weights it ends with, on success or error, go to `keep`."""
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
