@@ -1015,8 +1015,9 @@ if __name__ == "__main__":
 
     watch = Watch(rank, world, hang_timeout)
     ema.unet.register_forward_hook(watch.progress)
-    if vae is not None:
-        vae.encoder.register_forward_hook(watch.progress)
+    for net in (vae and vae.encoder, tower):
+        if net is not None:
+            net.register_forward_hook(watch.progress)
 
     # latents: cached on disk, or encoded at every step, or the pixels themselves
     cached = vae is not None and cache_latents
