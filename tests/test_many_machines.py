@@ -410,7 +410,7 @@ def agent(folder, log, settings, before, script, args):
         os.dup2(os.open(f"{folder}/{log}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
     os.chdir(folder)
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else torch 2.13 does not tell a node that joins the address
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or torch 2.13 leaves out nodes that join
     torch.set_num_threads(1)
 
     def worker():
