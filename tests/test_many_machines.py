@@ -249,9 +249,10 @@ def test_a_spike_is_left_out(stage, ranks, start, finished, tmp_path):
     resumed = go(folders[2], 9)  # exactly as if there had been no stop
     assert_same(resumed.checkpoint[0], on.checkpoint[0])
     assert numbers(resumed.log)[-2:] == numbers(on.log)[-2:]
-    taken = go(folders[3], 8, times=0)
-    assert "left out" not in taken.stdout
-    assert any(not torch.equal(taken.checkpoint[0][name], before[name]) for name in held)
+    if stage == "vae":
+        taken = go(folders[3], 8, times=0)
+        assert "left out" not in taken.stdout
+        assert any(not torch.equal(taken.checkpoint[0][name], before[name]) for name in held)
 
 
 # -- the optimizer's state, shared out --
