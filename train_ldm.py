@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
+from attention import BACKENDS
 from configurator import configure
 from convert import find_checkpoint, hash_weights, is_ours, load_denoiser, load_foreign, power_exponent, read_checkpoint
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
@@ -46,7 +47,7 @@ from data.tasks import (
 )
 from diffusion import OBJECTIVES, make_schedule, sample_times, samplers, t_max, target, to_x0, unet_time
 from sample import Pipeline, generate, read_prompts, save_grid, write_whole
-from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer
+from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer, use_attention
 from vae import VAE
 
 # data
@@ -141,6 +142,7 @@ log_every = 50  # steps between progress lines
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16 | float64
 compile = "auto"  # torch.compile: auto (on CUDA) | true | false
+attention = "auto"  # auto (fastest) | triton | xformers | sdpa | sdpa_flash, _cudnn, _efficient, _math | reference
 deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # send the log to Weights & Biases too
 
@@ -550,6 +552,7 @@ def check_settings(cfg):
         ("device", ("auto", "cpu", "cuda")),
         ("dtype", ("auto", "float32", "bfloat16", "float64")),
         ("compile", ("auto", "true", "false", "True", "False")),
+        ("attention", BACKENDS),
     ):
         if cfg[name] not in choices:
             raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
@@ -777,6 +780,9 @@ if __name__ == "__main__":
             f"which {len(channel_mult)} levels divide by: change image_size or channel_mult"
         )
     model.to(device, param_dtype, memory_format=torch.channels_last)
+    for net in (model, tower):
+        if net is not None:
+            use_attention(net, attention)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     power_emas = [copy.deepcopy(ema) for _ in ema_stds]
     process = process_of(config)
