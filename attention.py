@@ -51,7 +51,7 @@ def attention(q, k, v, causal=False, backend="auto"):
     if q.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"attention: {shapes} do not fit together: give (B,L,heads,d), k and v of equal length")
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
@@ -644,25 +644,29 @@ TILINGS = {
     ("_forward", 2): {
         64: [(80, 128, 64, 8, 3), (90, 128, 64, 4, 3), (90, 128, 128, 8, 2), (80, 128, 32, 4, 3), (80, 64, 32, 4, 3)],
         128: [(80, 128, 32, 8, 3), (90, 128, 64, 8, 3), (90, 128, 128, 8, 2), (80, 64, 64, 4, 3)],
-        160: [(80, 64, 32, 4, 3), (90, 128, 32, 8, 3), (90, 128, 64, 8, 3), (90, 64, 64, 4, 3)],
+        160: [(90, 128, 32, 8, 3), (90, 128, 64, 8, 3), (90, 64, 64, 4, 3), (80, 64, 16, 4, 3)],
     },
     ("_forward_short", 2): {160: [(80, 64, 128, 4, 2), (80, 128, 128, 8, 2)]},
     ("_backward_q", 2): {
         64: [(80, 128, 32, 8, 2), (90, 128, 64, 8, 2), (90, 64, 64, 4, 2), (80, 64, 32, 4, 2)],
-        128: [(80, 64, 32, 4, 2), (80, 128, 32, 8, 2), (90, 128, 64, 8, 2)],
-        160: [(80, 64, 32, 4, 2)],
+        128: [(80, 64, 32, 4, 2), (80, 128, 32, 8, 2), (90, 64, 64, 8, 2)],
+        160: [(80, 64, 32, 4, 2), (90, 128, 32, 8, 2), (90, 64, 64, 8, 2)],
     },
     ("_backward_kv", 2): {
         64: [(80, 64, 128, 8, 2), (80, 32, 128, 8, 2), (80, 32, 64, 4, 2), (90, 64, 64, 4, 2)],
-        128: [(80, 32, 128, 8, 2), (90, 64, 128, 8, 2)],
-        160: [(80, 32, 64, 8, 2)],
+        80: [(80, 32, 128, 8, 2), (80, 32, 64, 4, 2), (90, 64, 128, 8, 2), (90, 64, 64, 4, 2)],
+        128: [(80, 32, 64, 8, 2), (80, 64, 64, 8, 2), (90, 32, 128, 8, 2)],
+        160: [(90, 32, 64, 8, 2), (80, 16, 64, 8, 2)],
     },
-    ("_backward_short", 2): {80: [(80, 32, 128, 8, 2), (90, 64, 128, 8, 2)]},
-    ("_forward", 4): {160: [(80, 32, 32, 4, 2)]},
-    ("_forward_short", 4): {160: [(80, 32, 128, 8, 2)]},
-    ("_backward_q", 4): {160: [(80, 32, 32, 4, 2)]},
-    ("_backward_kv", 4): {160: [(80, 32, 32, 4, 2)]},
-    ("_backward_short", 4): {80: [(80, 32, 128, 8, 2)]},
+    ("_backward_short", 2): {
+        64: [(80, 32, 128, 8, 2), (90, 64, 128, 8, 2)],
+        80: [(90, 32, 128, 8, 2), (90, 64, 128, 8, 2), (80, 16, 128, 8, 2)],
+    },
+    ("_forward", 4): {64: [(80, 32, 32, 4, 2)], 160: [(80, 32, 16, 8, 2)]},
+    ("_forward_short", 4): {160: [(80, 16, 128, 8, 2)]},
+    ("_backward_q", 4): {64: [(80, 32, 32, 4, 2)], 160: [(80, 16, 16, 8, 2)]},
+    ("_backward_kv", 4): {64: [(80, 32, 32, 4, 2)], 160: [(80, 16, 16, 8, 2)]},
+    ("_backward_short", 4): {80: [(80, 16, 128, 8, 2)]},
 }
 
 
@@ -696,7 +700,7 @@ def _launch(name, programs, pointers, numbers, sizes, causal, align):
         KERNELS[name][(programs(tiling),)](*pointers, *numbers, **constants | tiling)
 
     arch = 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 90
-    choices = tilings(name, D, x.dtype.itemsize, arch, Lk)
+    choices = tilings(name, D, 2 if INTERPRET else x.dtype.itemsize, arch, Lk)  # large tiles are interpreted sooner
     with torch.cuda.device_of(x):
         key = (name, x.device, x.dtype, tf32, *((n - 1).bit_length() for n in (B * H, Lq, Lk)), D, causal)
         # a tiling decides in which order is summed, so it must not differ from run to run where bits count
