@@ -10,7 +10,7 @@ The README's section "The attention kernel" explains them.
 
 import math
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from operator import index  # an exact int; int() would leave it symbolic where torch.compile has dynamic shapes
 from types import SimpleNamespace
@@ -165,7 +165,7 @@ def _fastest(device, dtype, D, causal, shape, grad):
 
             try:
                 times[backend] = _milliseconds(once)
-            except (RuntimeError, NotImplementedError) as e:  # it does not take this shape, this type or this GPU
+            except Exception as e:  # it does not take this shape, type or GPU, or Triton finds no C compiler
                 failed[backend] = str(e).strip().split("\n")[0]
     what = f"attention of {B}x{Lq}x{H}x{D} to {Lk} keys, {str(dtype)[6:]}, {'training' if grad else 'drawing'}"
     if not times:
@@ -706,8 +706,11 @@ def _launch(name, programs, pointers, numbers, sizes, causal, align):
         # a tiling decides in which order is summed, so it must not differ from run to run where bits count
         fixed = INTERPRET or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()
         if key not in _best and not fixed:
-            times = [_milliseconds(lambda tiling=tiling: start(tiling)) for tiling in choices]
-            _best[key] = choices[times.index(min(times))]
+            times = {}
+            for i, tiling in enumerate(choices):
+                with suppress(triton.runtime.errors.OutOfResources):  # the 99 KB of an RTX's shared memory
+                    times[i] = _milliseconds(lambda tiling=tiling: start(tiling))
+            _best[key] = choices[min(times, key=times.get, default=0)]
         start(choices[0] if fixed else _best[key])
 
 

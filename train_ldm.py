@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from attention import BACKENDS
+from attention import BACKENDS, choose_backend
 from configurator import configure
 from convert import find_checkpoint, hash_weights, is_ours, load_denoiser, load_foreign, power_exponent, read_checkpoint
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
@@ -654,6 +654,8 @@ if __name__ == "__main__":
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
     master = rank == 0
+    if attention != "auto":
+        choose_backend(attention, device, getattr(torch, dtype), head_dim)  # what cannot run here is said at once
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:

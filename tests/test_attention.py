@@ -557,13 +557,17 @@ def watch(net):
 
 
 @needs_triton
-def test_training_with_the_kernels(start, finished):
-    """--attention=triton: the losses of a run with the default."""
-    run = start("ldm", "--attention=triton", "--max_steps=2", "--eval_every=3", "--save_every=3").finish()
-    for ours, default in zip(run.log, finished("ldm").log):
-        assert ours["step"] == default["step"]
-        assert ours["loss"] == pytest.approx(default["loss"], rel=1e-4)
+def test_training_with_the_kernels(start):
+    """--attention=triton: the loss of a run with the default, to rounding, which tells that it was another sum."""
+    small = ("--cond=none", "--max_steps=1", "--n_samples=1", "--sample_steps=1", "--val_images=1", "--batch_size=2")
+    runs = [start("ldm", *small, f"--attention={backend}") for backend in ("triton", "sdpa")]
+    ours, theirs = (run.finish().log[-1] for run in runs)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-5)
 
 
 def test_settings(start):
+    """A wrong name, and a backend that cannot run here, stop before any work."""
     assert "attention=flash is not one of auto, triton, xformers, sdpa" in start("ldm", "--attention=flash").fail()
+    if DEVICE.type == "cpu":
+        assert start("ldm", "--attention=xformers").fail().startswith("attention backend xformers: xformers ")
