@@ -35,7 +35,6 @@ SDPA = {
 BACKENDS = ("auto", "triton", "xformers", "sdpa", *SDPA, "reference")
 MAX_DIM = 160  # of the kernels: above it their tiles leave the registers
 SHORT = 128  # so many keys fit one tile
-SHORT_BACKWARD_DIM = 80  # and in backward, which sums two more tiles, heads up to this
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -663,10 +662,10 @@ TILINGS = {
         80: [(90, 32, 128, 8, 2), (90, 64, 128, 8, 2), (80, 16, 128, 8, 2)],
     },
     ("_forward", 4): {64: [(80, 32, 32, 4, 2)], 160: [(80, 32, 16, 8, 2)]},
-    ("_forward_short", 4): {160: [(80, 16, 128, 8, 2)]},
+    ("_forward_short", 4): {80: [(80, 16, 128, 8, 2)]},
     ("_backward_q", 4): {64: [(80, 32, 32, 4, 2)], 160: [(80, 16, 16, 8, 2)]},
     ("_backward_kv", 4): {64: [(80, 32, 32, 4, 2)], 160: [(80, 16, 16, 8, 2)]},
-    ("_backward_short", 4): {80: [(80, 16, 128, 8, 2)]},
+    ("_backward_short", 4): {40: [(80, 16, 128, 8, 2)]},
 }
 
 
@@ -681,6 +680,15 @@ def tilings(name, dim, itemsize, arch, keys=SHORT):
     if name == "_forward_short":
         found = [tiling | dict(REPEAT=repeat) for tiling in found for repeat in (4, 1)]
     return found
+
+
+def _takes(name, Lk, D, itemsize):
+    """Whether a kernel of one tile can be given such keys."""
+    return Lk <= SHORT and D <= max(TILINGS[name, itemsize])
+
+
+def _itemsize(x):
+    return 2 if INTERPRET else x.dtype.itemsize  # the larger tiles of 16-bit types are interpreted sooner
 
 
 _best = {}  # the fastest tiling of a kernel for a shape
@@ -700,7 +708,7 @@ def _launch(name, programs, pointers, numbers, sizes, causal, align):
         KERNELS[name][(programs(tiling),)](*pointers, *numbers, **constants | tiling)
 
     arch = 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 90
-    choices = tilings(name, D, 2 if INTERPRET else x.dtype.itemsize, arch, Lk)  # large tiles are interpreted sooner
+    choices = tilings(name, D, _itemsize(x), arch, Lk)
     with torch.cuda.device_of(x):
         key = (name, x.device, x.dtype, tf32, *((n - 1).bit_length() for n in (B * H, Lq, Lk)), D, causal)
         # a tiling decides in which order is summed, so it must not differ from run to run where bits count
@@ -732,7 +740,7 @@ def attention_forward(q, k, v, causal):
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _lse_of(q)
     strides, align = _strides(q, k, v)
     given = (q, k, v, out, lse), (strides,), (B, H, Lq, Lk, D), causal, align
-    if Lk <= SHORT:
+    if _takes("_forward_short", Lk, D, _itemsize(q)):
         _launch("_forward_short", lambda t: B * H * -(-Lq // (t["BM"] * t["REPEAT"])), *given)
     else:
         _launch("_forward", lambda t: B * H * -(-Lq // t["BM"]), *given)
@@ -741,12 +749,12 @@ def attention_forward(q, k, v, causal):
 
 def attention_backward(grad, q, k, v, out, lse, causal):
     """The gradients of q, k and v."""
-    grad, q, k, v = _readable(grad), _readable(q), _readable(k), _readable(v)
+    grad, q, k, v, out = _readable(grad), _readable(q), _readable(k), _readable(v), out.contiguous()
     (B, Lq, H, D), Lk = q.shape, k.shape[1]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     strides, align = _strides(q, k, v, grad)
     rest = (B, H, Lq, Lk, D), causal, align
-    if Lk <= SHORT and D <= SHORT_BACKWARD_DIM:
+    if _takes("_backward_short", Lk, D, _itemsize(q)):
         # queries in so many parts that a GPU has work; a function of the shape alone, as the sums' order hangs on it
         parts = max(1, min(-(-Lq // 128), 512 // (B * H)))
         rows = -(-Lq // (128 * parts)) * 128
