@@ -661,11 +661,11 @@ TILINGS = {
         64: [(80, 32, 128, 8, 2), (90, 64, 128, 8, 2)],
         80: [(90, 32, 128, 8, 2), (90, 64, 128, 8, 2), (80, 16, 128, 8, 2)],
     },
-    ("_forward", 4): {64: [(80, 32, 32, 4, 2)], 160: [(80, 32, 16, 8, 2)]},
+    ("_forward", 4): {64: [(80, 32, 32, 4, 2)], 160: [(80, 16, 16, 4, 2)]},
     ("_forward_short", 4): {80: [(80, 16, 128, 8, 2)]},
     ("_backward_q", 4): {64: [(80, 32, 32, 4, 2)], 160: [(80, 16, 16, 8, 2)]},
-    ("_backward_kv", 4): {64: [(80, 32, 32, 4, 2)], 160: [(80, 16, 16, 8, 2)]},
-    ("_backward_short", 4): {40: [(80, 16, 128, 8, 2)]},
+    ("_backward_kv", 4): {64: [(80, 32, 16, 4, 2)], 160: [(80, 16, 16, 8, 2)]},
+    ("_backward_short", 4): {},  # its four sums do not fit
 }
 
 
@@ -684,7 +684,7 @@ def tilings(name, dim, itemsize, arch, keys=SHORT):
 
 def _takes(name, Lk, D, itemsize):
     """Whether a kernel of one tile can be given such keys."""
-    return Lk <= SHORT and D <= max(TILINGS[name, itemsize])
+    return Lk <= SHORT and D <= max(TILINGS[name, itemsize], default=0)
 
 
 def _itemsize(x):

@@ -89,7 +89,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     lists = args.archs, args.kernels, args.dims, args.dtypes
     for arch, name, dim, dtype in itertools.product(*(text.split(",") for text in lists)):
-        if int(dim) > max(attention.TILINGS[name, TYPES[dtype][1]]):
+        if int(dim) > max(attention.TILINGS[name, TYPES[dtype][1]], default=0):
             continue  # a kernel of one tile, which is not used there
         shipped = attention.tilings(name, int(dim), TYPES[dtype][1], int(arch))
         shipped = (
