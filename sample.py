@@ -31,9 +31,11 @@ from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import convert
+from attention import BACKENDS
 from configurator import configure
 from data.tasks import augment_low, image_condition
 from diffusion import Schedule, ddim_invert, keep_known, make_denoiser, make_schedule, randn, sample_times, samplers
+from unet import use_attention
 from vae import VAE, psnr, ssim
 
 # --- the command ---
@@ -68,6 +70,7 @@ batch_size = 16  # pictures at a time
 decode_tile = 0  # decode in tiles of so many latents a side; 0 is whole pictures
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16
+attention = "auto"  # auto (fastest) | triton | xformers | sdpa | sdpa_flash, _cudnn, _efficient, _math | reference
 # from a picture
 init_image = ""  # file or folder of what to start from; for a super-resolution checkpoint the small pictures
 strength = -1.0  # how much of init_image is redrawn: above 0 (little) to 1 (all); -1 is 0.75, with a mask 1
@@ -817,7 +820,8 @@ def one_line_error(kind, error, trace):
 if __name__ == "__main__":
     config = configure(globals())
     sys.excepthook = one_line_error
-    for name, choices in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16"))):
+    known = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "attention": BACKENDS}
+    for name, choices in known.items():
         if config[name] not in choices:
             raise ValueError(f"{name}={config[name]} is not one of {', '.join(choices)}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -855,6 +859,7 @@ if __name__ == "__main__":
         for net in (part.denoiser, part.vae, part.tower) if part else ():
             if net is not None:
                 net.to(device, memory_format=torch.channels_last)
+                use_attention(net, attention)
     drawing = dict(steps=steps, cfg=cfg, sampler=sampler, batch_size=batch_size, decode_tile=decode_tile, guide=guide)
     drawing |= dict(negative=negative, spacing=spacing, cfg_interval=(cfg_from, cfg_to), cfg_rescale=cfg_rescale)
     drawing |= {name: config[name] for name in SAMPLER_OPTIONS if name in config.changed}

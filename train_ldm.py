@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch.nn.parallel import DistributedDataParallel
 
+from attention import BACKENDS, choose_backend
 from configurator import configure
 from convert import find_checkpoint, hash_weights, is_ours, load_denoiser, load_foreign, power_exponent, read_checkpoint
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
@@ -48,7 +49,7 @@ from data.tasks import (
 )
 from diffusion import OBJECTIVES, make_schedule, sample_times, samplers, t_max, target, to_x0, unet_time
 from sample import Pipeline, generate, read_prompts, save_grid, write_whole
-from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer
+from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer, use_attention
 from vae import VAE
 from watch import Watch
 
@@ -150,6 +151,7 @@ device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16 | float64
 checkpointing = False  # computes the U-Net's activations twice instead of keeping them: less memory, 1.4 times the time
 compile = "auto"  # torch.compile: auto (on CUDA) | true | false
+attention = "auto"  # auto (fastest) | triton | xformers | sdpa | sdpa_flash, _cudnn, _efficient, _math | reference
 deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # send the log to Weights & Biases too
 
@@ -834,6 +836,7 @@ def check_settings(cfg):
         ("device", ("auto", "cpu", "cuda")),
         ("dtype", ("auto", "float32", "bfloat16", "float64")),
         ("compile", ("auto", "true", "false", "True", "False")),
+        ("attention", BACKENDS),
     ):
         if cfg[name] not in choices:
             raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
@@ -938,6 +941,8 @@ if __name__ == "__main__":
         options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
         dist.init_process_group(timeout=timeout, **options)
     master = rank == 0
+    if attention != "auto":
+        choose_backend(attention, device, getattr(torch, dtype), head_dim)  # what cannot run here is said at once
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -1065,6 +1070,9 @@ if __name__ == "__main__":
             f"which {len(channel_mult)} levels divide by: change image_size or channel_mult"
         )
     model.to(device, param_dtype, memory_format=torch.channels_last)
+    for net in (model, tower):
+        if net is not None:
+            use_attention(net, attention)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     power_emas = [copy.deepcopy(ema) for _ in ema_stds]
     model.unet.checkpointing = checkpointing

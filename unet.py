@@ -25,28 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+from attention import BACKENDS, attention
+
 # --- attention ---
-
-
-def attention(q, k, v, causal=False, backend="auto"):
-    """softmax(q k^T / sqrt(d)) v on (B, L, heads, d), any d; k and v may have another length than q.
-
-    backend: "auto" and "sdpa" are torch.nn.functional.scaled_dot_product_attention, "reference" is the formula itself.
-    """
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or k.shape != v.shape:
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
-    if backend not in ("auto", "sdpa", "reference"):
-        raise ValueError(f"attention backend {backend!r} is not one of auto, sdpa, reference")
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,heads,L,d)
-    if backend == "reference":
-        logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        logits = logits.to(torch.promote_types(q.dtype, torch.float32))
-        if causal:
-            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
-        out = logits.softmax(dim=-1).to(v.dtype) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return out.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -59,6 +40,7 @@ class Attention(nn.Module):
         super().__init__()
         inner = num_heads * head_dim
         self.num_heads, self.linear, self.causal = num_heads, linear, causal
+        self.backend = "auto"  # see use_attention
         self.to_q = nn.Linear(dim, inner, bias=bias)
         self.to_k = nn.Linear(context_dim, inner, bias=bias)
         self.to_v = nn.Linear(context_dim, inner, bias=bias)
@@ -76,8 +58,17 @@ class Attention(nn.Module):
             summary = torch.einsum("blhd,blhe->bhde", k.softmax(dim=1), v)
             h = torch.einsum("blhd,bhde->blhe", q.softmax(dim=-1), summary)
         else:
-            h = attention(q, k, v, causal=self.causal)
+            h = attention(q, k, v, causal=self.causal, backend=self.backend)
         return self.to_out(h.flatten(2))
+
+
+def use_attention(model, backend):
+    """Sets the backend of every attention in a model, one of attention.BACKENDS; no checkpoint remembers it."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.backend = backend
 
 
 # --- the U-Net's blocks ---

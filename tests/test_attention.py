@@ -1,0 +1,574 @@
+"""attention.py: every backend against the formula in float64; the kernels, interpreted where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fill
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import attention as room
+from attention import BACKENDS, attention, choose_backend, sdpa_runs
+from unet import Attention, TextBlock, UNet, use_attention
+from vae import VAE
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_triton = pytest.mark.skipif(room.triton is None, reason="Triton is not installed")
+DIMS = (24, 32, 40, 48, 64, 80, 96, 128, 160)
+# |x - float64's| / |float64's|: float32 sums to its last digits, the others round p and dS to 11 and 8 bits
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def tensors(B, Lq, Lk, H, D, dtype=torch.float32):
+    """q, k, v and the gradient of the output."""
+    return [normal(B, L, H, D, seed=i, dtype=dtype) for i, L in enumerate((Lq, Lk, Lk, Lq))]
+
+
+def gradients(q, k, v, grad, causal, backend):
+    """The output and the gradients of q, k, v."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = attention(q, k, v, causal, backend)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
+
+
+def formula(q, k, v, grad, causal):
+    """The same in float64, written out with its derivatives (no autograd, nothing of attention.py)."""
+    q, k, v, grad = (x.double() for x in (q, k, v, grad))
+    scale = q.shape[-1] ** -0.5
+    s = torch.einsum("blhd,bmhd->bhlm", q, k) * scale
+    if causal:
+        rows, keys = (torch.arange(n, device=q.device) for n in s.shape[-2:])
+        s = s.masked_fill(keys[None] > rows[:, None], -torch.inf)
+    p = (s - s.amax(-1, keepdim=True)).exp()
+    p = p / p.sum(-1, keepdim=True)
+    dp = torch.einsum("blhd,bmhd->bhlm", grad, v)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    dv = torch.einsum("bhlm,blhd->bmhd", p, grad)
+    dq, dk = torch.einsum("bhlm,bmhd->blhd", ds, k), torch.einsum("bhlm,blhd->bmhd", ds, q)
+    return torch.einsum("bhlm,bmhd->blhd", p, v), dq, dk, dv
+
+
+def check(q, k, v, grad, causal=False, backend="triton"):
+    got = gradients(q, k, v, grad, causal, backend)
+    for name, x, expected in zip(("out", "dq", "dk", "dv"), got, formula(q, k, v, grad, causal)):
+        assert x.shape == expected.shape and x.dtype == q.dtype
+        assert x.isfinite().all(), name
+        error = (x.double() - expected).norm() / expected.norm().clamp(min=1)
+        assert error < TOLERANCE[q.dtype], f"{name}: {error:.2e}"
+    return got
+
+
+# --- the kernels ---
+
+
+@needs_triton
+@pytest.mark.parametrize("dim", DIMS)
+def test_every_head_dim(dim):
+    """Over several tiles of keys, the last one ragged, and over the one that holds a prompt."""
+    check(*tensors(1, 70, 150, 1, dim))
+    check(*tensors(1, 66, 77, 1, dim), causal=dim % 16 == 8)
+
+
+@needs_triton
+@pytest.mark.parametrize("lengths", [(1, 1), (7, 1), (1, 130), (130, 7), (16, 16), (77, 77), (128, 129), (129, 128)])
+@pytest.mark.parametrize("general", [True, False])
+def test_lengths(lengths, general, monkeypatch):
+    """From one to a tile more; the looping kernels see the short ones too."""
+    if general:
+        monkeypatch.setattr(room, "SHORT", 0)
+    for causal in (False, True):
+        check(*tensors(1, *lengths, 1, 40), causal)
+
+
+@needs_triton
+def test_many_tiles():
+    """Causal, with tiles before, on and behind the diagonal; the second example's and head's are found."""
+    check(*tensors(1, 256, 256, 1, 64), causal=True)
+    check(*tensors(1, 200, 300, 1, 64), causal=True)
+    check(*tensors(1, 300, 200, 1, 64), causal=True)
+    check(*tensors(2, 64, 130, 3, 16))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [40, 64, 160])
+def test_half_precision(dim, dtype):
+    check(*tensors(1, 66, 140, 1, dim, dtype), causal=True)
+    check(*tensors(1, 66, 77, 1, dim, dtype))
+
+
+@needs_triton
+def test_large_logits():
+    """A softmax that is all but a maximum: exponentials of differences never overflow."""
+    q, k, v, grad = tensors(1, 40, 150, 1, 32)
+    for x in (q, k[:, :77], k):
+        out = attention(50 * q, 50 * k, v, backend="triton")
+        torch.testing.assert_close(out, attention(50 * q, 50 * k, v, backend="reference"), rtol=1e-3, atol=1e-3)
+        assert x.isfinite().all()
+    got = gradients(50 * q, 50 * k, v, grad, False, "triton")
+    assert all(x.isfinite().all() for x in got)
+
+
+@needs_triton
+@pytest.mark.parametrize("Lk", [20, 140])
+def test_views_are_read_where_they_lie(Lk):
+    """q, k, v from one packed tensor, from (B,heads,L,d), and gradients that are expanded or permuted."""
+    packed = normal(2, Lk, 3, 2, 24, seed=5)
+    q, k, v = packed.unbind(2)
+    assert room._readable(q) is q and q.data_ptr() == packed.data_ptr()
+    check(q, k, v, normal(2, 2, Lk, 24, seed=6).transpose(1, 2))
+    heads_first = [normal(2, 2, Lk, 24, seed=i).transpose(1, 2) for i in range(3)]
+    check(*heads_first, normal(1, 1, 1, 24).expand(2, Lk, 2, 24))
+    check(*heads_first, normal(1, 1, 1, 1).expand(2, Lk, 2, 24))
+    check(*[x[:, ::2] for x in (q, k, v)], normal(2, Lk // 2, 2, 25)[..., :24])  # rows left out; rows of 25
+    check(*[normal(2, 24, 2, Lk, seed=i).transpose(1, 3) for i in range(4)])  # the last dimension is the one copied
+    assert attention(q, k, v, backend="triton").is_contiguous()
+
+
+@needs_triton
+def test_same_bits_again():
+    for lengths in ((140, 140), (300, 77)):
+        a, b = (gradients(*tensors(1, *lengths, 2, 32), False, "triton") for _ in range(2))
+        for x, y in zip(a, b):
+            assert x.cpu().numpy().tobytes() == y.cpu().numpy().tobytes()
+
+
+@needs_triton
+@pytest.mark.parametrize("Lk", [20, 140])
+def test_finite_differences(Lk):
+    q, k, v, grad = tensors(1, 12, Lk, 1, 24)
+    slopes = gradients(q, k, v, grad, False, "triton")[1:]
+    steps = tensors(1, 12, Lk, 1, 24)[::-1][1:]
+    for i, (slope, step) in enumerate(zip(slopes, (steps[2], steps[1], steps[0]))):
+        step = step.flip(1)
+        ends = []
+        for sign in (1, -1):
+            moved = [q, k, v]
+            moved[i] = moved[i] + sign * 1e-2 * step
+            ends.append((attention(*moved, backend="triton").double() * grad).sum())
+        torch.testing.assert_close((ends[0] - ends[1]) / 2e-2, (slope * step).sum().double(), rtol=2e-3, atol=2e-3)
+
+
+@needs_triton
+def test_operators_keep_pytorchs_rules():
+    q, k, v, grad = (x.requires_grad_() for x in tensors(1, 9, 20, 2, 24))
+    torch.library.opcheck(torch.ops.ldm.attention, (q, k, v, False))
+    out, lse = torch.ops.ldm.attention(q, k, v, False)
+    given = [x.detach() for x in (grad, q, k, v, out, lse)]
+    torch.library.opcheck(torch.ops.ldm.attention_backward, (*given, False))
+
+
+def test_column_tiles():
+    """A head dim in at most two powers of two, never more than the next one."""
+    told = {
+        24: (32, 0),
+        32: (32, 0),
+        40: (32, 16),
+        48: (32, 16),
+        64: (64, 0),
+        80: (64, 16),
+        96: (64, 32),
+        128: (128, 0),
+    }
+    told |= {160: (128, 32), 8: (16, 0), 1: (16, 0), 112: (128, 0)}
+    assert {dim: room.column_tiles(dim) for dim in told} == told
+    for dim in range(1, 161):
+        first, second = room.column_tiles(dim)
+        assert (
+            dim <= first + second <= max(16, 1 << (dim - 1).bit_length()) and first >= 16 and second in (0, 16, 32, 64)
+        )
+
+
+@needs_triton
+def test_kernels_compile_for_gpus(tmp_path):
+    """Without a GPU: Hopper's and Ampere's matrix instructions, their shared memory, and no register spilled.
+
+    LDM_ALL_KERNELS=1 tries all that ship, as in LOG.md, in most of an hour.
+    """
+    tool = Path(__file__).parent / "attention_aot.py"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    runs = [["--first", "--dims=64", "--dtypes=bf16"], ["--first", "--dims=40,160", "--dtypes=bf16", "--archs=90"]]
+    lines = []
+    for run in [[]] if os.environ.get("LDM_ALL_KERNELS") else runs:
+        done = subprocess.run([sys.executable, tool, *run], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines += [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["kernel"] for line in lines} == set(room.KERNELS)
+    for line in lines:
+        assert line["spilled"] == 0, line
+        assert line["shared"] <= {80: 163, 90: 227}[line["sm"]] * 1024, line
+        if line["dtype"] in ("bf16", "fp16"):
+            assert line["wgmma" if line["sm"] == 90 else "mma"] > 0, line
+            assert line["wide"] > 0 or line["kernel"] != "_forward", line  # tiles are fetched 16 bytes at a time
+
+
+# --- backends ---
+
+
+def runnable():
+    """Those that run on this device."""
+    names = ["triton"] if room.triton else []
+    if DEVICE.type == "cuda":
+        return [*names, "sdpa", "sdpa_efficient", "sdpa_math", "reference", "auto"]
+    return [*names, "sdpa", "sdpa_flash", "sdpa_math", "reference", "auto"]
+
+
+@pytest.mark.parametrize("backend", runnable())
+def test_backends_agree(backend):
+    check(*tensors(2, 9, 12, 3, 24), backend=backend)
+    check(*tensors(2, 12, 12, 3, 24), causal=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", runnable())
+def test_autocast(backend):
+    """Like SDPA: whatever the inputs' types, autocast's comes out; float64 stays."""
+    q, k, v, grad = tensors(1, 9, 12, 2, 24)
+    half = [x.bfloat16() for x in (q, k, v)]
+    expected = formula(*half, grad, False)[0]
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        out = attention(q, half[1], v, backend=backend)
+        assert out.dtype == torch.bfloat16
+        assert (out.double() - expected).norm() / expected.norm() < 1e-2
+        if backend not in ("triton", "sdpa_flash", "sdpa_efficient"):
+            assert attention(q.double(), k.double(), v.double(), backend=backend).dtype == torch.float64
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="xformers and cuDNN have kernels for GPUs only")
+@pytest.mark.parametrize("backend", ["xformers", "sdpa_flash", "sdpa_cudnn"])
+def test_backends_of_gpus(backend):
+    if backend == "xformers":
+        pytest.importorskip("xformers")
+    for causal in (False, True):
+        check(*tensors(2, 128, 128, 3, 64, torch.bfloat16), causal, backend)
+
+
+def test_which_sdpa_runs():
+    q, k, v, _ = tensors(2, 16, 16, 2, 24)
+    assert sdpa_runs(q, k, v) in room.SDPA
+    if DEVICE.type == "cpu":
+        assert sdpa_runs(q, k, v, causal=True) == "sdpa_flash"
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            assert sdpa_runs(q, k, v) == "sdpa_math"
+
+
+def test_auto_takes_the_fastest(monkeypatch, capsys):
+    """Each shape is measured once, what cannot run is left out, and training's random numbers stay what they were."""
+    speed, calls = {"triton": 3.0, "sdpa_flash": 1.0, "sdpa_efficient": 2.0}, []
+
+    def milliseconds(call):
+        call()
+        (name,) = call.__defaults__
+        calls.append(name)
+        return speed[name]
+
+    monkeypatch.setattr(room, "_milliseconds", milliseconds)
+    room._fastest.cache_clear()
+    before = torch.get_rng_state()
+    arguments = DEVICE, torch.float32, 24, False, (2, 9, 20, 2)
+    for grad in (True, False, True):
+        assert room._fastest(*arguments, grad) == "sdpa_flash"
+    assert torch.equal(torch.get_rng_state(), before)
+    assert calls.count("sdpa_flash") == 2
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and "2x9x2x24 to 20 keys, float32, training: sdpa_flash 1.000 ms" in told[0]
+    speed["triton"] = 0.5
+    assert room._fastest(*arguments[:2], 32, *arguments[3:], True) == ("triton" if room.triton else "sdpa_flash")
+    # what cannot run at all falls back
+    monkeypatch.setattr(room, "run_backend", lambda *a: (_ for _ in ()).throw(RuntimeError("no kernel\nand more")))
+    assert room._fastest(*arguments[:2], 40, *arguments[3:], True) == "sdpa"
+    assert "sdpa, as no other way runs here" in capsys.readouterr().out
+    room._fastest.cache_clear()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="plays a GPU")
+def test_what_auto_is_on_a_gpu(monkeypatch):
+    """Measured, but with deterministic algorithms the kernels, whose bits do not change."""
+    gpu, half = torch.device("cuda", 0), torch.bfloat16
+    monkeypatch.setattr(room, "_fastest", lambda *a: "measured")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose_backend("auto", gpu, half, 64) == "measured"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose_backend("auto", gpu, half, 64) == ("triton" if room.triton else "sdpa")
+        assert choose_backend("auto", gpu, half, 512) == choose_backend("auto", gpu, torch.float64, 64) == "sdpa"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    if room.triton:
+        with pytest.raises(ValueError, match="backend triton: Tesla T4 is older than Ampere: take sdpa"):
+            choose_backend("triton", gpu, half, 64)
+
+
+@needs_triton
+def test_large_heads_go_to_sdpa(capsys):
+    room._say.cache_clear()
+    for _ in range(2):
+        check(*tensors(1, 5, 6, 1, 168))
+    assert capsys.readouterr().out == "attention: head dim 168 is above 160, the kernels' largest: sdpa takes it\n"
+
+
+def test_bad_input():
+    q, k = torch.zeros(2, 5, 3, 8), torch.zeros(2, 7, 3, 8)
+    uneven = (
+        (q, k, q),
+        (q, k[:1], k[:1]),
+        (q, k[:, :, :2], k[:, :, :2]),
+        (q, k[..., :4], k[..., :4]),
+        (q[0], k[0], k[0]),
+    )
+    for bad in uneven:
+        with pytest.raises(
+            ValueError, match=r"q \(.*5, 3, 8\), k .* do not fit together: give \(B,L,heads,d\), k and v"
+        ):
+            attention(*bad)
+    for types_ in ((torch.int64,) * 3, (torch.float32, torch.bfloat16, torch.float32)):
+        with pytest.raises(ValueError, match="attention: dtypes .*: give one floating-point type for all"):
+            attention(*(x.to(dtype) for x, dtype in zip((q, k, k), types_)))
+    with pytest.raises(ValueError, match=f"backend 'flash' is not one of {', '.join(BACKENDS)}"):
+        attention(q, q, q, backend="flash")
+    with pytest.raises(ValueError, match="backend 'flash' is not one of auto, triton, xformers"):
+        use_attention(nn.Identity(), "flash")
+
+
+@needs_triton
+def test_triton_cannot(monkeypatch):
+    x = torch.zeros(1, 4, 1, 16, device=DEVICE)
+    with pytest.raises(
+        ValueError, match="backend triton: torch.float64 is not float32, float16 or bfloat16: take sdpa"
+    ):
+        attention(x.double(), x.double(), x.double(), backend="triton")
+    monkeypatch.setattr(room, "INTERPRET", False)
+    x = x.cpu()
+    with pytest.raises(ValueError, match="backend triton: no kernels for cpu: take sdpa, or set TRITON_INTERPRET=1"):
+        attention(x, x, x, backend="triton")
+    monkeypatch.setattr(room, "triton", None)
+    with pytest.raises(ValueError, match="backend triton: Triton is not installed: pip install triton"):
+        attention(x, x, x, backend="triton")
+
+
+def test_xformers_cannot(monkeypatch):
+    x = torch.zeros(1, 4, 1, 16)
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
+    with pytest.raises(ValueError, match="backend xformers: xformers does not import .*: pip install xformers"):
+        attention(x, x, x, backend="xformers")
+    package = types.ModuleType("xformers")
+    package.ops = types.ModuleType("xformers.ops")
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", package.ops)
+    with pytest.raises(ValueError, match="backend xformers: xformers has no kernels for cpu: take sdpa"):
+        attention(x, x, x, backend="xformers")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_xformers_is_given(monkeypatch, causal):
+    """Its own layout is ours, so nothing is transposed; a stand-in for the package looks."""
+    seen = {}
+
+    def memory_efficient_attention(q, k, v, attn_bias=None):
+        seen.update(shapes=(q.shape, k.shape), bias=attn_bias)
+        return room.run_backend("reference", q, k, v, attn_bias is not None)
+
+    ops = types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention, ops.LowerTriangularMask = memory_efficient_attention, lambda: "lower"
+    package = types.ModuleType("xformers")
+    package.ops = ops
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    q, k, v, _ = tensors(1, 5, 7, 2, 8)
+    out = room.run_backend("xformers", q, k, v, causal)
+    torch.testing.assert_close(out, attention(q, k, v, causal, "reference"))
+    assert seen == {"shapes": ((1, 5, 2, 8), (1, 7, 2, 8)), "bias": "lower" if causal else None}
+
+
+def test_without_triton():
+    """On macOS: all but the kernels."""
+    code = "import sys; sys.modules['triton'] = None\nimport torch, unet\nfrom attention import attention\n"
+    code += "x = torch.ones(1, 3, 1, 8)\n"
+    code += "for name in ('auto', 'sdpa', 'reference'): print(attention(x, x, x, backend=name).sum())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(room.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["tensor(24.)"] * 3
+
+
+@needs_triton
+def test_work_is_counted_alike():
+    """Forward and backward, and a model's TFLOP per image, whichever backend."""
+    counts = {}
+    for backend in ("triton", "sdpa_math", "reference"):
+        q, k, v, grad = (x.requires_grad_() for x in tensors(2, 9, 20, 3, 24))
+        with FlopCounterMode(display=False) as counter:
+            out = attention(q, k, v, backend=backend)
+            counts[backend] = [counter.get_total_flops()]
+            torch.autograd.grad(out, (q, k, v), grad.detach())
+        counts[backend].append(counter.get_total_flops() - counts[backend][0])
+    forward = 2 * 2 * 2 * 3 * 9 * 20 * 24
+    assert [counts[name][0] for name in counts] == [forward] * 3
+    assert counts["sdpa_math"][1] == 2 * forward  # S is not computed again
+    assert counts["triton"][1] == 2.5 * forward
+
+
+def test_counted_tflop_of_a_model():
+    import train_ldm
+    from unet import Denoiser
+
+    model = Denoiser(tiny())
+    counts = set()
+    for backend in BACKENDS:
+        use_attention(model, backend)
+        counts.add(train_ldm.count_tflop(model, (4, 8, 8)))
+    assert len(counts) == 1 and counts.pop() > 0
+
+
+# --- in the models ---
+
+
+def tiny(**settings):
+    defaults = dict(channels=16, channel_mult=(1,), num_res_blocks=1, attention_ds=(), num_heads=2, norm_groups=4)
+    return fill(UNet(**defaults | dict(context_dim=12, qk_norm=True) | settings)).to(DEVICE)
+
+
+def step(net, run):
+    """A loss and its gradients, of `run`, which may be the compiled net."""
+    x, context, t = normal(2, 4, 8, 8), normal(2, 5, 12, seed=1), torch.tensor([3.0, 700.0], device=DEVICE)
+    loss = run(x, t, context).square().mean()
+    return [loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))]
+
+
+def test_every_attention_of_a_model():
+    net = tiny(channel_mult=(1, 2), attention_ds=(1, 2))
+    expected = step(net, net)
+    for backend in runnable():
+        use_attention(net, backend)
+        assert {m.backend for m in net.modules() if isinstance(m, Attention)} == {backend}
+        for a, b in zip(step(net, net), expected):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert "backend" not in net.settings
+
+
+@pytest.mark.parametrize("backend", runnable())
+def test_plain_blocks_and_text_towers(backend):
+    block = fill(TextBlock(32, 2, causal=True)).to(DEVICE)
+    net, x = tiny(transformer_depth=0, context_dim=0), normal(2, 9, 32)
+    image, t = normal(2, 4, 8, 8), torch.tensor([3.0, 700.0], device=DEVICE)
+    expected = block(x), net(image, t)
+    use_attention(block, backend)
+    use_attention(net, backend)
+    torch.testing.assert_close((block(x), net(image, t)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [name for name in runnable() if name in ("triton", "sdpa", "reference")])
+def test_compiles_whole(backend):
+    """No graph break, and the same step."""
+    torch._dynamo.reset()
+    net = tiny()
+    use_attention(net, backend)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for a, b in zip(step(net, compiled), step(net, net)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_is_measured_while_compiling(monkeypatch, capsys):
+    """On a GPU "auto" measures at the first call: also where that is torch.compile's tracing, and under autocast."""
+
+    def choose(backend, device, dtype, D, causal, shape, grad):
+        return room._fastest(device, dtype, D, causal, (2, 9, 12, 2), grad)
+
+    choose._dynamo_marked_constant = room.choose_backend._dynamo_marked_constant
+    monkeypatch.setattr(room, "choose_backend", choose)
+    monkeypatch.setattr(room, "_milliseconds", lambda call: [call(), 1.0][1])
+    room._fastest.cache_clear()
+    torch._dynamo.reset()
+    q, k, v, grad = (x.requires_grad_() for x in tensors(2, 9, 12, 2, 24))
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        out = compiled(q, k, v)
+    assert out.dtype == torch.bfloat16
+    torch.autograd.grad(out, (q, k, v), grad.detach().to(out.dtype))
+    assert "bfloat16, training: " in capsys.readouterr().out
+    room._fastest.cache_clear()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="eager GroupNorm leaves channels_last on CUDA (LOG.md)")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(linear_proj=True),
+        dict(transformer_depth=0, context_dim=0),
+        dict(resblock_updown=True, scale_shift=True),
+        dict(resample="pool", unet_patch=2),
+        dict(concat_channels=2),
+    ],
+)
+def test_channels_last_survives_the_unet(settings):
+    """Every convolution and norm is given it, and its gradient (which may be a slice of what was concatenated)."""
+    net = tiny(channel_mult=(1, 2), attention_ds=(1, 2), **settings).to(memory_format=torch.channels_last)
+    seen = watch(net)
+    x = normal(2, 4, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    given = {"context": normal(2, 5, 12)} if net.settings["context_dim"] else {}
+    if net.settings["concat_channels"]:
+        given["concat"] = normal(2, 2, 8, 8).to(memory_format=torch.channels_last)
+    out = net(x, torch.tensor([3.0, 700.0]), **given)
+    out.square().sum().backward()
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert len(seen) > 60 and all(ok for _, ok in seen), [name for name, ok in seen if not ok]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="eager GroupNorm leaves channels_last on CUDA (LOG.md)")
+def test_channels_last_survives_the_vae():
+    vae = VAE(ch=8, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4).to(memory_format=torch.channels_last)
+    seen = watch(vae)
+    x = normal(2, 3, 16, 16).to(memory_format=torch.channels_last)
+    out = vae.decode(vae.encode(x).mode())
+    out.square().sum().backward()
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    lost = {name for name, ok in seen if not ok}
+    assert len(seen) > 60 and lost <= {"quant_conv gradient"}, lost  # the moments' 2z channels alone
+
+
+def watch(net):
+    """[(name, whether a tensor of a convolution or norm lies channel by channel)], filled as the net runs."""
+    seen = []
+
+    def last(x):
+        return x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
+            module.register_forward_pre_hook(lambda m, given, name=name: seen.append((name, last(given[0]))))
+            module.register_full_backward_hook(
+                lambda m, _, given, name=name: seen.extend((f"{name} gradient", last(g)) for g in given)
+            )
+    return seen
+
+
+# --- in the scripts ---
+
+
+@needs_triton
+def test_training_with_the_kernels(start):
+    """--attention=triton: the losses of a run with SDPA, in training and on validation images."""
+    small = ("--cond=none", "--max_steps=1", "--n_samples=1", "--sample_steps=1", "--val_images=1", "--batch_size=2")
+    runs = [start("ldm", *small, f"--attention={backend}") for backend in ("triton", "sdpa")]
+    ours, theirs = ({k: v for record in run.finish().log for k, v in record.items() if v is not None} for run in runs)
+    for name in ("loss", "grad_norm", "val_loss"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_settings(start):
+    """A wrong name, and a backend that cannot run here, stop before any work."""
+    assert "attention=flash is not one of auto, triton, xformers, sdpa" in start("ldm", "--attention=flash").fail()
+    if DEVICE.type == "cpu":
+        assert start("ldm", "--attention=xformers").fail().startswith("attention backend xformers: xformers ")
