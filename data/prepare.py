@@ -19,6 +19,7 @@ the same, byte for byte. There is no index file: data/dataset.py makes its own w
 
 import base64
 import collections
+import errno
 import functools
 import hashlib
 import heapq
@@ -70,7 +71,8 @@ def run(prepare, scope):
     try:
         prepare(cfg)
     except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"prepare.py: {e}")
+        full = "; make room, the same command continues" if getattr(e, "errno", 0) == errno.ENOSPC else ""
+        sys.exit(f"prepare.py: {e}{full}")
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
         sys.exit(f"prepare.py: an archive in {getattr(cfg, 'source', '')} is damaged ({e}): fetch it again")
     except KeyboardInterrupt:
@@ -110,7 +112,17 @@ def write(path, content):
             f.write(content.encode() if isinstance(content, str) else content)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    rename(f"{path}.tmp", path)
+
+
+def rename(source, target):
+    """Gives a file that is on the disk its name, and does not return before that is there too."""
+    os.replace(source, target)
+    folder = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def is_made(folder, meta):
@@ -173,7 +185,7 @@ def fetch(url, path, checksum="", tries=5):
     if wanted and digest(part, kind) != wanted:
         os.remove(part)
         raise ValueError(f"{url}: what came is not the original file ({checksum}): run again, or fetch it elsewhere")
-    os.replace(part, path)
+    rename(part, path)
     return path
 
 
@@ -563,7 +575,7 @@ class Shards:
         path = f"{self.out_dir}/{self.name}"
         self.state |= dict(next=position, last=last, bytes=os.path.getsize(f"{path}.tmp"), sha256=digest(f"{path}.tmp"))
         write(self.state_path(self.name), json.dumps(self.state))
-        os.replace(f"{path}.tmp", path)  # the name is the mark that it is done
+        rename(f"{path}.tmp", path)  # the name is the mark that it is done
         self.finished[self.name] = {part: self.state[part] for part in ("count", "bytes", "sha256")}
         self.next, self.last = position, last
         self.begin()

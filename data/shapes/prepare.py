@@ -333,5 +333,5 @@ if __name__ == "__main__":
             score_folder(score, seed)
         else:
             prepare(out_dir, n_train, n_val, size, seed, vocab_size)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"prepare.py: {e}")
