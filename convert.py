@@ -20,6 +20,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 import zipfile
 import zlib
@@ -1554,18 +1555,41 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
             index["requires_safety_checker"] = False
         files["model_index.json"] = index
 
+    temporary = f"{os.path.normpath(folder)}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     for name, content in files.items():
-        file = os.path.join(folder, name)
+        file = os.path.join(temporary, name)
         os.makedirs(os.path.dirname(file), exist_ok=True)
         if name.endswith(".safetensors"):
-            save_file({k: t.contiguous() for k, t in content.items()}, file, metadata={"format": "pt"})
+            write_tensors(file, content)
         else:
             with open(file, "w", encoding="utf-8") as f:
                 f.write(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
+        sync(file)
+    for inside, _, _ in os.walk(temporary):
+        sync(inside)
+    os.replace(temporary, folder)
+    sync(os.path.dirname(os.path.normpath(folder)) or ".")
     if pipeline:
         return f'{pipeline}: DiffusionPipeline.from_pretrained("{folder}") opens it'
     parts = [f"{name} ({kind})" for name in ("vae", "unet", "scheduler") if (kind := class_of(files, name))]
     return f"components, no pipeline: {', '.join(parts)}; {reason}"
+
+
+def write_tensors(file, tensors):
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as e:
+        raise OSError(f"could not write {file} ({e}): make room and run again") from None
+
+
+def sync(path):
+    """Does not return before a file, or a folder's names, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def class_of(files, name):
@@ -1623,7 +1647,10 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
         rescaler = {"channel_mapper.weight": denoiser.rescaler.conv.weight}
         add("cond_stage_model.", rescaler, "the maps' rescaler")
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    save_file({name: t.detach().contiguous() for name, t in out.items()}, file, metadata={"format": "pt"})
+    write_tensors(f"{file}.tmp", out)
+    sync(f"{file}.tmp")
+    os.replace(f"{file}.tmp", file)
+    sync(os.path.dirname(file) or ".")
     without = "; its own text encoder has no place there" if denoiser and denoiser.text is not None else ""
     return f"{file}: {', '.join(parts)}{without}"
 
