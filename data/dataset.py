@@ -397,7 +397,13 @@ def cached(stamp, build):
     try:
         os.makedirs("cache", exist_ok=True)
         with tempfile.NamedTemporaryFile(dir="cache", suffix=".tmp", delete=False) as f:
-            np.savez(f, **arrays)
+            try:
+                np.savez(f, **arrays)
+                f.flush()
+                os.fsync(f.fileno())  # on the disk before its name is
+            except OSError:
+                os.remove(f.name)
+                raise
         os.replace(f.name, path)  # atomic: other ranks read the whole file or none
     except OSError:
         pass
