@@ -51,7 +51,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from configurator import configure
-from data.dataset import IMAGES, captions_of, crop_square, list_files, open_parquet, parse, to_rgb
+from data.dataset import IMAGES, captions_of, crop_square, hub_names, list_files, open_parquet, to_rgb
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, the limit of data/dataset.py too: more is taken for a bomb
@@ -215,8 +215,7 @@ def parquet_files(source):
 
 def parquet_names(path, column):
     """Class names of a column, which the Hugging Face hub keeps in the file's schema; [] without."""
-    hub = parse((open_parquet(path).schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    return hub.get("info", {}).get("features", {}).get(column, {}).get("names") or []
+    return hub_names(open_parquet(path), column)
 
 
 def parquet_rows(path, image, columns):
@@ -233,7 +232,10 @@ def parquet_rows(path, image, columns):
     row = 0
     for group in range(f.num_row_groups):
         pixels = functools.cache(functools.partial(_parquet_column, f, group, name))  # lives as long as its rows
-        others = f.read_row_group(group, columns=list(columns), use_threads=False).to_pylist()
+        try:
+            others = f.read_row_group(group, columns=list(columns), use_threads=False).to_pylist()
+        except Exception as e:  # of many kinds, and several lines
+            raise ValueError(f"{path} is damaged ({' '.join(str(e).split())}): fetch it again") from None
         for at in range(f.metadata.row_group(group).num_rows):
             yield row, functools.partial(_parquet_cell, pixels, at), others[at] if columns else {}
             row += 1
@@ -245,7 +247,7 @@ def _parquet_column(f, group, name):
 
 def _parquet_cell(pixels, at):
     value = pixels()[at].as_py()
-    value = value["bytes"] if isinstance(value, dict) else value
+    value = value.get("bytes") if isinstance(value, dict) else value
     return value or b""
 
 

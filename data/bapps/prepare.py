@@ -93,7 +93,7 @@ def read_patch(path, size):
 def read_judgement(path):
     try:
         value = np.load(path, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, EOFError) as e:
+    except Exception as e:  # so can this one
         raise ValueError(f"{path} does not load ({e}): unpack it again") from None
     if value.size != 1 or not 0 <= value.item() <= 1:
         raise ValueError(f"{path} holds {value.tolist()}, want one number in [0, 1]: unpack it again")
@@ -208,7 +208,8 @@ def make_standin(photos, folder, size, n_train, n_val, seed):
     if os.path.exists(folder) and os.listdir(folder) and not os.path.exists(mark):
         raise ValueError(f"{folder} was not made by this program, which would empty it: set another out_dir")
     os.makedirs(folder, exist_ok=True)
-    write(mark, "The stand-in that prepare.py makes of photos; made anew each time.\n")
+    with open(mark, "w") as f:
+        f.write("The stand-in that prepare.py makes of photos; made anew each time.\n")
     for task in PARTS:
         shutil.rmtree(f"{folder}/{task}", ignore_errors=True)
     for task, split, category, kinds in work:
