@@ -18,7 +18,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -61,11 +60,12 @@ def read_checkpoint(path, *prefixes):
             if str(zlib.crc32(text.encode())) != stored.get("crc32"):
                 raise ValueError(f"{file} is damaged: its settings do not match their checksum")
             meta = json.loads(text)
-            if meta["format"] != 1:
-                raise ValueError(f"{file} has format {meta['format']}, this code reads 1: use the code that wrote it")
+            if not isinstance(meta, dict) or meta.get("format") != 1:
+                found = meta.get("format") if isinstance(meta, dict) else "no settings"
+                raise ValueError(f"{file} has format {found}, this code reads 1: use the code that wrote it")
             wanted = tuple(f"{prefix}." for prefix in prefixes)
             return {name: f.get_tensor(name) for name in f.keys() if name.startswith(wanted)}, meta
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"{file} is no checkpoint, or one cut short ({e})") from None
 
 
@@ -95,6 +95,49 @@ def check_settings(path, saved, given):
         raise ValueError(f"{path} tells its own settings ({'; '.join(rows)}): leave them out")
 
 
+def says_what_is_wrong(load):
+    """For functions that build models: settings or tensors that fit nothing, of an altered file, are one line too."""
+
+    @functools.wraps(load)
+    def careful(*args, **options):
+        try:
+            return load(*args, **options)
+        except (
+            LookupError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            ArithmeticError,
+            AssertionError,
+            MemoryError,
+        ) as e:
+            path = next((a for a in args if isinstance(a, str | os.PathLike)), "the file")
+            reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            raise ValueError(f"{path} is damaged: its settings and tensors fit no model ({reason})") from None
+
+    return careful
+
+
+def check_fit(cls, settings, state, **more):
+    """ValueError where a model of these settings would not take this state dict, found out without its memory."""
+
+    def numbers(value):
+        return [n for v in value for n in numbers(v)] if isinstance(value, (list, tuple)) else [value]
+
+    for name, value in settings.items():
+        deep = name in ("num_res_blocks", "transformer_depth", "layers")  # so many modules
+        most = len(state) if deep else 2**20
+        if len(numbers(value)) > 1000 or any(isinstance(n, (int, float)) and n > most for n in numbers(value)):
+            raise ValueError(f"{name}={str(value)[:50]} is more than a file of {len(state)} tensors can be of")
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in cls(**settings, **more).state_dict().items()}
+    for name in sorted(shapes.keys() | state.keys()):
+        found = tuple(state[name].shape) if name in state else "not there"
+        if shapes.get(name) != found:
+            raise ValueError(f"{name} is {found} in the file, {shapes.get(name, 'not there')} by its settings")
+
+
+@says_what_is_wrong
 def load_vae(cls, path, **settings):
     """The EMA autoencoder of a stage-1 checkpoint, or the first stage inside a stage-2 checkpoint, or another's."""
     path = local(path)
@@ -105,11 +148,14 @@ def load_vae(cls, path, **settings):
     if own is None:
         raise ValueError(f"{path} was trained on pixels: it holds no autoencoder")
     check_settings(path, tuples(own), settings)
+    state = part(read_checkpoint(path, prefix)[0], prefix)
+    check_fit(cls, tuples(own), state)
     vae = cls(**tuples(own))
-    vae.load_state_dict(part(read_checkpoint(path, prefix)[0], prefix))
+    vae.load_state_dict(state)
     return vae.requires_grad_(False).eval()
 
 
+@says_what_is_wrong
 def load_unet(cls, path, **settings):
     """The EMA U-Net of a stage-2 checkpoint, or another's."""
     path = local(path)
@@ -120,11 +166,13 @@ def load_unet(cls, path, **settings):
         raise ValueError(f"{path} is an autoencoder (stage 1): it holds no U-Net")
     own = tuples(meta["model"]["unet"])
     check_settings(path, own, settings)
+    check_fit(cls, own, part(tensors, "ema.unet"))
     unet = cls(**own)
     unet.load_state_dict(part(tensors, "ema.unet"))
     return unet.requires_grad_(False).eval()
 
 
+@says_what_is_wrong
 def load_text_encoder(cls, path, **settings):
     """The EMA text encoder trained inside a stage-2 checkpoint, or None where there is none."""
     tensors, meta = read_checkpoint(path, "ema.text", "text")
@@ -132,6 +180,7 @@ def load_text_encoder(cls, path, **settings):
     if own is None:
         raise ValueError(f"{path} holds no text encoder")
     check_settings(path, own, settings)
+    check_fit(cls, own, part(tensors, "ema.text"), tokenizer=bytes(tensors["text.bpe"].tolist()))
     text = cls(**own, tokenizer=bytes(tensors["text.bpe"].tolist()))
     text.load_state_dict(part(tensors, "ema.text"))
     return text.requires_grad_(False).eval()
@@ -202,6 +251,7 @@ def profile_products(t_a, gamma_a, t_b, gamma_b):
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shorter / np.maximum(t_a, t_b)
 
 
+@says_what_is_wrong
 def load_denoiser(path, ema_std=0.0):
     """The EMA unet.Denoiser of a stage-2 checkpoint: the U-Net with all that was trained beside it.
 
@@ -217,6 +267,9 @@ def load_denoiser(path, ema_std=0.0):
     if ema_std:
         tensors = posthoc_ema(find_checkpoint(path), ema_std)
     ema = part(tensors, "ema")
+    check_fit(UNet, tuples(model["unet"]), part(ema, "unet"))
+    if model["text"]:
+        check_fit(TextEncoder, model["text"], part(ema, "text"), tokenizer=bytes(bpe.tolist()))
     text = TextEncoder(**model["text"], tokenizer=bytes(bpe.tolist())) if model["text"] else None
     class_tokens = rescaler = None
     if "class_tokens.weight" in ema:
@@ -232,6 +285,7 @@ def load_denoiser(path, ema_std=0.0):
     return denoiser.requires_grad_(False).eval()
 
 
+@says_what_is_wrong
 def load_tower(path, weights="", merges=""):
     """The frozen text encoder that a stage-2 checkpoint was trained with, or None; its weights lie outside of the file.
 
@@ -742,7 +796,7 @@ def read_tensors(path):
         if not code:
             with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in named]):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, AttributeError) as e:
+    except Exception as e:  # a file that is something else can raise anything
         code = re.findall(r"GLOBAL (\S+)", str(e))
         if not code:
             script = "a TorchScript archive: save its state dict" if "TorchScript" in str(e) else ""

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from data.dataset import loader, permute, seed_of
+from data.dataset import loader, open_npy, permute, seed_of
 from vae import ssim
 
 # data
@@ -295,12 +295,13 @@ class Judgements(torch.utils.data.Dataset):
         names = [name for name in names if os.path.exists(f"{folder}/{name}/images.npy")]
         if not names:
             raise FileNotFoundError(f"no judgements in {folder}: run data/bapps/prepare.py, or set dataset")
-        self.images = [np.load(f"{folder}/{name}/images.npy", mmap_mode="r") for name in names]
-        judged = [np.load(f"{folder}/{name}/judge.npy") for name in names]
+        self.images = [open_npy(f"{folder}/{name}/images.npy") for name in names]
+        judged = [open_npy(f"{folder}/{name}/judge.npy") for name in names]
         for name, images, judge in zip(names, self.images, judged):
-            if len(images) != len(judge) or images.shape[1:] != self.images[0].shape[1:]:
+            are_images = images.ndim == 5 and images.dtype == np.uint8 and images.shape[1:] == self.images[0].shape[1:]
+            if not are_images or judge.shape != images.shape[:1] or judge.dtype.kind not in "fiu":
                 raise ValueError(
-                    f"{folder}/{name}: {len(judge)} judgements, images {images.shape}: run data/bapps/prepare.py again"
+                    f"{folder}/{name}: {judge.size} judgements, images {images.shape}: run data/bapps/prepare.py again"
                 )
             self.parts[name] = slice(end, end := end + len(judge))
         self.judge = torch.from_numpy(np.concatenate(judged).astype(np.float32))
@@ -459,7 +460,7 @@ def load_checkpoint(path, stage):
             if meta["stage"] != stage:
                 raise ValueError(f"{path} is a checkpoint of stage {meta['stage']!r}, not {stage!r}")
             return {name: f.get_tensor(name) for name in f.keys()}, meta
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is cut short or damaged ({e}): delete it, or put a good copy in its place") from None
 
 

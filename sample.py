@@ -142,6 +142,7 @@ class Pipeline(NamedTuple):
         return condition or ""
 
 
+@convert.says_what_is_wrong
 def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab="", objective="", **settings):
     """The pipeline in a stage-2 checkpoint, on the CPU: its EMA weights, or a post-hoc EMA of that relative width.
 

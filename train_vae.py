@@ -455,7 +455,7 @@ def load_checkpoint(path, stage):
             if meta["stage"] != stage:
                 raise ValueError(f"{path} is a checkpoint of stage {meta['stage']!r}, not {stage!r}")
             return {name: f.get_tensor(name) for name in f.keys()}, meta
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is cut short or damaged ({e}): delete it, or put a good copy in its place") from None
 
 
