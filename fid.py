@@ -125,10 +125,14 @@ def open_pictures(source, name, image_size, split="all"):
     elif not source or not os.path.exists(source):
         raise FileNotFoundError(f"{name}={source} is not there: give an .npz, or a folder of pictures")
     elif str(source).endswith(".npz"):
-        with np.load(source, allow_pickle=False) as file:
-            if "arr_0" not in file.files:
-                raise ValueError(f"{name}={source} has {', '.join(file.files)}: call the pictures arr_0")
-            pictures = Array(file["arr_0"], f"{name}={source}", image_size)
+        try:
+            with np.load(source, allow_pickle=False) as file:
+                there, array = file.files, file["arr_0"] if "arr_0" in file.files else None
+        except Exception as e:  # a damaged file can raise anything
+            raise ValueError(f"{name}={source} does not load as .npz ({e}): draw or fetch it again") from None
+        if array is None:
+            raise ValueError(f"{name}={source} has {', '.join(there)}: call the pictures arr_0")
+        pictures = Array(array, f"{name}={source}", image_size)
     else:
         pictures = Dataset(source, split, image_size)
         if os.path.exists(f"{source}/samples.jsonl"):  # sample.py's: grid.png beside them is no sample
