@@ -102,15 +102,7 @@ def says_what_is_wrong(load):
     def careful(*args, **options):
         try:
             return load(*args, **options)
-        except (
-            LookupError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            ArithmeticError,
-            AssertionError,
-            MemoryError,
-        ) as e:
+        except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as e:
             path = next((a for a in args if isinstance(a, str | os.PathLike)), "the file")
             reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
             raise ValueError(f"{path} is damaged: its settings and tensors fit no model ({reason})") from None
