@@ -13,7 +13,6 @@ DIR is a folder of images, of tar or parquet shards, or images.npy. The same com
 import copy
 import datetime
 import inspect
-import io
 import json
 import math
 import os
@@ -360,14 +359,8 @@ def load_inception(path):
         ) from None
     if not os.path.exists(path):
         raise FileNotFoundError(f"inception_weights={path} is not there: give torch-fidelity's .pth file")
-    file = io.BytesIO()  # torch-fidelity would run what is in a pickle: it gets one of what was read without that
-    torch.save(read_pth(path), file)
-    file.seek(0)
-    try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=file)
-    except Exception as e:  # of a state dict, or of what is none
-        reason = (str(e).splitlines() or [type(e).__name__])[0].rstrip(":")
-        raise ValueError(f"{path} does not fit Inception ({reason}): give torch-fidelity's .pth file") from None
+    read_pth(path)  # first, for torch-fidelity would run what is in a pickle
+    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
 
 
 def frechet_distance(seen, n):
