@@ -34,7 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from convert import find_checkpoint
 from data.dataset import Dataset, Stream, loader, seed_of, uniform
-from lpips_train import LPIPS, MIN_SIDE, make_trunk, read_pth
+from fid import frechet, load_inception
+from lpips_train import LPIPS, MIN_SIDE, make_trunk
 from vae import VAE, Attention, Discriminator, ResBlock, psnr, ssim, turn_and_scale
 
 # data
@@ -322,7 +323,7 @@ def evaluate(vae, stream, cfg, rank, world, device, autocast, lpips=None, incept
             codes += torch.bincount(vae.quantize.nearest(posterior.mean).flatten(), minlength=len(codes))
         if inception:
             for k, images in enumerate((x, reconstruction)):
-                f = inception(((images.clamp(-1, 1) + 1) * 127.5).round().byte())[0].double()
+                f = inception(((images.clamp(-1, 1) + 1) * 127.5).round().byte()).to(device).double()
                 seen[k, :-1] += f.T @ f
                 seen[k, -1] += f.sum(dim=0)
         if pictures is None:
@@ -341,36 +342,14 @@ def evaluate(vae, stream, cfg, rank, world, device, autocast, lpips=None, incept
     if vae.quantize:
         scores |= dict(zip(("val_codes_used", "val_perplexity"), (value.item() for value in code_use(codes))))
     if inception:
-        scores["val_rfid"] = frechet_distance(seen, n)
+        mean_f = seen[:, -1] / n
+        cov_f = (seen[:, :-1] - n * mean_f[:, :, None] * mean_f[:, None]) / (n - 1)
+        scores["val_rfid"] = frechet(mean_f[0], cov_f[0], mean_f[1], cov_f[1])
     scores["val_largest_activation"] = largest.item()
     std = (square - mean**2).sqrt()
     far = torch.maximum(reach[0] - mean, reach[1] + mean) / std
     lists = {"val_kl_per_channel": kl, "val_latent_mean": mean, "val_latent_std": std, "val_latent_farthest": far}
     return scores | {name: [round(v, 5) for v in t.tolist()] for name, t in lists.items()}, pictures
-
-
-def load_inception(path):
-    """torch-fidelity's Inception (uint8 (B,3,H,W) -> features (B,2048) in a tuple), the one that FID is told in."""
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise ImportError(
-            "inception_weights needs torch-fidelity: pip install torch-fidelity, or leave it out"
-        ) from None
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"inception_weights={path} is not there: give torch-fidelity's .pth file")
-    read_pth(path)  # first, for torch-fidelity would run what is in a pickle
-    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
-
-
-def frechet_distance(seen, n):
-    """FID of two sets of n feature vectors, of which seen (2,D+1,D) has the sums of f f^T and, last, of f."""
-    from torch_fidelity.metric_fid import fid_statistics_to_metric
-
-    mean = seen[:, -1] / n
-    cov = (seen[:, :-1] - n * mean[:, :, None] * mean[:, None]) / (n - 1)
-    parts = [{"mu": m.cpu().numpy(), "sigma": c.cpu().numpy()} for m, c in zip(mean, cov)]
-    return float(fid_statistics_to_metric(*parts, False)["frechet_inception_distance"])
 
 
 @torch.no_grad()
@@ -686,7 +665,7 @@ if __name__ == "__main__":
     if eval_only:
         source = ckpt or out_dir
         vae = VAE.from_pretrained(source).to(device, param_dtype, memory_format=torch.channels_last)
-        inception = load_inception(inception_weights).to(device) if inception_weights else None
+        inception = load_inception(inception_weights, device) if inception_weights else None
         scores, pictures = evaluate(vae, validation_stream, config, rank, world, device, autocast, lpips, inception)
         if master:
             path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"

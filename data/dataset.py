@@ -488,6 +488,9 @@ class Dataset:
             metadata = [path for path in paths if os.path.basename(path) == "metadata.jsonl"]
             self.form, arrays = "folder", index_folder(self.root, images, metadata).arrays()
         if not len(arrays["keys"]):
+            if os.path.exists(f"{self.root}/prepare.py"):  # data/openimages, say, as it comes
+                line = f"dataset {self.path} is not made yet: run {self.root}/prepare.py (its docstring says how)"
+                raise FileNotFoundError(f"{line}, or pass --dataset=DIR, a folder of images or shards")
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
             raise FileNotFoundError(f"dataset {self.path} ({self.form}) holds no images: {looked}")
         self.files, self.keys, self.image, self.text = (arrays[name] for name in ("files", "keys", "image", "text"))

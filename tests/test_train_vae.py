@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
@@ -865,53 +864,27 @@ def test_eval_only(adversarial, start, small_data, trunk, tmp_path):
     assert "lpips  " not in without.stdout
     if importlib.util.find_spec("torch_fidelity") is None:
         message = start("vae", *args, "--inception_weights=inception.pth", folder=tmp_path).fail()
-        assert message == "inception_weights needs torch-fidelity: pip install torch-fidelity, or leave it out"
+        assert message.startswith("inception_weights needs torch-fidelity")
 
 
 def test_rfid_is_the_distance_of_two_gaussians(small_data, monkeypatch):
     """With a stand-in for Inception whose features are 2048 numbers of an image, most of them always 0."""
-    fid = pytest.importorskip("scipy.linalg", reason="no scipy to compare with")
-    module = types.ModuleType("torch_fidelity.metric_fid")
-
-    def distance(a, b, verbose):
-        root = fid.sqrtm(a["sigma"][:6, :6] @ b["sigma"][:6, :6]).real
-        trace = np.trace(a["sigma"]) + np.trace(b["sigma"]) - 2 * np.trace(root)
-        return {"frechet_inception_distance": float(((a["mu"] - b["mu"]) ** 2).sum() + trace)}
-
-    module.fid_statistics_to_metric = distance
-    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
-    monkeypatch.setitem(sys.modules, "torch_fidelity.metric_fid", module)
+    linalg = pytest.importorskip("scipy.linalg", reason="no scipy to compare with")
 
     def inception(x):
         assert x.dtype == torch.uint8 and x.shape[1:] == (3, 16, 16)
         parts = x.float().unfold(2, 16, 16)[..., ::2].flatten(1)[:, :: len(x[0].flatten()) // 12][:, :6] / 255
-        return (F.pad(parts, (0, 2048 - 6)),)
+        return F.pad(parts, (0, 2048 - 6))
 
     vae, stream = tiny_vae().eval(), Stream(Dataset(small_data, "val", 16), 0, train=False)
     cfg = dict(val_images=16, batch_size=5)
     scores, _ = train_vae.evaluate(vae, stream, cfg, 0, 1, torch.device("cpu"), contextlib.nullcontext, None, inception)
     x = torch.stack([stream[i]["image"] for i in range(16)])
     y = vae.decode(vae.encode(x).mode()).clamp(-1, 1).detach()
-    pair = [inception(((a + 1) * 127.5).round().byte())[0].double().numpy() for a in (x, y)]
-    wanted = distance(*({"mu": f.mean(0), "sigma": np.cov(f, rowvar=False)} for f in pair), False)
-    assert (
-        scores["val_rfid"] == pytest.approx(wanted["frechet_inception_distance"], rel=1e-6) and scores["val_rfid"] > 0
-    )
-
-
-def test_code_in_inceptions_file_is_not_run(tmp_path, monkeypatch):
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (f"{tmp_path}/it ran",)
-
-    torch.save({"weight": Code()}, tmp_path / "inception.pth")
-    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
-    module.FeatureExtractorInceptionV3 = None
-    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    with pytest.raises(ValueError, match="inception.pth does not load"):
-        train_vae.load_inception(str(tmp_path / "inception.pth"))
-    assert not (tmp_path / "it ran").exists()
+    f, g = (inception(((a + 1) * 127.5).round().byte())[:, :6].double().numpy() for a in (x, y))
+    c, d = (np.cov(features, rowvar=False) for features in (f, g))
+    wanted = ((f.mean(0) - g.mean(0)) ** 2).sum() + np.trace(c + d - 2 * linalg.sqrtm(c @ d).real)
+    assert scores["val_rfid"] == pytest.approx(wanted, rel=1e-6) and scores["val_rfid"] > 0
 
 
 # bad input
