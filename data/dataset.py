@@ -24,6 +24,7 @@ any number of processes and workers. To read a tar of images:
 What is in a folder, and how fast it decodes: python -m data.dataset DIR --image_size=256
 """
 
+import contextlib
 import errno
 import faulthandler
 import functools
@@ -46,7 +47,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.shards import Index, Remote, Table, as_runs, open_table, write_whole
+from data.shards import SIDECAR, Index, Remote, Table, as_runs, open_table, write_whole
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 HELD_OUT = ("val", "validation", "valid", "test")  # names that mean validation; where several are present, the first
@@ -196,6 +197,7 @@ def index_tar(opened, shard):
     """opened(shard) is its file."""
     index, samples = Index(shard_part(shard), [shard], f"{shard[:-4]}/"), {}  # samples: key -> {ending: (offset, size)}
     with opened(shard) as f:
+        index.content = os.fstat(f.fileno()).st_size
         try:
             with tarfile.open(fileobj=f, mode="r:") as tar:
                 for member in tar:
@@ -226,7 +228,8 @@ def index_tar(opened, shard):
 
 
 def index_parquet(opened, shard):
-    f = open_parquet(shard, opened(shard))
+    file = opened(shard)
+    f = open_parquet(shard, file)
     columns = f.schema_arrow.names
     if not any(name in columns for name in PIXELS):
         raise ValueError(f"{shard} has the columns {columns}: call the one with the images {PIXELS[0]!r}")
@@ -234,7 +237,9 @@ def index_parquet(opened, shard):
     labels = f.read(columns=[label], use_threads=False).column(0).to_pylist() if label else []
     hub = parse((f.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))  # the hub keeps the class names here
     names = hub.get("info", {}).get("features", {}).get(label, {}).get("names", [])
-    index = Index(shard_part(shard), [shard], f"{shard.removesuffix('.parquet')}/", names)
+    index = Index(
+        shard_part(shard), [shard], f"{shard.removesuffix('.parquet')}/", names, os.fstat(file.fileno()).st_size
+    )
     kind = PARQUET_TEXT if any(name in columns for name in CAPTIONS) else NO_TEXT
     rows = [(g, row) for g in range(f.num_row_groups) for row in range(f.metadata.row_group(g).num_rows)]
     for i, where in enumerate(rows):
@@ -393,11 +398,12 @@ class Dataset:
         shards = tars or tables  # tar first: img2dataset writes a table beside every one
         if shards and (self.remote or not npy):
             self.form, indexed = ("tar", index_tar) if tars else ("parquet", index_parquet)
-            jobs = list(zip(shards, self._stamps(shards)))
+            self._index = functools.partial(indexed, self._open)
             place = self.path if self.remote else os.path.realpath(self.path)
-            self.table = open_table(cache, (self.form, place), jobs, lambda shard: indexed(self._open, shard))
+            jobs = list(zip(shards, self._stamps(shards)))
+            self.table = open_table(cache, (self.form, place), jobs, self._arrays)
         elif npy and not self.remote:
-            self.form, self.table = "npy", Table.of(index_npy(self.root, npy))
+            self.form, self.table = "npy", Table.of([index.arrays() for index in index_npy(self.root, npy)])
         else:
             images = [path for path in paths if path.lower().endswith(IMAGES)]
             maps = {path for path in images if path.endswith(".map.png")}
@@ -406,7 +412,11 @@ class Dataset:
                 images = [path for path in images if path not in maps or path.removesuffix(".map.png") not in stems]
             metadata = [path for path in paths if os.path.basename(path) == "metadata.jsonl"]
             self.form = "folder"
-            self.table = None if self.remote else Table.of(index_folder(self.root, images, metadata))
+            self.table = (
+                None
+                if self.remote
+                else Table.of([index.arrays() for index in index_folder(self.root, images, metadata)])
+            )
         if not self.table:
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
             looked = "looked for *.tar and *.parquet: images from afar have to be in shards" if self.remote else looked
@@ -429,6 +439,25 @@ class Dataset:
         with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
             stats = pool.map(os.stat, [f"{self.root}/{shard}" for shard in shards])
             return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+    def _arrays(self, shard):
+        """The Index of a shard, as arrays: beside one from afar it may lie ready."""
+        if self.remote and (content := self.remote.small(shard + SIDECAR)):
+            with contextlib.suppress(Exception), np.load(io.BytesIO(content)) as kept:
+                arrays = {name: kept[name] for name in kept.files}
+                about = json.loads(str(arrays["about"]))
+                if (about["files"], about["content"]) == ([shard], self.remote.sizes[shard]):
+                    return arrays
+            print(f"{shard}{SIDECAR} is not the index of {shard} as it is: the shard is read")
+        return self._index(shard).arrays()
+
+    def write_sidecars(self):
+        """SHARD.index.npz beside each local shard, for those who read it from afar; how many."""
+        if self.remote or self.form not in ("tar", "parquet"):
+            raise ValueError(f"{self.path} is not a folder of shards here: write their indexes where they lie")
+        for shard in self.files:
+            write_whole(f"{self.root}/{shard}{SIDECAR}", lambda f, s=shard: np.savez_compressed(f, **self._arrays(s)))
+        return len(self.files)
 
     def _given_names(self, *files):
         """The names in the first of these files that has some, [] where none has."""
@@ -512,6 +541,12 @@ class Dataset:
     def key(self, i):
         return self.place(i)[0]
 
+    def fetch(self, shards):
+        """Begins to fetch shards from afar, by number, those first that other processes do not."""
+        names = [self.files[self.table.base[s]] for s in shards if self.bounds[s] < self.bounds[s + 1]]
+        at = os.getpid() % max(len(names), 1)
+        self.remote.ahead(names[at:] + names[:at])
+
     @property
     def labels(self):
         """The label of each item, (N,) int64, -1 where it has none."""
@@ -533,8 +568,12 @@ class Dataset:
             raise BadImage(f"{key}: its caption does not read ({e})") from None
         return dict(label=label, text=captions_of(text), key=key)
 
-    def rgb(self, i):
-        """The whole of image i as PIL RGB."""
+    def rgb(self, i, enough=None):
+        """
+        The whole of image i as PIL RGB.
+
+        A JPEG may come at 1/2, 1/4 or 1/8 of its size, both sides at least `enough`: libjpeg then decodes less.
+        """
         key, _, where, _, _ = self.place(i)
         try:
             if self.form == "npy":
@@ -548,6 +587,8 @@ class Dataset:
             with Image.open(io.BytesIO(data)) as image:
                 if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
+                if enough:
+                    image.draft("RGB", (enough, enough))
                 return to_rgb(image)
         except UnidentifiedImageError:
             raise BadImage(f"{key}: not an image that Pillow can read") from None
@@ -559,9 +600,10 @@ class Dataset:
         Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
 
         crop "center" takes the whole short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), placed
-        by u = (side, x, y), three numbers in [0, 1).
+        by u = (side, x, y), three numbers in [0, 1). Of a JPEG four times as large as needed, or more, no more is
+        decoded than twice what is needed; that is close to all of it (47 dB), and on any machine the same.
         """
-        image = self.rgb(i)
+        image = self.rgb(i, 2 * self.image_size * (1 if crop == "center" else 2))
         x, y, side = crop_square(*image.size, crop, u)
         image = image.crop((x, y, x + side, y + side))
         if side != self.image_size:
@@ -746,21 +788,54 @@ class Stream(torch.utils.data.Dataset):
     """
     stream[p] -> dict(image, label, text, key, index, flip, bad): the endless sequence over a dataset of N items.
 
-    Position p is item permute(p % N) of epoch p // N. Crop, flip and which caption depend on (seed, p) alone. An item
-    that does not decode is named in bad and replaced by another, itself a function of (seed, p). With train=False: the
-    items in their own order, centre crop, no flip, first caption.
+    Position p is item permute(p % N) of epoch p // N; with window = W > 0, the shards are permuted, and then the items
+    of W shards at a time, so that what is read lies in few files (W is 32 for shards from afar, else 0). Crop, flip and
+    which caption depend on (seed, p) alone. An item that does not decode is named in bad and replaced by another, a
+    function of (seed, p) too. With train=False: the items in their own order, centre crop, no flip, first caption.
     """
 
-    def __init__(self, dataset, seed, crop="center", flip=False, train=True):
+    def __init__(self, dataset, seed, crop="center", flip=False, train=True, window=None):
         if crop not in ("center", "random"):
             raise ValueError(f"crop {crop!r} is not known: choose center or random")
         self.dataset, self.seed, self.train = dataset, seed, train
         self.crop, self.flip = (crop, flip) if train else ("center", False)
+        self.window = (dataset.window if window is None else window) if train else 0
+        self._orders, self._begun = {}, None
 
-    def item(self, p):
-        """(index, epoch) of position p."""
+    def _window(self, epoch, at):
+        """(first, before, size, order, ends): the window of position `at` of an epoch begins at its first-th shard,
+        after `before` items, and has `size`; order (S,) the shards, ends (S,) how many items come before each's end."""
+        if epoch not in self._orders:
+            bounds, seed = self.dataset.bounds, seed_of(self.seed, epoch, "shards")
+            order = permute(np.arange(len(bounds) - 1), len(bounds) - 1, seed)
+            latest = list(self._orders.items())[-1:]  # at its end an epoch and the next are asked for
+            self._orders = dict(latest) | {epoch: (order, np.cumsum(np.diff(bounds)[order]))}
+        order, ends = self._orders[epoch]
+        first = int(np.searchsorted(ends, at, "right")) // self.window * self.window
+        before = int(ends[first - 1]) if first else 0
+        return first, before, int(ends[first : first + self.window][-1]) - before, order, ends
+
+    def item(self, p, attempt=0):
+        """(index, epoch) of position p; of its attempt-th stand-in, which in a window is of the same one."""
         epoch, at = divmod(int(p), len(self.dataset))
-        return permute(at, len(self.dataset), seed_of(self.seed, epoch)) if self.train else at, epoch
+        if not self.window:
+            if attempt:
+                return seed_of(self.seed, "replace", p, attempt) % len(self.dataset), epoch
+            return permute(at, len(self.dataset), seed_of(self.seed, epoch)) if self.train else at, epoch
+        first, before, size, order, ends = self._window(epoch, at)
+        inside = permute(at - before, size, seed_of(self.seed, epoch, "window", first))
+        inside = seed_of(self.seed, "replace", p, attempt) % size if attempt else inside
+        k = np.searchsorted(ends, before + inside, "right")
+        return int(self.dataset.bounds[order[k] + 1] - ends[k]) + before + inside, epoch
+
+    def _fetch_ahead(self, p):
+        """From afar, in the background: the shards of the window after that of position p."""
+        epoch, at = divmod(int(p), len(self.dataset))
+        first, *_, order, _ = self._window(epoch, at)
+        if self._begun != (epoch, first):
+            self._begun = epoch, first
+            following = order[first + self.window :][: self.window]
+            self.dataset.fetch(following if len(following) else self._window(epoch + 1, 0)[3][: self.window])
 
     def draw(self, p, attempt=0):
         """
@@ -768,9 +843,7 @@ class Stream(torch.utils.data.Dataset):
 
         text is one str, "" where there is none; u places a random crop; attempt k > 0 is the k-th stand-in.
         """
-        index, epoch = self.item(p)
-        if attempt:
-            index = seed_of(self.seed, "replace", p, attempt) % len(self.dataset)
+        index, epoch = self.item(p, attempt)
         meta = self.dataset.meta(index)
         texts = meta["text"] or [""]
         return dict(
@@ -785,6 +858,8 @@ class Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, p):
         bad = []
+        if self.window and self.dataset.remote:
+            self._fetch_ahead(p)
         for attempt in range(100):
             try:
                 drawn = self.draw(p, attempt)
@@ -825,37 +900,138 @@ def collate(samples):
     return batch
 
 
-def _heed_the_parent(worker):
-    """In a worker, where SIGTERM is blocked: end when it comes from the parent, and for nobody else."""
+def _begin_worker(number):
+    """In a worker, where SIGTERM is blocked: end when it comes from the parent alone; SIGUSR1 shows its stack."""
 
     def wait():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != multiprocessing.parent_process().pid:
             pass
         os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):
+        faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
+        threading.Thread(target=wait, daemon=True).start()
 
 
-def loader(stream, start_step, max_steps, batch_size, grad_accum=1, rank=0, world=1, workers=0, collate_fn=collate):
-    """An iterator over this rank's collated micro-batches of steps start_step .. max_steps - 1, in order."""
-    is_linux = hasattr(signal, "sigwaitinfo")
-    steps = ((step, micro) for step in range(start_step, max_steps) for micro in range(grad_accum))
-    batches = torch.utils.data.DataLoader(
-        stream,
-        batch_sampler=(step_positions(*at, batch_size, grad_accum, rank, world) for at in steps),
-        collate_fn=collate_fn,
-        num_workers=workers,  # torch gives each one thread
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_heed_the_parent if is_linux else None,
-        generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
-    )
-    if not is_linux:
-        return iter(batches)
-    # Ctrl-C, and torchrun's and slurm's SIGTERM, reach workers too, but are meant for the trainer, which saves and
-    # stops: a worker that died would crash it before that. So workers are born with both blocked.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-    try:
-        return iter(batches)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def loader(
+    stream,
+    start_step,
+    max_steps,
+    batch_size,
+    grad_accum=1,
+    rank=0,
+    world=1,
+    workers=0,
+    collate_fn=collate,
+    timeout=600,
+    restarts=3,
+):
+    """
+    An iterator over this rank's collated micro-batches of steps start_step .. max_steps - 1, in order.
+
+    A worker that dies, or gives no batch for `timeout` seconds (then its stack is shown), is named, and all are started
+    again from the first batch that has not come: the sequence stays the same. RuntimeError after `restarts` in a row.
+    """
+    total = max(max_steps - start_step, 0) * grad_accum
+
+    def positions(n):
+        step, micro = divmod(n, grad_accum)
+        return step_positions(start_step + step, micro, batch_size, grad_accum, rank, world)
+
+    def begin(first):
+        batches = torch.utils.data.DataLoader(
+            stream,
+            batch_sampler=map(positions, range(first, total)),
+            collate_fn=collate_fn,
+            num_workers=workers,  # torch gives each one thread
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            timeout=min(timeout, 5) if workers else 0,  # so often it is looked whether all workers live
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
+        )
+        if not hasattr(signal, "pthread_sigmask"):
+            return iter(batches)
+        # Ctrl-C, and torchrun's and slurm's SIGTERM, reach workers too, but are meant for the trainer, which saves and
+        # stops: so workers are born with both blocked. And torch would have a dead worker raise RuntimeError wherever
+        # the trainer is just then; here it is noticed when its batch is due.
+        before, on_death = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM]), None
+        if threading.current_thread() is threading.main_thread():
+            on_death = signal.getsignal(signal.SIGCHLD)
+        try:
+            return iter(batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if on_death is not None:
+                signal.signal(signal.SIGCHLD, on_death)
+
+    def deliver(batches):
+        done = first = failures = 0
+        due = time.monotonic() + timeout
+        while done < total:
+            fault, is_late = None, False
+            try:
+                batch = next(batches)
+            except Exception as e:
+                is_late = str(e).startswith("DataLoader timed out")
+                fallen = [number for number, worker in enumerate(batches._workers) if worker.exitcode is not None]
+                if not fallen and not is_late:
+                    raise
+                if not fallen and time.monotonic() < due:
+                    continue
+                number = fallen[0] if fallen else (done - first) % workers  # they take turns
+                worker = batches._workers[number]
+                code = -worker.exitcode if fallen else 0
+                fault = f"gave no batch for {timeout} s"
+                if fallen:
+                    fault = f"was killed by {signal.Signals(code).name}" if code > 0 else f"ended with status {-code}"
+                    fault += " (out of memory?)" if code == 9 else ""
+                held = [n for n in range(done, min(done + 2 * workers, total)) if (n - first) % workers == number]
+                held = ", ".join(f"{positions(n)[0]}..{positions(n)[-1]}" for n in held)
+                fault = f"worker {number} (pid {worker.pid}) of rank {rank} {fault}, with positions {held}"
+                failures += 1
+            if fault is None:
+                yield batch
+                done, failures, due = done + 1, 0, time.monotonic() + timeout
+                continue
+            if failures > restarts:
+                raise RuntimeError(f"{fault}, {failures} times in a row: look at these images, or take fewer workers")
+            print(f"{fault}: starting workers again, {failures} of {restarts}", flush=True)
+            if not fallen and hasattr(signal, "SIGUSR1"):
+                os.kill(worker.pid, signal.SIGUSR1)  # its stack, to stderr
+                time.sleep(0.5)
+            for worker in batches._workers:
+                worker.kill()
+            for worker in batches._workers:
+                worker.join(5)
+            batches, first, due = begin(done), done, time.monotonic() + timeout
+
+    batches = begin(0)  # workers start here, not when the first batch is asked for
+    return deliver(batches) if workers else batches
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m data.dataset", description="What a data set is, and how fast.")
+    parser.add_argument("path")
+    parser.add_argument("--image_size", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=10, help="to decode for")
+    parser.add_argument("--sidecars", action="store_true", help="write SHARD.index.npz, for those who read from afar")
+    asked = parser.parse_args()
+    opened = time.perf_counter()
+    ds = Dataset(asked.path, "all", asked.image_size)
+    opened, classes = time.perf_counter() - opened, ", ".join(ds.classes[:5]) + (", ..." if len(ds.classes) > 5 else "")
+    kinds = f"{ds.num_classes} classes{f' ({classes})' if classes else ''}" if ds.num_classes else "no labels"
+    print(f"{ds.path}: {ds.form}, {len(ds)} images in {len(ds.files)} files, {kinds}; opened in {opened:.2f} s")
+    if asked.sidecars:
+        print(f"{ds.write_sidecars()} indexes written beside the shards")
+    torch.set_num_threads(1)
+    stream, count, bad = Stream(ds, 0), 0, 0
+    began, begun = time.perf_counter(), time.process_time()
+    while time.perf_counter() - began < asked.seconds and count < 10 * len(ds):
+        bad += len(stream[count]["bad"])
+        count += 1
+    took, worked = time.perf_counter() - began, time.process_time() - begun
+    per_core = f"{count / worked:.0f} images/s per core at {ds.image_size} px"
+    print(f"{per_core}, {count / took:.0f} with reading and what else this machine does; {bad} bad of {count}")

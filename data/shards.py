@@ -83,6 +83,7 @@ class Index:
         h = hashlib.blake2b(b"\n".join(prefix + key for key in self.keys), digest_size=16)
         h.update(table[:, 2:4].tobytes() + str(self.content).encode())
         about = dict(n=len(labels), part=self.part, files=self.files, prefix=self.prefix, names=names, named=is_named)
+        about |= dict(content=self.content)
         about |= dict(width=max(map(len, self.keys), default=0), bytes=sum(map(len, self.keys)), digest=h.hexdigest())
         if len(labels):
             about |= dict(
@@ -123,9 +124,8 @@ class Table:
         return cls(about, {name: np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in names}, folder)
 
     @classmethod
-    def of(cls, shards):
-        """In memory, of the Index of each shard."""
-        made = [index.arrays() for index in shards]
+    def of(cls, made):
+        """In memory, from Index.arrays of each shard."""
         new = lambda name, dtype, shape: np.empty(shape, dtype)  # noqa: E731
         return cls(*join([json.loads(str(arrays["about"])) for arrays in made], made.__getitem__, new))
 
@@ -220,12 +220,12 @@ def as_runs(begin, end):
     return np.stack([np.append(begin, 0), np.append(0, np.cumsum(end - begin))])
 
 
-def open_table(cache, name, jobs, index_of):
+def open_table(cache, name, jobs, arrays_from):
     """
     The Table of shards, kept in CACHE/index-.../; made in memory where that cannot be written.
 
     name: what tells data sets apart. jobs: [(shard, stamp), ...]: an index is made again where the stamp is another.
-    index_of(shard) -> Index. Of many processes one makes it, the others wait.
+    arrays_from(shard): of its Index. Of many processes one makes it, the others wait.
     """
     folder, processes = f"{cache}/index-{digest('v3', name)}", processors()
     whole, parts = f"{folder}/{digest(jobs)}", [f"{folder}/{digest(job)}.npz" for job in jobs]
@@ -235,7 +235,7 @@ def open_table(cache, name, jobs, index_of):
     def arrays_of(s):
         with contextlib.suppress(Exception), np.load(parts[s]) as kept:
             return {name: kept[name] for name in kept.files}
-        arrays = index_of(jobs[s][0]).arrays()
+        arrays = arrays_from(jobs[s][0])
         with contextlib.suppress(OSError):
             write_whole(parts[s], lambda f: np.savez_compressed(f, **arrays))
         return arrays
@@ -251,7 +251,7 @@ def open_table(cache, name, jobs, index_of):
         os.makedirs(folder, exist_ok=True)
         open(f"{folder}/lock", "a").close()
     except OSError:
-        return Table.of(index_of(shard) for shard, _ in jobs)
+        return Table.of([arrays_from(shard) for shard, _ in jobs])
     with locked(f"{folder}/lock", f"indexes {len(jobs)} shards"):
         with contextlib.suppress(Exception):  # while this one waited
             return Table.load(whole)
@@ -284,7 +284,7 @@ def open_table(cache, name, jobs, index_of):
         except OSError as e:
             print(f"the index cannot be kept in {folder} ({e}): it is held in memory", flush=True)
             remove(making)
-            return Table.of(index_of(shard) for shard, _ in jobs)
+            return Table.of([arrays_from(shard) for shard, _ in jobs])
         for name in set(os.listdir(folder)) - {"lock", *map(os.path.basename, [whole, *parts])}:
             remove(f"{folder}/{name}")  # of shards as they were; who has it open keeps it
         return Table.load(whole)
@@ -380,21 +380,21 @@ class Remote:
 
     def __init__(self, url, cache="cache", gigabytes=64.0):
         self.url, self.gigabytes, self.thread = url, gigabytes, None
-        fs, paths = self.system(), []
-        base = re.split(r"[*?\[{]", url)[0].rpartition("/")[0]
-        for one in braces(url):
-            path = fs._strip_protocol(one)
-            if re.search(r"[*?\[]", path):
-                paths += fs.glob(path)
-            elif fs.isfile(path) and not one.endswith("/"):
-                paths.append(path)
+        fs, found = self.system(), {}
+        base, one_by_one = re.split(r"[*?\[{]", url)[0].rpartition("/")[0], braces(url)
+        self.is_whole = (
+            not url.endswith((".tar", ".parquet")) and len(one_by_one) == 1 and not re.search(r"[*?\[]", url)
+        )
+        for path in map(fs._strip_protocol, one_by_one):
+            if self.is_whole:
+                base, found = url, fs.find(path, detail=True)
             else:
-                base, paths = one.rstrip("/"), fs.find(path)
+                found |= fs.glob(path, detail=True) if re.search(r"[*?\[]", path) else {path: {}}
         base = fs._strip_protocol(base).rstrip("/")
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            infos = list(pool.map(fs.info, paths))
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:  # over HTTP a list has no sizes
+            infos = list(pool.map(lambda path: found[path] if found[path].get("size") else fs.info(path), found))
         self.paths, self.stamps, self.sizes = {}, {}, {}
-        for path, info in zip(paths, infos):
+        for path, info in zip(found, infos):
             name = path.removeprefix(base).lstrip("/")
             version = [
                 str(info[key]) for key in ("ETag", "etag", "md5", "mtime", "LastModified", "created") if info.get(key)
@@ -466,7 +466,8 @@ class Remote:
             total = sum(size for _, size, _ in files)
             for used, size, path in sorted(files):
                 is_left = path.endswith(".tmp") and time.time() - used > 3600
-                if is_left or (total > self.gigabytes * 1e9 and size and path != keep and not path.endswith(".tmp")):
+                is_shard = re.fullmatch(r"[0-9a-f]{16}\.(tar|parquet)", os.path.basename(path)) and path != keep
+                if is_left or (is_shard and total > self.gigabytes * 1e9):
                     with contextlib.suppress(FileNotFoundError):
                         os.remove(path)
                     total -= size
@@ -487,9 +488,11 @@ class Remote:
 
     def small(self, name):
         """Content of a small file in the folder, None where there is none."""
+        if self.is_whole and name not in self.paths:
+            return None
         try:
             return self.system().cat_file(f"{self.base}/{name}")
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # who may not list may be refused what is not there
             return None
 
 
