@@ -938,7 +938,7 @@ def loader(
         step, micro = divmod(n, grad_accum)
         return step_positions(start_step + step, micro, batch_size, grad_accum, rank, world)
 
-    def begin(first):
+    def begin(first, prefetch=2):
         batches = torch.utils.data.DataLoader(
             stream,
             batch_sampler=map(positions, range(first, total)),
@@ -946,7 +946,8 @@ def loader(
             num_workers=workers,  # torch gives each one thread
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            timeout=min(timeout, 5) if workers else 0,  # so often it is looked whether all workers live
+            prefetch_factor=prefetch if workers else None,
+            timeout=min(timeout, 1) if workers else 0,  # so often it is looked whether all workers live
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
         )
@@ -974,7 +975,10 @@ def loader(
                 batch = next(batches)
             except Exception as e:
                 is_late = str(e).startswith("DataLoader timed out")
-                fallen = [number for number, worker in enumerate(batches._workers) if worker.exitcode is not None]
+                for wait in (0, 0 if is_late else 0.5):  # a broken connection is seen before the death that broke it
+                    time.sleep(wait)
+                    if fallen := [k for k, worker in enumerate(batches._workers) if worker.exitcode is not None]:
+                        break
                 if not fallen and not is_late:
                     raise
                 if not fallen and time.monotonic() < due:
@@ -1004,7 +1008,8 @@ def loader(
                 worker.kill()
             for worker in batches._workers:
                 worker.join(5)
-            batches, first, due = begin(done), done, time.monotonic() + timeout
+            # what a worker had ready dies with it: so that one batch cannot take others along, one at a time from now on
+            batches, first, due = begin(done, 1 if failures > 1 else 2), done, time.monotonic() + timeout
 
     batches = begin(0)  # workers start here, not when the first batch is asked for
     return deliver(batches) if workers else batches

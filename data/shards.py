@@ -444,6 +444,7 @@ class Remote:
                     if self.sizes[name] not in (None, size):
                         raise OSError(f"{size} bytes of {self.sizes[name]} came")
                     os.replace(part, path)
+                    break
                 except FileNotFoundError:
                     raise
                 except Exception as e:  # what a network does is not always an OSError
