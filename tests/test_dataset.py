@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -721,12 +722,10 @@ def test_tar_index_is_kept_and_renewed(tmp_path, monkeypatch):
     assert len(Dataset(where, "all")) == 2 and len(calls) == 2
     make_tar(where / "b.tar", [{"0.png": png}])
     assert len(Dataset(where, "all")) == 3 and len(calls) == 3
-    for name in os.listdir("cache"):
-        Path("cache", name).write_bytes(b"PK cut short")
-    assert len(Dataset(where, "all")) == 3 and len(calls) == 4
-    for name in os.listdir("cache"):
-        Path("cache", name).unlink()
-    os.rmdir("cache")
+    for path in Path("cache").rglob("*.*"):
+        path.write_bytes(b"PK cut short")
+    assert len(Dataset(where, "all")) == 3 and len(calls) == 5
+    shutil.rmtree("cache")
     Path("cache").write_text("a file stands where the folder would be")
     assert len(Dataset(where, "all")) == 3
 
