@@ -13,10 +13,12 @@ import contextlib
 import copy
 import datetime
 import inspect
+import io
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
@@ -56,7 +58,9 @@ flip = True  # mirror half of the images
 workers = 4  # processes that read latents or decode images; 0 does it in the main one
 first_stage = "out/vae"  # the autoencoder: a stage-1 checkpoint or its out_dir | none (diffuse pixels)
 cache_latents = True  # encode every image once, before training; False encodes at every step
-cache_dir = "cache"  # where the latents are kept, the same folder for all nodes
+cache_text = False  # keep the embeddings of a frozen text encoder on disk too: 118 KB a caption, openclip_h 158 KB
+cache_dir = "cache"  # where these are kept, the same folder for all nodes
+latents_on_device = "auto"  # all cached latents in each process's: auto (CUDA, below a fifth of it free) | true | false
 init_from = ""  # start from this model, ours or another's, as it was built: U-Net, text, process, autoencoder, task
 # conditioning
 cond = "text"  # none | class | text | layout (boxes with names, as a sequence of tokens)
@@ -140,6 +144,7 @@ snapshot_every = 0  # steps between kept EMA snapshots ema_STEP.safetensors; 0 k
 log_every = 50  # steps between progress lines
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16 | float64
+checkpointing = False  # computes the U-Net's activations twice instead of keeping them: less memory, 1.4 times the time
 compile = "auto"  # torch.compile: auto (on CUDA) | true | false
 deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # send the log to Weights & Biases too
@@ -264,6 +269,138 @@ def update_power_ema(ema, model, step, std):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - beta)
 
 
+# -- the cache of text --
+
+
+def announce(what, folder, size):
+    """Says what will be written, in bytes; OSError where the disk has not the room."""
+    print(f"caching {what} in {folder}: {size / 2**30:.3g} GiB", flush=True)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        room = f"{size / 2**30:.3g} GiB to write, and {free / 2**30:.3g} GiB free"
+        raise OSError(f"no room for the cache in {folder} ({room}): make room, or set another cache_dir")
+
+
+class Captions(torch.utils.data.Dataset):
+    """All captions by index, [] where they do not read: training does not draw such an image."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        try:
+            return self.images.meta(i)["text"]
+        except BadImage as e:
+            print(f"skipped bad captions: {e}", flush=True)
+            return []
+
+
+class TextCache(torch.utils.data.Dataset):
+    """cache[p] is stream[p] and "context" (L,D) float16, what a frozen tower makes of the caption drawn.
+
+    Shard files of SHARD images: starts (SHARD+1,), the rows of each image's captions; crc (M,) of those captions;
+    context (M,L,D) float16. The file's name is its done mark, the folder's a hash of the tower, its tokenizer, the
+    precision it runs in and the data's index. What has no caption is told the empty prompt, which is kept in memory.
+    """
+
+    def __init__(self, stream, tower, tower_hash, folder, precision="float32"):
+        """stream: a WithCondition, whose items tell which caption was drawn."""
+        self.stream, self.images, self.shape = stream, stream.images, (tower.length, tower.width)
+        text = zlib.crc32(tower.bpe()), zlib.crc32(self.images.text.tobytes())  # the fingerprint is that of the images
+        key = seed_of(tower_hash, tower.settings, precision, self.images.fingerprint, *text)
+        self.folder, self.shards, self.null = f"{folder}/text-{key:016x}", {}, None
+        self.count = -(-len(self.images) // SHARD)
+
+    def path(self, shard):
+        return f"{self.folder}/{shard:06d}.safetensors"
+
+    def is_whole(self, shard):
+        """Whether the file of a shard is there and as long as its head says."""
+        try:
+            with safe_open(self.path(shard), framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    @torch.no_grad()
+    def build(self, tower, device, autocast, workers, rank, world):
+        """Every rank embeds its shards, those that are there already excepted, then waits for the others'."""
+
+        def embed(texts):
+            parts = [torch.empty(0, *self.shape, dtype=torch.float16)]
+            for start in range(0, len(texts), 128):
+                with autocast():
+                    parts.append(tower(tower.tokenize(texts[start : start + 128]).to(device)).half().cpu())
+            return torch.cat(parts)  # (M, L, D)
+
+        def captions(shards):
+            members = (i for s in shards for i in range(s * SHARD, min((s + 1) * SHARD, len(self.images))))
+            subset = torch.utils.data.Subset(Captions(self.images), list(members))
+            batches = torch.utils.data.DataLoader(subset, batch_size=64, num_workers=workers, collate_fn=list)
+            return (texts for batch in batches for texts in batch)
+
+        self.null = embed([""])[0]
+        os.makedirs(self.folder, exist_ok=True)
+        missing = [shard for shard in range(self.count) if not self.is_whole(shard)]
+        if missing and rank == 0:
+            counts = [len(texts) for texts in captions(missing)]
+            what = f"the text of {len(counts)} images ({sum(counts)} captions)"
+            announce(what, self.folder, 2 * sum(counts) * math.prod(self.shape))
+        for shard in missing:
+            if shard % world != rank:
+                continue
+            if os.path.exists(self.path(shard)):
+                print(f"{self.path(shard)} is cut short or damaged: it is made again", flush=True)
+            texts = list(captions([shard]))
+            starts, texts = np.cumsum([0, *map(len, texts)]), [text for several in texts for text in several]
+            crc = [zlib.crc32(text.encode("utf-8", "surrogatepass")) for text in texts]
+            tensors = {"starts": torch.from_numpy(starts), "crc": torch.tensor(crc, dtype=torch.int64)}
+            data = save(tensors | {"context": embed(texts)})
+            write_whole(self.path(shard), lambda f, data=data: f.write(data))
+        while not all(self.is_whole(shard) for shard in missing):
+            time.sleep(1)
+
+    def context(self, item):
+        """(L,D) float16 of the caption of a stream's item; ValueError if the data now have another."""
+        if not item["text"]:
+            return self.null
+        shard, row = divmod(item["index"], SHARD)
+        if shard not in self.shards:
+            if len(self.shards) == 256:
+                self.shards.pop(next(iter(self.shards)))
+            f = safe_open(self.path(shard), framework="pt")
+            self.shards[shard] = f.get_tensor("starts").tolist(), f.get_tensor("crc").tolist(), f.get_slice("context")
+        starts, crc, context = self.shards[shard]
+        at = starts[row] + item["caption"]
+        if at >= starts[row + 1] or crc[at] != zlib.crc32(item["text"].encode("utf-8", "surrogatepass")):
+            raise ValueError(f"{item['key']} has other captions than were cached: delete {self.path(shard)}")
+        return context[at]
+
+    def __getitem__(self, p):
+        item = self.stream[p]
+        return item | {"context": self.context(item)}
+
+    def __getstate__(self):
+        return {**self.__dict__, "shards": {}}
+
+
+class Remembered:
+    """A frozen tower's embeddings of a few prompts, in its place once it has been taken off the device."""
+
+    def __init__(self, tower, prompts):
+        self.number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        self.contexts = tower(list(self.number))
+
+    def tokenize(self, prompts):
+        return torch.tensor([self.number[prompt] for prompt in prompts])
+
+    def __call__(self, numbers):
+        return self.contexts[numbers.to(self.contexts.device)]
+
+
 # -- the latent cache --
 
 
@@ -289,7 +426,7 @@ class LatentCache(torch.utils.data.Dataset):
 
     Shard files of (SHARD, 1 or 2, 2, C, h, w) float16: of an image and its mirror, mean and std. The file's name is its
     done mark. The folder's name is a hash of the encoder, the precision it runs in, the data's index, size and flip: a
-    change of any of them makes another cache.
+    change of any of them makes another cache. After load() the items' images are empty: their latents are elsewhere.
     """
 
     def __init__(self, stream, vae, folder, precision="float32"):
@@ -299,25 +436,42 @@ class LatentCache(torch.utils.data.Dataset):
         self.shape = (self.flips, 2, vae.latent_channels, side, side)
         encoder = hash_weights(vae, but=("decoder.", "post_quant_conv."))  # another decoder has the same latents
         key = seed_of(encoder, precision, self.images.fingerprint, self.images.image_size, self.flips)
-        self.folder, self.shards = f"{folder}/latents-{key:016x}", {}
+        self.folder, self.shards, self.undecoded = f"{folder}/latents-{key:016x}", {}, None
         self.count = -(-len(self.images) // SHARD)
+        self.bytes = 2 * len(self.images) * math.prod(self.shape)
 
     def path(self, shard):
         return f"{self.folder}/{shard:06d}.npy"
+
+    def members(self, shard):
+        """The images whose latents are in a shard."""
+        return range(shard * SHARD, min((shard + 1) * SHARD, len(self.images)))
+
+    def is_whole(self, shard):
+        """Whether the file of a shard is there, with the head and the size that it must have."""
+        head, shape = io.BytesIO(), (len(self.members(shard)), *self.shape)
+        np.lib.format.write_array_header_1_0(head, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        try:
+            with open(self.path(shard), "rb") as f:
+                same = f.read(len(head.getvalue())) == head.getvalue()
+                return same and f.seek(0, os.SEEK_END) == len(head.getvalue()) + 2 * math.prod(shape)
+        except FileNotFoundError:
+            return False
 
     @torch.no_grad()
     def build(self, vae, device, autocast, workers, rank, world):
         """Every rank encodes its shards, those that are there already excepted, then waits for the others'."""
         os.makedirs(self.folder, exist_ok=True)
-        missing = [shard for shard in range(self.count) if not os.path.exists(self.path(shard))]
+        missing = [shard for shard in range(self.count) if not self.is_whole(shard)]
         if missing and rank == 0:
-            size = len(self.images) * 2 * math.prod(self.shape) / 2**30
-            print(f"caching the latents of {len(self.images)} images in {self.folder}: {size:.3g} GiB", flush=True)
+            count = sum(len(self.members(shard)) for shard in missing)
+            announce(f"the latents of {count} images", self.folder, 2 * count * math.prod(self.shape))
         for shard in missing:
             if shard % world != rank:  # by number: ranks may not find the same ones missing
                 continue
-            members = range(shard * SHARD, min((shard + 1) * SHARD, len(self.images)))
-            subset = torch.utils.data.Subset(Images(self.images), members)
+            if os.path.exists(self.path(shard)):
+                print(f"{self.path(shard)} is cut short or damaged: it is made again", flush=True)
+            subset = torch.utils.data.Subset(Images(self.images), self.members(shard))
             parts = []
             for x in torch.utils.data.DataLoader(subset, batch_size=32, num_workers=workers):
                 x = x.to(device, vae.latent_mean.dtype)
@@ -329,8 +483,18 @@ class LatentCache(torch.utils.data.Dataset):
                 parts.append(torch.stack(pair, dim=1).half().cpu().numpy())  # (32, flips, 2, C, h, w)
             latents = np.concatenate(parts)
             write_whole(self.path(shard), lambda f, latents=latents: np.save(f, latents))
-        while not all(os.path.exists(self.path(shard)) for shard in missing):
+        while not all(self.is_whole(shard) for shard in missing):
             time.sleep(1)
+
+    def load(self, device):
+        """All latents as one tensor (N * flips, 2, C, h, w) float16: image i in row i * flips, its mirror after it."""
+        latents = torch.empty(len(self.images), *self.shape, dtype=torch.float16, device=device)
+        self.undecoded = np.empty((len(self.images), self.flips), dtype=bool)  # the workers must know
+        for shard in range(self.count):
+            part = np.load(self.path(shard))
+            self.undecoded[shard * SHARD :][: len(part)] = np.isnan(part).any(axis=(2, 3, 4, 5))
+            latents[shard * SHARD :][: len(part)].copy_(torch.from_numpy(part))
+        return latents.flatten(0, 1)
 
     def moments(self, index, flip):
         """(2, C, h, w) float16: mean and std, all NaN where the image did not decode."""
@@ -349,8 +513,12 @@ class LatentCache(torch.utils.data.Dataset):
             except BadImage as e:
                 bad.append(str(e))
                 continue
-            moments = self.moments(drawn["index"], drawn["flip"])
-            if not moments.isnan().any():
+            if self.undecoded is None:
+                moments = self.moments(drawn["index"], drawn["flip"])
+                undecoded = moments.isnan().any()
+            else:
+                moments, undecoded = torch.empty(0), self.undecoded[drawn["index"], int(drawn["flip"])]
+            if not undecoded:
                 return {"image": moments, "bad": bad, **drawn}
             bad.append(f"{drawn['key']}: did not decode when its latents were cached")
         raise ValueError(f"all {len(bad)} images tried in {self.images.path} are bad ({bad[0]}): look at the data")
@@ -563,6 +731,7 @@ def check_settings(cfg):
         ("device", ("auto", "cpu", "cuda")),
         ("dtype", ("auto", "float32", "bfloat16", "float64")),
         ("compile", ("auto", "true", "false", "True", "False")),
+        ("latents_on_device", ("auto", "true", "false", "True", "False")),
     ):
         if cfg[name] not in choices:
             raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
@@ -591,7 +760,8 @@ def check_settings(cfg):
     joint = cfg["cond"] == "text" and cfg["text_encoder"] == "joint"
     for names, fits, reason in (
         ("text_encoder", cfg["cond"] == "text", "cond=text"),
-        ("tower_weights clip_vocab", cfg["cond"] == "text" and not joint, "a frozen text_encoder"),
+        ("tower_weights clip_vocab cache_text", cfg["cond"] == "text" and not joint, "a frozen text_encoder"),
+        ("latents_on_device", cfg["cache_latents"] and cfg["first_stage"] != "none", "cached latents"),
         ("tokenizer", joint, "cond=text and text_encoder=joint"),
         ("prompts", cfg["cond"] in ("text", "layout") and cfg["task"] == "none", "cond=text, or layout, and no task"),
         ("class_embed", cfg["cond"] == "class", "cond=class"),
@@ -793,6 +963,7 @@ if __name__ == "__main__":
             f"which {len(channel_mult)} levels divide by: change image_size or channel_mult"
         )
     model.to(device, param_dtype, memory_format=torch.channels_last)
+    model.unet.checkpointing = checkpointing
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     power_emas = [copy.deepcopy(ema) for _ in ema_stds]
     process = process_of(config)
@@ -906,6 +1077,7 @@ if __name__ == "__main__":
         stream, validation_stream = (LatentCache(s, vae, cache_dir, dtype) for s in (stream, validation_stream))
         for cache in (validation_stream, stream):
             cache.build(vae, device, autocast, workers, rank, world)
+    latents = stream if cached else None
     stream, validation_stream = (
         WithCondition(s, task, seed, sr_scale, sr_kind, object_names) for s in (stream, validation_stream)
     )
@@ -914,6 +1086,31 @@ if __name__ == "__main__":
     if tower is not None:
         with torch.no_grad(), autocast():
             null_context = tower([""]).to(param_dtype)
+    grid_count = min(n_samples, shown_count)  # of a task's grid, whose pictures are validation's
+    if cache_text:  # the tower is not needed any more, but for what the grids ask for
+        stream, validation_stream = (
+            TextCache(s, tower, tower_hash, cache_dir, dtype) for s in (stream, validation_stream)
+        )
+        for cache in (validation_stream, stream):
+            cache.build(tower, device, autocast, workers, rank, world)
+        asked = shown
+        if task != "none":
+            asked = [validation_stream[i * len(validation) // shown_count]["text"] for i in range(grid_count)]
+        with torch.no_grad(), autocast():
+            tower = Remembered(tower, ["", *asked])
+    resident = None  # all training latents, on the device
+    if cached and latents_on_device.lower() != "false":
+        wanted, size, free = latents_on_device.lower() == "true", latents.bytes / 2**30, math.inf
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0] / 2**30
+        if wanted and size > free:
+            room = f"{size:.3g} GiB, and {free:.3g} GiB are free"
+            raise ValueError(f"latents_on_device=true, but they take {room} on {device}: set it to auto or false")
+        if wanted or (device.type == "cuda" and size < free / 5):
+            if master:
+                print(f"keeping the latents on {device}: {size:.3g} GiB in each process", flush=True)
+            resident = latents.load(device)
 
     def examples(batch, noise):
         """A collated batch on the device, as train_step takes it.
@@ -925,7 +1122,11 @@ if __name__ == "__main__":
         if vae is None:
             out = {"x0": batch["image"].to(device, param_dtype, non_blocking=True)}
         elif cached:
-            mean, std = batch["image"].to(device, non_blocking=True).to(param_dtype).unbind(1)
+            moments = batch["image"].to(device, non_blocking=True)
+            if not moments.numel():  # they are here already
+                rows = batch["index"] * latents.flips + batch["flip"]
+                moments = resident.index_select(0, rows.to(device, non_blocking=True))
+            mean, std = moments.to(param_dtype).unbind(1)
             out = {"x0": vae.normalize(mean + std * noise["posterior"])}
         else:
             with torch.no_grad(), autocast():
@@ -936,8 +1137,12 @@ if __name__ == "__main__":
             out["tokens"] = text.tokenize(batch["text"]).to(device, non_blocking=True)
             out["null_tokens"] = null_tokens.expand(n, -1)
         elif tower is not None:
-            with torch.no_grad(), autocast():
-                out["context"] = tower(tower.tokenize(batch["text"]).to(device, non_blocking=True)).to(param_dtype)
+            if cache_text:
+                context = batch["context"].to(device, non_blocking=True)
+            else:
+                with torch.no_grad(), autocast():
+                    context = tower(tower.tokenize(batch["text"]).to(device, non_blocking=True))
+            out["context"] = context.to(param_dtype)
             out["null_context"] = null_context.expand(n, -1, -1)
         elif cond == "class":
             out["null_y"] = torch.full((n,), num_classes, device=device)
@@ -968,9 +1173,8 @@ if __name__ == "__main__":
         pipeline = pipeline._replace(task=task_settings, tower=tower)
         wanted, given, grid, names = shown, None, [], []
         if task != "none":  # of validation images, which bring their own text and class
-            count = min(n_samples, shown_count)
-            batch = collate([validation_stream[i * len(validation) // shown_count] for i in range(count)])
-            given, wanted = batch["condition"], [None] * count
+            batch = collate([validation_stream[i * len(validation) // shown_count] for i in range(grid_count)])
+            given, wanted = batch["condition"], [None] * grid_count
             if text is not None or tower is not None:
                 wanted = batch["text"]
             elif cond == "class":

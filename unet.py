@@ -25,6 +25,7 @@ import zlib
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 # --- attention ---
 
@@ -229,9 +230,10 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers called one after the other, each given what it listens to."""
+    """Layers called one after the other, each given what it listens to; the first is shown `kept` too."""
 
-    def forward(self, x, emb, context):
+    def forward(self, x, emb, context, kept=None):
+        x = x if kept is None else torch.cat([x, kept], dim=1)
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -242,8 +244,17 @@ class Stage(nn.ModuleList):
         return x
 
 
+def run(stage, checkpointing, *inputs):
+    """stage(*inputs), whose inner activations are computed again in the backward pass instead of kept, if asked."""
+    if checkpointing and torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(stage, *inputs, use_reentrant=False)
+    return stage(*inputs)
+
+
 class UNet(nn.Module):
     """The denoiser; `unet.settings` holds the arguments it was built with."""
+
+    checkpointing = False  # set to True it saves memory for time: the stages' inner activations are computed twice
 
     def __init__(
         self,
@@ -389,11 +400,11 @@ class UNet(nn.Module):
         h = F.pixel_unshuffle(h, s["unet_patch"])
         kept = []
         for stage in self.input_blocks:
-            h = stage(h, emb, context)
+            h = run(stage, self.checkpointing, h, emb, context)
             kept.append(h)
-        h = self.middle_block(h, emb, context)
+        h = run(self.middle_block, self.checkpointing, h, emb, context)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, kept.pop()], dim=1), emb, context)
+            h = run(stage, self.checkpointing, h, emb, context, kept.pop())
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), s["unet_patch"])
 
     @classmethod

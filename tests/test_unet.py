@@ -382,6 +382,58 @@ def test_channels_last_gives_the_same():
         torch.testing.assert_close(unet(**inputs), out, rtol=1e-4, atol=1e-5)
 
 
+def kept_for_backward(unet, inputs):
+    """(output, bytes that autograd keeps of the forward pass, weights and inputs left out)."""
+    kept, given = {}, {t.untyped_storage().data_ptr() for t in (*unet.parameters(), *inputs.values())}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = unet(**inputs)
+    return out, sum(size for place, size in kept.items() if place not in given)
+
+
+CHECKPOINTED = {
+    "text": dict(context_dim=8, linear_proj=True, num_classes=3),
+    "no text": dict(transformer_depth=0, resblock_updown=True, scale_shift=True, concat_channels=2),
+    "dropout": dict(context_dim=8, unet_dropout=0.3),
+}
+
+
+@pytest.mark.parametrize("settings", CHECKPOINTED.values(), ids=CHECKPOINTED)
+def test_checkpointing_changes_nothing_but_memory(settings):
+    inputs, results, kept = inputs_of(settings), [], []
+    inputs = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    for on in (False, True):
+        unet, inputs["x"] = fill(UNet(**TINY | settings)).double(), inputs["x"].detach().requires_grad_()
+        unet.checkpointing = on
+        torch.manual_seed(0)
+        out, size = kept_for_backward(unet, inputs)
+        kept.append(size)
+        torch.manual_seed(1)  # dropout computed again is not drawn again
+        out.square().mean().backward()
+        results.append([out, inputs["x"].grad, *(p.grad for p in unet.parameters())])
+    assert all(map(torch.equal, *results))
+    assert kept[1] < kept[0] / 4, kept
+    with torch.no_grad():
+        assert not unet(**inputs).requires_grad
+
+
+def test_checkpointing_compiles():
+    inputs, results = inputs_of(dict(context_dim=8)), []
+    for on in (False, True):
+        unet = fill(UNet(**TINY | dict(channel_mult=(1,)), context_dim=8))
+        unet.checkpointing = on
+        net = torch.compile(unet, backend="aot_eager", fullgraph=True) if on else unet
+        out = net(**inputs)
+        out.square().mean().backward()
+        results.append([out, *(p.grad for p in unet.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["context", "y", "concat"])
 def test_conditions_missing_or_superfluous(name):
     settings = {"context": dict(context_dim=12), "y": dict(num_classes=3), "concat": dict(concat_channels=2)}[name]
