@@ -15,6 +15,7 @@ evaluation that sets its scores beside those of the published heads, of the same
 The same command again resumes the run. An image, in what it prints, is a judged patch with its two distortions.
 """
 
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -39,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from data.dataset import loader, open_npy, permute, seed_of
 from vae import ssim
+from watch import Watch
 
 # data
 dataset = "data/bapps"  # what data/bapps/prepare.py made
@@ -62,6 +64,8 @@ warmup_steps = 0  # steps of linear warm-up
 beta1 = 0.5  # Adam
 beta2 = 0.999  # Adam
 grad_clip = 0.0  # largest gradient norm; 0 is no clipping
+skip_spikes = 0.0  # leave out a step whose gradient norm is over so many times its running mean; 0 leaves out none
+shard_optimizer = False  # each process keeps the optimizer state of its share of the parameters alone (ZeRO stage 1)
 # run
 out_dir = "out/lpips"  # checkpoint, log and curves
 seed = 0  # of weights, data order and dropout
@@ -69,6 +73,7 @@ eval_only = False  # only print the table for the checkpoint in out_dir, or for 
 eval_every = 3000  # steps between evaluations
 save_every = 1000  # steps between checkpoints
 log_every = 50  # steps between progress lines
+hang_timeout = 30.0  # minutes in which a rank makes no progress, after which the run says which one and ends
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16 | float64
 compile = "auto"  # torch.compile: auto (on CUDA) | true | false
@@ -285,7 +290,7 @@ class LPIPS(nn.Module):
 class Judgements(torch.utils.data.Dataset):
     """What data/bapps/prepare.py made of task "2afc" (ref, p0, p1) or "jnd" (p0, p1), all categories of a split.
 
-    item(i) -> dict(images (3 or 2,3,S,S) in [-1,1], judge: share of people who chose p1, or saw no difference).
+    item(i) -> dict(images (3 or 2,3,S,S) in [-1,1], judge: share of people who chose p1, or saw no difference; key).
     [p] is position p of an endless sequence, a new permutation every epoch, as of data.dataset.Stream.
     """
 
@@ -311,9 +316,11 @@ class Judgements(torch.utils.data.Dataset):
         return len(self.judge)
 
     def item(self, i):
-        images, part = next((m, part) for m, part in zip(self.images, self.parts.values()) if i < part.stop)
+        images, (name, part) = next(pair for pair in zip(self.images, self.parts.items()) if i < pair[1][1].stop)
         x = torch.from_numpy(images[i - part.start].astype(np.float32) / 127.5 - 1)  # (K,S,S,3)
-        return {"images": x.permute(0, 3, 1, 2).contiguous(), "judge": self.judge[i]}
+        return {"images": x.permute(0, 3, 1, 2).contiguous(), "judge": self.judge[i]} | {
+            "key": f"{name}/{i - part.start}"
+        }
 
     def __getitem__(self, p):
         epoch, at = divmod(int(p), len(self))
@@ -371,11 +378,12 @@ def train_step(models, batch, noise, cfg):
     """One forward pass -> {name: scalar loss term}; "loss" is the one to differentiate.
 
     batch["images"] (B,3,3,S,S) in [-1,1], ref, p0 and p1; batch["judge"] (B,) in [0,1]. noise is empty: dropout draws
-    from the global generator. Accuracy is the batch's 2AFC score, with dropout on.
+    from the global generator. Accuracy is the batch's 2AFC score, with dropout on; "each" (B,) the judgements' logits.
     """
     d0, d1, logit = models["judge"](batch["images"], cfg["dropout"])
     loss = F.binary_cross_entropy_with_logits(logit, batch["judge"])
-    return {"loss": loss, "accuracy": two_afc(torch.stack([d0, d1], dim=1).detach(), batch["judge"])}
+    accuracy = two_afc(torch.stack([d0, d1], dim=1).detach(), batch["judge"])
+    return {"loss": loss, "accuracy": accuracy, "each": logit.detach()}
 
 
 @torch.no_grad()
@@ -464,15 +472,55 @@ def load_checkpoint(path, stage):
         raise ValueError(f"{path} is cut short or damaged ({e}): delete it, or put a good copy in its place") from None
 
 
-def optimizer_tensors(optimizer, model, prefix):
-    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}."""
-    state = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
-    return {f"{prefix}.{name}.{key}": t for name, s in state for key, t in s.items()}
+def share_out(parameters, world):
+    """{parameter: the rank that keeps its optimizer state and updates it}: ZeRO's stage 1 (arXiv 1910.02054).
+
+    The largest first, each to the rank that has least so far: the same on every rank.
+    """
+    kept, owner = [0] * world, {}
+    for p in sorted(parameters, key=lambda p: -p.numel()):
+        owner[p] = kept.index(min(kept))
+        kept[owner[p]] += p.numel()
+    return owner
+
+
+@torch.no_grad()
+def send_updates(owner):
+    """After a step of a shared optimizer: what each rank has updated goes to all others, in one message a rank."""
+    for rank in sorted(set(owner.values())):
+        own = [p for p, keeper in owner.items() if keeper == rank]
+        flat = torch.cat([p.flatten() for p in own])
+        dist.broadcast(flat, rank)
+        for p, part in zip(own, flat.split([p.numel() for p in own])):
+            p.copy_(part.view_as(p))
+
+
+@torch.no_grad()
+def optimizer_tensors(optimizer, model, prefix, owner=None):
+    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}; of a shared one rank 0 gets the others' part.
+
+    owner: share_out()'s. Every rank has to call it then.
+    """
+    state = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        keeper = owner.get(p, 0) if owner else 0
+        if keeper and dist.get_rank() == keeper:
+            s = state[name] or {"step": -p.new_ones(()), "exp_avg": p, "exp_avg_sq": p}  # -1: none yet
+            dist.send(torch.cat([s[key].flatten().to(p.dtype) for key in ("step", "exp_avg", "exp_avg_sq")]), 0)
+        elif keeper and dist.get_rank() == 0:
+            flat = torch.empty(1 + 2 * p.numel(), dtype=p.dtype, device=p.device)
+            dist.recv(flat, keeper)
+            flat = flat.cpu()  # at once: rank 0's GPU need not have room for all
+            if flat[0] >= 0:
+                moments = (part.view(p.shape) for part in flat[1:].chunk(2))
+                state[name] = {"step": flat[0].float()} | dict(zip(("exp_avg", "exp_avg_sq"), moments))
+    return {f"{prefix}.{name}.{key}": t for name, s in state.items() for key, t in s.items()}
 
 
 def load_optimizer(optimizer, model, prefix, tensors):
+    kept = {p for group in optimizer.param_groups for p in group["params"]}  # of a shared one this rank's part
     for name, p in model.named_parameters():
-        if f"{prefix}.{name}.step" not in tensors:  # frozen, or no step taken yet
+        if f"{prefix}.{name}.step" not in tensors or p not in kept:  # frozen, or no step taken yet
             continue
         state = {key: tensors[f"{prefix}.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
         step = state.pop("step").to(p.device)
@@ -485,6 +533,47 @@ def with_prefix(prefix, state):
 
 def without_prefix(prefix, tensors):
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+@torch.no_grad()
+def is_spike(norm, usual, times):
+    """() bool: is a gradient norm over `times` times its running mean? usual (3,): mean, norms in it, spikes so far.
+
+    Never in the first 100; the mean is over about as many. A spike enters it as what was just allowed, so that norms
+    which stay high are followed; what is not finite does not enter. Nothing waits for the device.
+    """
+    mean, count, spikes = usual
+    spike = (norm > times * mean) & (count >= 100)
+    enters = torch.where(spike, times * mean, norm)
+    after = torch.stack([mean + (enters - mean) / (count + 1).clamp(max=100), count + 1, spikes + spike])
+    usual.copy_(torch.where(enters.isfinite(), after, usual))
+    return spike
+
+
+def images_of_step(keys, each, world):
+    """(keys, those of them whose own loss is not finite) of a step, lists by rank; every rank has to ask.
+
+    keys: of this rank's images.  each: their losses, a list of (B,).
+    """
+    bad = [key for key, fine in zip(keys, torch.cat(each).isfinite().tolist()) if not fine]
+    ranks = [(keys, bad)]
+    if world > 1:
+        ranks = [None] * world
+        dist.all_gather_object(ranks, (keys, bad))
+    return [part[0] for part in ranks], [part[1] for part in ranks]
+
+
+def check_same_everywhere(found, world):
+    """ValueError on all ranks where one has found other things than rank 0; found: {what: value}."""
+    ranks = [(platform.node(), found)]
+    if world > 1:
+        ranks = [None] * world
+        dist.all_gather_object(ranks, (platform.node(), found))
+    for rank, (node, theirs) in enumerate(ranks):
+        for what, value in ranks[0][1].items():
+            if theirs[what] != value:
+                told = f"{what}: {value} on rank 0 ({ranks[0][0]}), {theirs[what]} on rank {rank} ({node})"
+                raise ValueError(f"{told}: out_dir must lie on a disk that all nodes share; dataset too, or be alike")
 
 
 def check_same_model(path, saved, now):
@@ -560,6 +649,10 @@ def check_settings(cfg):
     for name in ("batch_size", "grad_accum", "max_steps", "eval_every", "save_every", "log_every"):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
+    if not cfg["hang_timeout"] > 0 or cfg["skip_spikes"] < 0:
+        raise ValueError(
+            f"hang_timeout={cfg['hang_timeout']} must be above 0, skip_spikes={cfg['skip_spikes']} not below"
+        )
     if not 0 <= cfg["dropout"] < 1:
         raise ValueError(f"dropout={cfg['dropout']} is a share: set it to 0 or more, and less than 1")
 
@@ -596,7 +689,9 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        timeout = datetime.timedelta(minutes=2 * hang_timeout)  # watch speaks first
+        options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+        dist.init_process_group(timeout=timeout, **options)
     master = rank == 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
@@ -629,12 +724,17 @@ if __name__ == "__main__":
     model = Judge(lpips, train_trunk).to(device, param_dtype)
 
     # optimizer: AdamW without weight decay is Adam
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(beta1, beta2), weight_decay=0.0, fused=True)
+    owner = share_out(model.parameters(), world) if shard_optimizer and world > 1 else {}
+    groups = [{"params": [p for p in model.parameters() if owner.get(p, rank) == rank]}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), weight_decay=0.0, fused=True)
+
+    # what a step leaves to the next ones: mean, count and spikes of the gradient norms
+    state = {"grad_norm": torch.zeros(3, device=device, dtype=param_dtype)}
 
     # resume
     latest, step, images_per_step = f"{out_dir}/latest.safetensors", 0, batch_size * grad_accum * world
     resumed = os.path.exists(latest) and not (eval_only and head_weights)  # which asks for those heads
-    if not eval_only:
+    if master and not eval_only:
         os.makedirs(out_dir, exist_ok=True)
     if resumed:
         tensors, meta = load_checkpoint(latest, "lpips")
@@ -642,6 +742,8 @@ if __name__ == "__main__":
         model.load_state_dict(without_prefix("model", tensors))
         load_optimizer(optimizer, model, "optim", tensors)
         step = meta["step"]
+        for name, t in without_prefix("state", tensors).items():
+            state[name].copy_(t)
         if eval_only:
             images_per_step = meta["images_per_step"]
         if meta["images_per_step"] != images_per_step:  # another number of processes, or another batch_size
@@ -653,13 +755,16 @@ if __name__ == "__main__":
                 )
             images_per_step = meta["images_per_step"]
         del tensors
+    found = {"the checkpoint's step": step if resumed else "none", "training images": len(train or ())}
+    check_same_everywhere(found, world)
 
     def checkpoint():
-        """Rank 0 writes all that a resumed run and LPIPS need."""
+        """Rank 0 writes all that a resumed run and LPIPS need; every rank has to call it."""
+        watch.at("saving", step)
+        tensors = optimizer_tensors(optimizer, model, "optim", owner)
         if not master:
             return
-        tensors = with_prefix("model", model.state_dict())
-        tensors |= optimizer_tensors(optimizer, model, "optim")
+        tensors |= with_prefix("model", model.state_dict()) | with_prefix("state", state)
         now = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
         save_checkpoint(latest, tensors, about | now)
 
@@ -703,8 +808,13 @@ if __name__ == "__main__":
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tflop:.4g} TFLOP per trained image")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
         print(f"resumed from {latest} at step {step}" if resumed else f"a new run in {out_dir}", flush=True)
+    watch = Watch(rank, world, hang_timeout)
+    for metric in metrics.values():
+        if isinstance(metric, LPIPS):
+            metric.register_forward_hook(watch.progress)
     if eval_only:
         assess()
+        watch.stop()
         if world > 1:
             dist.destroy_process_group()
         sys.exit(0)
@@ -735,7 +845,7 @@ if __name__ == "__main__":
     # compile, DDP
     judge = torch.compile(model) if use_compile else model
     if world > 1:
-        judge = DistributedDataParallel(judge, gradient_as_bucket_view=True)
+        judge = DistributedDataParallel(judge, gradient_as_bucket_view=True, broadcast_buffers=False)
     join = torch.utils.data.default_collate
     batches = loader(train, step, max_steps, batch_size, grad_accum, rank, world, workers, join)
 
@@ -748,17 +858,30 @@ if __name__ == "__main__":
 
     def settle(pending):
         """Waits for the numbers of a step, stops the run if they are bad, logs them when due; returns the stop flag."""
-        at_step, host, ready, at_time = pending
+        at_step, host, ready, at_time, keys, each = pending
         if ready is not None:
             ready.synchronize()
-        *values, finite, stop = host.tolist()
+        *values, spikes, spike, finite, stop = host.tolist()
         terms = dict(zip(terms_logged, values))
+        if spike or not finite:  # every rank sees the same, and can be asked
+            keys, bad_keys = images_of_step(keys, each, world)
+            culprits = sum(bad_keys, []) or sum(keys, [])
+            some = ", ".join(culprits[:4]) + f" and {len(culprits) - 4} more" * (len(culprits) > 4)
+        if spike and master:
+            over = f"gradient norm {terms['grad_norm']:.4g}, over {skip_spikes:g} times its running mean"
+            print(f"left out step {at_step}, {spikes:.0f} so far: {over}; images: {some}", flush=True)
         if not finite:
             bad = [name for name, value in terms.items() if not math.isfinite(value)]
             bad = [name for name in bad if name not in ("loss", "grad_norm")] or bad
+            listed = f"{out_dir}/bad_batch_{at_step:08d}.json"
+            record = {"step": at_step, "terms": {name: str(value) for name, value in terms.items()}}  # JSON has no NaN
+            if master:
+                with contextlib.suppress(OSError), open(listed, "w") as f:  # what is wrong is told all the same
+                    json.dump(record | {"keys_by_rank": keys, "not_finite_by_rank": bad_keys}, f)
             raise FloatingPointError(
                 f"{' and '.join(bad)} not finite at step {at_step}: no such step touches the weights, and {latest}, if "
-                f"saved before, is good: lower lr, set grad_clip or raise warmup_steps, and run the same command"
+                f"saved before, is good: look at {some} ({listed} has all keys), lower lr, set grad_clip or raise "
+                f"warmup_steps, and run the same command"
             )
         if at_step % log_every == 0 or at_step == max_steps:
             images_seen, lr_then = at_step * images_per_step, learning_rate(at_step - 1, config)
@@ -788,6 +911,7 @@ if __name__ == "__main__":
         if pending and (finished or stop or step % eval_every == 0 or step % save_every == 0):
             stop, pending = settle(pending) or stop, None
         if (step % eval_every == 0 and step > start_step) or finished:
+            watch.at("evaluating", step)
             log(**assess())
             if master:
                 plot_log(out_dir)
@@ -800,27 +924,37 @@ if __name__ == "__main__":
         # forward and backward
         torch.manual_seed(seed_of(seed, "dropout", step, rank))
         sums = torch.zeros(len(terms_logged), device=device, dtype=param_dtype)  # the loss terms, then a wish to stop
+        keys, each = [], []
         for micro in range(grad_accum):
+            watch.at("reading data", step)
             batch = next(batches)
+            watch.at("forward")
+            keys += batch["key"]
             x = batch["images"].to(device, param_dtype, non_blocking=True)
             chosen = batch["judge"].to(device, param_dtype, non_blocking=True)
             if world > 1:
                 judge.require_backward_grad_sync = micro == grad_accum - 1  # one all-reduce a step
             with autocast():
                 terms = train_step({"judge": judge}, {"images": x, "judge": chosen}, {}, config)
+            each.append(terms["each"])
+            watch.at("backward")
             (terms["loss"] / grad_accum).backward()
             sums[:-1] += torch.stack([terms[name].detach() for name in terms_logged[:-1]]) / grad_accum
 
         # clip, step, clamp
+        watch.at("optimizer step")
         sums[-1] = bool(asked_to_stop)
         if world > 1:
             dist.all_reduce(sums)
             sums /= world
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         finite = torch.isfinite(grad_norm) & torch.isfinite(sums).all()
-        optimizer.found_inf = (~finite).float()  # AdamW leaves weights and moments alone where this is 1
+        spike = is_spike(grad_norm, state["grad_norm"], skip_spikes) if skip_spikes else torch.zeros_like(finite)
+        taken = finite & ~spike
+        optimizer.found_inf = (~taken).float()  # AdamW leaves weights and moments alone where this is 1
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        send_updates(owner)
+        model.zero_grad(set_to_none=True)
         step += 1
         with torch.no_grad():
             torch._foreach_clamp_min_(list(model.heads), 0.0)  # more difference is never more alike
@@ -828,16 +962,18 @@ if __name__ == "__main__":
         # log: this step's numbers travel to the host while the next step runs
         if pending:
             stop = settle(pending)
-        numbers = torch.cat([sums[:-1], grad_norm[None], finite[None].to(sums.dtype), sums[-1:]])
+        flags = torch.stack([state["grad_norm"][2], *torch.stack([spike, finite]).to(sums.dtype)])
+        numbers = torch.cat([sums[:-1], grad_norm[None], flags, sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event() if device.type == "cuda" else None
         if ready is not None:
             ready.record()
-        pending = (step, host, ready, time.time())
+        pending = (step, host, ready, time.time(), keys, each)
 
     if master:
         print(f"{'finished' if finished else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")
+    watch.stop()
     if world > 1:
         dist.destroy_process_group()
     if not finished:

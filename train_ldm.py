@@ -50,6 +50,7 @@ from diffusion import OBJECTIVES, make_schedule, sample_times, samplers, t_max, 
 from sample import Pipeline, generate, read_prompts, save_grid, write_whole
 from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer
 from vae import VAE
+from watch import Watch
 
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy
@@ -127,6 +128,8 @@ beta1 = 0.9  # AdamW
 beta2 = 0.999  # AdamW
 weight_decay = 0.01  # AdamW, on matrices and kernels only
 grad_clip = 1.0  # largest gradient norm; 0 is no clipping
+skip_spikes = 0.0  # leave out a step whose gradient norm is over so many times its running mean; 0 leaves out none
+shard_optimizer = False  # each process keeps the optimizer state of its share of the parameters alone (ZeRO stage 1)
 ema_decay = 0.9999  # of the averaged weights, warmed up as (1 + n) / (10 + n)
 ema_stds = ()  # averages of these relative lengths too, 0.05,0.1 say: sample.py --ema_std makes others from them
 # run
@@ -142,6 +145,7 @@ cfg = 3.0  # guidance scale of the grids
 save_every = 1000  # steps between checkpoints
 snapshot_every = 0  # steps between kept EMA snapshots ema_STEP.safetensors; 0 keeps none
 log_every = 50  # steps between progress lines
+hang_timeout = 30.0  # minutes in which a rank makes no progress, after which the run says which one and ends
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16 | float64
 checkpointing = False  # computes the U-Net's activations twice instead of keeping them: less memory, 1.4 times the time
@@ -210,12 +214,12 @@ def prediction_error(models, batch, noise, cfg):
 
 
 def train_step(models, batch, noise, cfg):
-    """One forward pass -> {name: scalar loss term}; "loss" is the one to differentiate, "error" is not weighted."""
+    """One forward pass -> {name: loss term}; "loss" is the one to differentiate, "error" not weighted, "each" (B,)."""
     error, weight, log_variance = prediction_error(models, batch, noise, cfg)
     loss = weight * error
     if log_variance is not None:
         loss = error / log_variance.exp() + log_variance  # as in Karras et al. 2024 (EDM2)
-    return {"loss": loss.mean(), "error": error.mean()}
+    return {"loss": loss.mean(), "error": error.mean(), "each": loss.detach()}
 
 
 @torch.no_grad()
@@ -527,6 +531,34 @@ class LatentCache(torch.utils.data.Dataset):
         return {**self.__dict__, "shards": {}}  # a worker maps its own
 
 
+def check_shared(cache, rank, world):
+    """ValueError on all ranks where one does not see what rank 0 writes into the cache's folder, and lacks some of it.
+
+    A cache that is complete everywhere may lie on each node's own disk.
+    """
+    if world == 1:
+        return
+    mark, ranks = [f"{cache.folder}/shared.{time.time_ns()}"], [None] * world
+    dist.broadcast_object_list(mark, 0)
+    if rank == 0:
+        os.makedirs(cache.folder, exist_ok=True)
+        open(mark[0], "w").close()
+    complete = all(os.path.exists(cache.path(shard)) for shard in range(cache.count))
+    dist.all_gather_object(ranks, complete)  # the mark is there, too
+    end = time.monotonic() + (0 if all(ranks) else 60)  # a network disk may take its time to show it
+    while not (there := os.path.exists(mark[0])) and time.monotonic() < end:
+        time.sleep(0.1)
+    dist.all_gather_object(ranks, all(ranks) or there or platform.node())
+    if rank == 0:
+        os.remove(mark[0])
+    blind = [node for node in ranks if node is not True]
+    if blind:
+        raise ValueError(
+            f"{cache.folder} on {blind[0]} is another folder than on rank 0's node: set cache_dir to one that all "
+            f"nodes share, copy the finished cache to each, or set cache_latents=False"
+        )
+
+
 # -- what stands in train_vae.py too, line for line --
 
 
@@ -586,15 +618,55 @@ def load_checkpoint(path, stage):
         raise ValueError(f"{path} is cut short or damaged ({e}): delete it, or put a good copy in its place") from None
 
 
-def optimizer_tensors(optimizer, model, prefix):
-    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}."""
-    state = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
-    return {f"{prefix}.{name}.{key}": t for name, s in state for key, t in s.items()}
+def share_out(parameters, world):
+    """{parameter: the rank that keeps its optimizer state and updates it}: ZeRO's stage 1 (arXiv 1910.02054).
+
+    The largest first, each to the rank that has least so far: the same on every rank.
+    """
+    kept, owner = [0] * world, {}
+    for p in sorted(parameters, key=lambda p: -p.numel()):
+        owner[p] = kept.index(min(kept))
+        kept[owner[p]] += p.numel()
+    return owner
+
+
+@torch.no_grad()
+def send_updates(owner):
+    """After a step of a shared optimizer: what each rank has updated goes to all others, in one message a rank."""
+    for rank in sorted(set(owner.values())):
+        own = [p for p, keeper in owner.items() if keeper == rank]
+        flat = torch.cat([p.flatten() for p in own])
+        dist.broadcast(flat, rank)
+        for p, part in zip(own, flat.split([p.numel() for p in own])):
+            p.copy_(part.view_as(p))
+
+
+@torch.no_grad()
+def optimizer_tensors(optimizer, model, prefix, owner=None):
+    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}; of a shared one rank 0 gets the others' part.
+
+    owner: share_out()'s. Every rank has to call it then.
+    """
+    state = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        keeper = owner.get(p, 0) if owner else 0
+        if keeper and dist.get_rank() == keeper:
+            s = state[name] or {"step": -p.new_ones(()), "exp_avg": p, "exp_avg_sq": p}  # -1: none yet
+            dist.send(torch.cat([s[key].flatten().to(p.dtype) for key in ("step", "exp_avg", "exp_avg_sq")]), 0)
+        elif keeper and dist.get_rank() == 0:
+            flat = torch.empty(1 + 2 * p.numel(), dtype=p.dtype, device=p.device)
+            dist.recv(flat, keeper)
+            flat = flat.cpu()  # at once: rank 0's GPU need not have room for all
+            if flat[0] >= 0:
+                moments = (part.view(p.shape) for part in flat[1:].chunk(2))
+                state[name] = {"step": flat[0].float()} | dict(zip(("exp_avg", "exp_avg_sq"), moments))
+    return {f"{prefix}.{name}.{key}": t for name, s in state.items() for key, t in s.items()}
 
 
 def load_optimizer(optimizer, model, prefix, tensors):
+    kept = {p for group in optimizer.param_groups for p in group["params"]}  # of a shared one this rank's part
     for name, p in model.named_parameters():
-        if f"{prefix}.{name}.step" not in tensors:  # frozen, or no step taken yet
+        if f"{prefix}.{name}.step" not in tensors or p not in kept:  # frozen, or no step taken yet
             continue
         state = {key: tensors[f"{prefix}.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
         step = state.pop("step").to(p.device)
@@ -607,6 +679,47 @@ def with_prefix(prefix, state):
 
 def without_prefix(prefix, tensors):
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+@torch.no_grad()
+def is_spike(norm, usual, times):
+    """() bool: is a gradient norm over `times` times its running mean? usual (3,): mean, norms in it, spikes so far.
+
+    Never in the first 100; the mean is over about as many. A spike enters it as what was just allowed, so that norms
+    which stay high are followed; what is not finite does not enter. Nothing waits for the device.
+    """
+    mean, count, spikes = usual
+    spike = (norm > times * mean) & (count >= 100)
+    enters = torch.where(spike, times * mean, norm)
+    after = torch.stack([mean + (enters - mean) / (count + 1).clamp(max=100), count + 1, spikes + spike])
+    usual.copy_(torch.where(enters.isfinite(), after, usual))
+    return spike
+
+
+def images_of_step(keys, each, world):
+    """(keys, those of them whose own loss is not finite) of a step, lists by rank; every rank has to ask.
+
+    keys: of this rank's images.  each: their losses, a list of (B,).
+    """
+    bad = [key for key, fine in zip(keys, torch.cat(each).isfinite().tolist()) if not fine]
+    ranks = [(keys, bad)]
+    if world > 1:
+        ranks = [None] * world
+        dist.all_gather_object(ranks, (keys, bad))
+    return [part[0] for part in ranks], [part[1] for part in ranks]
+
+
+def check_same_everywhere(found, world):
+    """ValueError on all ranks where one has found other things than rank 0; found: {what: value}."""
+    ranks = [(platform.node(), found)]
+    if world > 1:
+        ranks = [None] * world
+        dist.all_gather_object(ranks, (platform.node(), found))
+    for rank, (node, theirs) in enumerate(ranks):
+        for what, value in ranks[0][1].items():
+            if theirs[what] != value:
+                told = f"{what}: {value} on rank 0 ({ranks[0][0]}), {theirs[what]} on rank {rank} ({node})"
+                raise ValueError(f"{told}: out_dir must lie on a disk that all nodes share; dataset too, or be alike")
 
 
 def check_same_model(path, saved, now):
@@ -739,10 +852,10 @@ def check_settings(cfg):
     for name in (*counts, "n_samples", "sample_steps", "sr_scale"):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
-    for name in ("lr", "t_std", "t_shift", "beta_start", "huber_delta", "min_snr_gamma"):
+    for name in ("lr", "hang_timeout", "t_std", "t_shift", "beta_start", "huber_delta", "min_snr_gamma"):
         if not cfg[name] > 0:
             raise ValueError(f"{name}={cfg[name]} must be above 0")
-    for name in ("grad_clip", "warmup_steps", "weight_decay", "snapshot_every", "offset_noise"):
+    for name in ("grad_clip", "skip_spikes", "warmup_steps", "weight_decay", "snapshot_every", "offset_noise"):
         if cfg[name] < 0:
             raise ValueError(f"{name}={cfg[name]} must not be negative: 0 does without it")
     for name in ("cond_drop", "ema_decay", "lr_end", "beta1", "beta2"):
@@ -835,7 +948,9 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        timeout = datetime.timedelta(minutes=2 * hang_timeout)  # watch speaks first
+        options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+        dist.init_process_group(timeout=timeout, **options)
     master = rank == 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
@@ -872,7 +987,8 @@ if __name__ == "__main__":
 
     # resume, first half: a checkpoint brings its own autoencoder and tokenizer
     step, images_per_step = 0, batch_size * grad_accum * world
-    os.makedirs(out_dir, exist_ok=True)
+    if master:
+        os.makedirs(out_dir, exist_ok=True)
     if resumed:
         tensors, meta = load_checkpoint(latest, "ldm")
         before = dict(class_embed="add", zero_snr=False, uncertainty=False, ema_stds=[], task="none")
@@ -977,8 +1093,14 @@ if __name__ == "__main__":
     # optimizer: no weight decay on biases and norms
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
+    owner = share_out(model.parameters(), world) if shard_optimizer and world > 1 else {}
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if owner.get(p, rank) == rank]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
+
+    # what a step leaves to the next ones: mean, count and spikes of the gradient norms
+    state = {"grad_norm": torch.zeros(3, device=device, dtype=param_dtype)}
 
     # resume, second half
     if resumed:
@@ -989,6 +1111,8 @@ if __name__ == "__main__":
             average.load_state_dict(without_prefix(f"ema_power_{i}", tensors))
         load_optimizer(optimizer, model, "optim", tensors)
         step = meta["step"]
+        for name, t in without_prefix("state", tensors).items():
+            state[name].copy_(t)
         if meta["images_per_step"] != images_per_step:  # another number of processes, or another batch_size
             grad_accum, rest = divmod(meta["images_per_step"], batch_size * world)
             if rest:
@@ -998,6 +1122,8 @@ if __name__ == "__main__":
                 )
             images_per_step = meta["images_per_step"]
         del tensors
+    found = {"the checkpoint's step": step if resumed else "none", "training images": len(images)}
+    check_same_everywhere(found, world)
 
     # what the sample grids show: prompts from a file or the validation captions, or one class after the other
     shown = [None] * n_samples
@@ -1016,11 +1142,12 @@ if __name__ == "__main__":
         return tensors
 
     def checkpoint():
-        """Rank 0 writes all that a resumed run, sampling and a reader need."""
+        """Rank 0 writes all that a resumed run, sampling and a reader need; every rank has to call it."""
+        watch.at("saving", step)
+        tensors = optimizer_tensors(optimizer, model, "optim", owner)
         if not master:
             return
-        tensors = with_prefix("model", model.state_dict()) | averages()
-        tensors |= optimizer_tensors(optimizer, model, "optim") | frozen_tensors
+        tensors |= with_prefix("model", model.state_dict()) | averages() | with_prefix("state", state) | frozen_tensors
         now = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
         save_checkpoint(latest, tensors, about | now)
 
@@ -1070,12 +1197,19 @@ if __name__ == "__main__":
             if wandb:
                 wandb_client.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
 
+    watch = Watch(rank, world, hang_timeout)
+    ema.unet.register_forward_hook(watch.progress)
+    if vae is not None:
+        vae.encoder.register_forward_hook(watch.progress)
+
     # latents: cached on disk, or encoded at every step, or the pixels themselves
     cached = vae is not None and cache_latents
     validation_stream = Stream(validation, seed, train=False)
     if cached:
         stream, validation_stream = (LatentCache(s, vae, cache_dir, dtype) for s in (stream, validation_stream))
         for cache in (validation_stream, stream):
+            watch.at("caching latents", step)
+            check_shared(cache, rank, world)
             cache.build(vae, device, autocast, workers, rank, world)
     latents = stream if cached else None
     stream, validation_stream = (
@@ -1196,7 +1330,7 @@ if __name__ == "__main__":
     # compile, DDP
     net = torch.compile(model) if use_compile else model
     if world > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
     batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers)
 
     # SIGTERM and SIGINT ask for a stop; every rank learns of it with the loss terms and stops at the same step
@@ -1208,17 +1342,30 @@ if __name__ == "__main__":
 
     def settle(pending):
         """Waits for the numbers of a step, stops the run if they are bad, logs them when due; returns the stop flag."""
-        at_step, host, ready, at_time = pending
+        at_step, host, ready, at_time, keys, each = pending
         if ready is not None:
             ready.synchronize()
-        *values, finite, stop = host.tolist()
+        *values, spikes, spike, finite, stop = host.tolist()
         terms = dict(zip(terms_logged, values))
+        if spike or not finite:  # every rank sees the same, and can be asked
+            keys, bad_keys = images_of_step(keys, each, world)
+            culprits = sum(bad_keys, []) or sum(keys, [])
+            some = ", ".join(culprits[:4]) + f" and {len(culprits) - 4} more" * (len(culprits) > 4)
+        if spike and master:
+            over = f"gradient norm {terms['grad_norm']:.4g}, over {skip_spikes:g} times its running mean"
+            print(f"left out step {at_step}, {spikes:.0f} so far: {over}; images: {some}", flush=True)
         if not finite:
             bad = [name for name, value in terms.items() if not math.isfinite(value)]
             bad = [name for name in bad if name not in ("loss", "grad_norm")] or bad
+            listed = f"{out_dir}/bad_batch_{at_step:08d}.json"
+            record = {"step": at_step, "terms": {name: str(value) for name, value in terms.items()}}  # JSON has no NaN
+            if master:
+                with contextlib.suppress(OSError), open(listed, "w") as f:  # what is wrong is told all the same
+                    json.dump(record | {"keys_by_rank": keys, "not_finite_by_rank": bad_keys}, f)
             raise FloatingPointError(
                 f"{' and '.join(bad)} not finite at step {at_step}: no such step touches the weights, and {latest}, if "
-                f"saved before, is good: lower lr, set grad_clip or raise warmup_steps, and run the same command"
+                f"saved before, is good: look at {some} ({listed} has all keys), lower lr, set grad_clip or raise "
+                f"warmup_steps, and run the same command"
             )
         if at_step % log_every == 0 or at_step == max_steps:
             images_seen, lr_then = at_step * images_per_step, learning_rate(at_step - 1, config)
@@ -1248,8 +1395,10 @@ if __name__ == "__main__":
         if pending and (finished or stop or step % eval_every == 0 or step % save_every == 0):
             stop, pending = settle(pending) or stop, None
         if (step % eval_every == 0 and step > start_step) or finished:
+            watch.at("evaluating", step)
             scores = evaluate(ema, validation_examples, shown_count, config, rank, world, device, autocast)
             log(**scores)
+            watch.at("drawing")
             if master:
                 bins = " ".join("-" if b is None else f"{b:.3f}" for b in scores["val_loss_by_t"])
                 print(f"evaluation: loss {scores['val_loss']:.4f}, by tenths of t {bins}", flush=True)
@@ -1278,8 +1427,12 @@ if __name__ == "__main__":
         if unet_dropout:
             torch.manual_seed(seed_of(seed, "dropout", step, rank))
         sums = torch.zeros(len(terms_logged), device=device, dtype=param_dtype)  # the loss terms, then a wish to stop
+        keys, each = [], []
         for micro in range(grad_accum):
+            watch.at("reading data", step)
             batch = next(batches)
+            watch.at("forward")
+            keys += batch["key"]
             for item in batch["bad"]:
                 bad_items += 1
                 print(f"skipped a bad image ({bad_items} so far on rank {rank}): {item}", flush=True)
@@ -1289,19 +1442,25 @@ if __name__ == "__main__":
                 net.require_backward_grad_sync = micro == grad_accum - 1  # one all-reduce a step
             with autocast():
                 terms = train_step({"denoiser": net}, batch, now, config)
+            each.append(terms["each"])
+            watch.at("backward")
             (terms["loss"] / grad_accum).backward()
             sums[:-1] += torch.stack([terms[name].detach() for name in terms_logged[:-1]]) / grad_accum
 
         # clip, step, ema
+        watch.at("optimizer step")
         sums[-1] = bool(asked_to_stop)
         if world > 1:
             dist.all_reduce(sums)
             sums /= world
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         finite = torch.isfinite(grad_norm) & torch.isfinite(sums).all()
-        optimizer.found_inf = (~finite).float()  # AdamW leaves weights and moments alone where this is 1
+        spike = is_spike(grad_norm, state["grad_norm"], skip_spikes) if skip_spikes else torch.zeros_like(finite)
+        taken = finite & ~spike
+        optimizer.found_inf = (~taken).float()  # AdamW leaves weights and moments alone where this is 1
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        send_updates(owner)
+        model.zero_grad(set_to_none=True)
         step += 1
         update_ema(ema, model, step, ema_decay)
         for std, average in zip(ema_stds, power_emas):
@@ -1310,16 +1469,18 @@ if __name__ == "__main__":
         # log: this step's numbers travel to the host while the next step runs
         if pending:
             stop = settle(pending)
-        numbers = torch.cat([sums[:-1], grad_norm[None], finite[None].to(sums.dtype), sums[-1:]])
+        flags = torch.stack([state["grad_norm"][2], *torch.stack([spike, finite]).to(sums.dtype)])
+        numbers = torch.cat([sums[:-1], grad_norm[None], flags, sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event() if device.type == "cuda" else None
         if ready is not None:
             ready.record()
-        pending = (step, host, ready, time.time())
+        pending = (step, host, ready, time.time(), keys, each)
 
     if master:
         print(f"{'finished' if finished else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")
+    watch.stop()
     if world > 1:
         dist.destroy_process_group()
     if not finished:

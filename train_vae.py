@@ -10,6 +10,7 @@
 DIR is a folder of images, of tar or parquet shards, or images.npy. The same command again resumes the run.
 """
 
+import contextlib
 import copy
 import datetime
 import inspect
@@ -37,6 +38,7 @@ from data.dataset import Dataset, Stream, loader, seed_of, uniform
 from fid import frechet, load_inception
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
 from vae import VAE, Attention, Discriminator, ResBlock, psnr, ssim, turn_and_scale
+from watch import Watch
 
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy
@@ -106,6 +108,8 @@ beta1 = 0.5  # AdamW
 beta2 = 0.9  # AdamW
 weight_decay = 0.0  # AdamW, on matrices and kernels only
 grad_clip = 1.0  # largest gradient norm of the autoencoder; 0 is no clipping
+skip_spikes = 0.0  # leave out a step whose gradient norm is over so many times its running mean; 0 leaves out none
+shard_optimizer = False  # each process keeps the optimizer state of its share of the parameters alone (ZeRO stage 1)
 ema_decay = 0.9999  # of the averaged weights, warmed up as (1 + n) / (10 + n)
 # where it starts and what it trains
 init_from = ""  # start from the EMA weights of this checkpoint, ours or another's, as it was built; "" starts anew
@@ -118,6 +122,7 @@ val_images = 1000  # how many of them
 save_every = 1000  # steps between checkpoints
 snapshot_every = 0  # steps between kept EMA snapshots ema_STEP.safetensors; 0 keeps none
 log_every = 50  # steps between progress lines
+hang_timeout = 30.0  # minutes in which a rank makes no progress, after which the run says which one and ends
 latent_images = 10_000  # training images over which the latent statistics are measured
 measure_latents = False  # only measure them again for the checkpoint in out_dir
 eval_only = False  # only evaluate ckpt on val_images images of dataset
@@ -162,7 +167,8 @@ def train_step(models, batch, noise, cfg, gan_weight=None):
     models: vae, and where they take part lpips and disc. batch["image"] (B,3,H,W) in [-1,1]; noise["posterior"]
     (B,C,h,w) picks the latent sample, noise["transform"], if there, (turns, side) of turn_and_scale for the latents.
     gan_weight: of the autoencoder's GAN term; None as long as it is not to see the discriminator.
-    The gradient of neither loss reaches the other's parameters. VQ: "indices" (B,h,w) and "latents" are there too.
+    The gradient of neither loss reaches the other's parameters. "each" (B,) is finite where an image's loss is.
+    VQ: "indices" (B,h,w) and "latents" are there too.
     """
     x, transform = batch["image"], noise.get("transform", ())
     reconstruction, posterior = models["vae"](x, noise["posterior"], *transform)
@@ -170,18 +176,22 @@ def train_step(models, batch, noise, cfg, gan_weight=None):
     per_value = 1 / x.numel()
     if transform:
         x = turn_and_scale(x, transform[0], transform[1] and reconstruction.shape[-1])
-    error, terms = reconstruction - x, {}
+    error = reconstruction - x
+    terms = {"each": error.detach().sum(dim=(1, 2, 3))}  # not finite where an image's own loss is not
     terms["recon"] = error.abs().mean() if cfg["recon_loss"] == "l1" else error.square().mean()
     terms["nll"] = terms["recon"]
     if "lpips" in models:
-        terms["perceptual"] = models["lpips"](reconstruction, x, check=False).mean()
+        perceptual = models["lpips"](reconstruction, x, check=False)
+        terms["each"], terms["perceptual"] = terms["each"] + perceptual.detach(), perceptual.mean()
         terms["nll"] = terms["recon"] + cfg["perceptual_weight"] * terms["perceptual"]
     if getattr(posterior, "indices", None) is not None:
         terms["codebook"] = posterior.loss
         terms["loss"] = terms["nll"] + cfg["codebook_weight"] * terms["codebook"]
         terms |= {"indices": posterior.indices, "latents": posterior.mean.detach()}
     else:
-        terms["kl"] = posterior.kl().sum() * per_value  # nats per value of the images
+        kl = posterior.kl()
+        terms["each"] = terms["each"] + kl.detach().sum(dim=(1, 2, 3))
+        terms["kl"] = kl.sum() * per_value  # nats per value of the images
         terms["loss"] = terms["nll"] + cfg["kl_weight"] * terms["kl"]
     if "disc" in models:
         disc, kind = models["disc"], cfg["disc_loss"]
@@ -252,8 +262,9 @@ def restart_codes(model, ema, optimizer, dead, candidates):
     codes = model.quantize.embedding.weight
     for weight in (codes, ema.quantize.embedding.weight):
         weight.copy_(torch.where(dead[:, None], candidates.to(weight.dtype), weight))
-    for moment in ("exp_avg", "exp_avg_sq"):
-        optimizer.state[codes][moment].masked_fill_(dead[:, None], 0.0)
+    if codes in optimizer.state:  # of a shared one's, on one rank
+        for moment in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[codes][moment].masked_fill_(dead[:, None], 0.0)
 
 
 def code_use(counts):
@@ -438,15 +449,55 @@ def load_checkpoint(path, stage):
         raise ValueError(f"{path} is cut short or damaged ({e}): delete it, or put a good copy in its place") from None
 
 
-def optimizer_tensors(optimizer, model, prefix):
-    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}."""
-    state = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
-    return {f"{prefix}.{name}.{key}": t for name, s in state for key, t in s.items()}
+def share_out(parameters, world):
+    """{parameter: the rank that keeps its optimizer state and updates it}: ZeRO's stage 1 (arXiv 1910.02054).
+
+    The largest first, each to the rank that has least so far: the same on every rank.
+    """
+    kept, owner = [0] * world, {}
+    for p in sorted(parameters, key=lambda p: -p.numel()):
+        owner[p] = kept.index(min(kept))
+        kept[owner[p]] += p.numel()
+    return owner
+
+
+@torch.no_grad()
+def send_updates(owner):
+    """After a step of a shared optimizer: what each rank has updated goes to all others, in one message a rank."""
+    for rank in sorted(set(owner.values())):
+        own = [p for p, keeper in owner.items() if keeper == rank]
+        flat = torch.cat([p.flatten() for p in own])
+        dist.broadcast(flat, rank)
+        for p, part in zip(own, flat.split([p.numel() for p in own])):
+            p.copy_(part.view_as(p))
+
+
+@torch.no_grad()
+def optimizer_tensors(optimizer, model, prefix, owner=None):
+    """The optimizer's state as {prefix.PARAMETER.exp_avg: tensor, ...}; of a shared one rank 0 gets the others' part.
+
+    owner: share_out()'s. Every rank has to call it then.
+    """
+    state = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        keeper = owner.get(p, 0) if owner else 0
+        if keeper and dist.get_rank() == keeper:
+            s = state[name] or {"step": -p.new_ones(()), "exp_avg": p, "exp_avg_sq": p}  # -1: none yet
+            dist.send(torch.cat([s[key].flatten().to(p.dtype) for key in ("step", "exp_avg", "exp_avg_sq")]), 0)
+        elif keeper and dist.get_rank() == 0:
+            flat = torch.empty(1 + 2 * p.numel(), dtype=p.dtype, device=p.device)
+            dist.recv(flat, keeper)
+            flat = flat.cpu()  # at once: rank 0's GPU need not have room for all
+            if flat[0] >= 0:
+                moments = (part.view(p.shape) for part in flat[1:].chunk(2))
+                state[name] = {"step": flat[0].float()} | dict(zip(("exp_avg", "exp_avg_sq"), moments))
+    return {f"{prefix}.{name}.{key}": t for name, s in state.items() for key, t in s.items()}
 
 
 def load_optimizer(optimizer, model, prefix, tensors):
+    kept = {p for group in optimizer.param_groups for p in group["params"]}  # of a shared one this rank's part
     for name, p in model.named_parameters():
-        if f"{prefix}.{name}.step" not in tensors:  # frozen, or no step taken yet
+        if f"{prefix}.{name}.step" not in tensors or p not in kept:  # frozen, or no step taken yet
             continue
         state = {key: tensors[f"{prefix}.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
         step = state.pop("step").to(p.device)
@@ -459,6 +510,47 @@ def with_prefix(prefix, state):
 
 def without_prefix(prefix, tensors):
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+@torch.no_grad()
+def is_spike(norm, usual, times):
+    """() bool: is a gradient norm over `times` times its running mean? usual (3,): mean, norms in it, spikes so far.
+
+    Never in the first 100; the mean is over about as many. A spike enters it as what was just allowed, so that norms
+    which stay high are followed; what is not finite does not enter. Nothing waits for the device.
+    """
+    mean, count, spikes = usual
+    spike = (norm > times * mean) & (count >= 100)
+    enters = torch.where(spike, times * mean, norm)
+    after = torch.stack([mean + (enters - mean) / (count + 1).clamp(max=100), count + 1, spikes + spike])
+    usual.copy_(torch.where(enters.isfinite(), after, usual))
+    return spike
+
+
+def images_of_step(keys, each, world):
+    """(keys, those of them whose own loss is not finite) of a step, lists by rank; every rank has to ask.
+
+    keys: of this rank's images.  each: their losses, a list of (B,).
+    """
+    bad = [key for key, fine in zip(keys, torch.cat(each).isfinite().tolist()) if not fine]
+    ranks = [(keys, bad)]
+    if world > 1:
+        ranks = [None] * world
+        dist.all_gather_object(ranks, (keys, bad))
+    return [part[0] for part in ranks], [part[1] for part in ranks]
+
+
+def check_same_everywhere(found, world):
+    """ValueError on all ranks where one has found other things than rank 0; found: {what: value}."""
+    ranks = [(platform.node(), found)]
+    if world > 1:
+        ranks = [None] * world
+        dist.all_gather_object(ranks, (platform.node(), found))
+    for rank, (node, theirs) in enumerate(ranks):
+        for what, value in ranks[0][1].items():
+            if theirs[what] != value:
+                told = f"{what}: {value} on rank 0 ({ranks[0][0]}), {theirs[what]} on rank {rank} ({node})"
+                raise ValueError(f"{told}: out_dir must lie on a disk that all nodes share; dataset too, or be alike")
 
 
 def check_same_model(path, saved, now):
@@ -574,7 +666,7 @@ def check_settings(cfg):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
     weights = ("perceptual_weight", "codebook_weight", "disc_weight", "r1_weight", "lecam_weight", "adaptive_min")
-    weights += ("kl_weight", "weight_decay", "grad_clip", "warmup_steps", "snapshot_every")
+    weights += ("kl_weight", "weight_decay", "grad_clip", "skip_spikes", "warmup_steps", "snapshot_every")
     for name in (*weights, "disc_warmup", "disc_ramp", "restart_every", "equivariance_prob"):
         if cfg[name] < 0:
             raise ValueError(f"{name}={cfg[name]} must not be negative: 0 does without it")
@@ -583,7 +675,7 @@ def check_settings(cfg):
     for name in ("equivariance_prob", "ema_decay", "lr_end", "beta1", "beta2", "dropout"):
         if not 0 <= cfg[name] <= 1:
             raise ValueError(f"{name}={cfg[name]} must lie between 0 and 1")
-    for name in ("lr", "disc_lr"):
+    for name in ("lr", "disc_lr", "hang_timeout"):
         if not cfg[name] > 0:
             raise ValueError(f"{name}={cfg[name]} must be above 0")
     if cfg["image_size"] < least_side(cfg):
@@ -623,7 +715,9 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        timeout = datetime.timedelta(minutes=2 * hang_timeout)  # watch speaks first
+        options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+        dist.init_process_group(timeout=timeout, **options)
     master = rank == 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
@@ -695,7 +789,8 @@ if __name__ == "__main__":
         raise ValueError(
             f"image_size={image_size} is not a multiple of {model.factor}, which this autoencoder divides by"
         )
-    os.makedirs(out_dir, exist_ok=True)
+    if master:
+        os.makedirs(out_dir, exist_ok=True)
     if init_from and not resumed:
         free = ["tanh_out", "dropout", "vq_beta", "vq_legacy"]
         if source.state_dict().keys() == model.state_dict().keys():  # attention at the same levels all the same
@@ -725,13 +820,20 @@ if __name__ == "__main__":
     # optimizers: no weight decay on biases and norms
     decayed = [p for p in trained if p.ndim >= 2]
     others = [p for p in trained if p.ndim < 2]
+    owner = share_out(trained, world) if shard_optimizer and world > 1 else {}
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if owner.get(p, rank) == rank]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
     if disc:
-        disc_optimizer = torch.optim.AdamW(disc.parameters(), betas=(beta1, beta2), weight_decay=0.0, fused=True)
+        disc_owner = share_out(disc.parameters(), world) if owner else {}
+        groups = [{"params": [p for p in disc.parameters() if disc_owner.get(p, rank) == rank]}]
+        disc_optimizer = torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=0.0, fused=True)
 
-    # what a step leaves to the next ones: the adaptive weight, and how often each code was used since the last restart
-    state = {"adaptive": torch.zeros((), device=device, dtype=param_dtype)}
+    # what a step leaves to the next ones: mean, count and spikes of the gradient norms, the adaptive weight, and how
+    # often each code was used since the last restart
+    state = {"grad_norm": torch.zeros(3, device=device, dtype=param_dtype)}
+    state["adaptive"] = torch.zeros((), device=device, dtype=param_dtype)
     state["code_counts"] = torch.zeros(codebook_size if model.quantize else 0, device=device, dtype=param_dtype)
 
     # resume
@@ -782,19 +884,23 @@ if __name__ == "__main__":
     if resumed and not disc:
         resting = {name: t for name, t in tensors.items() if name.startswith(("disc.", "disc_optim."))}
     del tensors
+    found = {"the checkpoint's step": step if resumed else "none", "training images": len(images)}
+    check_same_everywhere(found, world)
 
     def checkpoint(path=latest):
-        """Rank 0 writes all that a resumed run, stage 2 and a reader need."""
+        """Rank 0 writes all that a resumed run, stage 2 and a reader need; every rank has to call it."""
+        watch.at("saving", step)
+        tensors = optimizer_tensors(optimizer, model, "optim", owner)
+        tensors |= optimizer_tensors(disc_optimizer, disc, "disc_optim", disc_owner) if disc else resting
         if not master:
             return
-        tensors = with_prefix("model", model.state_dict()) | with_prefix("ema", ema.state_dict())
-        tensors |= optimizer_tensors(optimizer, model, "optim") | with_prefix("state", state) | resting
-        if disc:
-            tensors |= with_prefix("disc", disc.state_dict()) | optimizer_tensors(disc_optimizer, disc, "disc_optim")
+        tensors |= with_prefix("model", model.state_dict()) | with_prefix("ema", ema.state_dict())
+        tensors |= with_prefix("state", state) | (with_prefix("disc", disc.state_dict()) if disc else {})
         now = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
         save_checkpoint(path, tensors, about | now)
 
     def measure():
+        watch.at("measuring latents", step)
         mean, std = latent_statistics(ema, images, config, rank, world, device, autocast)
         for net in (model, ema):
             net.latent_mean.copy_(mean)
@@ -833,6 +939,8 @@ if __name__ == "__main__":
 
             wandb_client.init(project="latent-diffusion", name=out_dir, config=dict(config))
 
+    watch = Watch(rank, world, hang_timeout)
+    ema.encoder.register_forward_hook(watch.progress)
     if measure_latents:  # all else in the file stays as it is
         measure()
         if master:
@@ -840,6 +948,7 @@ if __name__ == "__main__":
             tensors |= {f"{name}.latent_mean": net.latent_mean for name, net in (("model", model), ("ema", ema))}
             tensors |= {f"{name}.latent_std": net.latent_std for name, net in (("model", model), ("ema", ema))}
             save_checkpoint(latest, tensors, meta)
+        watch.stop()
         sys.exit(0)
 
     gan_terms = ("gan", "disc_loss", "logits_real", "logits_fake", "gan_weight")
@@ -868,7 +977,7 @@ if __name__ == "__main__":
     if use_compile:
         model.encoder.compile()
         model.decoder.features = torch.compile(model.decoder.features)
-    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else model
     batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers)
     latent_shape = (model.latent_channels, image_size // model.factor, image_size // model.factor)
 
@@ -881,17 +990,30 @@ if __name__ == "__main__":
 
     def settle(pending):
         """Waits for the numbers of a step, stops the run if they are bad, logs them when due; returns the stop flag."""
-        at_step, host, ready, at_time = pending
+        at_step, host, ready, at_time, keys, each = pending
         if ready is not None:
             ready.synchronize()
-        *values, finite, stop = host.tolist()
+        *values, spikes, spike, finite, stop = host.tolist()
         terms = dict(zip(terms_logged, values))
+        if spike or not finite:  # every rank sees the same, and can be asked
+            keys, bad_keys = images_of_step(keys, each, world)
+            culprits = sum(bad_keys, []) or sum(keys, [])
+            some = ", ".join(culprits[:4]) + f" and {len(culprits) - 4} more" * (len(culprits) > 4)
+        if spike and master:
+            over = f"gradient norm {terms['grad_norm']:.4g}, over {skip_spikes:g} times its running mean"
+            print(f"left out step {at_step}, {spikes:.0f} so far: {over}; images: {some}", flush=True)
         if not finite:
             bad = [name for name, value in terms.items() if not math.isfinite(value)]
             bad = [name for name in bad if name not in ("loss", "grad_norm")] or bad
+            listed = f"{out_dir}/bad_batch_{at_step:08d}.json"
+            record = {"step": at_step, "terms": {name: str(value) for name, value in terms.items()}}  # JSON has no NaN
+            if master:
+                with contextlib.suppress(OSError), open(listed, "w") as f:  # what is wrong is told all the same
+                    json.dump(record | {"keys_by_rank": keys, "not_finite_by_rank": bad_keys}, f)
             raise FloatingPointError(
                 f"{' and '.join(bad)} not finite at step {at_step}: no such step touches the weights, and {latest}, if "
-                f"saved before, is good: lower lr, set grad_clip or raise warmup_steps, and run the same command"
+                f"saved before, is good: look at {some} ({listed} has all keys), lower lr, set grad_clip or raise "
+                f"warmup_steps, and run the same command"
             )
         if at_step % log_every == 0 or at_step == max_steps:
             images_seen, lr_then = at_step * images_per_step, learning_rate(at_step - 1, config)
@@ -911,7 +1033,7 @@ if __name__ == "__main__":
 
     usual = {"count": 0, "values": 0.0, "said": ""}
 
-    def watch(pending):
+    def judge(pending):
         """Warns when the discriminator's running averages begin to look as if it had collapsed, or won."""
         at = terms_logged.index("disc_loss")
         values = pending[1][at : at + 3].double()
@@ -925,7 +1047,7 @@ if __name__ == "__main__":
     model.train()
     if train == "decoder":
         model.encoder.eval()  # no dropout in what stays as it is
-    last_layer = model.decoder.conv_out.weight
+    last_layer, one = model.decoder.conv_out.weight, torch.ones_like(state["adaptive"])
     pending, stop, bad_items, start_step, started = None, False, 0, step, time.time()
     while True:
         # learning rate
@@ -942,6 +1064,7 @@ if __name__ == "__main__":
         if pending and (finished or stop or before_gan or step % eval_every == 0 or step % save_every == 0):
             stop, pending = settle(pending) or stop, None
         if (step % eval_every == 0 and step > start_step) or finished:
+            watch.at("evaluating", step)
             scores, pictures = evaluate(ema, validation_stream, config, rank, world, device, autocast, lpips)
             log(**scores)
             if master:
@@ -974,7 +1097,7 @@ if __name__ == "__main__":
         models = {name: module for name, module in models.items() if module is not None}
         # the ratio is the one that the step before has measured, since it takes all micro-steps and all ranks to know
         # this step's; the first step that needs it does without
-        gan_weight = None if share is None else share * disc_weight * (state["adaptive"] if adaptive_weight else 1.0)
+        gan_weight = None if share is None else share * disc_weight * (state["adaptive"] if adaptive_weight else one)
         gradients = torch.zeros(2, *last_layer.shape, device=device, dtype=param_dtype)  # of nll and GAN, for the ratio
         sums = torch.zeros(len(terms) + 1, device=device, dtype=param_dtype)  # the loss terms, then a wish to stop
         counts = torch.zeros_like(state["code_counts"])  # how often this step uses each code
@@ -984,8 +1107,12 @@ if __name__ == "__main__":
             vectors = images_per_step * math.prod(latent_shape[1:])  # in the global batch
             positions = restart_positions(step, vectors, codebook_size, config).to(device)
             candidates = torch.zeros_like(model.quantize.embedding.weight)
+        keys, each = [], []
         for micro in range(grad_accum):
+            watch.at("reading data", step)
             batch = next(batches)
+            watch.at("forward")
+            keys += batch["key"]
             for item in batch["bad"]:
                 bad_items += 1
                 print(f"skipped a bad image ({bad_items} so far on rank {rank}): {item}", flush=True)
@@ -996,9 +1123,11 @@ if __name__ == "__main__":
             drawn = {"posterior": noise[micro].to(x.dtype)} | ({"transform": transform} if transform else {})
             with autocast():
                 got = train_step(models, {"image": x}, drawn, config, gan_weight)
+            each.append(got["each"])
             if share is not None and adaptive_weight:
                 for k, name in enumerate(("nll", "gan")):
                     gradients[k] += torch.autograd.grad(got[name], last_layer, retain_graph=True)[0] / grad_accum
+            watch.at("backward")
             (got["loss"] / grad_accum).backward()
             if disc_trains:
                 (got["disc_loss"] / grad_accum).backward()
@@ -1010,6 +1139,7 @@ if __name__ == "__main__":
                 candidates += vectors_at(positions, got["latents"], micro * world + rank).to(candidates.dtype)
 
         # clip, step, ema
+        watch.at("optimizer step")
         sums[-1] = bool(asked_to_stop)
         if world > 1:
             dist.all_reduce(sums)
@@ -1029,39 +1159,45 @@ if __name__ == "__main__":
             measured.append(torch.nn.utils.get_total_norm(grads).to(grad_norm))
         measured = torch.stack([*measured, grad_norm])
         finite = torch.isfinite(measured).all() & torch.isfinite(sums).all()
-        optimizer.found_inf = (~finite).float()  # AdamW leaves weights and moments alone where this is 1
+        spike = is_spike(grad_norm, state["grad_norm"], skip_spikes) if skip_spikes else torch.zeros_like(finite)
+        taken = finite & ~spike
+        optimizer.found_inf = (~taken).float()  # AdamW leaves weights and moments alone where this is 1
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        send_updates(owner)
+        model.zero_grad(set_to_none=True)
         if disc_trains:
             disc_optimizer.found_inf = optimizer.found_inf
             disc_optimizer.step()
-            disc_optimizer.zero_grad(set_to_none=True)
+            send_updates(disc_owner)
+            disc.zero_grad(set_to_none=True)
             logits = sums[[terms.index("logits_real"), terms.index("logits_fake")]].to(disc.usual_logits.dtype)
-            disc.usual_logits.lerp_(torch.where(finite, logits, disc.usual_logits), 0.01)
+            disc.usual_logits.lerp_(torch.where(taken, logits, disc.usual_logits), 0.01)
         if share is not None and adaptive_weight:
-            state["adaptive"].copy_(torch.where(finite, adaptive_ratio(gradients, config), state["adaptive"]))
+            state["adaptive"].copy_(torch.where(taken, adaptive_ratio(gradients, config), state["adaptive"]))
         step += 1
         update_ema(ema, model, step, ema_decay)
         state["code_counts"] += counts
         if restart:
-            restart_codes(model, ema, optimizer, (state["code_counts"] == 0) & finite, candidates)
+            restart_codes(model, ema, optimizer, (state["code_counts"] == 0) & taken, candidates)
             state["code_counts"].zero_()
 
         # log: this step's numbers travel to the host while the next step runs
         if pending:
             stop = settle(pending)
             if disc and pending[0] >= disc_start - disc_warmup:
-                watch(pending)
-        numbers = torch.cat([sums[:-1], measured, finite[None].to(sums.dtype), sums[-1:]])
+                judge(pending)
+        flags = torch.stack([state["grad_norm"][2], *torch.stack([spike, finite]).to(sums.dtype)])
+        numbers = torch.cat([sums[:-1], measured, flags, sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event() if device.type == "cuda" else None
         if ready is not None:
             ready.record()
-        pending = (step, host, ready, time.time())
+        pending = (step, host, ready, time.time(), keys, each)
 
     if master:
         print(f"{'finished' if finished else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")
+    watch.stop()
     if world > 1:
         dist.destroy_process_group()
     if not finished:

@@ -59,7 +59,7 @@ class Trap:
         self.stream.flush()
 
 
-def _main(script, args, folder, environment, trap, limit, keep, plots):
+def _main(script, args, folder, environment, trap, limit, keep, plots, first):
     """In the new process: the script as __main__; the weights it ends with, on success or error, go to `keep`."""
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
@@ -74,6 +74,7 @@ def _main(script, args, folder, environment, trap, limit, keep, plots):
         sys.modules["matplotlib"] = None  # as if it were not installed: drawing takes longer than training
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as on the command line
+    exec(first, {})
     scope, status = {}, 0
     try:
         scope = runpy.run_path(f"{ROOT}/{script}", run_name="__main__")
@@ -93,10 +94,10 @@ def _main(script, args, folder, environment, trap, limit, keep, plots):
 class Run:
     """Processes of a training run, started with --name=value arguments on top of ARGS[stage]."""
 
-    def __init__(self, stage, folder, *args, ranks=1, trap=None, limit=None, keep=False, plots=False):
+    def __init__(self, stage, folder, *args, ranks=1, trap=None, limit=None, keep=False, plots=False, first=""):
         """trap: (text, signal), see Trap, for rank 0.  limit: of the size of files.  keep: each rank's last weights.
 
-        plots: False hides matplotlib.
+        plots: False hides matplotlib.  first: Python that each process runs before the script, to break something.
         """
         self.stage, self.folder, self.out = stage, Path(folder), Path(folder) / "out"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ class Run:
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
             kept = f"{self.folder}/rank{rank}.safetensors" if keep else None
             everything = (f"train_{stage}.py", [*ARGS[stage].split(), *args], str(folder), environment)
-            everything += (trap if rank == 0 else None, limit, kept, plots)
+            everything += (trap if rank == 0 else None, limit, kept, plots, first)
             self.processes.append(context.Process(target=_main, args=everything))
             self.processes[-1].start()
 
