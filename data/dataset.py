@@ -231,13 +231,13 @@ def index_tar(root, shards):
     print(f"indexing {len(shards)} tar shards of {root} (once: the index is kept in cache/)")
     index = Index(shards)
     for number, shard in enumerate(shards):
-        samples = {}  # key -> {extension: (offset, size)}
+        samples, end = {}, os.path.getsize(f"{root}/{shard}")  # key -> {extension: (offset, size)}
         try:
             with tarfile.open(f"{root}/{shard}", "r:") as tar:
                 for member in tar:
                     folder, _, name = member.name.removeprefix("./").rpartition("/")
                     stem, _, extension = name.partition(".")  # webdataset: the key ends at the first dot
-                    if member.isfile() and stem:
+                    if member.isfile() and stem and member.offset_data + member.size <= end:
                         sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
                         sample["." + extension.lower()] = (member.offset_data, member.size)
         except tarfile.TarError as e:
