@@ -413,8 +413,10 @@ def open_parquet(path):
     except ImportError:
         raise ImportError(f"reading {path} needs pyarrow: pip install pyarrow") from None
     try:
-        return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError) as e:
+        f = pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+        f.schema_arrow.names  # noqa: B018  where some damage shows
+        return f
+    except Exception as e:  # of many kinds
         reason = " ".join(str(e).split())
         raise ValueError(f"{path} does not open as parquet ({reason}): fetch or write it again") from None
 
