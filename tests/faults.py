@@ -359,7 +359,8 @@ def content(path):
     path = str(path)
     if path.endswith(".safetensors"):
         tensors, meta = read(path)
-        meta["config"]["workers"] = meta["git"] = 0
+        if meta:
+            meta["config"]["workers"] = meta["git"] = 0
         return {name: (t.dtype, t.numpy().tobytes()) for name, t in tensors.items()}, meta
     if path.endswith("log.jsonl"):
         return [json.loads(line) | {"images_per_s": 0} for line in Path(path).read_text().splitlines()]

@@ -45,10 +45,10 @@ def png(path):
 
 
 def test_hostile_files_do_no_harm():
-    command = [sys.executable, str(ROOT / "tests/fuzz.py"), "--seconds=0", "--examples=20"]
+    command = [sys.executable, str(ROOT / "tests/fuzz.py"), "--seconds=0", "--examples=10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "200 examples, 0 failures" in done.stdout
+    assert "100 examples, 0 failures" in done.stdout
 
 
 def test_nothing_is_unpickled_that_could_run():
