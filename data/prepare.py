@@ -282,14 +282,14 @@ def in_fraction(key, fraction):
 
 def tar_samples(path):
     """(key, {extension: (offset, size)}) of each sample of a webdataset shard, whose files lie side by side."""
-    key, sample = None, {}
+    key, sample, end = None, {}, os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # which it would keep
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
-                if member.isfile() and stem:
+                if member.isfile() and stem and member.offset_data + member.size <= end:
                     if sample and (folder, stem) != key:
                         yield "/".join(filter(None, key)), sample
                         sample = {}

@@ -359,7 +359,8 @@ def content(path):
     path = str(path)
     if path.endswith(".safetensors"):
         tensors, meta = read(path)
-        meta["config"]["workers"] = meta["git"] = 0
+        if meta:
+            meta["config"]["workers"] = meta["git"] = 0
         return {name: (t.dtype, t.numpy().tobytes()) for name, t in tensors.items()}, meta
     if path.endswith("log.jsonl"):
         return [json.loads(line) | {"images_per_s": 0} for line in Path(path).read_text().splitlines()]
@@ -546,14 +547,15 @@ def try_disk(name, job, work, wanted):
 
 def try_handles(name, job, work, wanted):
     """Few file handles: it works, or says so in a line and leaves what was there as it was."""
-    for more in range(0, 12, 2):
+    for more in range(6):
         folder = f"{work}/handles/{name}-{more}"
         try:
             if name in ("vae", "ldm"):
                 assert stopped_after(job, folder, "step 3, 12") == -signal.SIGKILL, said(folder)
 
             def limit(more=more):
-                now = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1
+                open_now = [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+                now = max(map(int, open_now)) + 1
                 resource.setrlimit(resource.RLIMIT_NOFILE, (now + more, now + more))
 
             status, _ = run(job, folder, before=limit)

@@ -94,7 +94,8 @@ def read_judgement(path):
     try:
         value = np.load(path, allow_pickle=False).astype(np.float32)
     except Exception as e:  # so can this one
-        raise ValueError(f"{path} does not load ({e}): unpack it again") from None
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path} does not load ({reason}): unpack it again") from None
     if value.size != 1 or not 0 <= value.item() <= 1:
         raise ValueError(f"{path} holds {value.tolist()}, want one number in [0, 1]: unpack it again")
     return value.item()
