@@ -604,7 +604,8 @@ def try_memory(name, job, work, wanted):
             counter = itertools.count(1)
             taken = counter.__next__
             dataset.collate = collate
-            dataset.loader.__defaults__ = (*dataset.loader.__defaults__[:-1], collate)
+            given = dataset.loader.__defaults__
+            dataset.loader.__defaults__ = tuple(collate if value is plain else value for value in given)
             import torch.multiprocessing
 
             torch.multiprocessing.set_start_method("fork", force=True)
