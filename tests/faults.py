@@ -554,8 +554,7 @@ def try_handles(name, job, work, wanted):
                 assert stopped_after(job, folder, "step 3, 12") == -signal.SIGKILL, said(folder)
 
             def limit(more=more):
-                open_now = [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
-                now = max(map(int, open_now)) + 1
+                now = next(n for n in itertools.count() if not os.path.exists(f"/proc/self/fd/{n}"))  # the first free
                 resource.setrlimit(resource.RLIMIT_NOFILE, (now + more, now + more))
 
             status, _ = run(job, folder, before=limit)
