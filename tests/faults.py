@@ -547,7 +547,7 @@ def try_disk(name, job, work, wanted):
 
 def try_handles(name, job, work, wanted):
     """Few file handles: it works, or says so in a line and leaves what was there as it was."""
-    for more in range(6):
+    for more in range(1, 7):
         folder = f"{work}/handles/{name}-{more}"
         try:
             if name in ("vae", "ldm"):
