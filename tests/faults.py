@@ -52,7 +52,7 @@ targets = "prepare,shapes,bapps,vae,ldm,lpips,bulk,draw,compvis,diffusers"  # jo
 modes = "before,after,torn,full"  # dies before a write, after it, in its middle; or finds the disk full from there on
 every = 1  # tries every so-manieth write
 kills = 20  # random moments of kill -9 for each of vae, ldm, lpips, and for the caching of latents
-kinds = "points,order,kills,disk,handles,memory"  # what is tried
+kinds = "points,resumed,order,kills,disk,handles,memory"  # what is tried
 seed = 0  # of the random moments
 keep = ""  # folder to work in, kept; "" is a temporary one
 
@@ -399,8 +399,8 @@ def failed(what, why):
     print(f"  FAILED {what}: {why}", flush=True)
 
 
-def try_points(name, job, work, wanted, chosen_modes, step):
-    """Dies, or has no more room, at every step-th write; then goes on."""
+def try_points(name, job, work, wanted, chosen_modes, step, base=None):
+    """Dies, or has no more room, at every step-th write; then goes on. base: what lies there at first."""
     events = json.loads(Path(f"{wanted}.events").read_text())
     known, began = {}, time.monotonic()
     for how in chosen_modes:
@@ -410,6 +410,8 @@ def try_points(name, job, work, wanted, chosen_modes, step):
         for k in points:
             folder = f"{work}/tries/{name}-{how}-{k:04d}"
             what = f"{name} {how} {k} {events[k - 1][:2]}"
+            if base:
+                shutil.copytree(base, folder)
             status, _ = run(job, folder, Strikes(folder, k, how))
             count(f"{name}, {how}")
             if how == "full":
@@ -437,6 +439,18 @@ def try_points(name, job, work, wanted, chosen_modes, step):
         f"{name}: {len(events)} writes, {len(known)} states of the disk, {time.monotonic() - began:.0f} s", flush=True
     )
     count("states of the disk from which a job went on", len(known))
+
+
+def try_resumed(name, job, work, wanted, chosen_modes, step):
+    """The same of a run that goes on after kill -9."""
+    base, whole = f"{work}/resumed/{name}", f"{work}/resumed/{name}-whole"
+    assert stopped_after(job, base, "step 3, 12") == -signal.SIGKILL, said(base)
+    with open(f"{base}/out/log.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')  # killed while it wrote
+    shutil.copytree(base, whole)
+    assert run(job, whole, Strikes(whole))[0] == 0, said(whole)
+    assert not differences(whole, wanted), differences(whole, wanted)
+    try_points(f"{name} resumed", job, work, whole, chosen_modes, step, base)
 
 
 def try_order(name, wanted):
@@ -547,7 +561,7 @@ def try_disk(name, job, work, wanted):
 
 def try_handles(name, job, work, wanted):
     """Few file handles: it works, or says so in a line and leaves what was there as it was."""
-    for more in range(6):
+    for more in range(1, 7):
         folder = f"{work}/handles/{name}-{more}"
         try:
             if name in ("vae", "ldm"):
@@ -650,6 +664,8 @@ def main():
             try_order(name, wanted)
         if "points" in tried:
             try_points(name, job, work, wanted, modes.split(","), every)
+        if "resumed" in tried and name in ("vae", "ldm", "lpips"):
+            try_resumed(name, job, work, wanted, modes.split(","), every)
         if "kills" in tried and name in ("vae", "ldm", "lpips"):
             try_kills(name, job, work, wanted, kills, rng, (0, seconds))
             if name == "ldm":
