@@ -892,6 +892,7 @@ def fuzz(name, work, seconds, examples, start):
         Path(f"{outside}/secret{ending}").write_bytes(b"secret")
     os.chdir(f"{work}/{name}/case")
     sys.stdout = open(os.devnull, "w")
+    os.dup2(os.open(f"{work}/{name}/stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)  # libtiff says a lot
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, slow)
     torch.set_num_threads(1)
@@ -957,6 +958,7 @@ def main():
         path = work / name / "report.json"
         report = json.loads(path.read_text()) if path.exists() else {"examples": 0, "failures": {}, "slowest": 0}
         if status:
+            print((work / name / "stderr").read_text()[-2000:])
             report["failures"]["the process"] = [
                 f"it died (status {status}); {work / name / 'case'} is what it read",
                 0,

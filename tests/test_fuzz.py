@@ -27,8 +27,10 @@ import train_vae
 import unet
 from configurator import SettingError, parse
 from data import prepare
+from data.celeba import prepare as celeba
 from data.dataset import BadImage, Dataset, read_classes
 from data.laion400m.prepare import lost_links
+from data.openimages import prepare as openimages
 from vae import VAE
 
 
@@ -191,6 +193,21 @@ def test_arrays_that_are_none(tmp_path):
         says("run data/bapps/prepare.py again", lpips_train.Judgements, str(tmp_path), "2afc", "val")
     (tmp_path / "b.npz").write_bytes(b"PK\3\4")
     says("b.npz does not load as .npz", fid.open_pictures, str(tmp_path / "b.npz"), "samples", 4)
+
+
+def test_lists_of_published_sets_that_do_not_read(tmp_path):
+    path = tmp_path / "detections.csv"
+    head = "ImageID,LabelName,XMin,YMin,XMax,YMax\n"
+    for line in ("a,/m/1,x,0,1,1", "a,/m/1,0", '"' + "a" * 200_000, "a,/m/1,0,0,1,\0"):
+        path.write_text(head + line)
+        says("detections.csv does not read about line", openimages.read_boxes, str(path), {"a"}, {})
+    lines = ['{"image_id": ["a"]}', "[1]", '{"image_id": "a", "caption": 3}', '{"image_id": "a", "caption": " b "}']
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    assert openimages.read_captions(str(tmp_path), {"a"}) == {"a": ["b"]}
+    (tmp_path / "captions.jsonl").write_text("{")
+    says("captions.jsonl line 1 is not JSON", openimages.read_captions, str(tmp_path), {"a"})
+    (tmp_path / "attributes.txt").write_bytes(b"\xff\xfe a b\n1.jpg 1")
+    says("attributes.txt is not a table", celeba.read_attributes, str(tmp_path / "attributes.txt"))
 
 
 # -- settings --

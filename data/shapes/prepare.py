@@ -250,7 +250,7 @@ def score_folder(folder, seed):
             wanted = parse(record["prompt"])
             if wanted is None:
                 raise ValueError(f"{record['prompt']!r} is no caption of this data set")
-            with Image.open(os.path.join(folder, record["file"])) as image:
+            with Image.open(os.path.join(folder, os.path.basename(record["file"]))) as image:
                 got = read(image)
         except (OSError, ValueError, KeyError, TypeError) as e:
             bad.append(f"line {number}: {type(e).__name__}: {e}")
