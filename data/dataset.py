@@ -21,6 +21,7 @@ any number of processes and workers. To read a tar of images:
     for batch in loader(stream, 0, 1000, batch_size=12): ...
 """
 
+import errno
 import functools
 import hashlib
 import io
@@ -51,6 +52,11 @@ MAPS = ("map", "segmentation", "annotation")  # and that with semantic maps
 OBJECTS, CATEGORIES = ("objects",), ("categories", "category")
 VISIBLE = 0.2  # share of a box's area that must lie inside the crop, else the object is not there
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
+
+
+def is_lack(error):
+    """Whether it is this process that lacks memory or file handles: then what it reads may well be good."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class BadImage(ValueError):
@@ -580,6 +586,8 @@ class Dataset:
             elif kind == PLAIN_TEXT:
                 text = self._read(i, *where).decode("utf-8", "replace").strip()
         except Exception as e:
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: its caption does not read ({e})") from None
         return dict(label=int(self.labels[i]), text=captions_of(text), key=key)
 
@@ -602,6 +610,8 @@ class Dataset:
         except UnidentifiedImageError:
             raise BadImage(f"{key}: not an image that Pillow can read") from None
         except Exception as e:  # a damaged file can raise anything
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: {str(e) or type(e).__name__}") from None
 
     def pixels(self, i, crop="center", flip=False, u=None):
@@ -635,6 +645,8 @@ class Dataset:
         except UnidentifiedImageError:
             raise BadImage(f"{key}: not an image that Pillow can read") from None
         except Exception as e:
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: {str(e) or type(e).__name__}") from None
 
     def _map(self, i):
@@ -663,6 +675,8 @@ class Dataset:
         except UnidentifiedImageError:  # its own message has an address in it
             raise BadImage(f"{key}: its map is not an image that Pillow can read") from None
         except Exception as e:
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: its map does not read ({str(e) or type(e).__name__})") from None
 
     def map(self, i, crop="center", flip=False, u=None):
@@ -712,6 +726,8 @@ class Dataset:
             numbered = dict(enumerate(self._object_names))
             return [(numbered.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
         except Exception as e:
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: its objects do not read ({e})") from None
 
     def boxes(self, i, flip=False, crop="center", u=None):
