@@ -63,6 +63,11 @@ PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EMFILE,
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
 
 
+def is_lack(error):
+    """Whether it is this process that lacks memory or file handles: then what it reads may well be good."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 class BadImage(ValueError):
     """An item that cannot be read or decoded; the message is "key: reason", on one line."""
 
@@ -613,6 +618,8 @@ class Dataset:
             elif kind == PLAIN_TEXT:
                 text = self._read(key, *where).decode("utf-8", "replace").strip()
         except Exception as e:
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: its caption does not read ({e})") from None
         return dict(label=label, text=captions_of(text), key=key)
 
@@ -641,6 +648,8 @@ class Dataset:
         except UnidentifiedImageError:
             raise BadImage(f"{key}: not an image that Pillow can read") from None
         except Exception as e:  # a damaged file can raise anything
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: {str(e) or type(e).__name__}") from None
 
     def pixels(self, i, crop="center", flip=False, u=None):
@@ -675,6 +684,8 @@ class Dataset:
                     turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
                     return image.size[::-1] if turned else image.size
             except Exception as e:
+                if is_lack(e):
+                    raise
                 if most == sys.maxsize:
                     is_foreign = isinstance(e, UnidentifiedImageError)  # its own message has an address in it
                     reason = "not an image that Pillow can read" if is_foreign else str(e) or type(e).__name__
@@ -706,6 +717,8 @@ class Dataset:
         except UnidentifiedImageError:  # its own message has an address in it
             raise BadImage(f"{key}: its map is not an image that Pillow can read") from None
         except Exception as e:
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: its map does not read ({str(e) or type(e).__name__})") from None
 
     def map(self, i, crop="center", flip=False, u=None):
@@ -755,6 +768,8 @@ class Dataset:
             numbered = dict(enumerate(self._object_names))
             return [(numbered.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
         except Exception as e:
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: its objects do not read ({e})") from None
 
     def boxes(self, i, flip=False, crop="center", u=None):

@@ -51,7 +51,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from configurator import configure
-from data.dataset import IMAGES, captions_of, crop_square, hub_names, list_files, open_parquet, to_rgb
+from data.dataset import IMAGES, captions_of, crop_square, hub_names, is_lack, list_files, open_parquet, to_rgb
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, the limit of data/dataset.py too: more is taken for a bomb
@@ -75,6 +75,8 @@ def run(prepare, scope):
         sys.exit(f"prepare.py: {e}{full}")
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
         sys.exit(f"prepare.py: an archive in {getattr(cfg, 'source', '')} is damaged ({e}): fetch it again")
+    except MemoryError:
+        sys.exit("prepare.py: out of memory: set fewer workers; the same command continues")
     except KeyboardInterrupt:
         sys.exit("prepare.py: stopped; the same command continues")
 
@@ -371,6 +373,8 @@ def convert(image, record, how):
     except Image.UnidentifiedImageError:
         return "broken: not an image that Pillow can read", b"", "", {}
     except Exception as e:  # a damaged file can raise anything
+        if is_lack(e):
+            raise
         return f"broken: {' '.join((str(e) or type(e).__name__).split())[:200]}", b"", "", {}
 
 
@@ -704,8 +708,10 @@ def make(items, cfg, classes=(), total=None, **about):
             if callable(image):
                 try:
                     image = image()
-                except Exception:  # convert says so
-                    image = b""
+                except Exception as e:
+                    if is_lack(e):
+                        raise
+                    image = b""  # convert says so
             record = {name: value for name, value in item.items() if name not in ("key", "image", "split", "drop")}
             yield (position, split, item), image, record
 

@@ -265,6 +265,7 @@ def open_table(cache, name, jobs, arrays_from):
             if time.time() - told > 10:
                 print(f"indexed {len(abouts)} of {len(jobs)} shards", flush=True)
                 told = time.time()
+        making = f"{folder}/none.tmp"  # where not even a folder can be made
         try:
             making = tempfile.mkdtemp(dir=folder, suffix=".tmp")
 

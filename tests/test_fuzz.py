@@ -1,5 +1,6 @@
 """A few of the hostile files of tests/fuzz.py, the same ones each time; and each one that once did harm."""
 
+import errno
 import gzip
 import io
 import json
@@ -327,3 +328,23 @@ def test_merges_and_layouts_that_would_fill_the_memory(tmp_path):
     packed[700] ^= 255
     says("CLIP's merges cannot be read", unet.CLIPTokenizer, bytes(packed[:-8]))
     says("layout grid 1000000000", unet.make_tokenizer, 'layout {"names": ["a"], "grid": 1000000000}')
+
+
+# -- what is not the file's fault --
+
+
+@pytest.mark.parametrize("lack", (OSError(errno.EMFILE, "Too many open files"), MemoryError()))
+def test_a_process_that_lacks_something_drops_no_image(lack, tmp_path, monkeypatch):
+    """An image is not called bad, left out of a data set or NaN in a cache because of this process."""
+    png(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}')
+    ds = Dataset(tmp_path, "all", 4)
+
+    def fail(*args, **options):
+        raise lack
+
+    monkeypatch.setattr("builtins.open", fail)
+    for read_one in (ds.rgb, ds.meta, ds.size, ds._objects):
+        says("", read_one, 0, kind=type(lack))
+    with pytest.raises(type(lack)):
+        prepare.convert(str(tmp_path / "a.png"), {}, dict(size=4, crop="none", quality=90, min_side=1))
