@@ -568,12 +568,8 @@ class Dataset:
             raise BadImage(f"{key}: its caption does not read ({e})") from None
         return dict(label=label, text=captions_of(text), key=key)
 
-    def rgb(self, i, enough=None):
-        """
-        The whole of image i as PIL RGB.
-
-        A JPEG may come at 1/2, 1/4 or 1/8 of its size, both sides at least `enough`: libjpeg then decodes less.
-        """
+    def rgb(self, i):
+        """The whole of image i as PIL RGB."""
         key, _, where, _, _ = self.place(i)
         try:
             if self.form == "npy":
@@ -587,8 +583,6 @@ class Dataset:
             with Image.open(io.BytesIO(data)) as image:
                 if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
-                if enough:
-                    image.draft("RGB", (enough, enough))
                 return to_rgb(image)
         except UnidentifiedImageError:
             raise BadImage(f"{key}: not an image that Pillow can read") from None
@@ -600,10 +594,9 @@ class Dataset:
         Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
 
         crop "center" takes the whole short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), placed
-        by u = (side, x, y), three numbers in [0, 1). Of a JPEG four times as large as needed, or more, no more is
-        decoded than twice what is needed; that is close to all of it (47 dB), and on any machine the same.
+        by u = (side, x, y), three numbers in [0, 1).
         """
-        image = self.rgb(i, 2 * self.image_size * (1 if crop == "center" else 2))
+        image = self.rgb(i)
         x, y, side = crop_square(*image.size, crop, u)
         image = image.crop((x, y, x + side, y + side))
         if side != self.image_size:
@@ -1008,7 +1001,7 @@ def loader(
                 worker.kill()
             for worker in batches._workers:
                 worker.join(5)
-            # what a worker had ready dies with it: so that one batch cannot take others along, one at a time from now on
+            # what a worker had ready dies with it: one at a time, so that a bad batch cannot take others along
             batches, first, due = begin(done, 1 if failures > 1 else 2), done, time.monotonic() + timeout
 
     batches = begin(0)  # workers start here, not when the first batch is asked for

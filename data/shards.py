@@ -64,7 +64,7 @@ class Index:
         elif isinstance(label, float):  # a column with gaps; NaN is no label
             label = int(label) if label.is_integer() else None
         is_label = isinstance(label, str) or (isinstance(label, int) and 0 <= label < 2**31)
-        self.keys.append(os.fsencode(key))
+        self.keys.append(os.fsencode(key).rstrip(b"\0"))  # as numpy has them
         self.labels.append(label if is_label else None)
         self.numbers.extend((*image, *text, *beside))
 
@@ -121,7 +121,8 @@ class Table:
         with open(f"{folder}/about.json") as f:
             about = json.load(f)
         names = [name.removesuffix(".npy") for name in os.listdir(folder) if name.endswith(".npy")]
-        return cls(about, {name: np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in names}, folder)
+        arrays = {name: np.load(f"{folder}/{name}.npy", mmap_mode="r").view(np.ndarray) for name in names}  # is faster
+        return cls(about, arrays, folder)
 
     @classmethod
     def of(cls, made):
@@ -270,8 +271,9 @@ def open_table(cache, name, jobs, arrays_from):
 
             def new(name, dtype, shape):
                 made = np.lib.format.open_memmap(f"{making}/{name}.npy", "w+", dtype, shape)
-                with open(f"{making}/{name}.npy", "r+b") as f:  # a map of a full disk would end the process
-                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(f.name))
+                if hasattr(os, "posix_fallocate"):  # a map on a full disk would end the process
+                    with open(f"{making}/{name}.npy", "r+b") as f:
+                        os.posix_fallocate(f.fileno(), 0, os.path.getsize(f.name))
                 return made
 
             about, _ = join(abouts, arrays_of, new, processes)
