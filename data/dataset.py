@@ -411,12 +411,8 @@ class Dataset:
                 stems = {os.path.splitext(path)[0] for path in images}
                 images = [path for path in images if path not in maps or path.removesuffix(".map.png") not in stems]
             metadata = [path for path in paths if os.path.basename(path) == "metadata.jsonl"]
-            self.form = "folder"
-            self.table = (
-                None
-                if self.remote
-                else Table.of([index.arrays() for index in index_folder(self.root, images, metadata)])
-            )
+            indexes = [] if self.remote else index_folder(self.root, images, metadata)
+            self.form, self.table = "folder", Table.of([index.arrays() for index in indexes])
         if not self.table:
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
             looked = "looked for *.tar and *.parquet: images from afar have to be in shards" if self.remote else looked
@@ -428,9 +424,8 @@ class Dataset:
         self._groups = OrderedDict()  # parquet: (file, row group, names) -> column, the latest last
 
     def __getstate__(self):  # a worker maps its own
-        return {name: value for name, value in self.__dict__.items() if name not in ("_runs", "_groups")} | {
-            "_groups": OrderedDict()
-        }
+        kept = {name: value for name, value in self.__dict__.items() if name != "_runs"}
+        return kept | {"_groups": OrderedDict()}
 
     def _stamps(self, shards):
         """What tells the state of each shard from an earlier one."""
