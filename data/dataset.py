@@ -411,9 +411,10 @@ class Dataset:
                 stems = {os.path.splitext(path)[0] for path in images}
                 images = [path for path in images if path not in maps or path.removesuffix(".map.png") not in stems]
             metadata = [path for path in paths if os.path.basename(path) == "metadata.jsonl"]
-            indexes = [] if self.remote else index_folder(self.root, images, metadata)
-            self.form, self.table = "folder", Table.of([index.arrays() for index in indexes])
         if not self.table:
+            if os.path.exists(f"{self.root}/prepare.py"):  # data/openimages, say, as it comes
+                line = f"dataset {self.path} is not made yet: run {self.root}/prepare.py (its docstring says how)"
+                raise FileNotFoundError(f"{line}, or pass --dataset=DIR, a folder of images or shards")
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
             looked = "looked for *.tar and *.parquet: images from afar have to be in shards" if self.remote else looked
             raise FileNotFoundError(f"dataset {self.path} ({self.form}) holds no images: {looked}")

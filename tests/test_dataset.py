@@ -636,6 +636,9 @@ def test_missing_path_empty_folder_and_bad_settings(tmp_path):
     (tmp_path / "empty/notes.txt").write_text("nothing")
     with pytest.raises(FileNotFoundError, match=r"holds no images: looked for images.npy, \*.tar, \*.parquet and .jpg"):
         Dataset(tmp_path / "empty")
+    (tmp_path / "empty/prepare.py").touch()  # data/openimages, as a clone has it
+    with pytest.raises(FileNotFoundError, match="is not made yet: run .*/empty/prepare.py"):
+        Dataset(tmp_path / "empty")
     make_folder(tmp_path / "some")
     for size in (0, -8, 2.5, None):
         with pytest.raises(ValueError, match="image_size"):
