@@ -64,7 +64,10 @@ GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
 
 
 class BadImage(ValueError):
-    """An item that cannot be read or decoded; the message is "key: reason"."""
+    """An item that cannot be read or decoded; the message is "key: reason", on one line."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))
 
 
 # -----------------------------------------------------------------------------
@@ -197,13 +200,13 @@ def index_tar(opened, shard):
     """opened(shard) is its file."""
     index, samples = Index(shard_part(shard), [shard], f"{shard[:-4]}/"), {}  # samples: key -> {ending: (offset, size)}
     with opened(shard) as f:
-        index.content = os.fstat(f.fileno()).st_size
+        index.content = end = os.fstat(f.fileno()).st_size
         try:
             with tarfile.open(fileobj=f, mode="r:") as tar:
                 for member in tar:
                     folder, _, name = member.name.removeprefix("./").rpartition("/")
                     stem, _, extension = name.partition(".")  # webdataset: the key ends at the first dot
-                    if member.isfile() and stem:
+                    if member.isfile() and stem and member.offset_data + member.size <= end:
                         sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
                         sample["." + extension.lower()] = (member.offset_data, member.size)
         except tarfile.TarError as e:
@@ -229,17 +232,18 @@ def index_tar(opened, shard):
 
 def index_parquet(opened, shard):
     file = opened(shard)
-    f = open_parquet(shard, file)
+    f, size, path = open_parquet(file.name, file), os.fstat(file.fileno()).st_size, file.name
     columns = f.schema_arrow.names
     if not any(name in columns for name in PIXELS):
-        raise ValueError(f"{shard} has the columns {columns}: call the one with the images {PIXELS[0]!r}")
+        raise ValueError(f"{path} has the columns {columns}: call the one with the images {PIXELS[0]!r}")
     label = next((name for name in LABELS if name in columns), None)
-    labels = f.read(columns=[label], use_threads=False).column(0).to_pylist() if label else []
-    hub = parse((f.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))  # the hub keeps the class names here
-    names = hub.get("info", {}).get("features", {}).get(label, {}).get("names", [])
-    index = Index(
-        shard_part(shard), [shard], f"{shard.removesuffix('.parquet')}/", names, os.fstat(file.fileno()).st_size
-    )
+    if f.metadata.num_rows > 8 * size:  # it would be a list of as many
+        raise ValueError(f"{path} declares {f.metadata.num_rows} rows: it is damaged, fetch it again")
+    try:
+        labels = f.read(columns=[label], use_threads=False).column(0).to_pylist() if label else []
+    except Exception as e:  # of many kinds, and several lines
+        raise ValueError(f"{path} is damaged ({' '.join(str(e).split())}): fetch it again") from None
+    index = Index(shard_part(shard), [shard], f"{shard.removesuffix('.parquet')}/", hub_names(f, label), size)
     kind = PARQUET_TEXT if any(name in columns for name in CAPTIONS) else NO_TEXT
     rows = [(g, row) for g in range(f.num_row_groups) for row in range(f.metadata.row_group(g).num_rows)]
     for i, where in enumerate(rows):
@@ -251,13 +255,13 @@ def index_npy(root, paths):
     parts = []
     for path in paths:
         folder = path.removesuffix("images.npy")
-        images, labels, texts, maps = np.load(f"{root}/{path}", mmap_mode="r"), None, None, None
+        images, labels, texts, maps = open_npy(f"{root}/{path}"), None, None, None
         good_shape = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
         if images.dtype != np.uint8 or not good_shape or not images.flags.c_contiguous:
             have = f"{images.dtype} {images.shape}"
             raise ValueError(f"{root}/{path} is {have}: make it uint8 (N,H,W,C), C 1, 3 or 4, in C order")
         if os.path.exists(f"{root}/{folder}labels.npy"):
-            labels = np.load(f"{root}/{folder}labels.npy").reshape(-1).tolist()
+            labels = open_npy(f"{root}/{folder}labels.npy").reshape(-1).tolist()
         if os.path.exists(f"{root}/{folder}captions.jsonl"):
             lines = json_lines(f"{root}/{folder}captions.jsonl")
             texts = [(JSON_TEXT, 1, at, size) for at, size, _ in lines]
@@ -265,7 +269,7 @@ def index_npy(root, paths):
             if values is not None and len(values) != len(images):
                 raise ValueError(f"{root}/{folder}{name} has {len(values)} entries, not {len(images)}: one an image")
         if os.path.exists(f"{root}/{folder}maps.npy"):
-            maps = np.load(f"{root}/{folder}maps.npy", mmap_mode="r")
+            maps = open_npy(f"{root}/{folder}maps.npy")
             if maps.dtype != np.uint8 or maps.shape != images.shape[:3] or not maps.flags.c_contiguous:
                 have = f"{maps.dtype} {maps.shape}"
                 raise ValueError(f"{root}/{folder}maps.npy is {have}: make it uint8 {images.shape[:3]}, in C order")
@@ -306,7 +310,7 @@ def parse(text):
     """JSON, or {} where it is damaged."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 
@@ -330,19 +334,44 @@ def json_lines(path):
             if line.strip():
                 try:
                     yield at, len(line), json.loads(line)
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     raise ValueError(f"{path} line {number} is not JSON ({e}): mend or delete it") from None
             at += len(line)
 
 
 def read_classes(path):
     """Class names from JSON: a list, an object {index: name}, or {"classes": list}."""
-    with open(path, encoding="utf-8") as f:
-        names = json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            names = json.load(f)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON ({e}): mend it, or remove it") from None
     if isinstance(names, dict):
-        count = 1 + max((int(i) for i in names if i.isdigit()), default=-1)
+        count = 1 + max((int(i) for i in names if re.fullmatch("[0-9]{1,9}", i)), default=-1)
+        if count > 100 * len(names) + 100_000:
+            raise ValueError(f"{path} names {len(names)} classes up to number {count - 1}: number them from 0")
         names = names.get("classes", [names.get(str(i), str(i)) for i in range(count)])
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def open_npy(path):
+    """The array in a .npy file, mapped; ValueError says what is wrong with the file."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.ndarray):
+            return array
+        reason = "it is an .npz"
+    except Exception as e:  # headers are read as Python's literals, which fail in many ways
+        reason = " ".join((str(e) or type(e).__name__).split())[:200]
+    raise ValueError(f"{path} does not load as .npy ({reason}): write it again") from None
+
+
+def hub_names(f, column):
+    """Class names of a parquet file's column, which the Hugging Face hub keeps in the schema; [] without."""
+    told = parse((f.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    for name in ("info", "features", column, "names"):
+        told = field(told, [name])
+    return [str(name) for name in told] if isinstance(told, list) else []
 
 
 def open_parquet(path, file=None):
@@ -351,9 +380,12 @@ def open_parquet(path, file=None):
     except ImportError:
         raise ImportError(f"reading {path} needs pyarrow: pip install pyarrow") from None
     try:
-        return pyarrow.parquet.ParquetFile(file or path, pre_buffer=False)
-    except pyarrow.ArrowException as e:
-        raise ValueError(f"{path} does not open as parquet ({e}): fetch or write it again") from None
+        f = pyarrow.parquet.ParquetFile(file or path, pre_buffer=False)
+        f.schema_arrow.names  # noqa: B018  where some damage shows
+        return f
+    except Exception as e:  # of many kinds
+        reason = " ".join(str(e).split())
+        raise ValueError(f"{path} does not open as parquet ({reason}): fetch or write it again") from None
 
 
 def open_in(root, name):
@@ -411,6 +443,8 @@ class Dataset:
                 stems = {os.path.splitext(path)[0] for path in images}
                 images = [path for path in images if path not in maps or path.removesuffix(".map.png") not in stems]
             metadata = [path for path in paths if os.path.basename(path) == "metadata.jsonl"]
+            indexes = [] if self.remote else index_folder(self.root, images, metadata)
+            self.form, self.table = "folder", Table.of([index.arrays() for index in indexes])
         if not self.table:
             if os.path.exists(f"{self.root}/prepare.py"):  # data/openimages, say, as it comes
                 line = f"dataset {self.path} is not made yet: run {self.root}/prepare.py (its docstring says how)"
