@@ -210,7 +210,7 @@ def index_tar(opened, shard):
                         sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
                         sample["." + extension.lower()] = (member.offset_data, member.size)
         except tarfile.TarError as e:
-            print(f"{shard} is damaged ({e}): it is read up to there, {len(samples)} items")
+            print(f"{f.name} is damaged ({e}): it is read up to there, {len(samples)} items")
         for key, parts in samples.items():
             image = next((parts[extension] for extension in parts if extension in IMAGES), None)
             if image is None:
@@ -1055,7 +1055,8 @@ if __name__ == "__main__":
     ds = Dataset(asked.path, "all", asked.image_size)
     opened, classes = time.perf_counter() - opened, ", ".join(ds.classes[:5]) + (", ..." if len(ds.classes) > 5 else "")
     kinds = f"{ds.num_classes} classes{f' ({classes})' if classes else ''}" if ds.num_classes else "no labels"
-    print(f"{ds.path}: {ds.form}, {len(ds)} images in {len(ds.files)} files, {kinds}; opened in {opened:.2f} s")
+    shards = f" in {len(ds.files)} shards" if ds.form in ("tar", "parquet") else ""
+    print(f"{ds.path}: {ds.form}, {len(ds)} images{shards}, {kinds}; opened in {opened:.2f} s")
     if asked.sidecars:
         print(f"{ds.write_sidecars()} indexes written beside the shards")
     torch.set_num_threads(1)
