@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.shards import SIDECAR, Index, Remote, Table, as_runs, open_table, write_whole
+from data.shards import COLUMNS, SIDECAR, Index, Remote, Table, as_runs, open_table, write_whole
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 HELD_OUT = ("val", "validation", "valid", "test")  # names that mean validation; where several are present, the first
@@ -455,7 +455,7 @@ class Dataset:
         self.files, self.window = self.table.files, 32 if self.remote else 0
         self.classes, self._renumbered = self._name_classes(self.table.names, self.table.highest)
         self.num_classes = max(len(self.classes), self.table.highest + 1) if self.table.highest >= 0 else 0
-        self.fingerprint = self._fingerprint()
+        self.fingerprint, self.text_fingerprint = self._fingerprint("digest_of"), self._fingerprint("texts_of")
         self._groups = OrderedDict()  # parquet: (file, row group, names) -> column, the latest last
 
     def __getstate__(self):  # a worker maps its own
@@ -480,7 +480,9 @@ class Dataset:
             with contextlib.suppress(Exception), np.load(io.BytesIO(content)) as kept:
                 arrays = {name: kept[name] for name in kept.files}
                 about = json.loads(str(arrays["about"]))
-                if (about["files"], about["content"]) == ([shard], self.remote.sizes[shard]):
+                shapes = arrays["keys"].shape, arrays["table"].shape
+                is_whole = shapes == ((about["n"],), (about["n"], len(COLUMNS)))
+                if is_whole and (about["files"], about["content"]) == ([shard], self.remote.sizes[shard]):
                     return arrays
             print(f"{shard}{SIDECAR} is not the index of {shard} as it is: the shard is read")
         return self._index(shard).arrays()
@@ -547,12 +549,15 @@ class Dataset:
         run = np.searchsorted(before, i, "right") - 1
         return first[run] + i - before[run]
 
-    def _fingerprint(self):
-        """Hash of what is indexed, wherever it lies: form, split, keys, sizes, and content where sizes say nothing."""
+    def _fingerprint(self, digests):
+        """Hash of what is indexed, wherever it lies: form, split, keys, sizes, and content where sizes say nothing.
+
+        With digests="texts_of", of where captions lie.
+        """
         h = hashlib.blake2b(repr((self.form, self.split, len(self))).encode(), digest_size=16)
         for shard in np.flatnonzero(np.diff(self.bounds)):
-            h.update(self.table.digest_of[shard].encode())
-        if self.form == "npy":
+            h.update(getattr(self.table, digests)[shard].encode())
+        if self.form == "npy" and digests == "digest_of":
             for i in range(0, len(self), -(-len(self) // 64)):
                 key, _, where, _, _ = self.place(i)
                 h.update(self._read(key, *where))

@@ -82,8 +82,9 @@ class Index:
         crc = np.array([zlib.crc32(prefix + key) for key in self.keys], dtype=np.int64)
         h = hashlib.blake2b(b"\n".join(prefix + key for key in self.keys), digest_size=16)
         h.update(table[:, 2:4].tobytes() + str(self.content).encode())
+        texts = hashlib.blake2b(table[:, [4, 6, 7]].tobytes() + str(self.content).encode(), digest_size=16)
         about = dict(n=len(labels), part=self.part, files=self.files, prefix=self.prefix, names=names, named=is_named)
-        about |= dict(content=self.content)
+        about |= dict(content=self.content, texts=texts.hexdigest())
         about |= dict(width=max(map(len, self.keys), default=0), bytes=sum(map(len, self.keys)), digest=h.hexdigest())
         if len(labels):
             about |= dict(
@@ -101,10 +102,10 @@ class Table:
     """
     table[row] -> (key as bytes, [label, ..., a number for each of COLUMNS]) of a row of all shards, one after another.
 
-    starts[s] is the first row of shard s, starts[-1] the number of rows; part_of[s], digest_of[s] and prefix_of[s] are
-    its own; files, names and highest label of all. A row has the fewest bytes that hold its columns; those that never
-    change have none. With a folder, its rows are mapped: they take no memory of their own, and a process that is handed
-    the table opens it anew.
+    starts[s] is the first row of shard s, starts[-1] the number of rows; part_of[s], prefix_of[s], digest_of[s] (of its
+    images) and texts_of[s] (of its captions) are its own; files, names and highest label of all. A row has the fewest
+    bytes that hold its columns; those that never change have none. With a folder, its rows are mapped: they take no
+    memory of their own, and a process that is handed the table opens it anew.
     """
 
     def __init__(self, about, arrays, folder=None):
@@ -198,7 +199,7 @@ def join(abouts, arrays_of, new, processes=1):
     about = dict(starts=starts.tolist(), names=names, columns=columns, constant=low.tolist(), highest=int(high[0]))
     about["base"] = np.append(0, np.cumsum([len(about["files"]) for about in abouts]))[:-1].astype(int).tolist()
     about["files"] = [name for about in abouts for name in about["files"]]
-    about |= {f"{name}_of": [about[name] for about in abouts] for name in ("part", "digest", "prefix")}
+    about |= {f"{name}_of": [about[name] for about in abouts] for name in ("part", "digest", "texts", "prefix")}
     arrays, parts = dict(rows=rows, keys=blob) if is_apart else dict(rows=rows), {abouts[s]["part"] for s in full}
     if parts and parts <= {"", "train"}:  # else what is held out lies apart
         pool = np.array([s for s in full if abouts[s]["part"] == ("train" if "train" in parts else "")])
@@ -266,6 +267,7 @@ def open_table(cache, name, jobs, arrays_from):
             if time.time() - told > 10:
                 print(f"indexed {len(abouts)} of {len(jobs)} shards", flush=True)
                 told = time.time()
+        making = ""
         try:
             making = tempfile.mkdtemp(dir=folder, suffix=".tmp")
 
@@ -364,7 +366,7 @@ def spread(function, jobs, processes):
         with concurrent.futures.ProcessPoolExecutor(processes, fork, _begin, (os.getpid(),)) as pool:
             yield from pool.map(_call, jobs, chunksize=max(min(len(jobs) // processes // 8, 16), 1))
     except concurrent.futures.process.BrokenProcessPool:
-        raise OSError("a process that indexes shards was killed (out of memory?): run again, it goes on") from None
+        raise RuntimeError("a process that indexes shards was killed (out of memory?): run again, it goes on") from None
 
 
 # -----------------------------------------------------------------------------
