@@ -818,7 +818,7 @@ class Dataset:
 
 class Stream(torch.utils.data.Dataset):
     """
-    stream[p] -> dict(image, label, text, key, index, flip, bad): the endless sequence over a dataset of N items.
+    stream[p] -> dict(image, label, text, caption, key, index, flip, bad): the endless sequence over N items.
 
     Position p is item permute(p % N) of epoch p // N; with window = W > 0, the shards are permuted, and then the items
     of W shards at a time, so that what is read lies in few files (W is 32 for shards from afar, else 0). Crop, flip and
@@ -871,19 +871,23 @@ class Stream(torch.utils.data.Dataset):
 
     def draw(self, p, attempt=0):
         """
-        All that is decided for position p before any pixel is read: dict(index, epoch, flip, u, text, label, key).
+        All that is decided for position p before any pixel is read: dict(index, epoch, flip, u, text, caption, label,
+        key).
 
-        text is one str, "" where there is none; u places a random crop; attempt k > 0 is the k-th stand-in.
+        text is one str, the item's caption number `caption`, "" where there is none; u places a random crop; attempt
+        k > 0 is the k-th stand-in.
         """
         index, epoch = self.item(p, attempt)
         meta = self.dataset.meta(index)
         texts = meta["text"] or [""]
+        caption = seed_of(self.seed, "text", p) % len(texts) if self.train else 0
         return dict(
             index=index,
             epoch=epoch,
             flip=self.flip and uniform(self.seed, "flip", p) < 0.5,
             u=tuple(uniform(self.seed, "crop", p, axis) for axis in "sxy") if self.crop == "random" else None,
-            text=texts[seed_of(self.seed, "text", p) % len(texts) if self.train else 0],
+            text=texts[caption],
+            caption=caption,
             label=meta["label"],
             key=meta["key"],
         )
@@ -899,9 +903,8 @@ class Stream(torch.utils.data.Dataset):
             except BadImage as e:
                 bad.append(str(e))
                 continue
-            return dict(
-                image=image, bad=bad, **{name: drawn[name] for name in ("label", "text", "key", "index", "flip")}
-            )
+            names = ("label", "text", "caption", "key", "index", "flip")
+            return dict(image=image, bad=bad, **{name: drawn[name] for name in names})
         some = "; ".join(list(dict.fromkeys(bad))[:3])
         raise ValueError(f"all {len(bad)} images tried in {self.dataset.path} are bad ({some}): look at the data")
 
@@ -915,7 +918,8 @@ def step_positions(step, micro, batch_size, grad_accum=1, rank=0, world=1):
 def collate(samples):
     """Samples -> dict(image (B,3,S,S), label and index (B,) int64, flip (B,) bool, text, key and bad: lists of str).
 
-    Where samples have a condition, a dict of tensors (see data/tasks.py), it is stacked too.
+    Where samples have a condition, a dict of tensors (see data/tasks.py), or a context, a tensor (the text's, from a
+    cache), these are stacked too.
     """
     batch = dict(
         image=torch.stack([sample["image"] for sample in samples]),
@@ -926,6 +930,8 @@ def collate(samples):
         key=[sample["key"] for sample in samples],
         bad=[line for sample in samples for line in sample["bad"]],
     )
+    if "context" in samples[0]:
+        batch["context"] = torch.stack([sample["context"] for sample in samples])
     if "condition" in samples[0]:
         names = samples[0]["condition"]
         batch["condition"] = {name: torch.stack([sample["condition"][name] for sample in samples]) for name in names}
