@@ -94,6 +94,16 @@ class Index:
         return dict(about=np.array(json.dumps(about)), keys=keys, table=table, held=np.flatnonzero(crc % 100 == 0))
 
 
+def read_arrays(file):
+    """Index.arrays from an .npz that was made of them; an error of some kind where it was not."""
+    with np.load(file) as kept:
+        arrays = {name: kept[name] for name in ("about", "keys", "table", "held")}
+    n = json.loads(str(arrays["about"]))["n"]
+    if (arrays["keys"].shape, arrays["table"].shape) != ((n,), (n, len(COLUMNS))):
+        raise ValueError(f"{n} rows are told of, {arrays['table'].shape} are there")
+    return arrays
+
+
 # -----------------------------------------------------------------------------
 # all of them
 
@@ -235,8 +245,8 @@ def open_table(cache, name, jobs, arrays_from):
         return Table.load(whole)
 
     def arrays_of(s):
-        with contextlib.suppress(Exception), np.load(parts[s]) as kept:
-            return {name: kept[name] for name in kept.files}
+        with contextlib.suppress(Exception):
+            return read_arrays(parts[s])
         arrays = arrays_from(jobs[s][0])
         with contextlib.suppress(OSError):
             write_whole(parts[s], lambda f: np.savez_compressed(f, **arrays))
@@ -244,7 +254,7 @@ def open_table(cache, name, jobs, arrays_from):
 
     def about_of(s):
         try:
-            with np.load(parts[s]) as kept:
+            with np.load(parts[s]) as kept:  # what it tells of is not read
                 return json.loads(str(kept["about"]))
         except Exception:
             return json.loads(str(arrays_of(s)["about"]))
