@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.shards import COLUMNS, FILES, SIDECAR, Index, Remote, Table, as_runs, open_table, write_whole
+from data.shards import SIDECAR, Index, Remote, Table, as_runs, open_table, read_arrays, write_whole
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 HELD_OUT = ("val", "validation", "valid", "test")  # names that mean validation; where several are present, the first
@@ -205,17 +205,17 @@ def index_tar(opened, shard):
     """opened(shard) is its file."""
     index, samples = Index(shard_part(shard), [shard], f"{shard[:-4]}/"), {}  # samples: key -> {ending: (offset, size)}
     with opened(shard) as f:
-        index.content = os.fstat(f.fileno()).st_size
+        index.content = end = os.fstat(f.fileno()).st_size
         try:
             with tarfile.open(fileobj=f, mode="r:") as tar:
                 for member in tar:
                     folder, _, name = member.name.removeprefix("./").rpartition("/")
                     stem, _, extension = name.partition(".")  # webdataset: the key ends at the first dot
-                    if member.isfile() and stem and member.offset_data + member.size <= index.content:
+                    if member.isfile() and stem and member.offset_data + member.size <= end:
                         sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
                         sample["." + extension.lower()] = (member.offset_data, member.size)
         except tarfile.TarError as e:
-            print(f"{shard} is damaged ({e}): it is read up to there, {len(samples)} items")
+            print(f"{f.name} is damaged ({e}): it is read up to there, {len(samples)} items")
         for key, parts in samples.items():
             image = next((parts[extension] for extension in parts if extension in IMAGES), None)
             if image is None:
@@ -237,18 +237,17 @@ def index_tar(opened, shard):
 
 def index_parquet(opened, shard):
     file = opened(shard)
-    f = open_parquet(shard, file)
+    f, size, path = open_parquet(file.name, file), os.fstat(file.fileno()).st_size, file.name
     columns = f.schema_arrow.names
     if not any(name in columns for name in PIXELS):
-        raise ValueError(f"{shard} has the columns {columns}: call the one with the images {PIXELS[0]!r}")
+        raise ValueError(f"{path} has the columns {columns}: call the one with the images {PIXELS[0]!r}")
     label = next((name for name in LABELS if name in columns), None)
-    size = os.fstat(file.fileno()).st_size
     if f.metadata.num_rows > 8 * size:  # it would be a list of as many
-        raise ValueError(f"{shard} declares {f.metadata.num_rows} rows: it is damaged, fetch it again")
+        raise ValueError(f"{path} declares {f.metadata.num_rows} rows: it is damaged, fetch it again")
     try:
         labels = f.read(columns=[label], use_threads=False).column(0).to_pylist() if label else []
     except Exception as e:  # of many kinds, and several lines
-        raise ValueError(f"{shard} is damaged ({' '.join(str(e).split())}): fetch it again") from None
+        raise ValueError(f"{path} is damaged ({' '.join(str(e).split())}): fetch it again") from None
     index = Index(shard_part(shard), [shard], f"{shard.removesuffix('.parquet')}/", hub_names(f, label), size)
     kind = PARQUET_TEXT if any(name in columns for name in CAPTIONS) else NO_TEXT
     rows = [(g, row) for g in range(f.num_row_groups) for row in range(f.metadata.row_group(g).num_rows)]
@@ -360,19 +359,6 @@ def read_classes(path):
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def read_sidecar(shard, about, keys, table):
-    """The Index of a shard from what stands beside it, of which nothing is believed that would lead out of the shard."""
-    if table.shape != (len(keys), len(COLUMNS)) or table[:, FILES].any() or table.min(initial=-1) < -1:
-        raise ValueError(f"{shard}{SIDECAR} is no index of one shard")
-    index = Index(shard_part(shard), [shard], os.path.splitext(shard)[0] + "/", about["names"], about["content"])
-    for key, (label, *numbers) in zip(keys, table.astype(np.int64).tolist()):
-        if any(min(numbers[at : at + 2]) < 0 or sum(numbers[at : at + 2]) > about["content"] for at in (1, 5, 7, 9)):
-            raise ValueError(f"{shard}{SIDECAR} leads out of {shard}")
-        word = about["names"][label] if about["named"] and label >= 0 else label
-        index.add(os.fsdecode(key), numbers[:3], word, numbers[3:7], numbers[7:])
-    return index
-
-
 def open_npy(path):
     """The array in a .npy file, mapped; ValueError says what is wrong with the file."""
     try:
@@ -462,14 +448,10 @@ class Dataset:
                 stems = {os.path.splitext(path)[0] for path in images}
                 images = [path for path in images if path not in maps or path.removesuffix(".map.png") not in stems]
             metadata = [path for path in paths if os.path.basename(path) == "metadata.jsonl"]
-            self.form = "folder"
-            self.table = (
-                None
-                if self.remote
-                else Table.of([index.arrays() for index in index_folder(self.root, images, metadata)])
-            )
+            indexes = [] if self.remote else index_folder(self.root, images, metadata)
+            self.form, self.table = "folder", Table.of([index.arrays() for index in indexes])
         if not self.table:
-            if not self.remote and os.path.exists(f"{self.root}/prepare.py"):  # data/openimages, say, as it comes
+            if os.path.exists(f"{self.root}/prepare.py"):  # data/openimages, say, as it comes
                 line = f"dataset {self.path} is not made yet: run {self.root}/prepare.py (its docstring says how)"
                 raise FileNotFoundError(f"{line}, or pass --dataset=DIR, a folder of images or shards")
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
@@ -478,27 +460,31 @@ class Dataset:
         self.files, self.window = self.table.files, 32 if self.remote else 0
         self.classes, self._renumbered = self._name_classes(self.table.names, self.table.highest)
         self.num_classes = max(len(self.classes), self.table.highest + 1) if self.table.highest >= 0 else 0
-        self.fingerprint = self._fingerprint()
+        self.fingerprint, self.text_fingerprint = self._fingerprint("digest_of"), self._fingerprint("texts_of")
         self._groups = OrderedDict()  # parquet: (file, row group, names) -> column, the latest last
 
     def __getstate__(self):  # a worker maps its own
-        return {name: value for name, value in self.__dict__.items() if name not in ("_runs", "_groups")} | {
-            "_groups": OrderedDict()
-        }
+        kept = {name: value for name, value in self.__dict__.items() if name != "_runs"}
+        return kept | {"_groups": OrderedDict()}
 
     def _stamps(self, shards):
         """What tells the state of each shard from an earlier one."""
         if self.remote:
             return [self.remote.stamps[shard] for shard in shards]
-        with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
-            stats = pool.map(os.stat, [f"{self.root}/{shard}" for shard in shards])
+
+        def stamp(shards):
+            stats = [os.stat(f"{self.root}/{shard}") for shard in shards]
             return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+        with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
+            return sum(pool.map(stamp, [shards[at : at + 500] for at in range(0, len(shards), 500)]), [])
 
     def _arrays(self, shard):
         """The Index of a shard, as arrays: beside one from afar it may lie ready."""
         if self.remote and (content := self.remote.small(shard + SIDECAR)):
-            with contextlib.suppress(Exception), np.load(io.BytesIO(content)) as kept:
-                about, keys, table = json.loads(str(kept["about"])), kept["keys"].tolist(), kept["table"]
+            with contextlib.suppress(Exception):
+                arrays = read_arrays(io.BytesIO(content))
+                about = json.loads(str(arrays["about"]))
                 if (about["files"], about["content"]) == ([shard], self.remote.sizes[shard]):
                     return read_sidecar(shard, about, keys, table).arrays()
             print(f"{shard}{SIDECAR} is not the index of {shard} as it is: the shard is read")
@@ -566,12 +552,15 @@ class Dataset:
         run = np.searchsorted(before, i, "right") - 1
         return first[run] + i - before[run]
 
-    def _fingerprint(self):
-        """Hash of what is indexed, wherever it lies: form, split, keys, sizes, and content where sizes say nothing."""
+    def _fingerprint(self, digests):
+        """Hash of what is indexed, wherever it lies: form, split, keys, sizes, and content where sizes say nothing.
+
+        With digests="texts_of", of where captions lie.
+        """
         h = hashlib.blake2b(repr((self.form, self.split, len(self))).encode(), digest_size=16)
         for shard in np.flatnonzero(np.diff(self.bounds)):
-            h.update(self.table.digest_of[shard].encode())
-        if self.form == "npy":
+            h.update(getattr(self.table, digests)[shard].encode())
+        if self.form == "npy" and digests == "digest_of":
             for i in range(0, len(self), -(-len(self) // 64)):
                 key, _, where, _, _ = self.place(i)
                 h.update(self._read(key, *where))
@@ -623,12 +612,8 @@ class Dataset:
             raise BadImage(f"{key}: its caption does not read ({e})") from None
         return dict(label=label, text=captions_of(text), key=key)
 
-    def rgb(self, i, enough=None):
-        """
-        The whole of image i as PIL RGB.
-
-        A JPEG may come at 1/2, 1/4 or 1/8 of its size, both sides at least `enough`: libjpeg then decodes less.
-        """
+    def rgb(self, i):
+        """The whole of image i as PIL RGB."""
         key, _, where, _, _ = self.place(i)
         try:
             if self.form == "npy":
@@ -642,8 +627,6 @@ class Dataset:
             with Image.open(io.BytesIO(data)) as image:
                 if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
-                if enough:
-                    image.draft("RGB", (enough, enough))
                 return to_rgb(image)
         except UnidentifiedImageError:
             raise BadImage(f"{key}: not an image that Pillow can read") from None
@@ -657,10 +640,9 @@ class Dataset:
         Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
 
         crop "center" takes the whole short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), placed
-        by u = (side, x, y), three numbers in [0, 1). Of a JPEG four times as large as needed, or more, no more is
-        decoded than twice what is needed; that is close to all of it (47 dB), and on any machine the same.
+        by u = (side, x, y), three numbers in [0, 1).
         """
-        image = self.rgb(i, 2 * self.image_size * (1 if crop == "center" else 2))
+        image = self.rgb(i)
         x, y, side = crop_square(*image.size, crop, u)
         image = image.crop((x, y, x + side, y + side))
         if side != self.image_size:
@@ -1077,7 +1059,7 @@ def loader(
                 worker.kill()
             for worker in batches._workers:
                 worker.join(5)
-            # what a worker had ready dies with it: so that one batch cannot take others along, one at a time from now on
+            # what a worker had ready dies with it: one at a time, so that a bad batch cannot take others along
             batches, first, due = begin(done, 1 if failures > 1 else 2), done, time.monotonic() + timeout
 
     batches = begin(0)  # workers start here, not when the first batch is asked for
@@ -1097,7 +1079,8 @@ if __name__ == "__main__":
     ds = Dataset(asked.path, "all", asked.image_size)
     opened, classes = time.perf_counter() - opened, ", ".join(ds.classes[:5]) + (", ..." if len(ds.classes) > 5 else "")
     kinds = f"{ds.num_classes} classes{f' ({classes})' if classes else ''}" if ds.num_classes else "no labels"
-    print(f"{ds.path}: {ds.form}, {len(ds)} images in {len(ds.files)} files, {kinds}; opened in {opened:.2f} s")
+    shards = f" in {len(ds.files)} shards" if ds.form in ("tar", "parquet") else ""
+    print(f"{ds.path}: {ds.form}, {len(ds)} images{shards}, {kinds}; opened in {opened:.2f} s")
     if asked.sidecars:
         print(f"{ds.write_sidecars()} indexes written beside the shards")
     torch.set_num_threads(1)

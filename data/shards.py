@@ -64,7 +64,7 @@ class Index:
         elif isinstance(label, float):  # a column with gaps; NaN is no label
             label = int(label) if label.is_integer() else None
         is_label = isinstance(label, str) or (isinstance(label, int) and 0 <= label < 2**31)
-        self.keys.append(os.fsencode(key))
+        self.keys.append(os.fsencode(key).rstrip(b"\0"))  # as numpy has them
         self.labels.append(label if is_label else None)
         self.numbers.extend((*image, *text, *beside))
 
@@ -82,8 +82,9 @@ class Index:
         crc = np.array([zlib.crc32(prefix + key) for key in self.keys], dtype=np.int64)
         h = hashlib.blake2b(b"\n".join(prefix + key for key in self.keys), digest_size=16)
         h.update(table[:, 2:4].tobytes() + str(self.content).encode())
+        texts = hashlib.blake2b(table[:, [4, 6, 7]].tobytes() + str(self.content).encode(), digest_size=16)
         about = dict(n=len(labels), part=self.part, files=self.files, prefix=self.prefix, names=names, named=is_named)
-        about |= dict(content=self.content)
+        about |= dict(content=self.content, texts=texts.hexdigest())
         about |= dict(width=max(map(len, self.keys), default=0), bytes=sum(map(len, self.keys)), digest=h.hexdigest())
         if len(labels):
             about |= dict(
@@ -91,6 +92,16 @@ class Index:
             )
         keys = np.array(self.keys, dtype=np.bytes_)
         return dict(about=np.array(json.dumps(about)), keys=keys, table=table, held=np.flatnonzero(crc % 100 == 0))
+
+
+def read_arrays(file):
+    """Index.arrays from an .npz that was made of them; an error of some kind where it was not."""
+    with np.load(file) as kept:
+        arrays = {name: kept[name] for name in ("about", "keys", "table", "held")}
+    n = json.loads(str(arrays["about"]))["n"]
+    if (arrays["keys"].shape, arrays["table"].shape) != ((n,), (n, len(COLUMNS))):
+        raise ValueError(f"{n} rows are told of, {arrays['table'].shape} are there")
+    return arrays
 
 
 # -----------------------------------------------------------------------------
@@ -101,10 +112,10 @@ class Table:
     """
     table[row] -> (key as bytes, [label, ..., a number for each of COLUMNS]) of a row of all shards, one after another.
 
-    starts[s] is the first row of shard s, starts[-1] the number of rows; part_of[s], digest_of[s] and prefix_of[s] are
-    its own; files, names and highest label of all. A row has the fewest bytes that hold its columns; those that never
-    change have none. With a folder, its rows are mapped: they take no memory of their own, and a process that is handed
-    the table opens it anew.
+    starts[s] is the first row of shard s, starts[-1] the number of rows; part_of[s], prefix_of[s], digest_of[s] (of its
+    images) and texts_of[s] (of its captions) are its own; files, names and highest label of all. A row has the fewest
+    bytes that hold its columns; those that never change have none. With a folder, its rows are mapped: they take no
+    memory of their own, and a process that is handed the table opens it anew.
     """
 
     def __init__(self, about, arrays, folder=None):
@@ -121,7 +132,8 @@ class Table:
         with open(f"{folder}/about.json") as f:
             about = json.load(f)
         names = [name.removesuffix(".npy") for name in os.listdir(folder) if name.endswith(".npy")]
-        return cls(about, {name: np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in names}, folder)
+        arrays = {name: np.load(f"{folder}/{name}.npy", mmap_mode="r").view(np.ndarray) for name in names}  # is faster
+        return cls(about, arrays, folder)
 
     @classmethod
     def of(cls, made):
@@ -197,7 +209,7 @@ def join(abouts, arrays_of, new, processes=1):
     about = dict(starts=starts.tolist(), names=names, columns=columns, constant=low.tolist(), highest=int(high[0]))
     about["base"] = np.append(0, np.cumsum([len(about["files"]) for about in abouts]))[:-1].astype(int).tolist()
     about["files"] = [name for about in abouts for name in about["files"]]
-    about |= {f"{name}_of": [about[name] for about in abouts] for name in ("part", "digest", "prefix")}
+    about |= {f"{name}_of": [about[name] for about in abouts] for name in ("part", "digest", "texts", "prefix")}
     arrays, parts = dict(rows=rows, keys=blob) if is_apart else dict(rows=rows), {abouts[s]["part"] for s in full}
     if parts and parts <= {"", "train"}:  # else what is held out lies apart
         pool = np.array([s for s in full if abouts[s]["part"] == ("train" if "train" in parts else "")])
@@ -233,8 +245,8 @@ def open_table(cache, name, jobs, arrays_from):
         return Table.load(whole)
 
     def arrays_of(s):
-        with contextlib.suppress(Exception), np.load(parts[s]) as kept:
-            return {name: kept[name] for name in kept.files}
+        with contextlib.suppress(Exception):
+            return read_arrays(parts[s])
         arrays = arrays_from(jobs[s][0])
         with contextlib.suppress(OSError):
             write_whole(parts[s], lambda f: np.savez_compressed(f, **arrays))
@@ -242,7 +254,7 @@ def open_table(cache, name, jobs, arrays_from):
 
     def about_of(s):
         try:
-            with np.load(parts[s]) as kept:
+            with np.load(parts[s]) as kept:  # what it tells of is not read
                 return json.loads(str(kept["about"]))
         except Exception:
             return json.loads(str(arrays_of(s)["about"]))
@@ -265,14 +277,15 @@ def open_table(cache, name, jobs, arrays_from):
             if time.time() - told > 10:
                 print(f"indexed {len(abouts)} of {len(jobs)} shards", flush=True)
                 told = time.time()
-        making = f"{folder}/none.tmp"  # where not even a folder can be made
+        making = ""
         try:
             making = tempfile.mkdtemp(dir=folder, suffix=".tmp")
 
             def new(name, dtype, shape):
                 made = np.lib.format.open_memmap(f"{making}/{name}.npy", "w+", dtype, shape)
-                with open(f"{making}/{name}.npy", "r+b") as f:  # a map of a full disk would end the process
-                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(f.name))
+                if hasattr(os, "posix_fallocate"):  # a map on a full disk would end the process
+                    with open(f"{making}/{name}.npy", "r+b") as f:
+                        os.posix_fallocate(f.fileno(), 0, os.path.getsize(f.name))
                 return made
 
             about, _ = join(abouts, arrays_of, new, processes)
@@ -363,7 +376,7 @@ def spread(function, jobs, processes):
         with concurrent.futures.ProcessPoolExecutor(processes, fork, _begin, (os.getpid(),)) as pool:
             yield from pool.map(_call, jobs, chunksize=max(min(len(jobs) // processes // 8, 16), 1))
     except concurrent.futures.process.BrokenProcessPool:
-        raise OSError("a process that indexes shards was killed (out of memory?): run again, it goes on") from None
+        raise RuntimeError("a process that indexes shards was killed (out of memory?): run again, it goes on") from None
 
 
 # -----------------------------------------------------------------------------

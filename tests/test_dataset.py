@@ -734,6 +734,9 @@ def test_fingerprint_follows_the_content_and_not_the_path(tmp_path):
     here, there = make_folder(tmp_path / "here"), make_folder(tmp_path / "elsewhere/there")
     fingerprint = Dataset(here, "all").fingerprint
     assert Dataset(there, "all").fingerprint == fingerprint
+    (there / "metadata.jsonl").write_text('{"file_name": "dog/001.png", "text": "t"}')
+    assert Dataset(there, "all").fingerprint == fingerprint, "latents do not depend on captions"
+    assert Dataset(there, "all").text_fingerprint != Dataset(here, "all").text_fingerprint
     (there / "dog/001.png").write_bytes(encoded(picture(1)) + b" ")
     assert Dataset(there, "all").fingerprint != fingerprint
     for value in (1, 2):  # an array has the same size whatever is in it
