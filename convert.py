@@ -139,6 +139,10 @@ def load_vae(cls, path, **settings):
     own, prefix = (meta["model"], "ema") if meta["stage"] == "vae" else (meta["vae"], "vae")
     if own is None:
         raise ValueError(f"{path} was trained on pixels: it holds no autoencoder")
+    if meta.get("snapshot"):
+        snapshot, path = path, os.path.join(os.path.dirname(find_checkpoint(path)), "latest.safetensors")
+        if not os.path.exists(path) or read_checkpoint(path)[1].get("run") != meta["run"]:
+            raise ValueError(f"{snapshot}'s autoencoder is in the latest.safetensors of its run: put that beside it")
     check_settings(path, tuples(own), settings)
     state = part(read_checkpoint(path, prefix)[0], prefix)
     check_fit(cls, tuples(own), state)

@@ -286,7 +286,7 @@ def announce(what, folder, size):
 
 
 class Captions(torch.utils.data.Dataset):
-    """All captions by index, [] where they do not read: training does not draw such an image."""
+    """All captions by index, [] where they do not read: training names such an image when it is drawn."""
 
     def __init__(self, images):
         self.images = images
@@ -297,8 +297,7 @@ class Captions(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             return self.images.meta(i)["text"]
-        except BadImage as e:
-            print(f"skipped bad captions: {e}", flush=True)
+        except BadImage:
             return []
 
 
@@ -373,13 +372,14 @@ class TextCache(torch.utils.data.Dataset):
             return self.null
         shard, row = divmod(item["index"], SHARD)
         if shard not in self.shards:
-            if len(self.shards) == 256:
+            if len(self.shards) == 4096:  # maps of memory, which hold no file descriptors
                 self.shards.pop(next(iter(self.shards)))
             f = safe_open(self.path(shard), framework="pt")
-            self.shards[shard] = f.get_tensor("starts").tolist(), f.get_tensor("crc").tolist(), f.get_slice("context")
+            self.shards[shard] = [f.get_slice(name) for name in ("starts", "crc", "context")]
         starts, crc, context = self.shards[shard]
-        at = starts[row] + item["caption"]
-        if at >= starts[row + 1] or crc[at] != zlib.crc32(item["text"].encode("utf-8", "surrogatepass")):
+        first, end = starts[row : row + 2].tolist()
+        at = first + item["caption"]
+        if at >= end or crc[at].item() != zlib.crc32(item["text"].encode("utf-8", "surrogatepass")):
             raise ValueError(f"{item['key']} has other captions than were cached: delete {self.path(shard)}")
         return context[at]
 
@@ -833,6 +833,7 @@ def check_settings(cfg):
         ("cond", ("none", "class", "text", "layout")),
         ("class_embed", ("add", "token")),
         ("text_encoder", ("joint", *CLIPTextEncoder.towers, "other")),
+        ("latents_on_device", ("auto", "true", "false", "True", "False")),
         ("task", TASKS),
         ("sr_kind", DEGRADATIONS),
         ("objective", OBJECTIVES),
@@ -844,7 +845,6 @@ def check_settings(cfg):
         ("device", ("auto", "cpu", "cuda")),
         ("dtype", ("auto", "float32", "bfloat16", "float64")),
         ("compile", ("auto", "true", "false", "True", "False")),
-        ("latents_on_device", ("auto", "true", "false", "True", "False")),
     ):
         if cfg[name] not in choices:
             raise ValueError(f"{name}={cfg[name]} is not one of {', '.join(choices)}")
@@ -1079,9 +1079,9 @@ if __name__ == "__main__":
             f"which {len(channel_mult)} levels divide by: change image_size or channel_mult"
         )
     model.to(device, param_dtype, memory_format=torch.channels_last)
-    model.unet.checkpointing = checkpointing
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     power_emas = [copy.deepcopy(ema) for _ in ema_stds]
+    model.unet.checkpointing = checkpointing
     process = process_of(config)
     model_settings = {"unet": model.unet.settings, "text": text and text.settings}
     model_settings["first_stage"] = "none" if vae is None else "vae"
@@ -1407,8 +1407,9 @@ if __name__ == "__main__":
             clock.update(time=time.time(), step=step)  # evaluation does not count as training
         snapshot_due = finished or (step % snapshot_every == 0 and step > start_step) if snapshot_every else False
         if snapshot_due and master:
-            snapshot = averages() | frozen_tensors
-            save_checkpoint(f"{out_dir}/ema_{step:08d}.safetensors", snapshot, about | {"step": step})
+            snapshot = averages() | {name: t for name, t in frozen_tensors.items() if not name.startswith("vae.")}
+            about_it = about | {"step": step, "snapshot": True}  # the autoencoder is in the checkpoint beside it
+            save_checkpoint(f"{out_dir}/ema_{step:08d}.safetensors", snapshot, about_it)
         if finished or stop or (step % save_every == 0 and step > start_step):
             checkpoint()
         if finished or stop:

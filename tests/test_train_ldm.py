@@ -647,6 +647,29 @@ def test_a_task_resumes_bit_for_bit_and_two_ranks_are_one(name, tasked, start, t
     assert_same(one.checkpoint[0], two.checkpoint[0], atol=1e-9)
 
 
+def test_a_snapshot_takes_the_autoencoder_from_its_run(tasked, tmp_path):
+    run = tasked("all")
+    snapshot, beside = tmp_path / "ema_00000002.safetensors", tmp_path / "latest.safetensors"
+    shutil.copy(run.out / "ema_00000002.safetensors", snapshot)
+    assert not any(name.startswith("vae.") for name in read(snapshot)[0])
+    message = "ema_00000002.safetensors's autoencoder is in the latest.safetensors of its run: put that beside it"
+    with pytest.raises(ValueError, match=message):
+        sample.load_pipeline(str(snapshot))
+    shutil.copy(tasked("inpaint").out / "latest.safetensors", beside)  # of another run
+    with pytest.raises(ValueError, match=message):
+        sample.load_pipeline(str(snapshot))
+    shutil.copy(run.out / "latest.safetensors", beside)
+    pipeline, whole = sample.load_pipeline(str(snapshot)), sample.load_pipeline(str(beside))
+    assert_same(pipeline.vae.state_dict(), whole.vae.state_dict())
+    tensors, meta = read(snapshot)
+    assert_same(pipeline.denoiser.state_dict(), train_ldm.without_prefix("ema", tensors))
+    del meta["snapshot"]  # as snapshots were before, the autoencoder in them
+    tensors |= {name: t for name, t in read(beside)[0].items() if name.startswith("vae.")}
+    (tmp_path / "old").mkdir()
+    train_ldm.save_checkpoint(f"{tmp_path}/old/ema_1.safetensors", tensors, meta)
+    assert_same(VAE.from_pretrained(f"{tmp_path}/old/ema_1.safetensors").state_dict(), whole.vae.state_dict())
+
+
 def test_a_run_makes_averages_of_any_length(tasked):
     run = tasked("all")
     model = {n: t for n, t in run.checkpoint[0].items() if n.startswith("model.")}
