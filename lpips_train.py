@@ -378,12 +378,12 @@ def train_step(models, batch, noise, cfg):
     """One forward pass -> {name: scalar loss term}; "loss" is the one to differentiate.
 
     batch["images"] (B,3,3,S,S) in [-1,1], ref, p0 and p1; batch["judge"] (B,) in [0,1]. noise is empty: dropout draws
-    from the global generator. Accuracy is the batch's 2AFC score, with dropout on; "each" (B,) the judgements' logits.
+    from the global generator. Accuracy is the batch's 2AFC score, with dropout on; "each" (B,) is not averaged.
     """
     d0, d1, logit = models["judge"](batch["images"], cfg["dropout"])
-    loss = F.binary_cross_entropy_with_logits(logit, batch["judge"])
+    each = F.binary_cross_entropy_with_logits(logit, batch["judge"], reduction="none")
     accuracy = two_afc(torch.stack([d0, d1], dim=1).detach(), batch["judge"])
-    return {"loss": loss, "accuracy": accuracy, "each": logit.detach()}
+    return {"loss": each.mean(), "accuracy": accuracy, "each": each.detach()}
 
 
 @torch.no_grad()
@@ -845,7 +845,7 @@ if __name__ == "__main__":
     # compile, DDP
     judge = torch.compile(model) if use_compile else model
     if world > 1:
-        judge = DistributedDataParallel(judge, gradient_as_bucket_view=True, broadcast_buffers=False)
+        judge = DistributedDataParallel(judge, gradient_as_bucket_view=True, forward_sync_buffers=False)
     join = torch.utils.data.default_collate
     batches = loader(train, step, max_steps, batch_size, grad_accum, rank, world, workers, join)
 

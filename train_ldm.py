@@ -532,23 +532,25 @@ class LatentCache(torch.utils.data.Dataset):
 
 
 def check_shared(cache, rank, world):
-    """ValueError on all ranks where one does not see what rank 0 writes into the cache's folder, and lacks some of it.
+    """ValueError on all ranks where one does not see what rank 0 writes into the cache's folder.
 
-    A cache that is complete everywhere may lie on each node's own disk.
+    A cache that is complete everywhere may lie on each node's own disk, or where nothing can be written.
     """
-    if world == 1:
+    ranks = [None] * world
+    if world > 1:
+        complete = all(os.path.exists(cache.path(shard)) for shard in range(cache.count))
+        dist.all_gather_object(ranks, complete)
+    if world == 1 or all(ranks):
         return
-    mark, ranks = [f"{cache.folder}/shared.{time.time_ns()}"], [None] * world
-    dist.broadcast_object_list(mark, 0)
+    mark = [f"{cache.folder}/shared.{time.time_ns()}"]
     if rank == 0:
         os.makedirs(cache.folder, exist_ok=True)
         open(mark[0], "w").close()
-    complete = all(os.path.exists(cache.path(shard)) for shard in range(cache.count))
-    dist.all_gather_object(ranks, complete)  # the mark is there, too
-    end = time.monotonic() + (0 if all(ranks) else 60)  # a network disk may take its time to show it
+    dist.broadcast_object_list(mark, 0)  # it is there
+    end = time.monotonic() + 60  # a network disk may take its time to show it
     while not (there := os.path.exists(mark[0])) and time.monotonic() < end:
         time.sleep(0.1)
-    dist.all_gather_object(ranks, all(ranks) or there or platform.node())
+    dist.all_gather_object(ranks, there or platform.node())
     if rank == 0:
         os.remove(mark[0])
     blind = [node for node in ranks if node is not True]
@@ -1199,8 +1201,9 @@ if __name__ == "__main__":
 
     watch = Watch(rank, world, hang_timeout)
     ema.unet.register_forward_hook(watch.progress)
-    if vae is not None:
-        vae.encoder.register_forward_hook(watch.progress)
+    for net in (vae and vae.encoder, tower):
+        if net is not None:
+            net.register_forward_hook(watch.progress)
 
     # latents: cached on disk, or encoded at every step, or the pixels themselves
     cached = vae is not None and cache_latents
@@ -1330,7 +1333,7 @@ if __name__ == "__main__":
     # compile, DDP
     net = torch.compile(model) if use_compile else model
     if world > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True, forward_sync_buffers=False)
     batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers)
 
     # SIGTERM and SIGINT ask for a stop; every rank learns of it with the loss terms and stops at the same step

@@ -977,7 +977,9 @@ if __name__ == "__main__":
     if use_compile:
         model.encoder.compile()
         model.decoder.features = torch.compile(model.decoder.features)
-    net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else model
+    net = (
+        DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False) if world > 1 else model
+    )
     batches = loader(stream, step, max_steps, batch_size, grad_accum, rank, world, workers)
     latent_shape = (model.latent_channels, image_size // model.factor, image_size // model.factor)
 

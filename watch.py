@@ -31,16 +31,19 @@ def hanging(reports, limit):
     return behind if all(reports[rank]["still"] > limit for rank in behind) else []
 
 
-def describe(reports, behind):
+def describe(reports, behind, limit):
     """hanging()'s answer in words."""
     lines = [
         f"rank {rank} ({reports[rank]['name']}) has made no progress for {reports[rank]['still'] / 60:.3g} min: "
         f"{reports[rank]['phase']}, step {reports[rank]['step']}"
+        + ", when last heard of: it was stopped, or its node is lost"
+        * (reports[rank]["silent"] > 0.5 * limit)
         for rank in behind[:4]
     ]
     rest, more = len(reports) - len(behind), len(behind) - 4
     lines += [f"and {more} more like it"] * (more > 0)
-    return "; ".join([*lines, f"the other {rest} wait for it" if rest else "no rank is behind the others"])
+    last = f"the other {rest} {'wait' if rest > 1 else 'waits'} for it" if rest else "no rank is behind the others"
+    return "; ".join([*lines, last])
 
 
 def slow_reader(reports, before, seconds):
@@ -121,10 +124,11 @@ class Watch:
                 for rank, report in enumerate(reports):
                     if seen.get(rank, (None, 0))[0] != report:
                         seen[rank] = (dict(report), now)
-                    report["still"] += now - seen[rank][1]  # one that says nothing is still too; clocks may differ
+                    report["silent"] = now - seen[rank][1]
+                    report["still"] += report["silent"]  # by its own clock and by this one: they may differ
                 behind = hanging(reports, self.limit) if reports else []
                 if behind:
-                    self.end(describe(reports, behind), behind)
+                    self.end(describe(reports, behind, self.limit), behind)
                 if behind or ended:
                     self.finish(*self.end(""))
                 unreachable = 0.0

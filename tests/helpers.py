@@ -59,7 +59,7 @@ class Trap:
         self.stream.flush()
 
 
-def _main(script, args, folder, environment, trap, limit, keep, plots, first):
+def _main(script, args, folder, environment, trap, limit, keep, plots, first=""):
     """In the new process: the script as __main__; the weights it ends with, on success or error, go to `keep`."""
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
@@ -136,8 +136,9 @@ class Run:
         codes = self.wait()
         lines = [line for line in self.stderr.splitlines() if line.strip()]
         assert codes[0] not in (0, None) and codes[0] > 0 and len(lines) == 1, (codes, self.stderr)
-        assert lines[0].startswith(f"train_{self.stage}.py: "), lines
-        return lines[0].removeprefix(f"train_{self.stage}.py: ")
+        line = lines[0].removeprefix("[rank0]: ")  # as torch.distributed says of many
+        assert line.startswith(f"train_{self.stage}.py: "), lines
+        return line.removeprefix(f"train_{self.stage}.py: ")
 
     @property
     def checkpoint(self):

@@ -245,8 +245,9 @@ class Run(helpers.Run):
     def fail(self):
         codes = self.wait()
         lines = self.stderr.splitlines()
-        assert codes[0] == 1 and len(lines) == 1 and lines[0].startswith("lpips_train.py: "), (codes, self.stderr)
-        return lines[0].removeprefix("lpips_train.py: ")
+        line = lines[0].removeprefix("[rank0]: ")  # as torch.distributed says of many
+        assert codes[0] == 1 and len(lines) == 1 and line.startswith("lpips_train.py: "), (codes, self.stderr)
+        return line.removeprefix("lpips_train.py: ")
 
 
 def make_judgements(path, size=20):
@@ -324,6 +325,26 @@ def test_ranks_and_accumulation_are_one_in_float64(start):
     assert_same(*(read(two.folder / f"rank{rank}.safetensors")[0] for rank in range(2)))
     for a, b in zip(one.log, two.log, strict=True):
         assert a["val_2afc_by_category"] == b["val_2afc_by_category"] and a["val_jnd"] == b["val_jnd"]
+
+
+def test_a_shared_optimizer_is_the_whole_one_bit_for_bit(start, finished, tmp_path):
+    args = ("--batch_size=2", "--shard_optimizer=True")
+    run = start(*args, ranks=2, trap=("step 4,", signal.SIGKILL), folder=tmp_path)
+    assert run.wait()[0] == -signal.SIGKILL and run.checkpoint[1]["step"] == 3
+    resumed = start(*args, ranks=2, folder=tmp_path).finish()
+    assert_same(resumed.checkpoint[0], finished[2].checkpoint[0])
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_a_judgement_that_is_no_number_is_named(ranks, start, tmp_path):
+    path = make_judgements(tmp_path / "judgements") / "2afc/train/more/judge.npy"
+    np.save(path, np.where(np.arange(10) == 4, np.nan, np.load(path)))
+    run = start(f"--dataset={tmp_path}/judgements", f"--batch_size={4 // ranks}", "--max_steps=7", ranks=ranks)
+    message = run.fail()
+    found = re.match(r"accuracy not finite at step (\d): .* look at more/4 \((.*) has all keys\), lower lr", message)
+    record = json.loads((run.folder / found[2]).read_text())
+    assert sum(record["not_finite_by_rank"], []) == ["more/4"] and len(sum(record["keys_by_rank"], [])) == 4
+    assert len(record["keys_by_rank"]) == ranks and record["terms"]["loss"] == "nan"
 
 
 def test_what_a_run_leaves(finished, trunks, start):
