@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.shards import SIDECAR, Index, Remote, Table, as_runs, open_table, read_arrays, write_whole
+from data.shards import FILES, SIDECAR, Index, Remote, Table, as_runs, open_table, read_arrays, write_whole
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 HELD_OUT = ("val", "validation", "valid", "test")  # names that mean validation; where several are present, the first
@@ -359,6 +359,19 @@ def read_classes(path):
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
+def read_sidecar(shard, about, keys, table):
+    """The Index of a shard from what stands beside it, which may lie: all that can be is made anew."""
+    if table[:, FILES].any() or table.min(initial=-1) < -1:
+        raise ValueError(f"{shard}{SIDECAR} leads to other files")
+    index = Index(shard_part(shard), [shard], os.path.splitext(shard)[0] + "/", about["names"], about["content"])
+    for key, (label, *numbers) in zip(keys, table.astype(np.int64).tolist()):
+        if any(min(numbers[at : at + 2]) < 0 or sum(numbers[at : at + 2]) > about["content"] for at in (1, 5, 7, 9)):
+            raise ValueError(f"{shard}{SIDECAR} leads out of {shard}")
+        word = about["names"][label] if about["named"] and label >= 0 else label
+        index.add(os.fsdecode(key), numbers[:3], word, numbers[3:7], numbers[7:])
+    return index
+
+
 def open_npy(path):
     """The array in a .npy file, mapped; ValueError says what is wrong with the file."""
     try:
@@ -486,7 +499,7 @@ class Dataset:
                 arrays = read_arrays(io.BytesIO(content))
                 about = json.loads(str(arrays["about"]))
                 if (about["files"], about["content"]) == ([shard], self.remote.sizes[shard]):
-                    return arrays
+                    return read_sidecar(shard, about, arrays["keys"].tolist(), arrays["table"]).arrays()
             print(f"{shard}{SIDECAR} is not the index of {shard} as it is: the shard is read")
         return self._index(shard).arrays()
 
