@@ -342,7 +342,7 @@ def files(folder):
 
 def is_litter(name):
     """Temporary files that no later run takes for anything."""
-    return name.endswith(".tmp")
+    return name.endswith(".tmp") or os.path.basename(name).startswith(".tmp")  # the latter is of safetensors
 
 
 def state_of(folder):
