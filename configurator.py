@@ -115,6 +115,8 @@ def parse_file(path, defaults):
         module = ast.parse(Path(path).read_bytes())
     except SyntaxError as error:
         raise SettingError(f"{path}:{error.lineno}: {error.msg}") from None
+    except (ValueError, MemoryError, RecursionError) as error:
+        raise SettingError(f"{path} is no Python ({error or 'too deep'})") from None
     values = {}
     for node in module.body[1:] if ast.get_docstring(module) is not None else module.body:
         try:
@@ -123,7 +125,7 @@ def parse_file(path, defaults):
                 raise SettingError("not an assignment: a config file holds only name = literal")
             try:
                 value = ast.literal_eval(node.value)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, MemoryError, RecursionError):
                 raise SettingError(f"{name} is not a literal: a config file is parsed, not executed") from None
             values[name] = typed(name, value, default_of(name, defaults))
         except SettingError as error:
@@ -155,7 +157,7 @@ def literal(text, default):
         source = f"[{source}]"
     try:
         return ast.literal_eval(source)
-    except (ValueError, TypeError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the last two: too deep
         return text
 
 
@@ -172,11 +174,12 @@ def typed(name, value, default):
             return tuple(value)
     elif type(value) is type(default):
         return value
-    elif type(value) is int and type(default) is float:
+    elif type(value) is int and type(default) is float and abs(value) < 2**1023:  # the largest there is
         return float(value)
     elif type(value) is float and type(default) is int and value.is_integer():
         return int(value)
-    raise SettingError(f"{name} wants {wanted} (default {shown(default)}), got {value!r}")
+    got = repr(value) if len(str(value)) < 200 else f"{str(value)[:200]}..."
+    raise SettingError(f"{name} wants {wanted} (default {shown(default)}), got {got}")
 
 
 def shown(value):

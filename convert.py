@@ -18,8 +18,8 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
+import shutil
 import sys
 import zipfile
 import zlib
@@ -60,11 +60,12 @@ def read_checkpoint(path, *prefixes):
             if str(zlib.crc32(text.encode())) != stored.get("crc32"):
                 raise ValueError(f"{file} is damaged: its settings do not match their checksum")
             meta = json.loads(text)
-            if meta["format"] != 1:
-                raise ValueError(f"{file} has format {meta['format']}, this code reads 1: use the code that wrote it")
+            if not isinstance(meta, dict) or meta.get("format") != 1:
+                found = meta.get("format") if isinstance(meta, dict) else "no settings"
+                raise ValueError(f"{file} has format {found}, this code reads 1: use the code that wrote it")
             wanted = tuple(f"{prefix}." for prefix in prefixes)
             return {name: f.get_tensor(name) for name in f.keys() if name.startswith(wanted)}, meta
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"{file} is no checkpoint, or one cut short ({e})") from None
 
 
@@ -94,6 +95,41 @@ def check_settings(path, saved, given):
         raise ValueError(f"{path} tells its own settings ({'; '.join(rows)}): leave them out")
 
 
+def says_what_is_wrong(load):
+    """For functions that build models: settings or tensors that fit nothing, of an altered file, are one line too."""
+
+    @functools.wraps(load)
+    def careful(*args, **options):
+        try:
+            return load(*args, **options)
+        except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as e:
+            path = next((a for a in args if isinstance(a, str | os.PathLike)), "the file")
+            reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            raise ValueError(f"{path} is damaged: its settings and tensors fit no model ({reason})") from None
+
+    return careful
+
+
+def check_fit(cls, settings, state, **more):
+    """ValueError where a model of these settings would not take this state dict, found out without its memory."""
+
+    def numbers(value):
+        return [n for v in value for n in numbers(v)] if isinstance(value, (list, tuple)) else [value]
+
+    for name, value in settings.items():
+        deep = name in ("num_res_blocks", "transformer_depth", "layers")  # so many modules
+        most = len(state) if deep else 2**20
+        if len(numbers(value)) > 1000 or any(isinstance(n, (int, float)) and n > most for n in numbers(value)):
+            raise ValueError(f"{name}={str(value)[:50]} is more than a file of {len(state)} tensors can be of")
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in cls(**settings, **more).state_dict().items()}
+    for name in sorted(shapes.keys() | state.keys()):
+        found = tuple(state[name].shape) if name in state else "not there"
+        if shapes.get(name) != found:
+            raise ValueError(f"{name} is {found} in the file, {shapes.get(name, 'not there')} by its settings")
+
+
+@says_what_is_wrong
 def load_vae(cls, path, **settings):
     """The EMA autoencoder of a stage-1 checkpoint, or the first stage inside a stage-2 checkpoint, or another's."""
     path = local(path)
@@ -108,11 +144,14 @@ def load_vae(cls, path, **settings):
         if not os.path.exists(path) or read_checkpoint(path)[1].get("run") != meta["run"]:
             raise ValueError(f"{snapshot}'s autoencoder is in the latest.safetensors of its run: put that beside it")
     check_settings(path, tuples(own), settings)
+    state = part(read_checkpoint(path, prefix)[0], prefix)
+    check_fit(cls, tuples(own), state)
     vae = cls(**tuples(own))
-    vae.load_state_dict(part(read_checkpoint(path, prefix)[0], prefix))
+    vae.load_state_dict(state)
     return vae.requires_grad_(False).eval()
 
 
+@says_what_is_wrong
 def load_unet(cls, path, **settings):
     """The EMA U-Net of a stage-2 checkpoint, or another's."""
     path = local(path)
@@ -123,11 +162,13 @@ def load_unet(cls, path, **settings):
         raise ValueError(f"{path} is an autoencoder (stage 1): it holds no U-Net")
     own = tuples(meta["model"]["unet"])
     check_settings(path, own, settings)
+    check_fit(cls, own, part(tensors, "ema.unet"))
     unet = cls(**own)
     unet.load_state_dict(part(tensors, "ema.unet"))
     return unet.requires_grad_(False).eval()
 
 
+@says_what_is_wrong
 def load_text_encoder(cls, path, **settings):
     """The EMA text encoder trained inside a stage-2 checkpoint, or None where there is none."""
     tensors, meta = read_checkpoint(path, "ema.text", "text")
@@ -135,6 +176,7 @@ def load_text_encoder(cls, path, **settings):
     if own is None:
         raise ValueError(f"{path} holds no text encoder")
     check_settings(path, own, settings)
+    check_fit(cls, own, part(tensors, "ema.text"), tokenizer=bytes(tensors["text.bpe"].tolist()))
     text = cls(**own, tokenizer=bytes(tensors["text.bpe"].tolist()))
     text.load_state_dict(part(tensors, "ema.text"))
     return text.requires_grad_(False).eval()
@@ -205,6 +247,7 @@ def profile_products(t_a, gamma_a, t_b, gamma_b):
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shorter / np.maximum(t_a, t_b)
 
 
+@says_what_is_wrong
 def load_denoiser(path, ema_std=0.0):
     """The EMA unet.Denoiser of a stage-2 checkpoint: the U-Net with all that was trained beside it.
 
@@ -220,6 +263,9 @@ def load_denoiser(path, ema_std=0.0):
     if ema_std:
         tensors = posthoc_ema(find_checkpoint(path), ema_std)
     ema = part(tensors, "ema")
+    check_fit(UNet, tuples(model["unet"]), part(ema, "unet"))
+    if model["text"]:
+        check_fit(TextEncoder, model["text"], part(ema, "text"), tokenizer=bytes(bpe.tolist()))
     text = TextEncoder(**model["text"], tokenizer=bytes(bpe.tolist())) if model["text"] else None
     class_tokens = rescaler = None
     if "class_tokens.weight" in ema:
@@ -235,6 +281,7 @@ def load_denoiser(path, ema_std=0.0):
     return denoiser.requires_grad_(False).eval()
 
 
+@says_what_is_wrong
 def load_tower(path, weights="", merges=""):
     """The frozen text encoder that a stage-2 checkpoint was trained with, or None; its weights lie outside of the file.
 
@@ -745,7 +792,7 @@ def read_tensors(path):
         if not code:
             with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in named]):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, AttributeError) as e:
+    except Exception as e:  # a file that is something else can raise anything
         code = re.findall(r"GLOBAL (\S+)", str(e))
         if not code:
             script = "a TorchScript archive: save its state dict" if "TorchScript" in str(e) else ""
@@ -1558,18 +1605,41 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
             index["requires_safety_checker"] = False
         files["model_index.json"] = index
 
+    temporary = f"{os.path.normpath(folder)}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     for name, content in files.items():
-        file = os.path.join(folder, name)
+        file = os.path.join(temporary, name)
         os.makedirs(os.path.dirname(file), exist_ok=True)
         if name.endswith(".safetensors"):
-            save_file({k: t.contiguous() for k, t in content.items()}, file, metadata={"format": "pt"})
+            write_tensors(file, content)
         else:
             with open(file, "w", encoding="utf-8") as f:
                 f.write(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
+        sync(file)
+    for inside, _, _ in os.walk(temporary):
+        sync(inside)
+    os.replace(temporary, folder)
+    sync(os.path.dirname(os.path.normpath(folder)) or ".")
     if pipeline:
         return f'{pipeline}: DiffusionPipeline.from_pretrained("{folder}") opens it'
     parts = [f"{name} ({kind})" for name in ("vae", "unet", "scheduler") if (kind := class_of(files, name))]
     return f"components, no pipeline: {', '.join(parts)}; {reason}"
+
+
+def write_tensors(file, tensors):
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as e:
+        raise OSError(f"could not write {file} ({e}): make room and run again") from None
+
+
+def sync(path):
+    """Does not return before a file, or a folder's names, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def class_of(files, name):
@@ -1627,7 +1697,10 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
         rescaler = {"channel_mapper.weight": denoiser.rescaler.conv.weight}
         add("cond_stage_model.", rescaler, "the maps' rescaler")
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    save_file({name: t.detach().contiguous() for name, t in out.items()}, file, metadata={"format": "pt"})
+    write_tensors(f"{file}.tmp", out)
+    sync(f"{file}.tmp")
+    os.replace(f"{file}.tmp", file)
+    sync(os.path.dirname(file) or ".")
     without = "; its own text encoder has no place there" if denoiser and denoiser.text is not None else ""
     return f"{file}: {', '.join(parts)}{without}"
 

@@ -12,6 +12,7 @@ and favour what was trained on LPIPS of that trunk. Most depend on the number of
 """
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -125,10 +126,14 @@ def open_pictures(source, name, image_size, split="all"):
     elif not source or not os.path.exists(source):
         raise FileNotFoundError(f"{name}={source} is not there: give an .npz, or a folder of pictures")
     elif str(source).endswith(".npz"):
-        with np.load(source, allow_pickle=False) as file:
-            if "arr_0" not in file.files:
-                raise ValueError(f"{name}={source} has {', '.join(file.files)}: call the pictures arr_0")
-            pictures = Array(file["arr_0"], f"{name}={source}", image_size)
+        try:
+            with np.load(source, allow_pickle=False) as file:
+                there, array = file.files, file["arr_0"] if "arr_0" in file.files else None
+        except Exception as e:  # a damaged file can raise anything
+            raise ValueError(f"{name}={source} does not load as .npz ({e}): draw or fetch it again") from None
+        if array is None:
+            raise ValueError(f"{name}={source} has {', '.join(there)}: call the pictures arr_0")
+        pictures = Array(array, f"{name}={source}", image_size)
     else:
         pictures = Dataset(source, split, image_size)
         if os.path.exists(f"{source}/samples.jsonl"):  # sample.py's: grid.png beside them is no sample
@@ -190,11 +195,13 @@ def load_inception(weights, device):
     except (ImportError, RuntimeError) as e:  # the latter from a torchvision of another torch
         line = f"inception_weights needs torch-fidelity ({str(e).splitlines()[0]})"
         raise ImportError(f"{line}: pip install 'torch-fidelity>=0.4', or set trunk_weights") from None
-    read_pth(weights)  # first, for torch-fidelity would run what is in a pickle
+    file = io.BytesIO()  # torch-fidelity would run what is in a pickle: it gets one of what was read without that
+    torch.save(read_pth(weights), file)
+    file.seek(0)
     try:
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
-    except RuntimeError as e:
-        why = str(e).splitlines()[0].rstrip(":")
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=file)
+    except Exception as e:  # of a state dict, or of what is none
+        why = (str(e).splitlines() or [type(e).__name__])[0].rstrip(":")
         raise ValueError(
             f"{weights} does not fit Inception ({why}): give weights-inception-2015-12-05-6726825d.pth"
         ) from None

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from data.dataset import loader, permute, seed_of
+from data.dataset import loader, open_npy, permute, seed_of
 from vae import ssim
 from watch import Watch
 
@@ -300,12 +300,13 @@ class Judgements(torch.utils.data.Dataset):
         names = [name for name in names if os.path.exists(f"{folder}/{name}/images.npy")]
         if not names:
             raise FileNotFoundError(f"no judgements in {folder}: run data/bapps/prepare.py, or set dataset")
-        self.images = [np.load(f"{folder}/{name}/images.npy", mmap_mode="r") for name in names]
-        judged = [np.load(f"{folder}/{name}/judge.npy") for name in names]
+        self.images = [open_npy(f"{folder}/{name}/images.npy") for name in names]
+        judged = [open_npy(f"{folder}/{name}/judge.npy") for name in names]
         for name, images, judge in zip(names, self.images, judged):
-            if len(images) != len(judge) or images.shape[1:] != self.images[0].shape[1:]:
+            are_images = images.ndim == 5 and images.dtype == np.uint8 and images.shape[1:] == self.images[0].shape[1:]
+            if not are_images or judge.shape != images.shape[:1] or judge.dtype.kind not in "fiu":
                 raise ValueError(
-                    f"{folder}/{name}: {len(judge)} judgements, images {images.shape}: run data/bapps/prepare.py again"
+                    f"{folder}/{name}: {judge.size} judgements, images {images.shape}: run data/bapps/prepare.py again"
                 )
             self.parts[name] = slice(end, end := end + len(judge))
         self.judge = torch.from_numpy(np.concatenate(judged).astype(np.float32))
@@ -467,7 +468,7 @@ def load_checkpoint(path, stage):
             if meta["stage"] != stage:
                 raise ValueError(f"{path} is a checkpoint of stage {meta['stage']!r}, not {stage!r}")
             return {name: f.get_tensor(name) for name in f.keys()}, meta
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is cut short or damaged ({e}): delete it, or put a good copy in its place") from None
 
 
@@ -588,6 +589,19 @@ def check_same_model(path, saved, now):
         raise ValueError(f"{path} holds another model ({'; '.join(rows)}): use its settings, or another out_dir")
 
 
+def rewind_log(path, step, max_steps):
+    """Takes what is done again from `step` on out of log.jsonl, which is there whole at any moment."""
+    ended = step >= max_steps  # a run at its end is evaluated once more
+    with open(path) as f:
+        records = [(json.loads(line), line) for line in f if line.endswith("\n")]  # a kill may leave half a line
+    kept = [line for r, line in records if r["step"] < step + (r["lr"] is not None or not ended)]
+    with open(f"{path}.tmp", "w") as f:
+        f.writelines(kept)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
 def plot_log(out_dir):
     """loss.png: the curves of log.jsonl, one panel for each quantity."""
     try:
@@ -645,8 +659,11 @@ def check_settings(cfg):
 
 def one_line_error(kind, error, trace):
     """Users' mistakes as one line; TRACEBACK=1 shows where they were noticed, all else shows it always."""
-    if issubclass(kind, (ValueError, OSError, ImportError, FloatingPointError)) and not os.environ.get("TRACEBACK"):
+    shown = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
+    if issubclass(kind, shown) and not os.environ.get("TRACEBACK"):
         line = str(error).strip().rsplit("\n", 1)[-1]  # of a data worker's error, which holds its traceback
+        if issubclass(kind, MemoryError):
+            line = "out of memory: the last checkpoint is good; lower batch_size or workers, run the same command"
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
@@ -802,11 +819,8 @@ if __name__ == "__main__":
             dist.destroy_process_group()
         sys.exit(0)
     if master:
-        if resumed and os.path.exists(f"{out_dir}/log.jsonl"):  # what came after the checkpoint is done again
-            with open(f"{out_dir}/log.jsonl") as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-            with open(f"{out_dir}/log.jsonl", "w") as f:
-                f.writelines(kept)
+        if resumed and os.path.exists(f"{out_dir}/log.jsonl"):
+            rewind_log(f"{out_dir}/log.jsonl", step, max_steps)
         elif os.path.exists(f"{out_dir}/log.jsonl"):
             os.remove(f"{out_dir}/log.jsonl")
         if wandb:

@@ -145,6 +145,7 @@ class Pipeline(NamedTuple):
         return condition or ""
 
 
+@convert.says_what_is_wrong
 def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab="", objective="", **settings):
     """The pipeline in a stage-2 checkpoint, on the CPU: its EMA weights, or a post-hoc EMA of that relative width.
 
@@ -704,7 +705,8 @@ def draw_many(path, count, chunk, draw, labels, settings, rank=0, world=1, barri
     PATH.parts until all are there; those of an earlier run with the same `settings` (of JSON) are taken as they are.
     """
     folder, settings = f"{path}.parts", json.loads(json.dumps(settings))
-    if os.path.exists(path):
+    whole = os.path.exists(path)
+    if whole and not os.path.isdir(folder):
         raise ValueError(f"{path} is there already: remove it, or choose another out")
     os.makedirs(folder, exist_ok=True)
     kept = f"{folder}/settings.json"
@@ -714,9 +716,9 @@ def draw_many(path, count, chunk, draw, labels, settings, rank=0, world=1, barri
         rows = [f"{k}: {before.get(k)} there, {v} here" for k, v in settings.items() if before.get(k) != v]
         if rows:
             raise ValueError(f"{folder} was begun with other settings ({'; '.join(rows)}): take those, or remove it")
-    else:  # by every rank alike
+    elif not whole:  # by every rank alike
         write_whole(kept, lambda f: f.write(json.dumps(settings).encode()))
-    starts = range(0, count, chunk)
+    starts = range(0, 0 if whole else count, chunk)  # whole: an earlier run had only the parts left to remove
     mine = [start for start in starts[rank::world] if not os.path.exists(f"{folder}/{start:08d}.npy")]
     for done, start in enumerate(mine):
         began = time.time()
@@ -731,7 +733,8 @@ def draw_many(path, count, chunk, draw, labels, settings, rank=0, world=1, barri
     if barrier is not None:
         barrier()
     if rank == 0:
-        assemble(path, [f"{folder}/{start:08d}.npy" for start in starts], count, labels)
+        if not whole:
+            assemble(path, [f"{folder}/{start:08d}.npy" for start in starts], count, labels)
         shutil.rmtree(folder)
 
 
@@ -744,6 +747,11 @@ def write_whole(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name is on the disk too
+        finally:
+            os.close(folder)
     except OSError as e:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -897,7 +905,7 @@ if __name__ == "__main__":
         settings |= {f"crc32 of {name}": zlib.crc32(json.dumps(value).encode()) for name, value in inputs.items()}
         labels = conditions if pipeline.num_classes else None
         barrier = dist.barrier if world > 1 else None
-        if fid_ref and os.path.exists(out):  # drawn before, by the same command
+        if fid_ref and os.path.exists(out) and not os.path.isdir(f"{out}.parts"):  # drawn before, by the same command
             print(f"{out} is there already: compared as it is")
         else:
             draw_many(out, num_samples, batch_size, draw, labels, settings, rank, world, barrier)

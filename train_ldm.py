@@ -618,7 +618,7 @@ def load_checkpoint(path, stage):
             if meta["stage"] != stage:
                 raise ValueError(f"{path} is a checkpoint of stage {meta['stage']!r}, not {stage!r}")
             return {name: f.get_tensor(name) for name in f.keys()}, meta
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is cut short or damaged ({e}): delete it, or put a good copy in its place") from None
 
 
@@ -737,6 +737,19 @@ def check_same_model(path, saved, now):
     rows = [f"{k}: {saved.get(k)} in the checkpoint, {now.get(k)} now" for k in now if saved.get(k) != now[k]]
     if rows:
         raise ValueError(f"{path} holds another model ({'; '.join(rows)}): use its settings, or another out_dir")
+
+
+def rewind_log(path, step, max_steps):
+    """Takes what is done again from `step` on out of log.jsonl, which is there whole at any moment."""
+    ended = step >= max_steps  # a run at its end is evaluated once more
+    with open(path) as f:
+        records = [(json.loads(line), line) for line in f if line.endswith("\n")]  # a kill may leave half a line
+    kept = [line for r, line in records if r["step"] < step + (r["lr"] is not None or not ended)]
+    with open(f"{path}.tmp", "w") as f:
+        f.writelines(kept)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def plot_log(out_dir):
@@ -883,8 +896,11 @@ def check_settings(cfg):
 
 def one_line_error(kind, error, trace):
     """Users' mistakes as one line; TRACEBACK=1 shows where they were noticed, all else shows it always."""
-    if issubclass(kind, (ValueError, OSError, ImportError, FloatingPointError)) and not os.environ.get("TRACEBACK"):
+    shown = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
+    if issubclass(kind, shown) and not os.environ.get("TRACEBACK"):
         line = str(error).strip().rsplit("\n", 1)[-1]  # of a data worker's error, which holds its traceback
+        if issubclass(kind, MemoryError):
+            line = "out of memory: the last checkpoint is good; lower batch_size or workers, run the same command"
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
@@ -1168,11 +1184,8 @@ if __name__ == "__main__":
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
         start = f"a new run in {out_dir}" + (f", from the weights of {init_from}" if init_from else "")
         print(f"resumed from {latest} at step {step}" if resumed else start, flush=True)
-        if resumed and os.path.exists(f"{out_dir}/log.jsonl"):  # what came after the checkpoint is done again
-            with open(f"{out_dir}/log.jsonl") as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-            with open(f"{out_dir}/log.jsonl", "w") as f:
-                f.writelines(kept)
+        if resumed and os.path.exists(f"{out_dir}/log.jsonl"):
+            rewind_log(f"{out_dir}/log.jsonl", step, max_steps)
         elif os.path.exists(f"{out_dir}/log.jsonl"):
             os.remove(f"{out_dir}/log.jsonl")
         if wandb:

@@ -16,9 +16,11 @@ import base64
 import gzip
 import html
 import importlib.util
+import io
 import json
 import math
 import os
+import zlib
 
 import torch
 import torch.nn as nn
@@ -498,8 +500,8 @@ class LayoutTokenizer:
         odd += sorted({n for n in self.names if self.names.count(n) > 1}) if not odd else []
         if odd or not self.names:
             raise ValueError(f"layout classes {odd or self.names}: give words, each once, without ; and outer spaces")
-        if not isinstance(grid, int) or grid < 2:
-            raise ValueError(f"layout grid {grid!r}: give the number of cells along a side, 2 or more")
+        if not isinstance(grid, int) or not 2 <= grid <= 1024:
+            raise ValueError(f"layout grid {grid!r}: give the number of cells along a side, 2 to 1024")
         self.number = {name: i for i, name in enumerate(self.names)}
         self.n_vocab = len(self.names) + grid * grid
         self.name = "layout " + json.dumps({"names": self.names, "grid": grid})  # what TextEncoder.bpe gives
@@ -509,7 +511,7 @@ class LayoutTokenizer:
         try:
             settings = json.loads(text)
             names, grid = settings["names"], settings.get("grid", 32)
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
             example = 'layout {"names": ["cat", "dog"], "grid": 32}'
             raise ValueError(f"tokenizer 'layout ...' does not read ({e!r}): write it like {example}") from None
         return cls(names, grid)
@@ -695,8 +697,12 @@ def _read_merges(source):
         with open(source, "rb") as f:
             source = f.read()
     try:
-        return (gzip.decompress(source) if source[:2] == b"\x1f\x8b" else source).decode(), vocab
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+        if source[:2] == b"\x1f\x8b":
+            source = gzip.GzipFile(fileobj=io.BytesIO(source)).read(2**26)
+            if len(source) == 2**26:  # the real one has 3 MB
+                raise ValueError(f"CLIP's merges unpack to more than 64 MB: {remedy}")
+        return source.decode(), vocab
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise ValueError(f"CLIP's merges cannot be read ({e}): {remedy}") from None
 
 

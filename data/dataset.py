@@ -10,8 +10,9 @@ Images from disk, and the order in which training sees them.
         Semantic maps (a pixel is its class, 255 unknown) are KEY.map.png beside KEY.jpg, maps.npy (N, H, W), or a
         parquet column map; map_classes.json names the classes. Objects are a field or column
         objects: {"bbox": [[x, y, w, h] in pixels, ...], "categories": [...]}; object_classes.json names numbers.
+        A path may be an fsspec URL of tar or parquet shards, s3://bucket/set/*.tar: see data/shards.py.
     Stream    makes of it one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
-    loader    cuts the sequence into micro-batches, for this rank, from any step on.
+    loader    cuts the sequence into micro-batches, for this rank, from any step on; starts dead workers again.
 
 Everything random is a pure function of (seed, position): there is no state to save, and the sequence is the same for
 any number of processes and workers. To read a tar of images:
@@ -19,8 +20,13 @@ any number of processes and workers. To read a tar of images:
     ds = Dataset("data/imagenette128", "train", image_size=128)
     stream = Stream(ds, seed=1, crop="random", flip=True)
     for batch in loader(stream, 0, 1000, batch_size=12): ...
+
+What is in a folder, and how fast it decodes: python -m data.dataset DIR --image_size=256
 """
 
+import contextlib
+import errno
+import faulthandler
 import functools
 import hashlib
 import io
@@ -30,16 +36,18 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import tarfile
-import tempfile
 import threading
-import zlib
-from array import array
+import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data.shards import FILES, SIDECAR, Index, Remote, Table, as_runs, open_table, read_arrays, write_whole
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 HELD_OUT = ("val", "validation", "valid", "test")  # names that mean validation; where several are present, the first
@@ -50,11 +58,21 @@ PIXELS = ("image", "img", "jpg", "jpeg", "png", "webp")  # the parquet column th
 MAPS = ("map", "segmentation", "annotation")  # and that with semantic maps
 OBJECTS, CATEGORIES = ("objects",), ("categories", "category")
 VISIBLE = 0.2  # share of a box's area that must lie inside the crop, else the object is not there
+NAMES = ("classes.json", "meta.json", "map_classes.json", "object_classes.json")
+PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)  # read again
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
 
 
+def is_lack(error):
+    """Whether it is this process that lacks memory or file handles: then what it reads may well be good."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 class BadImage(ValueError):
-    """An item that cannot be read or decoded; the message is "key: reason"."""
+    """An item that cannot be read or decoded; the message is "key: reason", on one line."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))
 
 
 # -----------------------------------------------------------------------------
@@ -145,52 +163,9 @@ def to_tensor(image):
 
 
 # -----------------------------------------------------------------------------
-# the index: where every item lies, in a few flat arrays (small for millions of items, shared by forked workers)
+# what is in a folder or a shard: an Index of each, see data/shards.py
 
 NO_TEXT, PLAIN_TEXT, JSON_TEXT, PARQUET_TEXT = range(4)
-
-
-class Index:
-    """
-    One row an item: `key`; `label` (int, or a class name to be numbered); `part`, one of PARTS; `image`, where its
-    bytes lie: (file, offset, size); `text`, where its captions lie: (kind, file, offset, size). file counts in `files`,
-    and -1 is the file that the key names; in parquet it is (file, row group, row). `names[i]` is label i in words.
-    `beside`, in tar and npy: (offset, size) of the item's map and of its JSON, size 0 where there is none.
-    """
-
-    def __init__(self, files=(), names=()):
-        self.files, self.names = list(files), list(names)
-        self.keys, self.labels, self.parts, self.image, self.text = [], [], array("b"), array("q"), array("q")
-        self.beside = array("q")
-
-    def add(self, key, part, image, label=None, text=(NO_TEXT, 0, 0, 0), beside=(0, 0, 0, 0)):
-        if isinstance(label, str):
-            label = int(label) if re.fullmatch(r"\s*-?\d+\s*", label) else label.strip() or None
-        elif isinstance(label, float):  # a column with gaps; NaN is no label
-            label = int(label) if label.is_integer() else None
-        self.keys.append(os.fsencode(key))
-        self.labels.append(label if isinstance(label, int | str) else None)
-        self.parts.append(PARTS.index(part))
-        self.image.extend(image)
-        self.text.extend(text)
-        self.beside.extend(beside)
-
-    def arrays(self):
-        labels, names = self.labels, self.names
-        if any(isinstance(label, str) for label in labels):  # class names are numbered in sorted order
-            names = sorted({str(label) for label in labels if label is not None})
-            number = {name: i for i, name in enumerate(names)}
-            labels = [None if label is None else number[str(label)] for label in labels]
-        return dict(
-            files=np.array(self.files, dtype=np.str_),
-            names=np.array(names, dtype=np.str_),
-            keys=np.array(self.keys, dtype=np.bytes_),
-            labels=np.array([-1 if label is None else max(label, -1) for label in labels], dtype=np.int64),
-            parts=np.array(self.parts, dtype=np.int8),
-            image=np.array(self.image, dtype=np.int64).reshape(-1, 3),
-            text=np.array(self.text, dtype=np.int64).reshape(-1, 4),
-            beside=np.array(self.beside, dtype=np.int64).reshape(-1, 4),
-        )
 
 
 def index_folder(root, images, tables):
@@ -215,100 +190,104 @@ def index_folder(root, images, tables):
     if any(label is not None for label, _ in described.values()) or (described and len(classes) == 1):
         classes = []
     number = {name: i for i, name in enumerate(classes)}
-    index = Index(tables, classes)
+    parts = []  # an Index a run of paths of the same split
     for path, split, below in zip(images, split_of, inner):
         label, text = described.get(path, (None, (NO_TEXT, 0, 0, 0)))
         label = number.get(below.split("/")[0]) if classes and "/" in below else label
         size = os.path.getsize(f"{root}/{path}") if os.path.exists(f"{root}/{path}") else 0  # 0: a dangling link
-        index.add(path, split, (-1, 0, size), label, text)
-    return index
+        if not parts or parts[-1].part != split:
+            parts.append(Index(split, tables, names=classes))
+        parts[-1].add(path, (-1, 0, size), label, text)
+    return parts
 
 
-def index_tar(root, shards):
-    print(f"indexing {len(shards)} tar shards of {root} (once: the index is kept in cache/)")
-    index = Index(shards)
-    for number, shard in enumerate(shards):
-        samples = {}  # key -> {extension: (offset, size)}
+def index_tar(opened, shard):
+    """opened(shard) is its file."""
+    index, samples = Index(shard_part(shard), [shard], f"{shard[:-4]}/"), {}  # samples: key -> {ending: (offset, size)}
+    with opened(shard) as f:
+        index.content = end = os.fstat(f.fileno()).st_size
         try:
-            with tarfile.open(f"{root}/{shard}", "r:") as tar:
+            with tarfile.open(fileobj=f, mode="r:") as tar:
                 for member in tar:
                     folder, _, name = member.name.removeprefix("./").rpartition("/")
                     stem, _, extension = name.partition(".")  # webdataset: the key ends at the first dot
-                    if member.isfile() and stem:
+                    if member.isfile() and stem and member.offset_data + member.size <= end:
                         sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
                         sample["." + extension.lower()] = (member.offset_data, member.size)
         except tarfile.TarError as e:
-            print(f"{root}/{shard} is damaged ({e}): it is read up to there, {len(samples)} items")
-        with open(f"{root}/{shard}", "rb") as f:
-            for key, parts in samples.items():
-                image = next((parts[extension] for extension in parts if extension in IMAGES), None)
-                if image is None:
-                    continue
-                label, text = None, (NO_TEXT, 0, 0, 0)
-                if ".json" in parts:
-                    f.seek(parts[".json"][0])
-                    label = field(parse(f.read(parts[".json"][1])), LABELS)
-                    text = (JSON_TEXT, number, *parts[".json"])
-                if ".cls" in parts:
-                    f.seek(parts[".cls"][0])
-                    label = f.read(parts[".cls"][1]).decode("utf-8", "replace")
-                if ".txt" in parts:
-                    text = (PLAIN_TEXT, number, *parts[".txt"])
-                beside = (*parts.get(".map.png", (0, 0)), *parts.get(".json", (0, 0)))
-                index.add(f"{shard[:-4]}/{key}", shard_part(shard), (number, *image), label, text, beside)
+            print(f"{f.name} is damaged ({e}): it is read up to there, {len(samples)} items")
+        for key, parts in samples.items():
+            image = next((parts[extension] for extension in parts if extension in IMAGES), None)
+            if image is None:
+                continue
+            label, text = None, (NO_TEXT, 0, 0, 0)
+            if ".json" in parts:
+                f.seek(parts[".json"][0])
+                label = field(parse(f.read(parts[".json"][1])), LABELS)
+                text = (JSON_TEXT, 0, *parts[".json"])
+            if ".cls" in parts:
+                f.seek(parts[".cls"][0])
+                label = f.read(parts[".cls"][1]).decode("utf-8", "replace")
+            if ".txt" in parts:
+                text = (PLAIN_TEXT, 0, *parts[".txt"])
+            beside = (*parts.get(".map.png", (0, 0)), *parts.get(".json", (0, 0)))
+            index.add(key, (0, *image), label, text, beside)
     return index
 
 
-def index_parquet(root, shards):
-    index = Index(shards)
-    for number, shard in enumerate(shards):
-        f = open_parquet(f"{root}/{shard}")
-        columns = f.schema_arrow.names
-        if not any(name in columns for name in PIXELS):
-            raise ValueError(f"{root}/{shard} has the columns {columns}: call the one with the images {PIXELS[0]!r}")
-        label = next((name for name in LABELS if name in columns), None)
+def index_parquet(opened, shard):
+    file = opened(shard)
+    f, size, path = open_parquet(file.name, file), os.fstat(file.fileno()).st_size, file.name
+    columns = f.schema_arrow.names
+    if not any(name in columns for name in PIXELS):
+        raise ValueError(f"{path} has the columns {columns}: call the one with the images {PIXELS[0]!r}")
+    label = next((name for name in LABELS if name in columns), None)
+    if f.metadata.num_rows > 8 * size:  # it would be a list of as many
+        raise ValueError(f"{path} declares {f.metadata.num_rows} rows: it is damaged, fetch it again")
+    try:
         labels = f.read(columns=[label], use_threads=False).column(0).to_pylist() if label else []
-        hub = parse((f.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))  # the hub keeps the class names here
-        index.names = index.names or hub.get("info", {}).get("features", {}).get(label, {}).get("names", [])
-        kind = PARQUET_TEXT if any(name in columns for name in CAPTIONS) else NO_TEXT
-        rows = [(g, row) for g in range(f.num_row_groups) for row in range(f.metadata.row_group(g).num_rows)]
-        for i, where in enumerate(rows):
-            key, where = f"{shard.removesuffix('.parquet')}/{i:06d}", (number, *where)
-            index.add(key, shard_part(shard), where, labels[i] if label else None, (kind, *where))
+    except Exception as e:  # of many kinds, and several lines
+        raise ValueError(f"{path} is damaged ({' '.join(str(e).split())}): fetch it again") from None
+    index = Index(shard_part(shard), [shard], f"{shard.removesuffix('.parquet')}/", hub_names(f, label), size)
+    kind = PARQUET_TEXT if any(name in columns for name in CAPTIONS) else NO_TEXT
+    rows = [(g, row) for g in range(f.num_row_groups) for row in range(f.metadata.row_group(g).num_rows)]
+    for i, where in enumerate(rows):
+        index.add(f"{i:06d}", (0, *where), labels[i] if label else None, (kind, 0, *where))
     return index
 
 
 def index_npy(root, paths):
-    index = Index()
+    parts = []
     for path in paths:
         folder = path.removesuffix("images.npy")
-        images, labels, texts, maps = np.load(f"{root}/{path}", mmap_mode="r"), None, None, None
+        images, labels, texts, maps = open_npy(f"{root}/{path}"), None, None, None
         good_shape = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
         if images.dtype != np.uint8 or not good_shape or not images.flags.c_contiguous:
             have = f"{images.dtype} {images.shape}"
             raise ValueError(f"{root}/{path} is {have}: make it uint8 (N,H,W,C), C 1, 3 or 4, in C order")
         if os.path.exists(f"{root}/{folder}labels.npy"):
-            labels = np.load(f"{root}/{folder}labels.npy").reshape(-1).tolist()
+            labels = open_npy(f"{root}/{folder}labels.npy").reshape(-1).tolist()
         if os.path.exists(f"{root}/{folder}captions.jsonl"):
             lines = json_lines(f"{root}/{folder}captions.jsonl")
-            texts = [(JSON_TEXT, len(index.files) + 1, at, size) for at, size, _ in lines]
+            texts = [(JSON_TEXT, 1, at, size) for at, size, _ in lines]
         for name, values in (("labels.npy", labels), ("captions.jsonl", texts)):
             if values is not None and len(values) != len(images):
                 raise ValueError(f"{root}/{folder}{name} has {len(values)} entries, not {len(images)}: one an image")
         if os.path.exists(f"{root}/{folder}maps.npy"):
-            maps = np.load(f"{root}/{folder}maps.npy", mmap_mode="r")
+            maps = open_npy(f"{root}/{folder}maps.npy")
             if maps.dtype != np.uint8 or maps.shape != images.shape[:3] or not maps.flags.c_contiguous:
                 have = f"{maps.dtype} {maps.shape}"
                 raise ValueError(f"{root}/{folder}maps.npy is {have}: make it uint8 {images.shape[:3]}, in C order")
         size = images.nbytes // max(len(images), 1)
         area = size // math.prod(images.shape[3:])  # bytes of a map
+        index = Index(folder.rstrip("/"), [path, folder + "captions.jsonl", folder + "maps.npy"], folder)
         for i in range(len(images)):
-            where = (len(index.files), images.offset + i * size, size)
+            where = (0, images.offset + i * size, size)
             text = texts[i] if texts else (NO_TEXT, 0, 0, 0)
             beside = (0, 0, 0, 0) if maps is None else (maps.offset + i * area, area, 0, 0)
-            index.add(f"{folder}{i:08d}", folder.rstrip("/"), where, labels[i] if labels else None, text, beside)
-        index.files += [path, folder + "captions.jsonl", folder + "maps.npy"]
-    return index
+            index.add(f"{i:08d}", where, labels[i] if labels else None, text, beside)
+        parts.append(index)
+    return parts
 
 
 def list_files(root):
@@ -336,7 +315,7 @@ def parse(text):
     """JSON, or {} where it is damaged."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 
@@ -360,48 +339,75 @@ def json_lines(path):
             if line.strip():
                 try:
                     yield at, len(line), json.loads(line)
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     raise ValueError(f"{path} line {number} is not JSON ({e}): mend or delete it") from None
             at += len(line)
 
 
 def read_classes(path):
     """Class names from JSON: a list, an object {index: name}, or {"classes": list}."""
-    with open(path, encoding="utf-8") as f:
-        names = json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            names = json.load(f)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON ({e}): mend it, or remove it") from None
     if isinstance(names, dict):
-        count = 1 + max((int(i) for i in names if i.isdigit()), default=-1)
+        count = 1 + max((int(i) for i in names if re.fullmatch("[0-9]{1,9}", i)), default=-1)
+        if count > 100 * len(names) + 100_000:
+            raise ValueError(f"{path} names {len(names)} classes up to number {count - 1}: number them from 0")
         names = names.get("classes", [names.get(str(i), str(i)) for i in range(count)])
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def open_parquet(path):
+def read_sidecar(shard, about, keys, table):
+    """The Index of a shard from what stands beside it, which may lie: all that can be is made anew."""
+    if table[:, FILES].any() or table.min(initial=-1) < -1:
+        raise ValueError(f"{shard}{SIDECAR} leads to other files")
+    index = Index(shard_part(shard), [shard], os.path.splitext(shard)[0] + "/", about["names"], about["content"])
+    for key, (label, *numbers) in zip(keys, table.astype(np.int64).tolist()):
+        if any(min(numbers[at : at + 2]) < 0 or sum(numbers[at : at + 2]) > about["content"] for at in (1, 5, 7, 9)):
+            raise ValueError(f"{shard}{SIDECAR} leads out of {shard}")
+        word = about["names"][label] if about["named"] and label >= 0 else label
+        index.add(os.fsdecode(key), numbers[:3], word, numbers[3:7], numbers[7:])
+    return index
+
+
+def open_npy(path):
+    """The array in a .npy file, mapped; ValueError says what is wrong with the file."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.ndarray):
+            return array
+        reason = "it is an .npz"
+    except Exception as e:  # headers are read as Python's literals, which fail in many ways
+        reason = " ".join((str(e) or type(e).__name__).split())[:200]
+    raise ValueError(f"{path} does not load as .npy ({reason}): write it again") from None
+
+
+def hub_names(f, column):
+    """Class names of a parquet file's column, which the Hugging Face hub keeps in the schema; [] without."""
+    told = parse((f.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    for name in ("info", "features", column, "names"):
+        told = field(told, [name])
+    return [str(name) for name in told] if isinstance(told, list) else []
+
+
+def open_parquet(path, file=None):
     try:
         import pyarrow.parquet
     except ImportError:
         raise ImportError(f"reading {path} needs pyarrow: pip install pyarrow") from None
     try:
-        return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
-    except pyarrow.ArrowException as e:
-        raise ValueError(f"{path} does not open as parquet ({e}): fetch or write it again") from None
+        f = pyarrow.parquet.ParquetFile(file or path, pre_buffer=False)
+        f.schema_arrow.names  # noqa: B018  where some damage shows
+        return f
+    except Exception as e:  # of many kinds
+        reason = " ".join(str(e).split())
+        raise ValueError(f"{path} does not open as parquet ({reason}): fetch or write it again") from None
 
 
-def cached(stamp, build):
-    """build() -> dict of arrays, kept in cache/ under a hash of stamp; built each time where that cannot be written."""
-    path = f"cache/index-{seed_of('v2', *stamp):016x}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            return {name: kept[name] for name in kept.files}
-    except Exception:  # not there, or cut short
-        arrays = build()
-    try:
-        os.makedirs("cache", exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir="cache", suffix=".tmp", delete=False) as f:
-            np.savez(f, **arrays)
-        os.replace(f.name, path)  # atomic: other ranks read the whole file or none
-    except OSError:
-        pass
-    return arrays
+def open_in(root, name):
+    return open(f"{root}/{name}", "rb")
 
 
 # -----------------------------------------------------------------------------
@@ -417,52 +423,93 @@ class Dataset:
     decode raises BadImage. Parquet is read by row groups: beyond some hundred MB, a shuffled set is read faster as tar.
     """
 
-    def __init__(self, path, split="train", image_size=256):
+    def __init__(self, path, split="train", image_size=256, cache="cache", cache_gb=64.0):
         self.path, self.split, self.image_size = str(path), split, image_size
         if split not in ("all", *PARTS[1:]):
             raise ValueError(f"split {split!r} is not known: choose train, val, test or all")
         if not isinstance(image_size, int) or image_size <= 0:
             raise ValueError(f"image_size {image_size!r} is not a positive whole number: give pixels, such as 256")
-        if not os.path.exists(self.path):
+        self.remote = Remote(self.path, cache, cache_gb) if "://" in self.path else None
+        if self.remote:
+            self.root, paths, self._open = self.remote.folder, self.remote.names, self.remote.open
+            for name in NAMES:
+                if content := self.remote.small(name):
+                    write_whole(f"{self.root}/{name}", lambda f, content=content: f.write(content))
+        elif not os.path.exists(self.path):
             remedy = "pass --dataset=DIR, a folder of images, tar or parquet shards, or images.npy"
             raise FileNotFoundError(f"dataset {self.path} is not there: {remedy}")
-        self.root = self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
-        paths = list_files(self.root) if os.path.isdir(self.path) else [os.path.basename(self.path)]
+        else:
+            self.root = self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
+            paths = list_files(self.root) if os.path.isdir(self.path) else [os.path.basename(self.path)]
+            self._open = functools.partial(open_in, self.root)
         npy = [path for path in paths if path in [f"{part}/images.npy".lstrip("/") for part in PARTS]]
         tars = [path for path in paths if path.endswith(".tar")]
         tables = [path for path in paths if path.endswith(".parquet")]
-        images = [path for path in paths if path.lower().endswith(IMAGES)]
-        maps = {path for path in images if path.endswith(".map.png")}
-        if maps:  # a map is no image, unless it stands alone
-            stems = {os.path.splitext(path)[0] for path in images}
-            images = [path for path in images if path not in maps or path.removesuffix(".map.png") not in stems]
-        if npy:
-            self.form, arrays = "npy", index_npy(self.root, npy).arrays()
-        elif tars:  # before parquet: img2dataset writes a table beside every tar
-            stats = [os.stat(f"{self.root}/{path}") for path in tars]
-            stamp = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(tars, stats)]
-            stamp = [os.path.realpath(self.root), *stamp]
-            self.form, arrays = "tar", cached(stamp, lambda: index_tar(self.root, tars).arrays())
-        elif tables:
-            self.form, arrays = "parquet", index_parquet(self.root, tables).arrays()
+        shards = tars or tables  # tar first: img2dataset writes a table beside every one
+        if shards and (self.remote or not npy):
+            self.form, indexed = ("tar", index_tar) if tars else ("parquet", index_parquet)
+            self._index = functools.partial(indexed, self._open)
+            place = self.path if self.remote else os.path.realpath(self.path)
+            jobs = list(zip(shards, self._stamps(shards)))
+            self.table = open_table(cache, (self.form, place), jobs, self._arrays)
+        elif npy and not self.remote:
+            self.form, self.table = "npy", Table.of([index.arrays() for index in index_npy(self.root, npy)])
         else:
+            images = [path for path in paths if path.lower().endswith(IMAGES)]
+            maps = {path for path in images if path.endswith(".map.png")}
+            if maps:  # a map is no image, unless it stands alone
+                stems = {os.path.splitext(path)[0] for path in images}
+                images = [path for path in images if path not in maps or path.removesuffix(".map.png") not in stems]
             metadata = [path for path in paths if os.path.basename(path) == "metadata.jsonl"]
-            self.form, arrays = "folder", index_folder(self.root, images, metadata).arrays()
-        if not len(arrays["keys"]):
+            indexes = [] if self.remote else index_folder(self.root, images, metadata)
+            self.form, self.table = "folder", Table.of([index.arrays() for index in indexes])
+        if not self.table:
             if os.path.exists(f"{self.root}/prepare.py"):  # data/openimages, say, as it comes
                 line = f"dataset {self.path} is not made yet: run {self.root}/prepare.py (its docstring says how)"
                 raise FileNotFoundError(f"{line}, or pass --dataset=DIR, a folder of images or shards")
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
+            looked = "looked for *.tar and *.parquet: images from afar have to be in shards" if self.remote else looked
             raise FileNotFoundError(f"dataset {self.path} ({self.form}) holds no images: {looked}")
-        self.files, self.keys, self.image, self.text = (arrays[name] for name in ("files", "keys", "image", "text"))
-        self.labels, self.classes = self._name_classes(arrays["labels"], arrays["names"].tolist())
-        self.num_classes = max(len(self.classes), int(self.labels.max()) + 1) if self.labels.max() >= 0 else 0
-        chosen = self._choose(arrays["parts"])
-        self.keys, self.labels = self.keys[chosen], self.labels[chosen]
-        self.image, self.text = self.image[chosen], self.text[chosen]
-        self.beside = arrays["beside"][chosen]
-        self.fingerprint = self._fingerprint()
+        self.files, self.window = self.table.files, 32 if self.remote else 0
+        self.classes, self._renumbered = self._name_classes(self.table.names, self.table.highest)
+        self.num_classes = max(len(self.classes), self.table.highest + 1) if self.table.highest >= 0 else 0
+        self.fingerprint, self.text_fingerprint = self._fingerprint("digest_of"), self._fingerprint("texts_of")
         self._groups = OrderedDict()  # parquet: (file, row group, names) -> column, the latest last
+
+    def __getstate__(self):  # a worker maps its own
+        kept = {name: value for name, value in self.__dict__.items() if name != "_runs"}
+        return kept | {"_groups": OrderedDict()}
+
+    def _stamps(self, shards):
+        """What tells the state of each shard from an earlier one."""
+        if self.remote:
+            return [self.remote.stamps[shard] for shard in shards]
+
+        def stamp(shards):
+            stats = [os.stat(f"{self.root}/{shard}") for shard in shards]
+            return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+        with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
+            return sum(pool.map(stamp, [shards[at : at + 500] for at in range(0, len(shards), 500)]), [])
+
+    def _arrays(self, shard):
+        """The Index of a shard, as arrays: beside one from afar it may lie ready."""
+        if self.remote and (content := self.remote.small(shard + SIDECAR)):
+            with contextlib.suppress(Exception):
+                arrays = read_arrays(io.BytesIO(content))
+                about = json.loads(str(arrays["about"]))
+                if (about["files"], about["content"]) == ([shard], self.remote.sizes[shard]):
+                    return read_sidecar(shard, about, arrays["keys"].tolist(), arrays["table"]).arrays()
+            print(f"{shard}{SIDECAR} is not the index of {shard} as it is: the shard is read")
+        return self._index(shard).arrays()
+
+    def write_sidecars(self):
+        """SHARD.index.npz beside each local shard, for those who read it from afar; how many."""
+        if self.remote or self.form not in ("tar", "parquet"):
+            raise ValueError(f"{self.path} is not a folder of shards here: write their indexes where they lie")
+        for shard in self.files:
+            write_whole(f"{self.root}/{shard}{SIDECAR}", lambda f, s=shard: np.savez_compressed(f, **self._arrays(s)))
+        return len(self.files)
 
     def _given_names(self, *files):
         """The names in the first of these files that has some, [] where none has."""
@@ -472,88 +519,121 @@ class Dataset:
         files = [os.path.join(folder, name) for folder in folders for name in files]
         return next((classes for path in files if os.path.exists(path) and (classes := read_classes(path))), [])
 
-    def _name_classes(self, labels, names):
-        """Labels and class names, in the order of classes.json where there is one."""
-        given = self._given_names("classes.json", "meta.json") or names
+    def _name_classes(self, names, highest):
+        """Class names, and the number of each of `names` among them where there is a classes.json in another order."""
+        given, renumbered = self._given_names("classes.json", "meta.json") or names, None
         if names and set(names) <= set(given):
-            order = np.array([given.index(name) for name in names])
-            labels = np.where(labels >= 0, order[labels], -1)
+            renumbered = [given.index(name) for name in names] if names != given else None
         elif names and len(names) != len(given):  # where as many, they are the same in other words
             counts, odd = f"{len(names)} classes, classes.json {len(given)}", min(set(names) - set(given))
             raise ValueError(f"{self.path} has {counts}, and {odd!r} is not among them: add what is missing")
-        if given and labels.max() >= len(given):
-            raise ValueError(f"{self.path} has label {labels.max()} but only {len(given)} class names: add the others")
-        return labels, given
+        if given and highest >= len(names if renumbered else given):
+            raise ValueError(f"{self.path} has label {highest} but only {len(given)} class names: add the others")
+        return given, renumbered
 
-    def _choose(self, parts):
-        """Which rows of the whole index this split has."""
-        present = [part for number, part in enumerate(PARTS) if (parts == number).any()]
+    @functools.cached_property
+    def _runs(self):
+        """The rows of the table that this split has, as runs; see shards.as_runs."""
+        starts, parts = np.array(self.table.starts), np.array(self.table.part_of)
+        present = set(parts[starts[1:] > starts[:-1]].tolist())
         held_out = next((part for part in HELD_OUT if part in present), None)
-        pool = np.flatnonzero(parts == PARTS.index("train" if "train" in present else ""))
         if self.split == "all":
-            chosen = np.arange(len(parts))
+            chosen = parts == parts
         elif self.split == "train" and held_out:
-            chosen = pool
+            chosen = parts == ("train" if "train" in present else "")
         elif self.split in HELD_OUT and (held_out or self.split != "val"):
-            chosen = np.flatnonzero(parts == PARTS.index(held_out if self.split == "val" else self.split))
+            chosen = parts == (held_out if self.split == "val" else self.split)
         else:
-            crc = np.array([zlib.crc32(key) for key in self.keys[pool]])
-            held = crc % 100 == 0
-            held[crc.argmin()] |= not held.any()  # few images: one is held out all the same
-            chosen = pool[held == (self.split == "val")] if len(pool) > 1 else pool
-        if not len(chosen):
-            there = " and ".join(part for part in present if part) or "no split folders"
+            return self.table.runs[self.split]
+        runs = as_runs(starts[:-1][chosen], starts[1:][chosen])
+        if not runs[1, -1]:
+            there = " and ".join(part for part in PARTS if part and part in present) or "no split folders"
             raise ValueError(f"dataset {self.path} has no {self.split} images, it has {there}: ask for those, or all")
-        return chosen
+        return runs
 
-    def _fingerprint(self):
-        """Hash of what is indexed, wherever it lies: form, split, keys, sizes, and content where sizes say nothing."""
+    @functools.cached_property
+    def bounds(self):
+        """How many items of this split come before each shard, (shards + 1,) int64."""
+        (first, before), starts = self._runs, np.array(self.table.starts)
+        run = np.searchsorted(first[:-1], starts, "right") - 1
+        inside = np.minimum(starts - first[run], before[run + 1] - before[run])
+        return np.where(run < 0, 0, before[run] + inside)
+
+    def _rows(self, i):
+        """Rows of the table of items i, an int or an array."""
+        first, before = self._runs
+        run = np.searchsorted(before, i, "right") - 1
+        return first[run] + i - before[run]
+
+    def _fingerprint(self, digests):
+        """Hash of what is indexed, wherever it lies: form, split, keys, sizes, and content where sizes say nothing.
+
+        With digests="texts_of", of where captions lie.
+        """
         h = hashlib.blake2b(repr((self.form, self.split, len(self))).encode(), digest_size=16)
-        for at in range(0, len(self), 2**16):
-            h.update(b"\n".join(self.keys[at : at + 2**16].tolist()))
-        h.update(self.image[:, 1:].tobytes())
-        if self.form == "parquet":
-            h.update(repr([os.path.getsize(f"{self.root}/{name}") for name in self.files]).encode())
-        if self.form == "npy":
+        for shard in np.flatnonzero(np.diff(self.bounds)):
+            h.update(getattr(self.table, digests)[shard].encode())
+        if self.form == "npy" and digests == "digest_of":
             for i in range(0, len(self), -(-len(self) // 64)):
-                h.update(self._read(i, *self.image[i]))
+                key, _, where, _, _ = self.place(i)
+                h.update(self._read(key, *where))
         return h.hexdigest()
 
     def __len__(self):
-        return len(self.keys)
+        return int(self._runs[1][-1])
 
     def __getitem__(self, i):
         return dict(image=self.pixels(i), **self.meta(i))
 
-    def key(self, i):
+    def place(self, i):
+        """(key, label, image, text, beside) of item i: where all of it lies, see shards.Index."""
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
-        return os.fsdecode(self.keys[i])
+        key, (label, *where) = self.table[int(self._rows(i))]
+        label = self._renumbered[label] if self._renumbered and label >= 0 else label
+        return os.fsdecode(key), label, where[:3], where[3:7], where[7:]
+
+    def key(self, i):
+        return self.place(i)[0]
+
+    def fetch(self, shards):
+        """Begins to fetch shards from afar, by number, those first that other processes do not."""
+        names = [self.files[self.table.base[s]] for s in shards if self.bounds[s] < self.bounds[s + 1]]
+        at = os.getpid() % max(len(names), 1)
+        self.remote.ahead(names[at:] + names[:at])
+
+    @property
+    def labels(self):
+        """The label of each item, (N,) int64, -1 where it has none."""
+        labels = self.table.labels(self._rows(np.arange(len(self))))
+        return np.where(labels >= 0, np.array(self._renumbered)[labels], -1) if self._renumbered else labels
 
     def meta(self, i):
         """dict(label, text, key) of item i, without its pixels."""
-        key, (kind, *where) = self.key(i), self.text[i].tolist()
+        key, label, _, (kind, *where), _ = self.place(i)
         try:
             text = None
             if kind == PARQUET_TEXT:
                 text = self._cell(CAPTIONS, *where)
             elif kind == JSON_TEXT:
-                text = json.loads(self._read(i, *where))
+                text = json.loads(self._read(key, *where))
             elif kind == PLAIN_TEXT:
-                text = self._read(i, *where).decode("utf-8", "replace").strip()
+                text = self._read(key, *where).decode("utf-8", "replace").strip()
         except Exception as e:
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: its caption does not read ({e})") from None
-        return dict(label=int(self.labels[i]), text=captions_of(text), key=key)
+        return dict(label=label, text=captions_of(text), key=key)
 
     def rgb(self, i):
         """The whole of image i as PIL RGB."""
-        key, where = self.key(i), self.image[i].tolist()
+        key, _, where, _, _ = self.place(i)
         try:
             if self.form == "npy":
                 shape = np.load(f"{self.root}/{self.files[where[0]]}", mmap_mode="r").shape[1:]
-                image = np.frombuffer(self._read(i, *where), np.uint8).reshape(shape)
+                image = np.frombuffer(self._read(key, *where), np.uint8).reshape(shape)
                 return to_rgb(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
-            data = self._cell(PIXELS, *where) if self.form == "parquet" else self._read(i, *where)
+            data = self._cell(PIXELS, *where) if self.form == "parquet" else self._read(key, *where)
             data = data["bytes"] if isinstance(data, dict) else data
             if not data:
                 raise ValueError("it has 0 bytes")
@@ -564,6 +644,8 @@ class Dataset:
         except UnidentifiedImageError:
             raise BadImage(f"{key}: not an image that Pillow can read") from None
         except Exception as e:  # a damaged file can raise anything
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: {str(e) or type(e).__name__}") from None
 
     def pixels(self, i, crop="center", flip=False, u=None):
@@ -585,30 +667,35 @@ class Dataset:
 
     def size(self, i):
         """(width, height) of image i, upright; its pixels are not decoded."""
+        key, _, (file, offset, size), _, _ = self.place(i)
         if self.form == "npy":
-            height, width = np.load(f"{self.root}/{self.files[self.image[i, 0]]}", mmap_mode="r").shape[1:3]
+            height, width = np.load(f"{self.root}/{self.files[file]}", mmap_mode="r").shape[1:3]
             return width, height
-        key, where = self.key(i), self.image[i].tolist()
-        try:
-            data = self._cell(PIXELS, *where) if self.form == "parquet" else self._read(i, *where)
-            with Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data)) as image:
-                turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
-                return image.size[::-1] if turned else image.size
-        except UnidentifiedImageError:
-            raise BadImage(f"{key}: not an image that Pillow can read") from None
-        except Exception as e:
-            raise BadImage(f"{key}: {str(e) or type(e).__name__}") from None
+        for most in (2**16, sys.maxsize):  # what is asked is nearly always at the beginning
+            try:
+                data = self._cell(PIXELS, file, offset, size) if self.form == "parquet" else None
+                data = self._read(key, file, offset, min(size, most)) if data is None else data
+                with Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data)) as image:
+                    turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
+                    return image.size[::-1] if turned else image.size
+            except Exception as e:
+                if is_lack(e):
+                    raise
+                if most == sys.maxsize:
+                    is_foreign = isinstance(e, UnidentifiedImageError)  # its own message has an address in it
+                    reason = "not an image that Pillow can read" if is_foreign else str(e) or type(e).__name__
+                    raise BadImage(f"{key}: {reason}") from None
 
     def _map(self, i):
         """The map of item i as 8-bit PIL, or None where there is none."""
-        key, (file, *where), (offset, size) = self.key(i), self.image[i].tolist(), self.beside[i, :2].tolist()
+        key, _, (file, *where), _, (offset, size, *_) = self.place(i)
         try:
             data, path = b"", f"{self.root}/{os.path.splitext(key)[0]}.map.png"
             if self.form == "npy" and size:
-                data = np.frombuffer(self._read(i, file + 2, offset, size), np.uint8)
+                data = np.frombuffer(self._read(key, file + 2, offset, size), np.uint8)
                 return Image.fromarray(data.reshape(self.size(i)[::-1]))
             if self.form == "tar" and size:
-                data = self._read(i, file, offset, size)
+                data = self._read(key, file, offset, size)
             elif self.form == "folder" and os.path.exists(path):
                 with open(path, "rb") as f:
                     data = f.read()
@@ -625,6 +712,8 @@ class Dataset:
         except UnidentifiedImageError:  # its own message has an address in it
             raise BadImage(f"{key}: its map is not an image that Pillow can read") from None
         except Exception as e:
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: its map does not read ({str(e) or type(e).__name__})") from None
 
     def map(self, i, crop="center", flip=False, u=None):
@@ -658,14 +747,14 @@ class Dataset:
 
     def _objects(self, i):
         """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
-        key, (kind, *where) = self.key(i), self.text[i].tolist()
+        key, _, image, (kind, *where), (*_, offset, size) = self.place(i)
         try:
             if self.form == "parquet":
-                objects = self._cell(OBJECTS, *self.image[i].tolist())
-            elif self.form == "tar" and self.beside[i, 3]:
-                objects = field(json.loads(self._read(i, int(self.image[i, 0]), *self.beside[i, 2:].tolist())), OBJECTS)
+                objects = self._cell(OBJECTS, *image)
+            elif self.form == "tar" and size:
+                objects = field(json.loads(self._read(key, image[0], offset, size)), OBJECTS)
             else:
-                objects = field(json.loads(self._read(i, *where)), OBJECTS) if kind == JSON_TEXT else None
+                objects = field(json.loads(self._read(key, *where)), OBJECTS) if kind == JSON_TEXT else None
             if objects is None:
                 return []
             names, boxes = field(objects, CATEGORIES), [[float(v) for v in box] for box in objects["bbox"]]
@@ -674,6 +763,8 @@ class Dataset:
             numbered = dict(enumerate(self._object_names))
             return [(numbered.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
         except Exception as e:
+            if is_lack(e):
+                raise
             raise BadImage(f"{key}: its objects do not read ({e})") from None
 
     def boxes(self, i, flip=False, crop="center", u=None):
@@ -714,17 +805,28 @@ class Dataset:
             except BadImage:
                 pass
 
-    def _read(self, i, file, offset, size):
+    def _read(self, key, file, offset, size):
         """Bytes of a file; opened each time, so that workers share no file position and shards may be many."""
-        with open(f"{self.root}/{self.files[file] if file >= 0 else os.fsdecode(self.keys[i])}", "rb") as f:
-            f.seek(offset)
-            return f.read(size)
+        name = self.files[file] if file >= 0 else key
+        for wait in (0.1, 1, None):
+            try:
+                with self._open(name) as f:
+                    f.seek(offset)
+                    data = f.read(size)
+                break
+            except OSError as e:
+                if wait is None or e.errno not in PASSING:
+                    raise
+                time.sleep(wait)
+        if len(data) < size:
+            raise ValueError(f"{name} ends after {offset + len(data)} bytes, the index says {offset + size}")
+        return data
 
     def _cell(self, names, file, group, row):
         """One parquet cell, of the first column called one of names, None without one; some row groups are kept."""
         place = (file, group, names)
         if place not in self._groups:
-            f = open_parquet(f"{self.root}/{self.files[file]}")
+            f = open_parquet(self.files[file], self._open(self.files[file]))
             column = next((name for name in names if name in f.schema_arrow.names), None)
             if column is None:
                 return None
@@ -744,21 +846,54 @@ class Stream(torch.utils.data.Dataset):
     """
     stream[p] -> dict(image, label, text, caption, key, index, flip, bad): the endless sequence over N items.
 
-    Position p is item permute(p % N) of epoch p // N. Crop, flip and which caption depend on (seed, p) alone. An item
-    that does not decode is named in bad and replaced by another, itself a function of (seed, p). With train=False: the
-    items in their own order, centre crop, no flip, first caption.
+    Position p is item permute(p % N) of epoch p // N; with window = W > 0, the shards are permuted, and then the items
+    of W shards at a time, so that what is read lies in few files (W is 32 for shards from afar, else 0). Crop, flip and
+    which caption depend on (seed, p) alone. An item that does not decode is named in bad and replaced by another, a
+    function of (seed, p) too. With train=False: the items in their own order, centre crop, no flip, first caption.
     """
 
-    def __init__(self, dataset, seed, crop="center", flip=False, train=True):
+    def __init__(self, dataset, seed, crop="center", flip=False, train=True, window=None):
         if crop not in ("center", "random"):
             raise ValueError(f"crop {crop!r} is not known: choose center or random")
         self.dataset, self.seed, self.train = dataset, seed, train
         self.crop, self.flip = (crop, flip) if train else ("center", False)
+        self.window = (dataset.window if window is None else window) if train else 0
+        self._orders, self._begun = {}, None
 
-    def item(self, p):
-        """(index, epoch) of position p."""
+    def _window(self, epoch, at):
+        """(first, before, size, order, ends): the window of position `at` of an epoch begins at its first-th shard,
+        after `before` items, and has `size`; order (S,) the shards, ends (S,) how many items come before each's end."""
+        if epoch not in self._orders:
+            bounds, seed = self.dataset.bounds, seed_of(self.seed, epoch, "shards")
+            order = permute(np.arange(len(bounds) - 1), len(bounds) - 1, seed)
+            latest = list(self._orders.items())[-1:]  # at its end an epoch and the next are asked for
+            self._orders = dict(latest) | {epoch: (order, np.cumsum(np.diff(bounds)[order]))}
+        order, ends = self._orders[epoch]
+        first = int(np.searchsorted(ends, at, "right")) // self.window * self.window
+        before = int(ends[first - 1]) if first else 0
+        return first, before, int(ends[first : first + self.window][-1]) - before, order, ends
+
+    def item(self, p, attempt=0):
+        """(index, epoch) of position p; of its attempt-th stand-in, which in a window is of the same one."""
         epoch, at = divmod(int(p), len(self.dataset))
-        return permute(at, len(self.dataset), seed_of(self.seed, epoch)) if self.train else at, epoch
+        if not self.window:
+            if attempt:
+                return seed_of(self.seed, "replace", p, attempt) % len(self.dataset), epoch
+            return permute(at, len(self.dataset), seed_of(self.seed, epoch)) if self.train else at, epoch
+        first, before, size, order, ends = self._window(epoch, at)
+        inside = permute(at - before, size, seed_of(self.seed, epoch, "window", first))
+        inside = seed_of(self.seed, "replace", p, attempt) % size if attempt else inside
+        k = np.searchsorted(ends, before + inside, "right")
+        return int(self.dataset.bounds[order[k] + 1] - ends[k]) + before + inside, epoch
+
+    def _fetch_ahead(self, p):
+        """From afar, in the background: the shards of the window after that of position p."""
+        epoch, at = divmod(int(p), len(self.dataset))
+        first, *_, order, _ = self._window(epoch, at)
+        if self._begun != (epoch, first):
+            self._begun = epoch, first
+            following = order[first + self.window :][: self.window]
+            self.dataset.fetch(following if len(following) else self._window(epoch + 1, 0)[3][: self.window])
 
     def draw(self, p, attempt=0):
         """
@@ -768,9 +903,7 @@ class Stream(torch.utils.data.Dataset):
         text is one str, the item's caption number `caption`, "" where there is none; u places a random crop; attempt
         k > 0 is the k-th stand-in.
         """
-        index, epoch = self.item(p)
-        if attempt:
-            index = seed_of(self.seed, "replace", p, attempt) % len(self.dataset)
+        index, epoch = self.item(p, attempt)
         meta = self.dataset.meta(index)
         texts = meta["text"] or [""]
         caption = seed_of(self.seed, "text", p) % len(texts) if self.train else 0
@@ -787,6 +920,8 @@ class Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, p):
         bad = []
+        if self.window and self.dataset.remote:
+            self._fetch_ahead(p)
         for attempt in range(100):
             try:
                 drawn = self.draw(p, attempt)
@@ -829,37 +964,144 @@ def collate(samples):
     return batch
 
 
-def _heed_the_parent(worker):
-    """In a worker, where SIGTERM is blocked: end when it comes from the parent, and for nobody else."""
+def _begin_worker(number):
+    """In a worker, where SIGTERM is blocked: end when it comes from the parent alone; SIGUSR1 shows its stack."""
 
     def wait():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != multiprocessing.parent_process().pid:
             pass
         os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):
+        faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
+        threading.Thread(target=wait, daemon=True).start()
 
 
-def loader(stream, start_step, max_steps, batch_size, grad_accum=1, rank=0, world=1, workers=0, collate_fn=collate):
-    """An iterator over this rank's collated micro-batches of steps start_step .. max_steps - 1, in order."""
-    is_linux = hasattr(signal, "sigwaitinfo")
-    steps = ((step, micro) for step in range(start_step, max_steps) for micro in range(grad_accum))
-    batches = torch.utils.data.DataLoader(
-        stream,
-        batch_sampler=(step_positions(*at, batch_size, grad_accum, rank, world) for at in steps),
-        collate_fn=collate_fn,
-        num_workers=workers,  # torch gives each one thread
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_heed_the_parent if is_linux else None,
-        generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
-    )
-    if not is_linux:
-        return iter(batches)
-    # Ctrl-C, and torchrun's and slurm's SIGTERM, reach workers too, but are meant for the trainer, which saves and
-    # stops: a worker that died would crash it before that. So workers are born with both blocked.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-    try:
-        return iter(batches)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def loader(
+    stream,
+    start_step,
+    max_steps,
+    batch_size,
+    grad_accum=1,
+    rank=0,
+    world=1,
+    workers=0,
+    collate_fn=collate,
+    timeout=600,
+    restarts=3,
+):
+    """
+    An iterator over this rank's collated micro-batches of steps start_step .. max_steps - 1, in order.
+
+    A worker that dies, or gives no batch for `timeout` seconds (then its stack is shown), is named, and all are started
+    again from the first batch that has not come: the sequence stays the same. RuntimeError after `restarts` in a row.
+    """
+    total = max(max_steps - start_step, 0) * grad_accum
+
+    def positions(n):
+        step, micro = divmod(n, grad_accum)
+        return step_positions(start_step + step, micro, batch_size, grad_accum, rank, world)
+
+    def begin(first, prefetch=2):
+        batches = torch.utils.data.DataLoader(
+            stream,
+            batch_sampler=map(positions, range(first, total)),
+            collate_fn=collate_fn,
+            num_workers=workers,  # torch gives each one thread
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=prefetch if workers else None,
+            timeout=min(timeout, 1) if workers else 0,  # so often it is looked whether all workers live
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
+        )
+        if not hasattr(signal, "pthread_sigmask"):
+            return iter(batches)
+        # Ctrl-C, and torchrun's and slurm's SIGTERM, reach workers too, but are meant for the trainer, which saves and
+        # stops: so workers are born with both blocked. And torch would have a dead worker raise RuntimeError wherever
+        # the trainer is just then; here it is noticed when its batch is due.
+        before, on_death = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM]), None
+        if threading.current_thread() is threading.main_thread():
+            on_death = signal.getsignal(signal.SIGCHLD)
+        try:
+            return iter(batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if on_death is not None:
+                signal.signal(signal.SIGCHLD, on_death)
+
+    def deliver(batches):
+        done = first = failures = 0
+        due = time.monotonic() + timeout
+        while done < total:
+            fault, is_late = None, False
+            try:
+                batch = next(batches)
+            except Exception as e:
+                is_late = str(e).startswith("DataLoader timed out")
+                for wait in (0, 0 if is_late else 0.5):  # a broken connection is seen before the death that broke it
+                    time.sleep(wait)
+                    if fallen := [k for k, worker in enumerate(batches._workers) if worker.exitcode is not None]:
+                        break
+                if not fallen and not is_late:
+                    raise
+                if not fallen and time.monotonic() < due:
+                    continue
+                number = fallen[0] if fallen else (done - first) % workers  # they take turns
+                worker = batches._workers[number]
+                code = -worker.exitcode if fallen else 0
+                fault = f"gave no batch for {timeout} s"
+                if fallen:
+                    fault = f"was killed by {signal.Signals(code).name}" if code > 0 else f"ended with status {-code}"
+                    fault += " (out of memory?)" if code == 9 else ""
+                held = [n for n in range(done, min(done + 2 * workers, total)) if (n - first) % workers == number]
+                held = ", ".join(f"{positions(n)[0]}..{positions(n)[-1]}" for n in held)
+                fault = f"worker {number} (pid {worker.pid}) of rank {rank} {fault}, with positions {held}"
+                failures += 1
+            if fault is None:
+                yield batch
+                done, failures, due = done + 1, 0, time.monotonic() + timeout
+                continue
+            if failures > restarts:
+                raise RuntimeError(f"{fault}, {failures} times in a row: look at these images, or take fewer workers")
+            print(f"{fault}: starting workers again, {failures} of {restarts}", flush=True)
+            if not fallen and hasattr(signal, "SIGUSR1"):
+                os.kill(worker.pid, signal.SIGUSR1)  # its stack, to stderr
+                time.sleep(0.5)
+            for worker in batches._workers:
+                worker.kill()
+            for worker in batches._workers:
+                worker.join(5)
+            # what a worker had ready dies with it: one at a time, so that a bad batch cannot take others along
+            batches, first, due = begin(done, 1 if failures > 1 else 2), done, time.monotonic() + timeout
+
+    batches = begin(0)  # workers start here, not when the first batch is asked for
+    return deliver(batches) if workers else batches
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m data.dataset", description="What a data set is, and how fast.")
+    parser.add_argument("path")
+    parser.add_argument("--image_size", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=10, help="to decode for")
+    parser.add_argument("--sidecars", action="store_true", help="write SHARD.index.npz, for those who read from afar")
+    asked = parser.parse_args()
+    opened = time.perf_counter()
+    ds = Dataset(asked.path, "all", asked.image_size)
+    opened, classes = time.perf_counter() - opened, ", ".join(ds.classes[:5]) + (", ..." if len(ds.classes) > 5 else "")
+    kinds = f"{ds.num_classes} classes{f' ({classes})' if classes else ''}" if ds.num_classes else "no labels"
+    shards = f" in {len(ds.files)} shards" if ds.form in ("tar", "parquet") else ""
+    print(f"{ds.path}: {ds.form}, {len(ds)} images{shards}, {kinds}; opened in {opened:.2f} s")
+    if asked.sidecars:
+        print(f"{ds.write_sidecars()} indexes written beside the shards")
+    torch.set_num_threads(1)
+    stream, count, bad = Stream(ds, 0), 0, 0
+    began, begun = time.perf_counter(), time.process_time()
+    while time.perf_counter() - began < asked.seconds and count < 10 * len(ds):
+        bad += len(stream[count]["bad"])
+        count += 1
+    took, worked = time.perf_counter() - began, time.process_time() - begun
+    per_core = f"{count / worked:.0f} images/s per core at {ds.image_size} px"
+    print(f"{per_core}, {count / took:.0f} with reading and what else this machine does; {bad} bad of {count}")

@@ -19,6 +19,7 @@ the same, byte for byte. There is no index file: data/dataset.py makes its own w
 
 import base64
 import collections
+import errno
 import functools
 import hashlib
 import heapq
@@ -50,7 +51,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from configurator import configure
-from data.dataset import IMAGES, captions_of, crop_square, list_files, open_parquet, parse, to_rgb
+from data.dataset import IMAGES, captions_of, crop_square, hub_names, is_lack, list_files, open_parquet, to_rgb
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, the limit of data/dataset.py too: more is taken for a bomb
@@ -70,9 +71,12 @@ def run(prepare, scope):
     try:
         prepare(cfg)
     except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"prepare.py: {e}")
+        full = "; make room, the same command continues" if getattr(e, "errno", 0) == errno.ENOSPC else ""
+        sys.exit(f"prepare.py: {e}{full}")
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
         sys.exit(f"prepare.py: an archive in {getattr(cfg, 'source', '')} is damaged ({e}): fetch it again")
+    except MemoryError:
+        sys.exit("prepare.py: out of memory: set fewer workers; the same command continues")
     except KeyboardInterrupt:
         sys.exit("prepare.py: stopped; the same command continues")
 
@@ -110,7 +114,17 @@ def write(path, content):
             f.write(content.encode() if isinstance(content, str) else content)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    rename(f"{path}.tmp", path)
+
+
+def rename(source, target):
+    """Gives a file that is on the disk its name, and does not return before that is there too."""
+    os.replace(source, target)
+    folder = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def is_made(folder, meta):
@@ -173,7 +187,7 @@ def fetch(url, path, checksum="", tries=5):
     if wanted and digest(part, kind) != wanted:
         os.remove(part)
         raise ValueError(f"{url}: what came is not the original file ({checksum}): run again, or fetch it elsewhere")
-    os.replace(part, path)
+    rename(part, path)
     return path
 
 
@@ -203,8 +217,7 @@ def parquet_files(source):
 
 def parquet_names(path, column):
     """Class names of a column, which the Hugging Face hub keeps in the file's schema; [] without."""
-    hub = parse((open_parquet(path).schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    return hub.get("info", {}).get("features", {}).get(column, {}).get("names") or []
+    return hub_names(open_parquet(path), column)
 
 
 def parquet_rows(path, image, columns):
@@ -221,7 +234,10 @@ def parquet_rows(path, image, columns):
     row = 0
     for group in range(f.num_row_groups):
         pixels = functools.cache(functools.partial(_parquet_column, f, group, name))  # lives as long as its rows
-        others = f.read_row_group(group, columns=list(columns), use_threads=False).to_pylist()
+        try:
+            others = f.read_row_group(group, columns=list(columns), use_threads=False).to_pylist()
+        except Exception as e:  # of many kinds, and several lines
+            raise ValueError(f"{path} is damaged ({' '.join(str(e).split())}): fetch it again") from None
         for at in range(f.metadata.row_group(group).num_rows):
             yield row, functools.partial(_parquet_cell, pixels, at), others[at] if columns else {}
             row += 1
@@ -233,7 +249,7 @@ def _parquet_column(f, group, name):
 
 def _parquet_cell(pixels, at):
     value = pixels()[at].as_py()
-    value = value["bytes"] if isinstance(value, dict) else value
+    value = value.get("bytes") if isinstance(value, dict) else value
     return value or b""
 
 
@@ -268,14 +284,14 @@ def in_fraction(key, fraction):
 
 def tar_samples(path):
     """(key, {extension: (offset, size)}) of each sample of a webdataset shard, whose files lie side by side."""
-    key, sample = None, {}
+    key, sample, end = None, {}, os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # which it would keep
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
-                if member.isfile() and stem:
+                if member.isfile() and stem and member.offset_data + member.size <= end:
                     if sample and (folder, stem) != key:
                         yield "/".join(filter(None, key)), sample
                         sample = {}
@@ -357,6 +373,8 @@ def convert(image, record, how):
     except Image.UnidentifiedImageError:
         return "broken: not an image that Pillow can read", b"", "", {}
     except Exception as e:  # a damaged file can raise anything
+        if is_lack(e):
+            raise
         return f"broken: {' '.join((str(e) or type(e).__name__).split())[:200]}", b"", "", {}
 
 
@@ -563,7 +581,7 @@ class Shards:
         path = f"{self.out_dir}/{self.name}"
         self.state |= dict(next=position, last=last, bytes=os.path.getsize(f"{path}.tmp"), sha256=digest(f"{path}.tmp"))
         write(self.state_path(self.name), json.dumps(self.state))
-        os.replace(f"{path}.tmp", path)  # the name is the mark that it is done
+        rename(f"{path}.tmp", path)  # the name is the mark that it is done
         self.finished[self.name] = {part: self.state[part] for part in ("count", "bytes", "sha256")}
         self.next, self.last = position, last
         self.begin()
@@ -690,8 +708,10 @@ def make(items, cfg, classes=(), total=None, **about):
             if callable(image):
                 try:
                     image = image()
-                except Exception:  # convert says so
-                    image = b""
+                except Exception as e:
+                    if is_lack(e):
+                        raise
+                    image = b""  # convert says so
             record = {name: value for name, value in item.items() if name not in ("key", "image", "split", "drop")}
             yield (position, split, item), image, record
 

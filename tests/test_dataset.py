@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -721,12 +722,10 @@ def test_tar_index_is_kept_and_renewed(tmp_path, monkeypatch):
     assert len(Dataset(where, "all")) == 2 and len(calls) == 2
     make_tar(where / "b.tar", [{"0.png": png}])
     assert len(Dataset(where, "all")) == 3 and len(calls) == 3
-    for name in os.listdir("cache"):
-        Path("cache", name).write_bytes(b"PK cut short")
-    assert len(Dataset(where, "all")) == 3 and len(calls) == 4
-    for name in os.listdir("cache"):
-        Path("cache", name).unlink()
-    os.rmdir("cache")
+    for path in Path("cache").rglob("*.*"):
+        path.write_bytes(b"PK cut short")
+    assert len(Dataset(where, "all")) == 3 and len(calls) == 5
+    shutil.rmtree("cache")
     Path("cache").write_text("a file stands where the folder would be")
     assert len(Dataset(where, "all")) == 3
 
@@ -735,6 +734,9 @@ def test_fingerprint_follows_the_content_and_not_the_path(tmp_path):
     here, there = make_folder(tmp_path / "here"), make_folder(tmp_path / "elsewhere/there")
     fingerprint = Dataset(here, "all").fingerprint
     assert Dataset(there, "all").fingerprint == fingerprint
+    (there / "metadata.jsonl").write_text('{"file_name": "dog/001.png", "text": "t"}')
+    assert Dataset(there, "all").fingerprint == fingerprint, "latents do not depend on captions"
+    assert Dataset(there, "all").text_fingerprint != Dataset(here, "all").text_fingerprint
     (there / "dog/001.png").write_bytes(encoded(picture(1)) + b" ")
     assert Dataset(there, "all").fingerprint != fingerprint
     for value in (1, 2):  # an array has the same size whatever is in it

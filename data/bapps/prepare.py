@@ -27,7 +27,7 @@ from PIL import Image, ImageFilter
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from configurator import configure
 from data.dataset import BadImage, Dataset, seed_of
-from data.prepare import is_made, write
+from data.prepare import is_made, rename, write
 
 source = ""  # folder of the published layout
 standin = ""  # make a stand-in from these photos instead: a folder, tar or parquet shards
@@ -93,8 +93,9 @@ def read_patch(path, size):
 def read_judgement(path):
     try:
         value = np.load(path, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, EOFError) as e:
-        raise ValueError(f"{path} does not load ({e}): unpack it again") from None
+    except Exception as e:  # so can this one
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path} does not load ({reason}): unpack it again") from None
     if value.size != 1 or not 0 <= value.item() <= 1:
         raise ValueError(f"{path} holds {value.tolist()}, want one number in [0, 1]: unpack it again")
     return value.item()
@@ -127,8 +128,8 @@ def prepare(source, out_dir, size, what):
                 images[i, k] = read_patch(path, size)
             judge[i] = read_judgement(judgement)
         images.flush()
-        os.replace(f"{target}/images.npy.tmp", f"{target}/images.npy")
-        np.save(f"{target}/judge.npy", judge)
+        rename(f"{target}/images.npy.tmp", f"{target}/images.npy")
+        write(f"{target}/judge.npy", judge)
         write(f"{target}/meta.json", json.dumps(meta))
         print(f"{target}: {len(items)} judgements of {shape[1]} patches of {size} x {size}", flush=True)
     write(f"{out_dir}/meta.json", json.dumps({"what": what}))
@@ -205,12 +206,13 @@ def make_standin(photos, folder, size, n_train, n_val, seed):
     work = [("2afc", "train", kind, [kind]) for kind in KNOWN] + [("2afc", "val", kind, [kind]) for kind in KNOWN | NEW]
     work += [("jnd", "val", "known", list(KNOWN)), ("jnd", "val", "new", list(NEW))]
     mark = f"{folder}/made_by_prepare.txt"
-    if os.path.exists(folder) and not os.path.exists(mark):
+    if os.path.exists(folder) and os.listdir(folder) and not os.path.exists(mark):
         raise ValueError(f"{folder} was not made by this program, which would empty it: set another out_dir")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
+    os.makedirs(folder, exist_ok=True)
     with open(mark, "w") as f:
         f.write("The stand-in that prepare.py makes of photos; made anew each time.\n")
+    for task in PARTS:
+        shutil.rmtree(f"{folder}/{task}", ignore_errors=True)
     for task, split, category, kinds in work:
         target = f"{folder}/{task}/{split}/{category}"
         for part in PARTS[task]:

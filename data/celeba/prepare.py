@@ -31,7 +31,7 @@ workers = 4  # processes that decode and resize; 0: none but this
 
 def read_table(path):
     """{first word of a line: the others} of one of the lists, and the header's words; commas are spaces."""
-    with open(path) as f:
+    with open(path, errors="replace") as f:
         lines = [line.replace(",", " ").split() for line in f]
     rows = {line[0]: line[1:] for line in lines if len(line) > 1 and line[0].split(".")[0].isdigit() and line[1:]}
     header = next((line for line in lines if len(line) > 1 and not line[0].split(".")[0].isdigit()), [])

@@ -52,13 +52,13 @@ def prepare(cfg):
     splits = {}
     if mapping and partition:
         of_celeba = read_table(partition)[0]
-        with open(mapping) as f:  # idx orig_idx orig_file
+        with open(mapping, errors="replace") as f:  # idx orig_idx orig_file
             rows = [line.split() for line in f]
-        splits = {
-            row[0]: ("train", "val", "test")[int(of_celeba[row[2]][0])]
-            for row in rows
-            if len(row) == 3 and row[2] in of_celeba
-        }
+        part = {"0": "train", "1": "val", "2": "test"}
+        rows = [row for row in rows if len(row) == 3 and row[2] in of_celeba]
+        if odd := [row[2] for row in rows if of_celeba[row[2]][0] not in part]:
+            raise ValueError(f"{partition} has {odd[0]} in no part of 0, 1, 2: fetch it again")
+        splits = {row[0]: part[of_celeba[row[2]][0]] for row in rows}
     make(items(images, splits, read_attributes(table)[0] if table else {}), cfg, total=len(images))
 
 

@@ -18,7 +18,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from data.laion400m.prepare import from_urls
-from data.prepare import run
+from data.prepare import rename, run
 
 urls = ""  # Train_GCC-training.tsv or cc12m.tsv
 fetched = ""  # img2dataset's output; out_dir/.fetched without
@@ -47,7 +47,9 @@ def with_header(path, target):
         with open(f"{target}.tmp", "wb") as out:
             out.write(b"\t".join(b"url" if at else b"caption" for at in is_url) + b"\n")
             shutil.copyfileobj(f, out)
-    os.replace(f"{target}.tmp", target)
+            out.flush()
+            os.fsync(out.fileno())
+    rename(f"{target}.tmp", target)
     return target
 
 

@@ -40,11 +40,11 @@ def cell(ds, where):
 def items(splits):
     for split, ds in splits.items():
         for i in range(len(ds)):
-            file, *where = ds.image[i].tolist()
+            key, _, (file, *where), _, _ = ds.place(i)
             if ds.form == "parquet":
                 image = functools.partial(cell, ds, (file, *where))
             else:
-                image = (f"{ds.root}/{ds.files[file] if file >= 0 else ds.key(i)}", *where)
+                image = (f"{ds.root}/{ds.files[file] if file >= 0 else key}", *where)
             try:
                 item, objects = ds.meta(i), ds._objects(i)
             except BadImage as e:

@@ -20,7 +20,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from data.dataset import IMAGES, captions_of, parse
+from data.dataset import IMAGES, captions_of, field, parse
 from data.prepare import make, need, run, tar_samples
 
 urls = ""  # folder of parquet files with URL and TEXT, or one such file
@@ -63,15 +63,21 @@ def fetch_urls(cfg, folder, **options):
     )
 
 
+def number(value):
+    return value if isinstance(value, int) else 0  # a damaged file's
+
+
 def lost_links(folder):
     """What img2dataset's *_stats.json say in all: links, images, and how often each reason for a loss was met."""
     total, reasons = collections.Counter(), collections.Counter()
     for path in sorted(glob.glob(f"{glob.escape(folder)}/*_stats.json")):
-        with open(path) as f:
+        with open(path, "rb") as f:
             stats = parse(f.read())
         for name in ("count", "successes", "failed_to_download", "failed_to_resize"):
-            total[name] += stats.get(name, 0)
-        reasons.update({name: n for name, n in stats.get("status_dict", {}).items() if name != "success"})
+            total[name] += number(field(stats, [name]))
+        statuses = field(stats, ["status_dict"])
+        statuses = statuses if isinstance(statuses, dict) else {}
+        reasons.update({name: number(n) for name, n in statuses.items() if name != "success"})
     links = dict(links=total["count"], images=total["successes"], not_downloaded=total["failed_to_download"])
     return links | dict(not_resized=total["failed_to_resize"], reasons=dict(reasons.most_common(20)))
 

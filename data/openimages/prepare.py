@@ -21,6 +21,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
+from data.dataset import field, json_lines
 from data.prepare import list_images, make, need, need_source, run, write
 
 source = ""  # folder with train/ and validation/, as the zoo lays them out
@@ -56,7 +57,7 @@ def read_names(source):
     """{/m/01yrx: Cat, ...} of the first classes.csv below source."""
     names = {}
     for path in sorted(glob.glob(f"{glob.escape(source)}/**/metadata/classes.csv", recursive=True))[:1]:
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8", errors="replace") as f:
             names = {row[0]: row[1] for row in csv.reader(f) if len(row) > 1 and row[0].startswith("/")}
     return names
 
@@ -66,26 +67,28 @@ def read_boxes(path, ids, names):
     boxes = {}
     if not os.path.exists(path):
         return boxes
-    with open(path, newline="") as f:
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
         reader = csv.DictReader(f)
         columns = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax")
         if missing := [name for name in columns if name not in (reader.fieldnames or [])]:
             raise ValueError(f"{path} has no column {missing[0]}: fetch it again")
-        for row in reader:
-            if row["ImageID"] in ids:
-                box = tuple(float(row[name]) for name in columns[2:])
-                boxes.setdefault(row["ImageID"], []).append((names.get(row["LabelName"], row["LabelName"]), *box))
+        try:
+            for row in reader:
+                if row["ImageID"] in ids:
+                    box = tuple(float(row[name]) for name in columns[2:])
+                    boxes.setdefault(row["ImageID"], []).append((names.get(row["LabelName"], row["LabelName"]), *box))
+        except (ValueError, TypeError, csv.Error) as e:
+            raise ValueError(f"{path} does not read about line {reader.line_num} ({e}): fetch it again") from None
     return boxes
 
 
 def read_captions(folder, ids):
     captions = {}
     for path in sorted(glob.glob(f"{glob.escape(folder)}/*captions*.jsonl")):
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                record = json.loads(line)
-                if record.get("image_id") in ids and record.get("caption"):
-                    captions.setdefault(record["image_id"], []).append(record["caption"].strip())
+        for _, _, record in json_lines(path):
+            key, caption = field(record, ["image_id"]), field(record, ["caption"])
+            if isinstance(key, str) and key in ids and isinstance(caption, str) and caption.strip():
+                captions.setdefault(key, []).append(caption.strip())
     return captions
 
 

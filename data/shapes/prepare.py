@@ -250,7 +250,7 @@ def score_folder(folder, seed):
             wanted = parse(record["prompt"])
             if wanted is None:
                 raise ValueError(f"{record['prompt']!r} is no caption of this data set")
-            with Image.open(os.path.join(folder, record["file"])) as image:
+            with Image.open(os.path.join(folder, os.path.basename(record["file"]))) as image:
                 got = read(image)
         except (OSError, ValueError, KeyError, TypeError) as e:
             bad.append(f"line {number}: {type(e).__name__}: {e}")
@@ -333,5 +333,5 @@ if __name__ == "__main__":
             score_folder(score, seed)
         else:
             prepare(out_dir, n_train, n_val, size, seed, vocab_size)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"prepare.py: {e}")
