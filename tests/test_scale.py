@@ -610,7 +610,7 @@ def test_the_command_tells_what_there_is(tmp_path):
         "--sidecars",
     ]
     said = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": ""}
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert "set: tar, 11 images in 2 shards, 3 classes; opened in" in said.stdout, said.stdout + said.stderr
     assert "2 indexes written" in said.stdout and "images/s per core at 4 px" in said.stdout
