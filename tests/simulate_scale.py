@@ -40,7 +40,7 @@ def template():
         table[:, shards.COLUMNS.index(f"{name}size")] = sizes[k]
     table[:, 0], table[:, shards.COLUMNS.index("text_kind")] = -1, dataset.PLAIN_TEXT
     about = dict(n=ITEMS, part="", names=[], named=False, content=int(ends[-1, -1]), width=9, bytes=9 * ITEMS)
-    about |= dict(low=table.min(0).tolist(), high=table.max(0).tolist(), crc=[0, 0])
+    about |= dict(low=table.min(0).tolist(), high=table.max(0).tolist(), crc=[0, 0], texts="")
     keys = np.array([b"%09d" % i for i in range(ITEMS)])
     return about, dict(keys=keys, table=table, held=np.flatnonzero(rng.random(ITEMS) < 0.01))
 

@@ -234,6 +234,20 @@ def test_a_full_disk_is_told_and_the_index_held_in_memory(tmp_path, monkeypatch,
     assert content(Dataset(tmp_path / "set", "all", cache="other")) == content(ds)
 
 
+def test_the_simulation_makes_up_what_an_index_has():
+    import simulate_scale
+
+    index = store.Index(files=["00007.tar"], prefix="00007/")
+    index.add("000070000", (0, 512, 20_000), None, (1, 0, 21_000, 90), (0, 0, 22_000, 500))
+    real, made = index.arrays(), simulate_scale.made_up("00007.tar")
+    assert real.keys() == made.keys() and json.loads(str(real["about"])).keys() == json.loads(str(made["about"])).keys()
+    assert made["keys"][0] == real["keys"][0] and made["table"].shape == (10_000, real["table"].shape[1])
+    assert (made["table"].min(0) == made["table"].max(0)).tolist() == [name not in VARY for name in store.COLUMNS]
+
+
+VARY = ("at", "size", "text_at", "text_size", "json_at", "json_size")
+
+
 # -----------------------------------------------------------------------------
 # order: shards of unequal sizes, window by window
 
@@ -596,7 +610,7 @@ def test_the_command_tells_what_there_is(tmp_path):
         "--sidecars",
     ]
     said = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": ""}
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert "set: tar, 11 images in 2 shards, 3 classes; opened in" in said.stdout, said.stdout + said.stderr
     assert "2 indexes written" in said.stdout and "images/s per core at 4 px" in said.stdout
