@@ -51,6 +51,7 @@ compile = "auto"  # torch.compile, of both sides: auto (on CUDA) | true | false
 
 BACKENDS = ("auto", "triton", "xformers", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math")
 BACKENDS += ("reference",)
+STEPS = 50  # of drawing
 SD2 = dict(channels=320, channel_mult=(1, 2, 4, 4), num_heads=0, head_dim=64, context_dim=1024, linear_proj=True)
 KL_F8 = dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4)
 SMALL = dict(channels=64, channel_mult=(1, 2, 4), num_heads=0, head_dim=32, context_dim=256, linear_proj=True)
@@ -356,7 +357,7 @@ def attention_rows(small, place, count):
     B = count or (1 if small else 16)
     for L, M, heads, d in shapes:
         if small:
-            L, M = L // 4, min(M, L // 4)
+            L, M = L // 4, L // 4 if M == L else M
         for backward in (False, True):
             tflop = 4e-12 * B * heads * L * M * d * (3.5 if backward else 1)  # backward: five products, forward: two
             for backend in BACKENDS:
@@ -403,9 +404,9 @@ def model_rows(group, small, place, count):
     elif group == "sample":
         B, side = count or (1 if small or not on_gpu else 8), sides[0 if small else 1]
         decode = forward_tflop(autoencoder.decoder, (1, *latents(side)))
-        tflop = B * (50 * 2 * train_ldm.count_tflop(denoiser, latents(side)) / 3 + decode)
-        title = f"drawing with {name}, 50 guided DDIM steps and decoding, {side} px, batch {B}"
-        yield one(title, B, tflop, sampling, unet, vae, side // factor, 50)
+        tflop = B * (STEPS * 2 * train_ldm.count_tflop(denoiser, latents(side)) / 3 + decode)
+        title = f"drawing with {name}, {STEPS} guided DDIM steps and decoding, {side} px, batch {B}"
+        yield one(title, B, tflop, sampling, unet, vae, side // factor, STEPS)
     elif group == "decode":
         B, side = count or (1 if small or not on_gpu else 8), sides[-1]
         tflop = B * forward_tflop(autoencoder.decoder, (1, *latents(side)))

@@ -9,6 +9,7 @@
 The diffusion process itself is in diffusion.py; `generate` brings it together with the networks.
 """
 
+import contextlib
 import datetime
 import inspect
 import json
@@ -268,6 +269,7 @@ def compile_unet(pipeline, **options):
     options: of torch.compile.  The first batch of a size waits for it, a minute or more; parts of one run as before.
     """
     pipeline.denoiser.unet.compile(dynamic=False, **(options or {"mode": "reduce-overhead"}))
+    pipeline.denoiser.unet.is_compiled = True
 
 
 def decode(vae, x, tile=0, batch=0):
@@ -365,7 +367,8 @@ def generate(
         if strength < 1:
             x = schedule.alpha(times[:1]).item() * latents + x
         generate.evaluations = 0
-        with torch.compiler.set_stance("default" if len(some) == batch_size else "force_eager"):  # see compile_unet
+        eager = len(some) < batch_size and getattr(denoiser.unet, "is_compiled", False)  # no second compilation
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             if source is not None:
                 back = guided(pipeline, source[rows], shown, 1.0)
                 x = ddim_invert(back, latents, times, schedule)
