@@ -322,7 +322,7 @@ def sampling(place, settings, vae_settings, side, steps, count, theirs):
     return run_theirs
 
 
-def decoding(place, settings, side, count, theirs, encode=False):
+def autoencoding(place, settings, side, encode, count, theirs):
     """Latents to pictures, and with `encode` from pictures to latents before that."""
     vae = place.put(TheirVAE(settings) if theirs else VAE(**settings)).eval()
     factor = 2 ** (len(settings["ch_mult"]) - 1)
@@ -362,9 +362,8 @@ def attention_rows(small, place, count):
             tflop = 4e-12 * B * heads * L * M * d * (3.5 if backward else 1)  # backward: five products, forward: two
             for backend in BACKENDS:
                 keys = f" to {M} keys" if M != L else ""
-                name = (
-                    f"attention {backend}, {B}x{L}{keys}, {heads} heads of {d}, {'with' if backward else 'no'} backward"
-                )
+                ways = "with backward" if backward else "no backward"
+                name = f"attention {backend}, {B}x{L}{keys}, {heads} heads of {d}, {ways}"
                 work = (place, backend, (B, L, heads, d), (B, M, heads, d), backward)
                 yield Row(name, "calls", 1, tflop, lambda theirs, work=work: attention_call(*work), has_peer=False)
 
@@ -374,49 +373,46 @@ def model_rows(group, small, place, count):
     unet, vae = (SMALL, SMALL_VAE) if small else (SD2, KL_F8)
     name, vae_name = ("small U-Net", "small f4 VAE") if small else ("SD2-size U-Net", "KL-f8")
     factor = 2 ** (len(vae["ch_mult"]) - 1)
-    sides = (64, 128) if small else (256, 512)
     on_gpu = place.device.type == "cuda"
     with torch.device("meta"):
         denoiser, autoencoder = Denoiser(UNet(**unet)), VAE(**vae)
-    parameters = sum(p.numel() for p in denoiser.parameters())
 
-    def one(title, items, tflop, function, *args, memory=0.0, unit="images"):
-        return Row(title, unit, items, tflop, functools.partial(function, place, *args, items), memory)
+    def one(title, side, B, tflop, function, *args, memory=0.0):
+        make = functools.partial(function, place, *args, B)
+        return Row(f"{title}, {side} px, batch {B}", "images", B, B * tflop, make, memory)
 
     def latents(side):
         return (4, side // factor, side // factor)
 
+    def unet_tflop(side):
+        return train_ldm.count_tflop(denoiser, latents(side)) / 3
+
+    def decode_tflop(side):
+        return forward_tflop(autoencoder.decoder, (1, *latents(side)))
+
+    low, high = (64, 128) if small else (256, 512)
+    few = count or (8 if on_gpu and not small else 1)
     if group == "unet":
-        for side, usual in zip(sides, (4, 2) if small else (64, 32) if on_gpu else (1, 1)):
-            B = count or usual
-            tflop = B * train_ldm.count_tflop(denoiser, latents(side))
-            title = f"{name} training step, {side} px, batch {B}"
-            yield one(title, B, tflop, unet_training, unet, side // factor, memory=parameters * 20 / 2**30)
+        memory = 20 * sum(p.numel() for p in denoiser.parameters()) / 2**30  # weights, gradient, two moments, EMA
+        for side, usual in zip((low, high), (4, 2) if small else (64, 32) if on_gpu else (1, 1)):
+            args = (count or usual, 3 * unet_tflop(side), unet_training, unet, side // factor)
+            yield one(f"{name} training step", side, *args, memory=memory)
     elif group == "forward":
-        B, side = count or 1, sides[0]
-        tflop = B * train_ldm.count_tflop(denoiser, latents(side)) / 3
-        yield one(f"{name} forward, {side} px, batch {B}", B, tflop, unet_forward, unet, side // factor)
+        yield one(f"{name} forward", low, count or 1, unet_tflop(low), unet_forward, unet, low // factor)
     elif group == "vae":
-        B, side = count or (2 if small else 12 if on_gpu else 1), sides[0]
-        tflop = B * train_vae.count_tflop(autoencoder, defaults(train_vae) | {"image_size": side})
-        title = f"{vae_name} training step with LPIPS (random VGG) and GAN, {side} px, batch {B}"
-        yield one(title, B, tflop, vae_training, vae, side)
+        tflop = train_vae.count_tflop(autoencoder, defaults(train_vae) | {"image_size": low})
+        B = count or (2 if small else 12 if on_gpu else 1)
+        yield one(f"{vae_name} training step with LPIPS (random VGG) and GAN", low, B, tflop, vae_training, vae, low)
     elif group == "sample":
-        B, side = count or (1 if small or not on_gpu else 8), sides[0 if small else 1]
-        decode = forward_tflop(autoencoder.decoder, (1, *latents(side)))
-        tflop = B * (STEPS * 2 * train_ldm.count_tflop(denoiser, latents(side)) / 3 + decode)
-        title = f"drawing with {name}, {STEPS} guided DDIM steps and decoding, {side} px, batch {B}"
-        yield one(title, B, tflop, sampling, unet, vae, side // factor, STEPS)
+        side = low if small else high
+        tflop = 2 * STEPS * unet_tflop(side) + decode_tflop(side)
+        title = f"drawing with {name}, {STEPS} guided DDIM steps and decoding"
+        yield one(title, side, few, tflop, sampling, unet, vae, side // factor, STEPS)
     elif group == "decode":
-        B, side = count or (1 if small or not on_gpu else 8), sides[-1]
-        tflop = B * forward_tflop(autoencoder.decoder, (1, *latents(side)))
-        yield one(f"{vae_name} decode, {side} px, batch {B}", B, tflop, decoding, vae, side)
+        yield one(f"{vae_name} decode", high, few, decode_tflop(high), autoencoding, vae, high, False)
     else:
-        B, side = count or (1 if small or not on_gpu else 8), sides[0]
-        tflop = B * forward_tflop(autoencoder.decoder, (1, *latents(side)))
-        tflop += B * forward_tflop(autoencoder.encoder, (1, 3, side, side))
-        title = f"{vae_name} encode and decode, {side} px, batch {B}"
-        yield Row(title, "images", B, tflop, lambda theirs: decoding(place, vae, side, B, theirs, encode=True))
+        tflop = decode_tflop(low) + forward_tflop(autoencoder.encoder, (1, 3, low, low))
+        yield one(f"{vae_name} encode and decode", low, few, tflop, autoencoding, vae, low, True)
 
 
 # --- measuring ---
@@ -463,7 +459,7 @@ def take_turns(runs, place, limit):
     first, start = [clock(run, place) for run in runs], time.perf_counter()
     times = [max(1, math.ceil(10 / max(ms, 1e-3))) for ms in first]  # rounds of 10 ms and more
     rounds = [[ms] if n == 1 else [] for n, ms in zip(times, first)]
-    while len(rounds[0]) < 3 or time.perf_counter() - start < limit:
+    while min(map(len, rounds)) < 3 or time.perf_counter() - start < limit:
         for run, n, found in zip(runs, times, rounds):
             found.append(clock(run, place, n))
     return rounds
@@ -481,10 +477,9 @@ def free_memory(place):
     """GiB."""
     if place.device.type == "cuda":
         return torch.cuda.mem_get_info()[0] / 2**30
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (ValueError, OSError):  # not told by this system
-        return math.inf
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) / 2**20
+    return math.inf  # not told by this system
 
 
 def measure(row, place, peak, config):
@@ -492,8 +487,9 @@ def measure(row, place, peak, config):
     expected = row.tflop / peak
     if expected > config["patience"]:
         return {"why": f"about {expected:.0f} s a call, see patience"}
-    if row.memory > free_memory(place):
-        return {"why": f"needs {row.memory:.0f} GiB, {free_memory(place):.0f} are free"}
+    needed = row.memory * (2 if config["peer"] else 1)
+    if needed > free_memory(place):
+        return {"why": f"needs {needed:.0f} GiB, {free_memory(place):.0f} are free"}
     runs = []
     try:
         torch.manual_seed(0)
@@ -506,7 +502,7 @@ def measure(row, place, peak, config):
         rounds = take_turns(runs, place, limit)
     except torch.OutOfMemoryError:
         return {"why": "memory does not hold it: set a smaller batch_size"}
-    except (ValueError, RuntimeError, ImportError, NotImplementedError) as e:
+    except Exception as e:
         if row.has_peer:  # a fault of a model; a back end that does not run here is none
             raise
         return {"why": str(e).strip().split("\n")[0][:90]}
