@@ -1,6 +1,6 @@
 """How fast attention, training, drawing and the autoencoder are here, as one table.
 
-    python bench.py                                          # a minute or two on 2 CPU cores, in small shapes
+    python bench.py                                          # two minutes or so on 2 CPU cores, in small shapes
     python bench.py --peer=True --rows=unet,vae              # the same work in diffusers too, in turns, and the ratio
     python bench.py --size=sd2 --rows=autoencode,forward     # the published sizes; what a GPU is measured in
     python bench.py --rows=unet --profile=trace.json         # look at it in chrome://tracing or ui.perfetto.dev
@@ -43,7 +43,7 @@ batch_size = 0  # images per call; 0 is each row's own
 peer = False  # measure diffusers too
 profile = ""  # write a Chrome trace of one call of the first row that runs to this .json
 # how
-seconds = 3.0  # of measuring per row, a third of it for attention; at least 3 rounds
+seconds = 3.0  # of measuring per row and side, a tenth of it for attention; at least 3 rounds
 patience = 60.0  # rows whose single call would take longer than so many seconds are left out
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16
@@ -498,7 +498,7 @@ def measure(row, place, peak, config):
         if config["peer"] and row.has_peer:
             runs.append(row.make(True))
             warm_up(runs[1], place)
-        limit = config["seconds"] * len(runs) / (1 if row.has_peer else 3)
+        limit = config["seconds"] * len(runs) / (1 if row.has_peer else 10)
         rounds = take_turns(runs, place, limit)
     except torch.OutOfMemoryError:
         return {"why": "memory does not hold it: set a smaller batch_size"}
