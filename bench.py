@@ -207,7 +207,8 @@ def unet_training(place, settings, side, count, theirs):
         with place.autocast():
             terms = train_ldm.train_step({"denoiser": called}, batch, noise, cfg)
         terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["grad_clip"])
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["grad_clip"])
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         train_ldm.update_ema(ema, net, 10**6, cfg["ema_decay"])
@@ -253,8 +254,9 @@ def vae_training(place, settings, side, count, theirs):
         both = [torch.autograd.grad(got[name], last_layer, retain_graph=True)[0] for name in ("nll", "gan")]
         got["loss"].backward()
         got["disc_loss"].backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["grad_clip"])
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["grad_clip"])
         for one in (optimizer, disc_optimizer):
+            one.found_inf = (~torch.isfinite(norm)).float()
             one.step()
             one.zero_grad(set_to_none=True)
         state["adaptive"] = train_vae.adaptive_ratio(torch.stack(both), cfg)
