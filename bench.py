@@ -296,6 +296,8 @@ def sampling(place, settings, vae_settings, side, steps, count, theirs):
         vae.latent_std.fill_(1.0)
         process, shape = make_schedule("scaled_linear"), (4, side, side)
         pipeline = sample.Pipeline(Denoiser(unet), vae, process, "eps", shape, 0, [], [], tower=words)
+        if place.dtype == torch.bfloat16:
+            sample.round_weights(pipeline)
         if place.compiled:
             sample.compile_unet(pipeline)
 
@@ -307,19 +309,19 @@ def sampling(place, settings, vae_settings, side, steps, count, theirs):
     scheduler = import_diffusers().DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
     )
+    unet, vae = unet.to(place.dtype), vae.to(place.dtype)  # as its users do, instead of autocast
     network = torch.compile(unet, mode="reduce-overhead") if place.compiled else unet
     decode = torch.compile(vae.decode) if place.compiled else vae.decode
 
     @torch.no_grad()
     def run_theirs():
-        with place.autocast():
-            context = words(words.tokenize([""] * (2 * count)))
-            x = place.randn(count, 4, side, side)
-            scheduler.set_timesteps(steps, device=place.device)
-            for t in scheduler.timesteps:
-                null, cond = network(torch.cat([x, x]), t, context).chunk(2)
-                x = scheduler.step((null + 7.5 * (cond - null)).float(), t, x).prev_sample
-            return decode(x).float().cpu().clamp(-1, 1)
+        context = words(words.tokenize([""] * (2 * count))).to(place.dtype)
+        x = place.randn(count, 4, side, side).to(place.dtype)
+        scheduler.set_timesteps(steps, device=place.device)
+        for t in scheduler.timesteps:
+            null, cond = network(torch.cat([x, x]), t, context).chunk(2)
+            x = scheduler.step(null + 7.5 * (cond - null), t, x).prev_sample
+        return decode(x).float().cpu().clamp(-1, 1)
 
     return run_theirs
 

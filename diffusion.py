@@ -243,12 +243,9 @@ def randn(shape, generators=None, device=None, dtype=None):
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for {shape[0]} images: give one each")
     noise = [torch.randn(shape[1:], generator=generator) for generator in generators]  # float32: the same for any dtype
-    noise = torch.stack(noise)
-    if (
-        device is not None and torch.device(device).type == "cuda"
-    ):  # from pageable memory the copy would wait for the GPU
-        noise = noise.pin_memory()
-    return noise.to(device=device, dtype=dtype, non_blocking=True)
+    noise, on_gpu = torch.stack(noise), device is not None and torch.device(device).type == "cuda"
+    noise = noise.pin_memory() if on_gpu else noise  # from other memory the copy would wait for the GPU
+    return noise.to(device=device, dtype=dtype, non_blocking=on_gpu)
 
 
 # --- samplers: (denoise, x, times, schedule, generators=None, **options) -> x0 ---

@@ -272,6 +272,13 @@ def compile_unet(pipeline, **options):
     pipeline.denoiser.unet.is_compiled = True
 
 
+def round_weights(pipeline):
+    """Rounds the U-Net's matrices and kernels to bfloat16 once, as autocast would do in the same way at every step."""
+    for layer in pipeline.denoiser.unet.modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            layer.to(torch.bfloat16)
+
+
 def decode(vae, x, tile=0, batch=0):
     """Unit-variance latents -> images, `batch` at a time, or fewer where memory is short; in tiles of `tile` latents.
 
@@ -345,12 +352,13 @@ def generate(
     if strength < 1:
         times = times[-1 - max(1, round(steps * strength)) :]
     weight, pictures = next(denoiser.parameters()), []
+    kind = torch.promote_types(weight.dtype, torch.float32)  # of all but the network's inputs
     for start in range(0, len(conditions), batch_size):
         rows = slice(start, start + batch_size)
         some, now = conditions[rows], {name: t[rows].to(weight.device) for name, t in given.items()}
-        now = {name: t.to(weight.dtype) if t.is_floating_point() else t for name, t in now.items()}
+        now = {name: t.to(kind) if t.is_floating_point() else t for name, t in now.items()}
         noise, generators = seeded_noise(seeds[rows], (shape[0], *sides))
-        noise = noise.to(weight.device, weight.dtype, memory_format=torch.channels_last)
+        noise = noise.to(weight.device, kind, memory_format=torch.channels_last)
         shown = task_inputs(pipeline, now, sides, generators)
         network = guided(
             pipeline, some, shown, cfg, negative, guide, cfg_interval=cfg_interval, cfg_rescale=cfg_rescale
@@ -359,7 +367,7 @@ def generate(
         if "image" in now and (strength < 1 or source is not None or pipeline.task.get("task") != "inpaint"):
             latents = now["image"] if vae is None else vae.normalize(vae.encode(now["image"]).mode())
         if "mask" in now and pipeline.task.get("task") != "inpaint":
-            painted = F.max_pool2d((now["mask"] > 0.5).to(weight.dtype), pipeline.factor)  # a latent painted in part
+            painted = F.max_pool2d((now["mask"] > 0.5).to(kind), pipeline.factor)  # a latent painted in part
             denoise = keep_known(denoise, latents, painted)
         if see is not None and start == 0:
             denoise = watched(denoise, lambda x0: see(finish(pipeline, x0[:16], decode_tile, decode_batch)))
@@ -880,6 +888,8 @@ if __name__ == "__main__":
         for net in (part.denoiser, part.vae, part.tower) if part else ():
             if net is not None:
                 net.to(device, memory_format=torch.channels_last)
+        if part and dtype == "bfloat16":
+            round_weights(part)
         if part and (compile.lower() == "true" or (compile == "auto" and device == "cuda" and num_samples)):
             compile_unet(part)
     drawing = dict(steps=steps, cfg=cfg, sampler=sampler, batch_size=batch_size, guide=guide)

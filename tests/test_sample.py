@@ -18,7 +18,17 @@ from diffusion import (
     sample_times,
     samplers,
 )
-from sample import choose_conditions, compile_unet, decode, generate, load_pipeline, read_prompts, save_grid, to_pil
+from sample import (
+    choose_conditions,
+    compile_unet,
+    decode,
+    generate,
+    load_pipeline,
+    read_prompts,
+    round_weights,
+    save_grid,
+    to_pil,
+)
 from vae import psnr, ssim
 
 
@@ -99,6 +109,14 @@ def test_compiled_drawing_is_the_same(runs, pipelines, name, backend):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
     assert pipeline.denoiser.unet.state_dict().keys() == pipelines[name].denoiser.unet.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["text", "class", "pixels"])
+def test_rounding_the_weights_once_is_what_autocast_does(runs, pipelines, name):
+    pipeline, args = load_pipeline(runs[name].path), (CONDITIONS[name], [7, 8, 9, 10, 7], 3, 2.0)
+    round_weights(pipeline)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(generate(pipeline, *args), generate(pipelines[name], *args))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 9])
