@@ -13,6 +13,7 @@ TFLOP are the model's by formula, whatever tricks compute it; "peak" is their sh
 import contextlib
 import copy
 import functools
+import gc
 import math
 import os
 import platform
@@ -569,6 +570,9 @@ def table(config):
                 trace.export_chrome_trace(config["profile"])
                 print(f"trace of one call: {config['profile']}")
             run = None
+            if compiled:
+                torch.compiler.reset()
+            gc.collect()  # compiled modules refer to themselves: the next row needs their memory
             if on_gpu:
                 torch.cuda.empty_cache()
     hardware = torch.cuda.get_device_name() if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
