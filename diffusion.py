@@ -243,7 +243,9 @@ def randn(shape, generators=None, device=None, dtype=None):
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for {shape[0]} images: give one each")
     noise = [torch.randn(shape[1:], generator=generator) for generator in generators]  # float32: the same for any dtype
-    return torch.stack(noise).to(device=device, dtype=dtype)
+    noise, on_gpu = torch.stack(noise), device is not None and torch.device(device).type == "cuda"
+    noise = noise.pin_memory() if on_gpu else noise  # from other memory the copy would wait for the GPU
+    return noise.to(device=device, dtype=dtype, non_blocking=on_gpu)
 
 
 # --- samplers: (denoise, x, times, schedule, generators=None, **options) -> x0 ---
@@ -508,7 +510,8 @@ def make_denoiser(
         twice = guided_now and guide is None
         x_in = torch.cat([x, x]) if twice else x
         t_in = torch.full((len(x_in),), unet_time(schedule, at).item(), device=x.device, dtype=torch.float32)
-        prediction = model(x_in.to(dtype=dtype), t_in, **(both if twice else alone)).to(x.dtype)
+        prediction = model(x_in.to(dtype=dtype), t_in, **(both if twice else alone))
+        prediction = prediction.to(x.dtype, copy=True)  # what a CUDA graph returns, its next replay overwrites
         denoise.evaluations += 2 if twice else 1
         if not guided_now:
             return to_x0(objective, prediction, x, alpha, sigma)

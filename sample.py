@@ -9,6 +9,7 @@
 The diffusion process itself is in diffusion.py; `generate` brings it together with the networks.
 """
 
+import contextlib
 import datetime
 import inspect
 import json
@@ -67,7 +68,9 @@ tower_weights = ""  # of a frozen text encoder, if they are not where training f
 clip_vocab = ""  # likewise, of its tokenizer
 objective = ""  # what the network predicts, eps or v, if another's file does not tell: Stable Diffusion 2 as one file
 batch_size = 16  # pictures at a time
+decode_batch = 8  # of them decoded at a time, which takes more memory than drawing does; 0 is all
 decode_tile = 0  # decode in tiles of so many latents a side; 0 is whole pictures
+compile = "auto"  # torch.compile of the U-Net, with CUDA graphs: auto (on CUDA, for num_samples) | true | false
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16
 attention = "auto"  # auto (fastest) | triton | xformers | sdpa | sdpa_flash, _cudnn, _efficient, _math | reference
@@ -264,8 +267,29 @@ def unet_inputs(pipeline, conditions, concat=None, level=None):
     return denoiser.condition(**inputs)
 
 
-def decode(vae, x, tile=0):
-    """Unit-variance latents -> images, in tiles of so many latents if asked, fewer at a time where memory is short."""
+def compile_unet(pipeline, **options):
+    """Compiles the U-Net for whole batches in `generate`; on CUDA its kernels are then launched as one graph.
+
+    options: of torch.compile.  The first batch of a size waits for it, a minute or more; parts of one run as before.
+    """
+    pipeline.denoiser.unet.compile(dynamic=False, **(options or {"mode": "reduce-overhead"}))
+    pipeline.denoiser.unet.is_compiled = True
+
+
+def round_weights(pipeline):
+    """Rounds the U-Net's matrices and kernels to bfloat16 once, as autocast would do in the same way at every step."""
+    for layer in pipeline.denoiser.unet.modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            layer.to(torch.bfloat16)
+
+
+def decode(vae, x, tile=0, batch=0):
+    """Unit-variance latents -> images, `batch` at a time, or fewer where memory is short; in tiles of `tile` latents.
+
+    Under bfloat16 autocast nothing overflows, as it would in float16: its range is float32's.
+    """
+    if 0 < batch < len(x):
+        return torch.cat([decode(vae, part, tile) for part in x.split(batch)])
     z = vae.denormalize(x)
     try:
         return vae.decode_tiled(z, tile, tile // 4) if tile else vae.decode(z)
@@ -296,6 +320,7 @@ def generate(
     cfg_rescale=0.0,
     guide=None,
     decode_tile=0,
+    decode_batch=0,
     see=None,
     **options,
 ):
@@ -331,12 +356,13 @@ def generate(
     if strength < 1:
         times = times[-1 - max(1, round(steps * strength)) :]
     weight, pictures = next(denoiser.parameters()), []
+    kind = torch.promote_types(weight.dtype, torch.float32)  # of all but the network's inputs
     for start in range(0, len(conditions), batch_size):
         rows = slice(start, start + batch_size)
         some, now = conditions[rows], {name: t[rows].to(weight.device) for name, t in given.items()}
-        now = {name: t.to(weight.dtype) if t.is_floating_point() else t for name, t in now.items()}
+        now = {name: t.to(kind) if t.is_floating_point() else t for name, t in now.items()}
         noise, generators = seeded_noise(seeds[rows], (shape[0], *sides))
-        noise = noise.to(weight.device, weight.dtype, memory_format=torch.channels_last)
+        noise = noise.to(weight.device, kind, memory_format=torch.channels_last)
         shown = task_inputs(pipeline, now, sides, generators)
         network = guided(
             pipeline, some, shown, cfg, negative, guide, cfg_interval=cfg_interval, cfg_rescale=cfg_rescale
@@ -345,21 +371,23 @@ def generate(
         if "image" in now and (strength < 1 or source is not None or pipeline.task.get("task") != "inpaint"):
             latents = now["image"] if vae is None else vae.normalize(vae.encode(now["image"]).mode())
         if "mask" in now and pipeline.task.get("task") != "inpaint":
-            painted = F.max_pool2d((now["mask"] > 0.5).to(weight.dtype), pipeline.factor)  # a latent painted in part
+            painted = F.max_pool2d((now["mask"] > 0.5).to(kind), pipeline.factor)  # a latent painted in part
             denoise = keep_known(denoise, latents, painted)
         if see is not None and start == 0:
-            denoise = watched(denoise, lambda x0: see(finish(pipeline, x0[:16], decode_tile)))
+            denoise = watched(denoise, lambda x0: see(finish(pipeline, x0[:16], decode_tile, decode_batch)))
         x = schedule.sigma(times[:1]).item() * noise
         if strength < 1:
             x = schedule.alpha(times[:1]).item() * latents + x
         generate.evaluations = 0
-        if source is not None:
-            back = guided(pipeline, source[rows], shown, 1.0)
-            x = ddim_invert(back, latents, times, schedule)
-            generate.evaluations = back.evaluations
-        x = samplers[sampler](denoise, x, times, schedule, generators, **options)
+        eager = len(some) < batch_size and getattr(denoiser.unet, "is_compiled", False)  # no second compilation
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            if source is not None:
+                back = guided(pipeline, source[rows], shown, 1.0)
+                x = ddim_invert(back, latents, times, schedule)
+                generate.evaluations = back.evaluations
+            x = samplers[sampler](denoise, x, times, schedule, generators, **options)
         generate.evaluations += network.evaluations
-        pictures.append(finish(pipeline, x, decode_tile))
+        pictures.append(finish(pipeline, x, decode_tile, decode_batch))
     pictures = torch.cat(pictures)
     if "mask" in given:  # what is known comes back exactly, without the autoencoder's loss
         pictures = torch.where(given["mask"].cpu() > 0.5, pictures, given["image"].float().cpu())
@@ -426,9 +454,9 @@ def watched(denoise, see):
     return denoise_and_tell
 
 
-def finish(pipeline, x, decode_tile=0):
+def finish(pipeline, x, decode_tile=0, decode_batch=0):
     """Latents as they leave the sampler -> images in [-1,1] on the CPU."""
-    x = x if pipeline.vae is None else decode(pipeline.vae, x, decode_tile)
+    x = x if pipeline.vae is None else decode(pipeline.vae, x, decode_tile, decode_batch)
     return x.float().cpu().clamp(-1, 1)
 
 
@@ -610,7 +638,7 @@ def check_settings(config, pipeline):
         ("negative", c.cfg != 1, "needs a cfg above 1"),
         ("negative", not c.guide_ckpt, "has no place beside guide_ckpt: set one of them"),
         ("tower_weights clip_vocab", pipeline.tower is not None, "is for checkpoints with a frozen text encoder"),
-        ("decode_tile", pipeline.vae is not None, "is for checkpoints with an autoencoder"),
+        ("decode_tile decode_batch", pipeline.vae is not None, "is for checkpoints with an autoencoder"),
         ("init_image", task != "semantic", f"{other_task}: give semantic_map"),
         ("semantic_map", task == "semantic", other_task),
         ("noise_level", pipeline.task.get("sr_noise"), "is for super-resolution checkpoints trained with sr_noise"),
@@ -640,6 +668,7 @@ def check_settings(config, pipeline):
         ("num_samples", 0, math.inf, "choose 1 or more pictures"),
         ("noise_level", 0, pipeline.task.get("sr_noise", 0), f"choose 0 to {pipeline.task.get('sr_noise', 0)}"),
         ("decode_tile", 0, math.inf, "choose a tile's side in latents, such as 64, or 0"),
+        ("decode_batch", 0, math.inf, "choose 1 or more pictures, or 0 for all"),
     ]
     for name, low, high, remedy in ranges:
         if not low <= config[name] <= high:
@@ -828,8 +857,12 @@ def one_line_error(kind, error, trace):
 if __name__ == "__main__":
     config = configure(globals())
     sys.excepthook = one_line_error
-    known = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "attention": BACKENDS}
-    for name, choices in known.items():
+    for name, choices in (
+        ("device", ("auto", "cpu", "cuda")),
+        ("dtype", ("auto", "float32", "bfloat16")),
+        ("compile", ("auto", "true", "false", "True", "False")),
+        ("attention", BACKENDS),
+    ):
         if config[name] not in choices:
             raise ValueError(f"{name}={config[name]} is not one of {', '.join(choices)}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -868,7 +901,12 @@ if __name__ == "__main__":
             if net is not None:
                 net.to(device, memory_format=torch.channels_last)
                 use_attention(net, attention)
-    drawing = dict(steps=steps, cfg=cfg, sampler=sampler, batch_size=batch_size, decode_tile=decode_tile, guide=guide)
+        if part and dtype == "bfloat16":
+            round_weights(part)
+        if part and (compile.lower() == "true" or (compile == "auto" and device == "cuda" and num_samples)):
+            compile_unet(part)
+    drawing = dict(steps=steps, cfg=cfg, sampler=sampler, batch_size=batch_size, guide=guide)
+    drawing |= dict(decode_tile=decode_tile, decode_batch=decode_batch)
     drawing |= dict(negative=negative, spacing=spacing, cfg_interval=(cfg_from, cfg_to), cfg_rescale=cfg_rescale)
     drawing |= {name: config[name] for name in SAMPLER_OPTIONS if name in config.changed}
 
@@ -898,7 +936,16 @@ if __name__ == "__main__":
             return np.stack([np.array(to_pil(picture)) for picture in pictures])
 
         started = time.time()
-        elsewhere = ("out", "device", "fid_ref", "inception_weights", "trunk", "trunk_weights")
+        elsewhere = (
+            "out",
+            "device",
+            "fid_ref",
+            "inception_weights",
+            "trunk",
+            "trunk_weights",
+            "compile",
+            "decode_batch",
+        )
         settings = {name: value for name, value in config.items() if name not in elsewhere} | {"dtype": dtype}
         inputs = {"checkpoint": convert.describe(file), "conditions": conditions}
         inputs["guide"] = convert.describe(guide_ckpt) if guide_ckpt else None
@@ -922,7 +969,7 @@ if __name__ == "__main__":
     captions = [pipeline.caption(condition) for condition in conditions]
     if "strength" not in config.changed:
         strength = 0.75 if "image" in given and not (mask or invert) else 1.0
-    drawing |= dict(size=size, given=given, strength=strength)
+    drawing |= dict(size=size, given=given, strength=strength, batch_size=min(batch_size, len(conditions)))
     if invert:
         drawing["source"] = conditions if pipeline.text is None else [source_prompt] * len(conditions)
     frames = []

@@ -29,6 +29,8 @@ import torch.utils.checkpoint
 
 from attention import BACKENDS, attention
 
+from conv import Conv2d, upsample_conv
+
 # --- attention ---
 
 
@@ -104,10 +106,10 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, c, resample):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1) if resample == "conv" else nn.Identity()
+        self.conv = Conv2d(c, c, 3, padding=1) if resample == "conv" else None
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return F.interpolate(x, scale_factor=2.0) if self.conv is None else upsample_conv(x, self.conv)
 
 
 class ResBlock(nn.Module):
@@ -120,12 +122,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(emb_dim, 2 * c_out if scale_shift else c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeros(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv2 = zeros(Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb):
         h = F.silu(self.norm1(x))
@@ -196,13 +198,13 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear_proj = linear_proj
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.proj_in = nn.Linear(c, c) if linear_proj else nn.Conv2d(c, c, 1)
+        self.proj_in = nn.Linear(c, c) if linear_proj else Conv2d(c, c, 1)
         blocks = (
             TransformerBlock(c, context_dim, num_heads, c // num_heads, qk_norm, linear, self_attention)
             for _ in range(depth)
         )
         self.blocks = nn.ModuleList(blocks)
-        self.proj_out = zeros(nn.Linear(c, c) if linear_proj else nn.Conv2d(c, c, 1))
+        self.proj_out = zeros(nn.Linear(c, c) if linear_proj else Conv2d(c, c, 1))
 
     def forward(self, x, context):
         B, C, H, W = x.shape
@@ -324,7 +326,7 @@ class UNet(nn.Module):
         self.context_embed = nn.Linear(context_dim, emb_dim) if context_pool else None
 
         # the way down: every stage's output is kept for the way up
-        conv_in = nn.Conv2d((in_channels + concat_channels) * unet_patch**2, channels, 3, padding=1)
+        conv_in = Conv2d((in_channels + concat_channels) * unet_patch**2, channels, 3, padding=1)
         self.input_blocks = nn.ModuleList([Stage([conv_in])])
         kept, c, ds = [channels], channels, 1
         for level, mult in enumerate(channel_mult):
@@ -359,7 +361,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(stage)
 
         self.norm_out = nn.GroupNorm(norm_groups, c, eps=1e-5)
-        self.conv_out = zeros(nn.Conv2d(c, out_channels * unet_patch**2, 3, padding=1))
+        self.conv_out = zeros(Conv2d(c, out_channels * unet_patch**2, 3, padding=1))
 
     def forward(self, x, t, context=None, y=None, concat=None):
         """Noisy latents -> prediction (B,out_channels,H,W).
@@ -806,7 +808,7 @@ class Rescaler(nn.Module):
         """factor: pixels to a latent."""
         super().__init__()
         self.factor = factor
-        self.conv = nn.Conv2d(map_classes, out_channels, 1, bias=False)
+        self.conv = Conv2d(map_classes, out_channels, 1, bias=False)
 
     def forward(self, x):
         x = F.interpolate(x, scale_factor=1 / self.factor, mode="area") if self.factor > 1 else x

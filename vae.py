@@ -26,6 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+from conv import Conv2d, upsample_conv
+
 
 class ResBlock(nn.Module):
     """Pre-activation residual block: (norm, SiLU, conv) twice; with `gated` the second SiLU is a SwiGLU."""
@@ -35,11 +37,11 @@ class ResBlock(nn.Module):
         hidden = 2 * c_out if gated else c_out  # a gate halves the channels again
         self.gated = gated
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
-        self.conv1 = nn.Conv2d(c_in, hidden, 3, padding=1)
+        self.conv1 = Conv2d(c_in, hidden, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, hidden, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -58,10 +60,10 @@ class Attention(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.q = nn.Conv2d(c, c, 1)
-        self.k = nn.Conv2d(c, c, 1)
-        self.v = nn.Conv2d(c, c, 1)
-        self.proj_out = nn.Conv2d(c, c, 1)
+        self.q = Conv2d(c, c, 1)
+        self.k = Conv2d(c, c, 1)
+        self.v = Conv2d(c, c, 1)
+        self.proj_out = Conv2d(c, c, 1)
 
     def forward(self, x):
         B, C, H, W = x.shape
@@ -78,8 +80,8 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.heads = heads if c % heads == 0 else 1
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.qkv = nn.Conv2d(c, 3 * c, 1, bias=False)
-        self.proj_out = nn.Conv2d(c, c, 1)
+        self.qkv = Conv2d(c, 3 * c, 1, bias=False)
+        self.proj_out = Conv2d(c, c, 1)
         nn.init.zeros_(self.proj_out.weight)  # starts as the identity
         nn.init.zeros_(self.proj_out.bias)
 
@@ -110,12 +112,13 @@ class Upsample(nn.Module):
     def __init__(self, c, mode, groups, linear_attention):
         super().__init__()
         self.mode = mode
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
+        self.conv = Conv2d(c, c, 3, padding=1)
         self.attn = LinearAttention(c, groups) if linear_attention else nn.Identity()
 
     def forward(self, x):
-        x = F.interpolate(x, scale_factor=2.0, mode=self.mode)
-        return self.attn(self.conv(x))
+        if self.mode == "nearest":
+            return self.attn(upsample_conv(x, self.conv))
+        return self.attn(self.conv(F.interpolate(x, scale_factor=2.0, mode=self.mode)))
 
 
 class Level(nn.Module):
@@ -161,7 +164,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths, gated = [s["ch"] * m for m in s["ch_mult"]], s["activation"] == "swiglu"
         self.patch_size = s["patch_size"]
-        self.conv_in = nn.Conv2d(3 * s["patch_size"] ** 2, s["ch"], 3, padding=1)
+        self.conv_in = Conv2d(3 * s["patch_size"] ** 2, s["ch"], 3, padding=1)
         self.down = nn.ModuleList()
         c = s["ch"]
         for i, width in enumerate(widths):
@@ -174,7 +177,7 @@ class Encoder(nn.Module):
             c = width
         self.mid = Middle(c, s["norm_groups"], gated, s["dropout"], s["mid_attention"])
         self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, s["z_channels"] * (2 if s["bottleneck"] == "kl" else 1), 3, padding=1)
+        self.conv_out = Conv2d(c, s["z_channels"] * (2 if s["bottleneck"] == "kl" else 1), 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
@@ -193,7 +196,7 @@ class Decoder(nn.Module):
         widths, gated = [s["ch"] * m for m in s["ch_mult"]], s["activation"] == "swiglu"
         self.patch_size, self.tanh_out = s["patch_size"], s["tanh_out"]
         c = widths[-1]
-        self.conv_in = nn.Conv2d(s["z_channels"], c, 3, padding=1)
+        self.conv_in = Conv2d(s["z_channels"], c, 3, padding=1)
         self.mid = Middle(c, s["norm_groups"], gated, s["dropout"], s["mid_attention"])
         levels = []
         for i, width in reversed(list(enumerate(widths))):
@@ -204,7 +207,7 @@ class Decoder(nn.Module):
             c = width
         self.up = nn.ModuleList(reversed(levels))  # up[0] is full resolution, as in the published weights
         self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, 3 * s["patch_size"] ** 2, 3, padding=1)
+        self.conv_out = Conv2d(c, 3 * s["patch_size"] ** 2, 3, padding=1)
 
     def features(self, z):
         """All but the last layer: what torch.compile gets, so that gradients at the last layer alone stay cheap."""
@@ -360,8 +363,8 @@ class VAE(nn.Module):
         moments = 2 if bottleneck == "kl" else 1
         self.encoder = Encoder(settings)
         self.decoder = Decoder(settings)
-        self.quant_conv = nn.Conv2d(moments * z_channels, moments * c, 1) if latent_proj else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(c, z_channels, 1) if latent_proj else nn.Identity()
+        self.quant_conv = Conv2d(moments * z_channels, moments * c, 1) if latent_proj else nn.Identity()
+        self.post_quant_conv = Conv2d(c, z_channels, 1) if latent_proj else nn.Identity()
         self.quantize = Quantizer(codebook_size, c, vq_beta, vq_legacy) if bottleneck == "vq" else None
         # measured over the training set at the end of stage 1; NaN says that nobody has yet
         self.register_buffer("latent_mean", torch.full((c,), math.nan))

@@ -18,7 +18,17 @@ from diffusion import (
     sample_times,
     samplers,
 )
-from sample import choose_conditions, generate, load_pipeline, read_prompts, save_grid, to_pil
+from sample import (
+    choose_conditions,
+    compile_unet,
+    decode,
+    generate,
+    load_pipeline,
+    read_prompts,
+    round_weights,
+    save_grid,
+    to_pil,
+)
 from vae import psnr, ssim
 
 
@@ -82,6 +92,44 @@ def test_generate_is_its_parts(runs, pipelines, name, cfg):
     if cond:
         other = generate(pipelines[name], conditions, [3, 4], 3, cfg + 1)
         assert (other - got).abs().max() > 1e-2, "guidance matters"
+
+
+@pytest.mark.parametrize("name", ["text", "class"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_drawing_is_the_same(runs, pipelines, name, backend):
+    """Whole batches by the compiled U-Net, once for a size; the last, smaller one without it."""
+    pipeline = load_pipeline(runs[name].path)
+    compile_unet(pipeline, backend=backend)
+    args = (CONDITIONS[name], [7, 8, 9, 10, 7], 3, 2.0)
+    eager = generate(pipelines[name], *args, batch_size=2)
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = generate(pipeline, *args, batch_size=2)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
+    assert pipeline.denoiser.unet.state_dict().keys() == pipelines[name].denoiser.unet.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["text", "class", "pixels"])
+def test_rounding_the_weights_once_is_what_autocast_does(runs, pipelines, name):
+    pipeline, args = load_pipeline(runs[name].path), (CONDITIONS[name], [7, 8, 9, 10, 7], 3, 2.0)
+    round_weights(pipeline)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(generate(pipeline, *args), generate(pipelines[name], *args))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 9])
+def test_decoding_in_slices(pipelines, batch):
+    vae = pipelines["text"].vae
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, sizes = vae.decode(vae.denormalize(x)), []
+        hook = vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+        torch.testing.assert_close(decode(vae, x, batch=batch), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(decode(vae, x, tile=8, batch=batch), whole, rtol=0, atol=1e-5)
+        hook.remove()
+    assert max(sizes) == min(batch, 5) and sum(sizes) == 10
 
 
 def test_generate_at_another_size(pipelines):

@@ -1,0 +1,600 @@
+"""How fast attention, training, drawing and the autoencoder are here, as one table.
+
+    python bench.py                                          # two minutes or so on 2 CPU cores, in small shapes
+    python bench.py --peer=True --rows=unet,vae              # the same work in diffusers too, in turns, and the ratio
+    python bench.py --size=sd2 --rows=autoencode,forward     # the published sizes; what a GPU is measured in
+    python bench.py --rows=unet --profile=trace.json         # look at it in chrome://tracing or ui.perfetto.dev
+
+Training rows run train_ldm.train_step and train_vae.train_step themselves, with optimizer, clipping and EMA as their
+loops have them, at the scripts' default settings; data are random and lie on the device. What cannot run says why.
+TFLOP are the model's by formula, whatever tricks compute it; "peak" is their share of a large matrix product's speed.
+"""
+
+import contextlib
+import copy
+import functools
+import gc
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import sample
+import train_ldm
+import train_vae
+from configurator import configure, find_settings
+from diffusion import make_schedule
+from lpips_train import LPIPS, make_trunk
+from unet import Denoiser, UNet, attention
+from vae import VAE, Discriminator, Posterior
+
+# what
+rows = "attention,unet,forward,vae,sample,decode,autoencode"  # which groups of rows, with commas
+size = "auto"  # small | sd2 (Stable Diffusion 2's U-Net and KL-f8) | auto (sd2 on CUDA, else small)
+batch_size = 0  # images per call; 0 is each row's own
+peer = False  # measure diffusers too
+profile = ""  # write a Chrome trace of one call of the first row that runs to this .json
+# how
+seconds = 3.0  # of measuring per row and side, a tenth of it for attention; at least 3 rounds
+patience = 60.0  # rows whose single call would take longer than so many seconds are left out
+device = "auto"  # auto | cpu | cuda
+dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16
+compile = "auto"  # torch.compile, of both sides: auto (on CUDA) | true | false
+
+BACKENDS = ("auto", "triton", "xformers", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math")
+BACKENDS += ("reference",)
+STEPS = 50  # of drawing
+SD2 = dict(channels=320, channel_mult=(1, 2, 4, 4), num_heads=0, head_dim=64, context_dim=1024, linear_proj=True)
+KL_F8 = dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4)
+SMALL = dict(channels=64, channel_mult=(1, 2, 4), num_heads=0, head_dim=32, context_dim=256, linear_proj=True)
+SMALL_VAE = dict(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=4)
+
+
+class Place(NamedTuple):
+    """Where and how everything runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compiled: bool
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def put(self, thing):
+        return thing.to(self.device, memory_format=torch.channels_last)
+
+    def randn(self, *shape):
+        x = torch.randn(shape, device=self.device)
+        return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+class Row(NamedTuple):
+    """A line of the table: `make(theirs)` builds the work, ours or diffusers', as a function without arguments."""
+
+    name: str
+    unit: str
+    items: int  # images or calls in a call of the work
+    tflop: float  # of a call of the work, by formula
+    make: Callable
+    memory: float = 0.0  # GiB that it takes at least
+    has_peer: bool = True
+
+
+# --- diffusers, with the same number of parameters ---
+
+
+def import_diffusers():
+    try:
+        import torchvision  # noqa: F401, which transformers imports, which diffusers imports
+    except ImportError:
+        pass
+    except RuntimeError:  # built for another torch, and nothing here needs its compiled part
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    try:
+        import diffusers
+    except ImportError:
+        raise ImportError("peer=True measures diffusers: pip install -r tests/requirements.txt") from None
+    return diffusers
+
+
+class TheirUNet(torch.nn.Module):
+    """diffusers' U-Net of the same shape, called as ours; its attention is SDPA by default."""
+
+    def __init__(self, s):
+        super().__init__()
+        with_attention = [2**i in (1, 2, 4) for i in range(len(s["channel_mult"]))]  # UNet's attention_ds
+        widths = [s["channels"] * m for m in s["channel_mult"]]
+        self.net = import_diffusers().UNet2DConditionModel(
+            down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in with_attention],
+            up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(with_attention)],
+            block_out_channels=widths,
+            attention_head_dim=[width // s["head_dim"] for width in widths],  # their word for the number of heads
+            cross_attention_dim=s["context_dim"],
+            use_linear_projection=s["linear_proj"],
+        )
+        same_size(self, UNet, s)
+
+    def forward(self, x, t, context):
+        return self.net(x, t, context, return_dict=False)[0]
+
+
+class TheirVAE(torch.nn.Module):
+    """diffusers' autoencoder of the same shape, called as ours."""
+
+    def __init__(self, s):
+        super().__init__()
+        widths = [s["ch"] * m for m in s["ch_mult"]]
+        self.net = import_diffusers().AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * len(widths),
+            up_block_types=["UpDecoderBlock2D"] * len(widths),
+            block_out_channels=widths,
+            layers_per_block=s["num_res_blocks"],
+            latent_channels=s["z_channels"],
+        )
+        self.encoder, self.decoder = self.net.encoder, self.net.decoder
+        same_size(self, VAE, s)
+
+    def encode(self, x):
+        return Posterior(self.net.quant_conv(self.encoder(x)))
+
+    def decode(self, z):
+        return self.decoder(self.net.post_quant_conv(z))
+
+    def forward(self, x, noise):
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(noise)), posterior
+
+
+def same_size(theirs, kind, settings):
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in net.parameters()) for net in (theirs, kind(**settings))]
+    assert counts[0] == counts[1], (
+        f"diffusers' {type(theirs).__name__} has {counts[0]:,} parameters, ours {counts[1]:,}"
+    )
+
+
+# --- the work of each row ---
+
+
+def defaults(script):
+    """A training script's settings as they stand in it."""
+    return {name: setting.default for name, setting in find_settings(vars(script)).items()}
+
+
+def adamw(net, cfg):
+    groups = [{"params": [p for p in net.parameters() if p.ndim >= 2], "weight_decay": cfg["weight_decay"]}]
+    groups += [{"params": [p for p in net.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-6, betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+
+
+def attention_call(place, backend, q_shape, kv_shape, backward):
+    """One call on random q, k, v, with the gradient of all three if `backward`."""
+    q, k, v = (
+        torch.randn(shape, device=place.device, dtype=place.dtype, requires_grad=backward)
+        for shape in (q_shape, kv_shape, kv_shape)
+    )
+    slope = torch.randn_like(q)
+
+    def run():
+        with torch.set_grad_enabled(backward):
+            out = attention(q, k, v, backend=backend)
+        return torch.autograd.grad(out, (q, k, v), slope) if backward else out
+
+    return run
+
+
+def unet_training(place, settings, side, count, theirs):
+    """A step of train_ldm.py with a frozen text encoder's output given."""
+    cfg = defaults(train_ldm) | {"text_encoder": "openclip_h"}
+    net = place.put(TheirUNet(settings) if theirs else Denoiser(UNet(**settings))).train()
+    ema, optimizer = copy.deepcopy(net).requires_grad_(False), adamw(net, cfg)
+    called = torch.compile(net) if place.compiled else net
+    context = place.randn(count, 77, settings["context_dim"])
+    batch = {"x0": place.randn(count, 4, side, side), "context": context, "null_context": torch.zeros_like(context)}
+    noise = {"eps": place.randn(count, 4, side, side), "t": torch.rand(count, device=place.device)}
+    noise["drop"] = torch.rand(count, device=place.device)
+
+    def run():
+        with place.autocast():
+            terms = train_ldm.train_step({"denoiser": called}, batch, noise, cfg)
+        terms["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["grad_clip"])
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        train_ldm.update_ema(ema, net, 10**6, cfg["ema_decay"])
+
+    return run
+
+
+def unet_forward(place, settings, side, count, theirs):
+    net = place.put(TheirUNet(settings) if theirs else UNet(**settings)).eval()
+    net = torch.compile(net) if place.compiled else net
+    x, context = place.randn(count, 4, side, side), place.randn(count, 77, settings["context_dim"])
+    t = torch.full((count,), 500.0, device=place.device)
+
+    @torch.no_grad()
+    def run():
+        with place.autocast():
+            return net(x, t, context)
+
+    return run
+
+
+def vae_training(place, settings, side, count, theirs):
+    """A step of train_vae.py that sees LPIPS and the discriminator; LPIPS of random weights costs what others do."""
+    cfg = defaults(train_vae)
+    net = place.put(TheirVAE(settings) if theirs else VAE(**settings)).train()
+    disc, lpips = place.put(Discriminator(cfg["disc_layers"], cfg["disc_norm"])), place.put(random_lpips())
+    ema, optimizer, disc_optimizer = copy.deepcopy(net).requires_grad_(False), adamw(net, cfg), adamw(disc, cfg)
+    if place.compiled:
+        net.encoder.compile()
+        if theirs:
+            net.decoder.compile()
+        else:
+            net.decoder.features = torch.compile(net.decoder.features)
+    factor = 2 ** (len(settings["ch_mult"]) - 1)
+    batch = {"image": place.randn(count, 3, side, side).clamp(-1, 1)}
+    noise = {"posterior": torch.randn(count, settings["z_channels"], side // factor, side // factor).to(place.device)}
+    state, last_layer = {"adaptive": torch.zeros((), device=place.device)}, net.decoder.conv_out.weight
+
+    def run():
+        with place.autocast():
+            models = {"vae": net, "lpips": lpips, "disc": disc}
+            got = train_vae.train_step(models, batch, noise, cfg, cfg["disc_weight"] * state["adaptive"])
+        both = [torch.autograd.grad(got[name], last_layer, retain_graph=True)[0] for name in ("nll", "gan")]
+        got["loss"].backward()
+        got["disc_loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["grad_clip"])
+        for one in (optimizer, disc_optimizer):
+            one.found_inf = (~torch.isfinite(norm)).float()
+            one.step()
+            one.zero_grad(set_to_none=True)
+        state["adaptive"] = train_vae.adaptive_ratio(torch.stack(both), cfg)
+        train_vae.update_ema(ema, net, 10**6, cfg["ema_decay"])
+
+    return run
+
+
+def random_lpips():
+    """LPIPS by VGG16 with random weights: it costs what the published ones cost."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(make_trunk("vgg").state_dict(), f"{folder}/trunk.pth")
+        return LPIPS("vgg", f"{folder}/trunk.pth", "uniform")
+
+
+class Words(torch.nn.Module):
+    """In the place of a text encoder: the same random context for all prompts, at no cost."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("context", torch.randn(1, 77, width))
+
+    def tokenize(self, prompts):
+        return torch.zeros(len(prompts), 77, dtype=torch.long)
+
+    def forward(self, tokens):
+        return self.context.expand(len(tokens), -1, -1)
+
+
+def sampling(place, settings, vae_settings, side, steps, count, theirs):
+    """Guided DDIM and decoding: sample.generate, or what diffusers' pipeline does after its text encoder."""
+    unet = place.put(TheirUNet(settings) if theirs else UNet(**settings)).eval()
+    vae = place.put(TheirVAE(vae_settings) if theirs else VAE(**vae_settings)).eval()
+    words = Words(settings["context_dim"]).to(place.device)
+    if not theirs:
+        vae.latent_mean.zero_()
+        vae.latent_std.fill_(1.0)
+        process, shape = make_schedule("scaled_linear"), (4, side, side)
+        pipeline = sample.Pipeline(Denoiser(unet), vae, process, "eps", shape, 0, [], [], tower=words)
+        if place.dtype == torch.bfloat16:
+            sample.round_weights(pipeline)
+        if place.compiled:
+            sample.compile_unet(pipeline)
+
+        def run():
+            with place.autocast():
+                return sample.generate(pipeline, [""] * count, range(count), steps, 7.5, "ddim", batch_size=count)
+
+        return run
+    scheduler = import_diffusers().DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+    )
+    unet, vae = unet.to(place.dtype), vae.to(place.dtype)  # as its users do, instead of autocast
+    network = torch.compile(unet, mode="reduce-overhead") if place.compiled else unet
+    decode = torch.compile(vae.decode) if place.compiled else vae.decode
+
+    @torch.no_grad()
+    def run_theirs():
+        context = words(words.tokenize([""] * (2 * count))).to(place.dtype)
+        x = place.randn(count, 4, side, side).to(place.dtype)
+        scheduler.set_timesteps(steps, device=place.device)
+        for t in scheduler.timesteps:
+            null, cond = network(torch.cat([x, x]), t, context).chunk(2)
+            x = scheduler.step(null + 7.5 * (cond - null), t, x).prev_sample
+        return decode(x).float().cpu().clamp(-1, 1)
+
+    return run_theirs
+
+
+def autoencoding(place, settings, side, encode, count, theirs):
+    """Latents to pictures, and with `encode` from pictures to latents before that."""
+    vae = place.put(TheirVAE(settings) if theirs else VAE(**settings)).eval()
+    factor = 2 ** (len(settings["ch_mult"]) - 1)
+    x = place.randn(count, 3, side, side) if encode else place.randn(count, 4, side // factor, side // factor)
+    if place.compiled:
+        vae.encoder.compile()
+        vae.decoder.compile()
+
+    @torch.no_grad()
+    def run():
+        with place.autocast():
+            return vae.decode(vae.encode(x).mode() if encode else x)
+
+    return run
+
+
+# --- the rows ---
+
+
+def forward_tflop(net, *shapes):
+    """TFLOP of net(*inputs), a module on the meta device and inputs of these shapes."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(*(torch.zeros(shape, device="meta") for shape in shapes))
+    return counter.get_total_flops() / 1e12
+
+
+def attention_rows(small, place, count):
+    """Every back end, forward and with backward, at the shapes of SD 2 and SD 1 and with 77 keys, as bench.py lists."""
+    shapes = [(L, L, heads, 64) for L, heads in ((4096, 5), (1024, 10), (256, 20), (64, 20))]
+    shapes += [(L, L, 8, d) for L, d in ((4096, 40), (1024, 80), (256, 160))]
+    shapes += [(L, 77, heads, 64) for L, heads in ((4096, 5), (1024, 10), (256, 20), (64, 20))]
+    B = count or (1 if small else 16)
+    for L, M, heads, d in shapes:
+        if small:
+            L, M = L // 4, L // 4 if M == L else M
+        for backward in (False, True):
+            tflop = 4e-12 * B * heads * L * M * d * (3.5 if backward else 1)  # backward: five products, forward: two
+            for backend in BACKENDS:
+                keys = f" to {M} keys" if M != L else ""
+                ways = "with backward" if backward else "no backward"
+                name = f"attention {backend}, {B}x{L}{keys}, {heads} heads of {d}, {ways}"
+                work = (place, backend, (B, L, heads, d), (B, M, heads, d), backward)
+                yield Row(name, "calls", 1, tflop, lambda theirs, work=work: attention_call(*work), has_peer=False)
+
+
+def model_rows(group, small, place, count):
+    """The rows of one of the groups unet, forward, vae, sample, decode, autoencode."""
+    unet, vae = (SMALL, SMALL_VAE) if small else (SD2, KL_F8)
+    name, vae_name = ("small U-Net", "small f4 VAE") if small else ("SD2-size U-Net", "KL-f8")
+    factor = 2 ** (len(vae["ch_mult"]) - 1)
+    on_gpu = place.device.type == "cuda"
+    with torch.device("meta"):
+        denoiser, autoencoder = Denoiser(UNet(**unet)), VAE(**vae)
+
+    def one(title, side, B, tflop, function, *args, memory=0.0):
+        make = functools.partial(function, place, *args, B)
+        return Row(f"{title}, {side} px, batch {B}", "images", B, B * tflop, make, memory)
+
+    def latents(side):
+        return (4, side // factor, side // factor)
+
+    def unet_tflop(side):
+        return train_ldm.count_tflop(denoiser, latents(side)) / 3
+
+    def decode_tflop(side):
+        return forward_tflop(autoencoder.decoder, (1, *latents(side)))
+
+    low, high = (64, 128) if small else (256, 512)
+    few = count or (8 if on_gpu and not small else 1)
+    if group == "unet":
+        memory = 20 * sum(p.numel() for p in denoiser.parameters()) / 2**30  # weights, gradient, two moments, EMA
+        for side, usual in zip((low, high), (4, 2) if small else (64, 32) if on_gpu else (1, 1)):
+            args = (count or usual, 3 * unet_tflop(side), unet_training, unet, side // factor)
+            yield one(f"{name} training step", side, *args, memory=memory)
+    elif group == "forward":
+        yield one(f"{name} forward", low, count or 1, unet_tflop(low), unet_forward, unet, low // factor)
+    elif group == "vae":
+        tflop = train_vae.count_tflop(autoencoder, defaults(train_vae) | {"image_size": low})
+        B = count or (2 if small else 12 if on_gpu else 1)
+        yield one(f"{vae_name} training step with LPIPS (random VGG) and GAN", low, B, tflop, vae_training, vae, low)
+    elif group == "sample":
+        side = low if small else high
+        tflop = 2 * STEPS * unet_tflop(side) + decode_tflop(side)
+        title = f"drawing with {name}, {STEPS} guided DDIM steps and decoding"
+        yield one(title, side, few, tflop, sampling, unet, vae, side // factor, STEPS)
+    elif group == "decode":
+        yield one(f"{vae_name} decode", high, few, decode_tflop(high), autoencoding, vae, high, False)
+    else:
+        tflop = decode_tflop(low) + forward_tflop(autoencoder.encoder, (1, 3, low, low))
+        yield one(f"{vae_name} encode and decode", low, few, tflop, autoencoding, vae, low, True)
+
+
+# --- measuring ---
+
+
+def clock(run, place, times=1):
+    """Milliseconds of one of `times` calls."""
+    if place.device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(times):
+            run()
+        return 1e3 * (time.perf_counter() - start) / times
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / times
+
+
+def warm_up(run, place):
+    """Lets it compile, tune and allocate; gives its peak memory in GiB."""
+    peak = f"/proc/{os.getpid()}/"
+    if place.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif os.path.exists(f"{peak}clear_refs"):
+        with open(f"{peak}clear_refs", "w") as f:
+            f.write("5")  # the high-water mark of resident memory begins anew
+    run()
+    if place.device.type == "cuda":
+        for _ in range(3):
+            run()
+        return torch.cuda.max_memory_allocated() / 2**30
+    if not os.path.exists(f"{peak}status"):
+        return None
+    with open(f"{peak}status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2**20
+
+
+def take_turns(runs, place, limit):
+    """Milliseconds of each round of each of `runs`, in turns until `limit` seconds are over, three rounds at least."""
+    first, start = [clock(run, place) for run in runs], time.perf_counter()
+    times = [max(1, math.ceil(10 / max(ms, 1e-3))) for ms in first]  # rounds of 10 ms and more
+    rounds = [[ms] if n == 1 else [] for n, ms in zip(times, first)]
+    while min(map(len, rounds)) < 3 or time.perf_counter() - start < limit:
+        for run, n, found in zip(runs, times, rounds):
+            found.append(clock(run, place, n))
+    return rounds
+
+
+def matmul_peak(place):
+    """TFLOP/s of a large matrix product in the type that everything runs in: the best of ten."""
+    n = 8192 if place.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=place.device, dtype=place.dtype) for _ in range(2))
+    clock(lambda: a @ b, place)
+    return 2e-9 * n**3 / min(clock(lambda: a @ b, place) for _ in range(10))
+
+
+def free_memory(place):
+    """GiB."""
+    if place.device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] / 2**30
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) / 2**20
+    return math.inf  # not told by this system
+
+
+def measure(row, place, peak, config):
+    """A dict of what the table has of a row: ms (median), least, speed, tflops, share, memory, ratio; or why not."""
+    expected = row.tflop / peak
+    if expected > config["patience"]:
+        return {"why": f"about {expected:.0f} s a call, see patience"}
+    needed = row.memory * (2 if config["peer"] else 1)
+    if needed > free_memory(place):
+        return {"why": f"needs {needed:.0f} GiB, {free_memory(place):.0f} are free"}
+    runs = []
+    try:
+        torch.manual_seed(0)
+        runs.append(row.make(False))
+        memory = warm_up(runs[0], place)
+        if config["peer"] and row.has_peer:
+            runs.append(row.make(True))
+            warm_up(runs[1], place)
+        limit = config["seconds"] * len(runs) / (1 if row.has_peer else 10)
+        rounds = take_turns(runs, place, limit)
+    except torch.OutOfMemoryError:
+        return {"why": "memory does not hold it: set a smaller batch_size"}
+    except Exception as e:
+        if row.has_peer:  # a fault of a model; a back end that does not run here is none
+            raise
+        return {"why": str(e).strip().split("\n")[0][:90]}
+    ms = statistics.median(rounds[0])
+    found = {"ms": ms, "least": min(rounds[0]), "speed": 1e3 * row.items / ms, "memory": memory}
+    found |= {"tflops": 1e3 * row.tflop / ms, "share": 1e3 * row.tflop / ms / peak, "run": runs[0]}
+    if len(runs) == 2:
+        found["ratio"] = statistics.median(rounds[1]) / ms
+    return found
+
+
+def line(row, found):
+    if "why" in found:
+        return f"{row.name:<92} not measured here: {found['why']}"
+    memory = "" if found["memory"] is None else f"{found['memory']:.2f}"
+    text = f"{row.name:<92} {found['ms']:>9.2f} {found['least']:>9.2f} {found['speed']:>9.4g} {row.unit + '/s':<8}"
+    text += f" {found['tflops']:>8.3g} {found['share']:>6.1%} {memory:>7}"
+    return text + (f" {found['ratio']:>7.2f}x" if "ratio" in found else "")
+
+
+def table(config):
+    """Measures and prints; gives [(Row, what `measure` found), ...]."""
+    groups = [group.strip() for group in config["rows"].split(",")]
+    known = ("attention", "unet", "forward", "vae", "sample", "decode", "autoencode")
+    for name, values, choices in (
+        ("rows", groups, known),
+        ("size", [config["size"]], ("auto", "small", "sd2")),
+        ("device", [config["device"]], ("auto", "cpu", "cuda")),
+        ("dtype", [config["dtype"]], ("auto", "float32", "bfloat16")),
+        ("compile", [config["compile"].lower()], ("auto", "true", "false")),
+    ):
+        for value in values:
+            if value not in choices:
+                raise ValueError(f"{name}={value} is not one of {', '.join(choices)}")
+    if config["device"] == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch sees no GPU here: mend its installation, or set device=cpu")
+    if config["peer"]:
+        import_diffusers()
+    on_gpu = torch.cuda.is_available() and config["device"] != "cpu"
+    kind = {"auto": "bfloat16" if on_gpu else "float32"}.get(config["dtype"], config["dtype"])
+    compiled = config["compile"].lower() == "true" or (config["compile"].lower() == "auto" and on_gpu)
+    place = Place(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, kind), compiled)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as the training scripts have it
+    torch.backends.cudnn.benchmark = True
+    small = config["size"] == "small" or (config["size"] == "auto" and not on_gpu)
+    peak = matmul_peak(place)
+    head = f"{'':<92} {'ms':>9} {'least':>9} {'speed':>9} {'':<8} {'TFLOP/s':>8} {'peak':>6} {'GiB':>7}"
+    print(head + ("  theirs / ours" if config["peer"] else ""), flush=True)
+    results = []
+    for group in groups:
+        make_rows = attention_rows if group == "attention" else functools.partial(model_rows, group)
+        for row in make_rows(small, place, config["batch_size"]):
+            found = measure(row, place, peak, config)
+            print(line(row, found), flush=True)
+            run = found.pop("run", None)
+            results.append((row, found))
+            if config["profile"] and run and not os.path.exists(config["profile"]):
+                with torch.profiler.profile() as trace:
+                    run()
+                trace.export_chrome_trace(config["profile"])
+                print(f"trace of one call: {config['profile']}")
+            run = None
+            if compiled:
+                torch.compiler.reset()
+            gc.collect()  # compiled modules refer to themselves: the next row needs their memory
+            if on_gpu:
+                torch.cuda.empty_cache()
+    hardware = torch.cuda.get_device_name() if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=here)
+    peer = f", diffusers {import_diffusers().__version__}" if config["peer"] else ""
+    print(
+        f"{hardware}; peak {peak:.4g} TFLOP/s of {kind} products; torch {torch.__version__}{peer}; compiled: {compiled}"
+    )
+    print(f"git {git.stdout.strip() or 'unknown'}: python {' '.join(sys.argv)}")
+    return results
+
+
+def cpu_name():
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as f:
+        return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    return platform.processor() or "CPU"
+
+
+if __name__ == "__main__":
+    config = configure(globals())
+    sys.excepthook = sample.one_line_error
+    if profile and os.path.exists(profile):
+        raise ValueError(f"profile={profile} is there already: remove it, or choose another name")
+    table(config)

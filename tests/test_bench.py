@@ -1,0 +1,172 @@
+"""bench.py: every row it names, the training scripts' own steps, diffusers of the same size, the trace."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import bench
+import train_ldm
+import train_vae
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(channels=32, channel_mult=(1, 2), num_heads=0, head_dim=32, context_dim=16, linear_proj=True)
+TINY_VAE = dict(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=4)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(name=value, ...) -> {row's name: what was measured}, what was printed; in shapes of seconds."""
+    monkeypatch.setattr(bench, "SMALL", TINY)
+    monkeypatch.setattr(bench, "SMALL_VAE", TINY_VAE)
+    monkeypatch.setattr(bench, "STEPS", 2)
+    monkeypatch.setattr(bench, "matmul_peak", lambda place: 0.1)
+
+    def run(**settings):
+        config = {"batch_size": 1, "seconds": 0.0, "device": "cpu"} | settings
+        found = bench.table(bench.defaults(bench) | config)
+        return {row.name: values for row, values in found}, capsys.readouterr().out
+
+    return run
+
+
+def test_a_row_for_everything(run, monkeypatch):
+    """Each back end at each shape, forward and with backward, and each kind of work; both sizes."""
+    monkeypatch.setattr(bench, "measure", lambda *a: {"why": "not asked for"})
+    for place, name in ((train_ldm, "count_tflop"), (train_vae, "count_tflop"), (bench, "forward_tflop")):
+        monkeypatch.setattr(place, name, lambda *a: 1.0)  # counting takes seconds
+    for size, lengths, unet in (("small", (1024, 256, 64, 16), "small"), ("sd2", (4096, 1024, 256, 64), "SD2-size")):
+        found, out = run(size=size)
+        names = " ".join(found)
+        for backend in ("auto", "triton", "xformers", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_math", "reference"):
+            rows = [name for name in found if name.startswith(f"attention {backend},")]
+            assert len(rows) == len(set(rows)) == 22 and sum("with backward" in row for row in rows) == 11, backend
+            for L, heads in zip(lengths, (5, 10, 20, 20)):
+                assert sum(f"x{L}, {heads} heads of 64" in row for row in rows) == 2
+                assert sum(f"x{L} to 77 keys, {heads} heads of 64" in row for row in rows) == 2
+            for L, d in zip(lengths, (40, 80, 160)):
+                assert sum(f"x{L}, 8 heads of {d}" in row for row in rows) == 2
+        assert names.count(f"{unet} U-Net training step") == 2 and f"{unet} U-Net forward" in names
+        for words in ("training step with LPIPS", "guided DDIM steps", " decode, ", "encode and decode"):
+            assert words in names, words
+        assert out.count("not measured here: not asked for") == len(found)
+    assert "77 keys" in names and "256 px" in names and "512 px" in names and "KL-f8" in names
+
+
+def test_every_model_row_runs_beside_diffusers(run, diffusers, monkeypatch):
+    """And the training rows run the scripts' own steps with their own settings, ours and theirs."""
+    calls = []
+    for script in (train_ldm, train_vae):
+
+        def spy(models, batch, noise, cfg, *more, script=script, real=script.train_step):
+            net = models.get("denoiser", models.get("vae"))
+            calls.append((script.__name__, type(net).__name__))
+            assert cfg["grad_clip"] == 1.0 and cfg["ema_decay"] == 0.9999
+            return real(models, batch, noise, cfg, *more)
+
+        monkeypatch.setattr(script, "train_step", spy)
+    found, out = run(rows="unet,forward,vae,sample,decode,autoencode", peer=True)
+    assert set(calls) == {("train_ldm", name) for name in ("Denoiser", "TheirUNet")} | {
+        ("train_vae", name) for name in ("VAE", "TheirVAE")
+    }
+    assert len(found) == 7
+    for name, values in found.items():
+        assert values["ms"] >= values["least"] > 0 and values["speed"] > 0 and values["ratio"] > 0, name
+        assert values["tflops"] == pytest.approx(values["share"] * 0.1) and values["memory"] > 0.05
+    assert len(re.findall(r"\d\.\d\dx$", out, re.M)) == 7 and "theirs / ours" in out
+    assert f"torch {torch.__version__}, diffusers {diffusers.__version__}" in out and "git " in out
+
+
+def test_attention_rows(run, monkeypatch):
+    """What runs here is measured, what does not says why."""
+    monkeypatch.setattr(bench, "BACKENDS", ("reference", "none_such"))
+    found, out = run(rows="attention")
+    for name, values in found.items():
+        if "none_such" in name:
+            assert "none_such" in values["why"] and f"not measured here: {values['why']}" in out
+        else:
+            assert values["ms"] > 0 and "ratio" not in values, name
+
+
+def test_formula_of_attention():
+    """4 L M d multiplications and additions for each head; the reference's own count, which has two products."""
+    place = bench.Place(torch.device("cpu"), torch.float32, False)
+    row = next(r for r in bench.attention_rows(True, place, 2) if "reference" in r.name and "no backward" in r.name)
+    with bench.FlopCounterMode(display=False) as counter:
+        row.make(False)()
+    assert counter.get_total_flops() == pytest.approx(row.tflop * 1e12)
+
+
+def test_formula_of_models(run, monkeypatch):
+    """The count for a training step is that of its operators, but for what conv.py saves and the optimizer adds."""
+    rows = {}
+    monkeypatch.setattr(bench, "measure", lambda row, *a: rows.update({row.name: row}) or {"why": ""})
+    run(rows="forward,autoencode,unet", batch_size=2)
+    for name, row in rows.items():
+        # attention as two products, which are counted
+        with sdpa_kernel(SDPBackend.MATH), bench.FlopCounterMode(display=False) as counter:
+            row.make(False)()
+        assert counter.get_total_flops() / 1e12 == pytest.approx(row.tflop, rel=0.25), name
+
+
+@pytest.mark.parametrize("kind, settings", [("UNet", bench.SD2), ("VAE", bench.KL_F8), ("UNet", TINY)])
+def test_diffusers_has_as_many_parameters(diffusers, kind, settings):
+    with torch.device("meta"):
+        theirs = getattr(bench, f"Their{kind}")(settings)
+    counts = {"UNet": {1024: 865_910_724}, "VAE": {None: 83_653_863}}[kind]
+    wanted = counts.get(settings.get("context_dim"))
+    assert wanted in (None, sum(p.numel() for p in theirs.parameters()))
+
+
+def test_other_numbers_of_parameters_are_noticed(diffusers, monkeypatch):
+    monkeypatch.setattr(bench, "UNet", lambda **s: torch.nn.Linear(2, 2))
+    with pytest.raises(AssertionError, match="parameters, ours 6"), torch.device("meta"):
+        bench.TheirUNet(TINY)
+
+
+def test_what_would_take_too_much_is_left_out(run, monkeypatch):
+    found, out = run(rows="decode", patience=1e-6)
+    assert all("see patience" in values["why"] for values in found.values()) and out.count("not measured here") == 1
+    monkeypatch.setattr(bench, "free_memory", lambda place: 0.0)
+    found, _ = run(rows="unet")
+    assert all("GiB" in values["why"] for values in found.values())
+
+
+def test_trace(run, tmp_path):
+    run(rows="forward", profile=f"{tmp_path}/trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any("conv" in event.get("name", "") for event in events)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"rows": "unet,nets"}, "rows=nets is not one of attention, unet,"),
+        ({"size": "big"}, "size=big is not one of auto, small, sd2"),
+        ({"dtype": "float16"}, "dtype=float16 is not one of"),
+        ({"compile": "yes"}, "compile=yes is not one of auto, true, false"),
+    ],
+)
+def test_bad_settings(run, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(**settings)
+
+
+def test_without_diffusers(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match="pip install -r tests/requirements.txt"):
+        run(peer=True)
+
+
+def test_the_command(monkeypatch, capsys, tmp_path):
+    """One line of error and nothing overwritten."""
+    (tmp_path / "there.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["bench.py", f"--profile={tmp_path}/there.json"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(ValueError, match="is there already"):
+        runpy.run_path(f"{ROOT}/bench.py", run_name="__main__")

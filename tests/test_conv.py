@@ -1,0 +1,110 @@
+"""The CPU's ways to convolve compute what torch.nn.functional does, and are taken where they should be."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import conv
+from unet import UNet
+from vae import VAE
+
+
+def made(c_in, c_out, kernel=3, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    return conv.Conv2d(c_in, c_out, kernel, padding=kernel // 2, **options).to(dtype, memory_format=torch.channels_last)
+
+
+def picture(*shape, dtype=torch.float64):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x.to(dtype, memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 5, 4, 4), (3, 2, 8, 12), (2, 7, 20, 4)])
+def test_values_and_layout(shape, bias):
+    net, x = made(shape[1], 6, bias=bias), picture(*shape)
+    for function, expected in (
+        (conv.conv_as_matmul, F.conv2d(x, net.weight, net.bias, padding=1)),
+        (conv.winograd, F.conv2d(x, net.weight, net.bias, padding=1)),
+    ):
+        with torch.no_grad():
+            got = function(x, net.weight, net.bias)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        assert got.is_contiguous(memory_format=torch.channels_last), function
+
+
+def test_rounding_of_winograd():
+    """float32: about 1e-5 of the largest value, as its docstring says."""
+    net, x = made(256, 64, dtype=torch.float32), picture(1, 256, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        exact = F.conv2d(x.double(), net.weight.double(), net.bias.double(), padding=1)
+        assert (conv.winograd(x, net.weight, net.bias) - exact).abs().max() < 3e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (2, 4, 32, 48)])
+def test_upsample_conv_and_its_gradients(shape):
+    net, x = made(4, 6), picture(*shape).requires_grad_()
+    slope, found = picture(shape[0], 6, 2 * shape[2], 2 * shape[3]), []
+    for y in (conv.upsample_conv(x, net), F.conv2d(F.interpolate(x, scale_factor=2.0), *net.parameters(), padding=1)):
+        found.append((y, *torch.autograd.grad(y, (x, *net.parameters()), slope)))
+    for got, expected in zip(*found):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def test_gradients_of_conv_as_matmul():
+    net, x, found = made(3, 5), picture(2, 3, 8, 4).requires_grad_(), []
+    for y in (conv.conv_as_matmul(x, net.weight, net.bias), F.conv2d(x, net.weight, net.bias, padding=1)):
+        found.append(torch.autograd.grad(y.square().sum(), (x, *net.parameters())))
+    for got, expected in zip(*found):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "channels, side, grad, way",
+    [
+        (512, 8, True, "conv_as_matmul"),
+        (512, 8, False, "conv_as_matmul"),
+        (512, 16, False, None),
+        (64, 8, False, None),
+        (256, 64, False, "winograd"),
+        (256, 64, True, None),
+        (256, 62, False, None),
+        (128, 64, False, None),
+    ],
+)
+def test_which_way(monkeypatch, channels, side, grad, way):
+    taken = []
+    for name in ("conv_as_matmul", "winograd"):
+        real = getattr(conv, name)
+        monkeypatch.setattr(conv, name, lambda *a, name=name, real=real: taken.append(name) or real(*a))
+    net, x = made(channels, 8, dtype=torch.float32), picture(1, channels, side, side, dtype=torch.float32)
+    with torch.set_grad_enabled(grad):
+        got = net(x)
+    assert taken == [way] * (way is not None)
+    torch.testing.assert_close(got, nn.Conv2d.forward(net, x), rtol=0, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        net(x)
+    assert "winograd" not in taken[1:], "bfloat16 has no digits to lose"
+
+
+def test_the_models_convolve_so(monkeypatch):
+    """At full width both ways occur, and the models' outputs are those of plain convolutions."""
+    torch.manual_seed(0)
+    vae = VAE(ch=128, ch_mult=(1, 2), num_res_blocks=1, mid_attention=False).eval()
+    unet = UNet(channels=128, channel_mult=(1, 4), num_res_blocks=1, attention_ds=(), head_dim=64, num_heads=0).eval()
+    nn.init.normal_(unet.conv_out.weight, std=0.02)
+    z, x, t = picture(1, 4, 64, 64, dtype=torch.float32), picture(2, 4, 8, 8, dtype=torch.float32), torch.ones(2)
+    for net in (vae, unet):
+        net.to(memory_format=torch.channels_last)
+    taken, found = set(), []
+    for name in ("conv_as_matmul", "winograd"):
+        real = getattr(conv, name)
+        monkeypatch.setattr(conv, name, lambda *a, name=name, real=real: taken.add(name) or real(*a))
+    with torch.no_grad():
+        found = [vae.decode(z), unet(x, t)]
+        monkeypatch.setattr(conv.Conv2d, "forward", nn.Conv2d.forward)
+        plain = [vae.decode(z), unet(x, t)]
+    assert taken == {"conv_as_matmul", "winograd"}
+    for got, expected in zip(found, plain):
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
