@@ -314,7 +314,7 @@ class TextCache(torch.utils.data.Dataset):
     def __init__(self, stream, tower, tower_hash, folder, precision="float32"):
         """stream: a WithCondition, whose items tell which caption was drawn."""
         self.stream, self.images, self.shape = stream, stream.images, (tower.length, tower.width)
-        text = zlib.crc32(tower.bpe()), zlib.crc32(self.images.text.tobytes())  # the fingerprint is that of the images
+        text = zlib.crc32(tower.bpe()), self.images.text_fingerprint  # `fingerprint` is that of the images
         key = seed_of(tower_hash, tower.settings, precision, self.images.fingerprint, *text)
         self.folder, self.shards, self.null = f"{folder}/text-{key:016x}", {}, None
         self.count = -(-len(self.images) // SHARD)

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from attention import BACKENDS, attention
-
 from conv import Conv2d, upsample_conv
 
 # --- attention ---
