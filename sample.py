@@ -34,6 +34,7 @@ from PIL.PngImagePlugin import PngInfo
 import convert
 from attention import BACKENDS
 from configurator import configure
+from data.shards import write_whole
 from data.tasks import augment_low, image_condition
 from diffusion import Schedule, ddim_invert, keep_known, make_denoiser, make_schedule, randn, sample_times, samplers
 from unet import use_attention
@@ -765,26 +766,6 @@ def draw_many(path, count, chunk, draw, labels, settings, rank=0, world=1, barri
         if not whole:
             assemble(path, [f"{folder}/{start:08d}.npy" for start in starts], count, labels)
         shutil.rmtree(folder)
-
-
-def write_whole(path, write):
-    """write(file) to a file that is there whole or not at all."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name is on the disk too
-        finally:
-            os.close(folder)
-    except OSError as e:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise OSError(f"could not write {path} ({e}): make room and run again") from None
 
 
 def assemble(path, chunks, count, labels):

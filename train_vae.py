@@ -41,11 +41,13 @@ from vae import VAE, Attention, Discriminator, ResBlock, psnr, ssim, turn_and_sc
 from watch import Watch
 
 # data
-dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy
+dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
 image_size = 256  # side in pixels of the crops it trains on
 crop = "random"  # random (a square of 0.5 to 1 times the short side) | center
 flip = True  # mirror half of the images
 workers = 4  # processes that decode images; 0 decodes in the main one
+cache_dir = "cache"  # where the index of shards is kept, and shards of a dataset given by URL
+cache_gb = 64.0  # most of the latter
 # model: what VAE() takes; the defaults are KL-f8
 ch = 128  # channels at full resolution
 ch_mult = (1, 2, 4, 4)  # times ch: channels of each level, each half the side of the one before
@@ -675,7 +677,7 @@ def check_settings(cfg):
     for name in ("equivariance_prob", "ema_decay", "lr_end", "beta1", "beta2", "dropout"):
         if not 0 <= cfg[name] <= 1:
             raise ValueError(f"{name}={cfg[name]} must lie between 0 and 1")
-    for name in ("lr", "disc_lr", "hang_timeout"):
+    for name in ("lr", "disc_lr", "hang_timeout", "cache_gb"):
         if not cfg[name] > 0:
             raise ValueError(f"{name}={cfg[name]} must be above 0")
     if cfg["image_size"] < least_side(cfg):
@@ -733,12 +735,12 @@ if __name__ == "__main__":
 
     # data
     if eval_only:
-        validation = Dataset(dataset, eval_split, image_size)
+        validation = Dataset(dataset, eval_split, image_size, cache_dir, cache_gb)
     else:
-        images = Dataset(dataset, "train", image_size)
+        images = Dataset(dataset, "train", image_size, cache_dir, cache_gb)
         stream = Stream(images, seed, crop=crop, flip=flip)
         try:
-            validation = Dataset(dataset, "val", image_size)
+            validation = Dataset(dataset, "val", image_size, cache_dir, cache_gb)
         except ValueError:  # too few images to set any aside
             validation = images
     validation_stream = Stream(validation, seed, train=False)

@@ -319,15 +319,22 @@ def remove(path):
 
 def write_whole(path, write):
     """write(file) makes a file that is there whole or not at all, and on the disk before it has its name."""
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), suffix=".tmp", delete=False) as f:
-        try:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-            os.replace(f.name, path)
-        except BaseException:
-            os.remove(f.name)
-            raise
+        os.replace(temporary, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name is on the disk too
+        finally:
+            os.close(folder)
+    except OSError as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"could not write {path} ({e}): make room and run again") from None
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ import torch.utils.flop_counter  # noqa: E402
 from helpers import RUN_ARGS, UNET_ARGS, VAE_ARGS, read  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import data.cache  # noqa: E402
 import data.prepare  # noqa: E402, F401  these are here to be loaded before any fork
 import lpips_train  # noqa: E402
 import sample  # noqa: E402, F401
@@ -220,36 +221,31 @@ def make_jobs(work):
         "prepare": (
             "data/folder/prepare.py",
             f"--source={photos} --size=16 --min_side=8 --shard_mb=0.012 --vocab_size=280 --workers=0 --out_dir=out",
-            {},
         ),
-        "shapes": ("data/shapes/prepare.py", "--out_dir=out --n_train=6 --n_val=40 --size=32 --vocab_size=280", {}),
+        "shapes": ("data/shapes/prepare.py", "--out_dir=out --n_train=6 --n_val=40 --size=32 --vocab_size=280"),
         "bapps": (
             "data/bapps/prepare.py",
             f"--standin={photos} --out_dir=out --size=8 --standin_train=1 --standin_val=1",
-            {},
         ),
         "vae": (
             "train_vae.py",
             f"{VAE_ARGS} {PLAIN} {SIX} --dataset={shards} --out_dir=out --snapshot_every=2 "
             "--disc_weight=0.5 --disc_start=3 --disc_layers=1 --disc_channels=16 --disc_norm=none",
-            {},
         ),
         "ldm": (
             "train_ldm.py",
             f"{UNET_ARGS} {PLAIN} {SIX} --dataset={shards} --first_stage={stage_1} --out_dir=out "
             "--cache_dir=cache --snapshot_every=2 --ema_stds=0.05,0.1",
-            {"SHARD = 1024": "SHARD = 8"},
         ),
         "lpips": (
             "lpips_train.py",
             f"--net=squeeze --device=cpu --workers=0 --batch_size=4 {SIX} --out_dir=out "
             f"--dataset={judged} --trunk_weights={trunk}",
-            {},
         ),
-        "bulk": ("sample.py", f"{sampling} --num_samples=5 --batch_size=2 --out=pictures.npz", {}),
-        "draw": ("sample.py", f"{sampling} --out_dir=out --n=1 --trajectory", {}),
-        "compvis": ("convert.py", f"--ckpt={ours} --to=compvis --out=new/model.safetensors", {}),
-        "diffusers": ("convert.py", f"--ckpt={ours} --to=diffusers --out=new/model", {}),
+        "bulk": ("sample.py", f"{sampling} --num_samples=5 --batch_size=2 --out=pictures.npz"),
+        "draw": ("sample.py", f"{sampling} --out_dir=out --n=1 --trajectory"),
+        "compvis": ("convert.py", f"--ckpt={ours} --to=compvis --out=new/model.safetensors"),
+        "diffusers": ("convert.py", f"--ckpt={ours} --to=diffusers --out=new/model"),
     }
     return jobs
 
@@ -260,7 +256,7 @@ NEEDS |= {"draw": NEEDS["bulk"]}
 
 def child(job, folder, strikes=None, before=None):
     """In a new process: the script as __main__, in the folder, as on the command line."""
-    script, arguments, changes = job
+    script, arguments = job
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))
@@ -268,11 +264,9 @@ def child(job, folder, strikes=None, before=None):
     sys.argv, sys.path[0] = [script, *arguments.split()], str(ROOT)
     sys.modules["matplotlib"] = None  # as if it were not installed: drawing takes longer than training
     torch.set_num_threads(1)
+    data.cache.SHARD = 8  # so that there are several files
     time.time, time.time_ns = map(float, itertools.count()).__next__, lambda: 1  # the same bytes each time
     source = (ROOT / script).read_text()
-    for old, new in changes.items():
-        assert old in source, f"{script} has no {old!r}"
-        source = source.replace(old, new)
     if before:
         before()
     if strikes:
@@ -583,11 +577,11 @@ def try_handles(name, job, work, wanted):
 
 def try_memory(name, job, work, wanted):
     """No memory, in the run itself and in a data worker, and a data worker that is killed."""
-    script, arguments, changes = job
+    script, arguments = job
     for fault in ("main", "worker", "killed"):
         folder = f"{work}/memory/{name}-{fault}"
         workers = 0 if fault == "main" else 1
-        with_workers = (script, arguments.replace("--workers=0", f"--workers={workers}"), changes)
+        with_workers = (script, arguments.replace("--workers=0", f"--workers={workers}"))
 
         def spoil(fault=fault, folder=folder):
             if fault == "main":  # as an allocation in a step would

@@ -27,9 +27,10 @@ from test_train_vae import continued, make_images
 import sample
 import train_ldm
 from convert import hash_weights
+from data import cache as cache_files
+from data.cache import LatentCache, TextCache
 from data.dataset import Dataset, Stream
 from data.tasks import WithCondition
-from train_ldm import LatentCache, TextCache
 from unet import CLIPTextEncoder
 from vae import VAE
 
@@ -40,7 +41,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(train_ldm, "SHARD", 8)
+    monkeypatch.setattr(cache_files, "SHARD", 8)
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import train_ldm
+from data import cache as cache_files
 from data import tasks
+from data.cache import LatentCache
 from data.dataset import Dataset, Stream, collate, loader
 from data.tasks import WithCondition, degrade, layout_string, random_mask
-from train_ldm import LatentCache
 from unet import LayoutTokenizer, TextEncoder, make_tokenizer
 from vae import VAE
 
@@ -35,7 +35,7 @@ def with_condition(stream, task, seed, **options):
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_ldm, "SHARD", 8)
+    monkeypatch.setattr(cache_files, "SHARD", 8)
 
 
 def make_scenes(path, n=20, size=(24, 16)):

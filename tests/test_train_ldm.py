@@ -30,8 +30,10 @@ import convert
 import diffusion
 import sample
 import train_ldm
+from data import cache as cache_files
+from data.cache import LatentCache
 from data.dataset import Dataset, Stream, seed_of
-from train_ldm import LatentCache, prediction_error, train_step
+from train_ldm import prediction_error, train_step
 from unet import CLIPTextEncoder, Denoiser, UNet
 from vae import VAE
 
@@ -296,7 +298,7 @@ def vae(first_stage):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(train_ldm, "SHARD", 8)
+    monkeypatch.setattr(cache_files, "SHARD", 8)
 
 
 def build(cache, vae, rank=0, world=1):
@@ -359,7 +361,7 @@ def test_the_cache_belongs_to_weights_and_data(small_data, vae, tmp_path):
 
 
 def test_the_cache_keeps_few_files_open(small_data, vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_ldm, "SHARD", 1)
+    monkeypatch.setattr(cache_files, "SHARD", 1)
     cache = build(LatentCache(Stream(Dataset(small_data, "train", 16), 0), vae, tmp_path), vae)
     first = cache.moments(0, False)
     cache.shards |= {f"other {k}": None for k in range(255)}
