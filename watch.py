@@ -73,6 +73,7 @@ class Watch:
             # a clone is a connection of its own: a request that waits on the first one does not hold it up
             self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
             self.usual_hook, sys.excepthook = sys.excepthook, self.excepthook
+            self.tell()  # the others know of this rank, whatever stops it
             self.thread = threading.Thread(target=self.look, daemon=True)
             self.thread.start()
 
@@ -105,19 +106,23 @@ class Watch:
         except Exception:  # the store's process has died
             by = self.rank
         if by != self.rank and issubclass(kind, RuntimeError):  # as a collective says whose other end is gone
-            print(f"{os.path.basename(sys.argv[0])}: {first}", file=sys.stderr, flush=True)
+            self.say(first)
         else:
             self.usual_hook(kind, error, trace)
         self.stop()
+
+    def tell(self):
+        now = time.monotonic()
+        reading = self.spent.get("reading data", 0.0) + (now - self.since) * (self.phase == "reading data")
+        mine = dict(begun=self.begun, phase=self.phase, step=self.step, still=now - self.moved)
+        self.store.set(str(self.rank), json.dumps(mine | {"reading": reading, "name": self.name}))
 
     def look(self):
         seen, told, before, unreachable = {}, time.monotonic(), None, 0.0
         while not self.over.wait(self.tick):
             now = time.monotonic()
-            reading = self.spent.get("reading data", 0.0) + (now - self.since) * (self.phase == "reading data")
-            mine = dict(begun=self.begun, phase=self.phase, step=self.step, still=now - self.moved)
             try:
-                self.store.set(str(self.rank), json.dumps(mine | {"reading": reading, "name": self.name}))
+                self.tell()
                 ended = self.store.check(["end"])
                 keys = [str(rank) for rank in range(self.world)]
                 reports = [*map(json.loads, self.store.multi_get(keys))] if self.store.check(keys) else []
@@ -144,12 +149,20 @@ class Watch:
                 told, before = now, reports
             before = before or reports
 
+    def say(self, text):
+        """Why all end, in one line of one rank."""
+        try:
+            is_first = self.store.add("told", 1) == 1
+        except (RuntimeError, OSError):
+            is_first = True
+        if is_first:
+            print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+
     def finish(self, text, by, behind):
         """Ends this process: those that hang show where, one rank says why, and all had time to do so."""
         if self.rank in behind:
             print(f"rank {self.rank} hangs here:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
-        if self.store.add("told", 1) == 1:
-            print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+        self.say(text)
         if not self.over.wait(3 * self.tick):  # the main thread may end by itself
             os._exit(1)
