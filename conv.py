@@ -13,7 +13,7 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d that picks the fastest way for its input, by what LOG.md has measured."""
 
     def forward(self, x):
-        if x.device.type != "cpu" or x.ndim != 4 or not is_3x3(self) or self.out_channels < 128:
+        if not may_choose(x) or x.ndim != 4 or not is_3x3(self) or self.out_channels < 128:
             return super().forward(x)
         B, C, H, W = x.shape
         if C >= 512 and B * H * W <= 128 and channels_last(self.weight):
@@ -22,6 +22,11 @@ class Conv2d(nn.Conv2d):
         if plain or x.dtype != torch.float32 or C < 256 or B * H * W < 4096 or H % 4 or W % 4:
             return super().forward(x)
         return winograd(x, self.weight, self.bias)
+
+
+def may_choose(x):
+    """Whether x's size may decide: on a CPU, but not in what is recorded there for all sizes."""
+    return x.device.type == "cpu" and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
 
 
 def is_3x3(conv):
@@ -50,7 +55,7 @@ def upsample_conv(x, conv):
     """
     B, C, H, W = x.shape
     own = type(conv) is Conv2d and is_3x3(conv)  # what has taken its place, with LoRA say, is to be called
-    if x.device.type != "cpu" or not own or not channels_last(conv.weight) or B * H * W < 1024:
+    if not may_choose(x) or not own or not channels_last(conv.weight) or B * H * W < 1024:
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     w = conv.weight.flip(2, 3).transpose(0, 1)  # (C_in,C_out,3,3)
     w = F.pad(w, (0, 1, 0, 1)) + F.pad(w, (1, 0, 0, 1)) + F.pad(w, (0, 1, 1, 0)) + F.pad(w, (1, 0, 1, 0))

@@ -117,6 +117,18 @@ def test_what_takes_the_place_of_a_convolution_is_called():
     assert torch.equal(conv.upsample_conv(x, wide), wide(F.interpolate(x, scale_factor=2.0)))
 
 
+def test_recorded_for_all_sizes():
+    """A traced or exported graph does not have the way of the size that it was recorded with."""
+    net = nn.Sequential(made(512, 128, dtype=torch.float32)).eval()
+    small, large = (picture(n, 512, 8, 8, dtype=torch.float32) for n in (1, 3))
+    with torch.no_grad():
+        traced = torch.jit.trace(net, small, check_trace=False)
+        exported = torch.export.export(net, (large,), dynamic_shapes=[{0: torch.export.Dim("batch", max=9)}]).module()
+        for x in (small, large):
+            for got in (traced(x), exported(x)):
+                torch.testing.assert_close(got, net(x), rtol=0, atol=1e-4)
+
+
 def test_the_models_convolve_so(monkeypatch):
     """At full width both ways occur, and the models' outputs are those of plain convolutions."""
     torch.manual_seed(0)
