@@ -142,7 +142,8 @@ def _cannot(backend, device, dtype):
             import xformers.ops  # noqa: F401
         except ImportError as e:
             return f"xformers does not import ({e}): pip install xformers"
-        return "" if device.type == "cuda" else f"xformers has no kernels for {device.type}: take sdpa"
+    if backend in ("xformers", "sdpa_cudnn", "sdpa_efficient") and device.type != "cuda":
+        return f"it has no kernels for {device.type}: take sdpa"
     return ""
 
 

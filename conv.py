@@ -51,7 +51,7 @@ def upsample_conv(x, conv):
     """conv(x after nearest upsampling to twice the side), 3x3.
 
     Each output pixel sees only 2x2 input pixels: as a whole that is a transposed convolution of kernel 4 and stride 2,
-    with 4/9 of the multiplications.
+    with 4/9 of the multiplications. It reads the weight of a Conv2d alone, whose hooks do not run.
     """
     B, C, H, W = x.shape
     own = type(conv) is Conv2d and is_3x3(conv)  # what has taken its place, with LoRA say, is to be called

@@ -439,7 +439,7 @@ def test_triton_cannot(monkeypatch):
         attention(x, x, x, backend="triton")
 
 
-def test_xformers_cannot(monkeypatch):
+def test_what_needs_cuda(monkeypatch):
     x = torch.zeros(1, 4, 1, 16)
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
@@ -449,8 +449,9 @@ def test_xformers_cannot(monkeypatch):
     package.ops = types.ModuleType("xformers.ops")
     monkeypatch.setitem(sys.modules, "xformers", package)
     monkeypatch.setitem(sys.modules, "xformers.ops", package.ops)
-    with pytest.raises(ValueError, match="backend xformers: xformers has no kernels for cpu: take sdpa"):
-        attention(x, x, x, backend="xformers")
+    for name in ("xformers", "sdpa_cudnn", "sdpa_efficient"):
+        with pytest.raises(ValueError, match=f"backend {name}: it has no kernels for cpu: take sdpa"):
+            attention(x, x, x, backend=name)
 
 
 @pytest.mark.parametrize("causal", [False, True])
