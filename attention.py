@@ -59,6 +59,8 @@ def attention(q, k, v, causal=False, backend="auto"):
     D, shape = index(q.shape[3]), ()
     if backend == "auto" and q.is_cuda:
         shape = index(q.shape[0]), index(q.shape[1]), index(k.shape[1]), index(q.shape[2])
+    if q.numel() == 0 or k.numel() == 0:
+        backend = "sdpa"  # which gives zeros where there are no keys
     backend = choose_backend(backend, q.device, q.dtype, D, causal, shape, grad)
     return run_backend(backend, q, k, v, causal)
 
@@ -73,7 +75,7 @@ def run_backend(backend, q, k, v, causal):
         return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,heads,L,d)
     if backend == "reference":
-        logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        logits = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # q first: the product could leave float16's range
         logits = logits.to(torch.promote_types(q.dtype, torch.float32))
         if causal:
             logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
@@ -140,13 +142,16 @@ def _cannot(backend, device, dtype):
             import xformers.ops  # noqa: F401
         except ImportError as e:
             return f"xformers does not import ({e}): pip install xformers"
-        return "" if device.type == "cuda" else f"xformers has no kernels for {device.type}: take sdpa"
+    if backend in ("xformers", "sdpa_cudnn", "sdpa_efficient") and device.type != "cuda":
+        return f"it has no kernels for {device.type}: take sdpa"
     return ""
 
 
 @cache
 def _fastest(device, dtype, D, causal, shape, grad):
     """The fastest backend for a shape, measured on random tensors of its own; "sdpa" where none runs."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("attention: auto cannot measure a new shape in a CUDA graph's capture: call it once before")
     B, Lq, Lk, H = shape
     B = min(B, max(1, 2**25 // (max(Lq, Lk) * H * D)))  # 64 MiB of bf16 in each tensor keep any GPU busy
     generator = torch.Generator(device).manual_seed(0)  # not the one that training draws from
@@ -300,7 +305,7 @@ def _forward(
     """A tile of BM queries over all keys: O (B,Lq,H,D) contiguous, LSE (B,H,Lq)."""
     tiles = tl.cdiv(Lq, BM)
     first, bh = tl.program_id(0) % tiles * BM, tl.program_id(0) // tiles
-    b, h = (bh // H).to(tl.int64), bh % H
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     Q, K, V = _head(Q, b, h, qb, qh, ALIGN), _head(K, b, h, kb, kh, ALIGN), _head(V, b, h, vb, vh, ALIGN)
     rows = first + tl.arange(0, BM)
     q0 = _load(Q, rows, ql, Lq, 0, D0, D, True, ALIGN)
@@ -339,7 +344,7 @@ def _forward_short(
     """All keys in one tile, loaded once for REPEAT tiles of queries: the maximum is known at once."""
     parts = tl.cdiv(Lq, BM * REPEAT)
     first, bh = tl.program_id(0) % parts * (BM * REPEAT), tl.program_id(0) // parts
-    b, h = (bh // H).to(tl.int64), bh % H
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     Q, K, V = _head(Q, b, h, qb, qh, ALIGN), _head(K, b, h, kb, kh, ALIGN), _head(V, b, h, vb, vh, ALIGN)
     O += b * Lq * H * D + h * D
     LSE += bh.to(tl.int64) * Lq
@@ -419,7 +424,7 @@ def _backward_q(
     """A tile of BM queries over all keys: DQ (B,Lq,H,D) contiguous, and DELTA (B,H,Lq) for _backward_kv."""
     tiles = tl.cdiv(Lq, BM)
     first, bh = tl.program_id(0) % tiles * BM, tl.program_id(0) // tiles
-    b, h = (bh // H).to(tl.int64), bh % H
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     Q, K, V = _head(Q, b, h, qb, qh, ALIGN), _head(K, b, h, kb, kh, ALIGN), _head(V, b, h, vb, vh, ALIGN)
     DO, O = _head(DO, b, h, gb, gh, ALIGN), O + b * Lq * H * D + h * D
     LSE, DELTA = LSE + bh.to(tl.int64) * Lq, DELTA + bh.to(tl.int64) * Lq
@@ -435,58 +440,14 @@ def _backward_q(
         whole = tl.minimum(Lk, first + 1)
     for j in range(0, whole // BN):
         dq0, dq1 = _backward_q_tile(
-            dq0,
-            dq1,
-            q0,
-            q1,
-            g0,
-            g1,
-            lse,
-            delta,
-            K,
-            V,
-            kl,
-            vl,
-            rows,
-            j,
-            Lk,
-            scale,
-            D,
-            D0,
-            D1,
-            CAUSAL,
-            ALIGN,
-            PREC,
-            BN,
-            False,
-        )
+            dq0, dq1, q0, q1, g0, g1, lse, delta, K, V, kl, vl, rows, j, Lk, scale,
+            D, D0, D1, CAUSAL, ALIGN, PREC, BN, False,
+        )  # fmt: skip
     for j in range(whole // BN, tl.cdiv(seen, BN)):
         dq0, dq1 = _backward_q_tile(
-            dq0,
-            dq1,
-            q0,
-            q1,
-            g0,
-            g1,
-            lse,
-            delta,
-            K,
-            V,
-            kl,
-            vl,
-            rows,
-            j,
-            Lk,
-            scale,
-            D,
-            D0,
-            D1,
-            CAUSAL,
-            ALIGN,
-            PREC,
-            BN,
-            True,
-        )
+            dq0, dq1, q0, q1, g0, g1, lse, delta, K, V, kl, vl, rows, j, Lk, scale,
+            D, D0, D1, CAUSAL, ALIGN, PREC, BN, True,
+        )  # fmt: skip
     scale *= 0.6931471805599453  # log2(e) is folded into it
     DQ += b * Lq * H * D + h * D
     _store(DQ, rows, H * D, Lq, dq0 * scale, 0, D0, D)
@@ -533,7 +494,7 @@ def _backward_kv(
     """A tile of BN keys over all queries: DK and DV (B,Lk,H,D) contiguous."""
     tiles = tl.cdiv(Lk, BN)
     first, bh = tl.program_id(0) % tiles * BN, tl.program_id(0) // tiles
-    b, h = (bh // H).to(tl.int64), bh % H
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     Q, K, V = _head(Q, b, h, qb, qh, ALIGN), _head(K, b, h, kb, kh, ALIGN), _head(V, b, h, vb, vh, ALIGN)
     DO = _head(DO, b, h, gb, gh, ALIGN)
     LSE, DELTA = LSE + bh.to(tl.int64) * Lq, DELTA + bh.to(tl.int64) * Lq
@@ -583,7 +544,7 @@ def _backward_short(
     """All keys in one tile and ROWS queries: their DQ, and their share of DK and DV, float32 (B,parts,Lk,H,D)."""
     parts = tl.cdiv(Lq, ROWS)
     part, bh = tl.program_id(0) % parts, tl.program_id(0) // parts
-    b, h = (bh // H).to(tl.int64), bh % H
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     Q, K, V = _head(Q, b, h, qb, qh, ALIGN), _head(K, b, h, kb, kh, ALIGN), _head(V, b, h, vb, vh, ALIGN)
     DO, O, DQ = _head(DO, b, h, gb, gh, ALIGN), O + b * Lq * H * D + h * D, DQ + b * Lq * H * D + h * D
     LSE += bh.to(tl.int64) * Lq
@@ -646,7 +607,7 @@ TILINGS = {
         128: [(80, 128, 32, 8, 3), (90, 128, 64, 8, 3), (90, 128, 128, 8, 2), (80, 64, 64, 4, 3)],
         160: [(90, 128, 32, 8, 3), (90, 128, 64, 8, 3), (90, 64, 64, 4, 3), (80, 64, 16, 4, 3)],
     },
-    ("_forward_short", 2): {160: [(80, 64, 128, 4, 2), (80, 128, 128, 8, 2)]},
+    ("_forward_short", 2): {160: [(80, 64, 128, 4, 2), (80, 128, 128, 8, 2), (80, 32, 128, 4, 2)]},
     ("_backward_q", 2): {
         64: [(80, 128, 32, 8, 2), (90, 128, 64, 8, 2), (90, 64, 64, 4, 2), (80, 64, 32, 4, 2)],
         128: [(80, 64, 32, 4, 2), (80, 128, 32, 8, 2), (90, 64, 64, 8, 2)],
@@ -697,7 +658,7 @@ _best = {}  # the fastest tiling of a kernel for a shape
 
 
 def _launch(name, programs, pointers, numbers, sizes, causal, align):
-    """Starts a kernel with the best tiling, measured once for a shape.
+    """Starts a kernel with the best tiling, measured once for a shape, but never while a CUDA graph is captured.
 
     programs: their number as a function of the tiling.  sizes: B, H, Lq, Lk, D.
     """
@@ -709,24 +670,29 @@ def _launch(name, programs, pointers, numbers, sizes, causal, align):
     def start(tiling):
         KERNELS[name][(programs(tiling),)](*pointers, *numbers, **constants | tiling)
 
+    # a tiling decides in which order is summed, so it must not differ from run to run where bits count
+    fixed = INTERPRET or torch.are_deterministic_algorithms_enabled()
     arch = 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 90
     choices = tilings(name, D, _itemsize(x), arch, Lk)
     with torch.cuda.device_of(x):
-        key = (name, x.device, x.dtype, tf32, *((n - 1).bit_length() for n in (B * H, Lq, Lk)), D, causal)
-        # a tiling decides in which order is summed, so it must not differ from run to run where bits count
-        fixed = INTERPRET or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()
-        if key not in _best and not fixed:
-            times = {}
-            for i, tiling in enumerate(choices):
-                with suppress(triton.runtime.errors.OutOfResources):  # the 99 KB of an RTX's shared memory
-                    times[i] = _milliseconds(lambda tiling=tiling: start(tiling))
-            _best[key] = choices[min(times, key=times.get, default=0)]
-        start(choices[0] if fixed else _best[key])
+        key = (name, x.device, x.dtype, tf32, *((n - 1).bit_length() for n in (B * H, Lq, Lk)), D, causal, fixed)
+        if key in _best:
+            return start(_best[key])
+        untimed, times = fixed or torch.cuda.is_current_stream_capturing(), {}
+        for i, tiling in enumerate(choices):
+            with suppress(triton.runtime.errors.OutOfResources):  # the 99 KB of an RTX's shared memory
+                if untimed:
+                    return start(tiling)  # the first that fits
+                times[i] = _milliseconds(lambda tiling=tiling: start(tiling))
+        if not times:
+            raise RuntimeError(f"attention: no tiling of {name} for head dim {D} fits this GPU: take sdpa")
+        _best[key] = choices[min(times, key=times.get)]
+        start(_best[key])
 
 
 def _readable(x):
-    """With a contiguous last dimension, which the kernels need; that of an expanded gradient costs a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """As the kernels need it: the last dimension contiguous (an expanded gradient's is not), rows counted in int32."""
+    return x if x.stride(-1) == 1 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
 
 
 def _strides(*tensors):
@@ -806,7 +772,12 @@ def _differentiate(ctx, grad, _):
     return *torch.ops.ldm.attention_backward(grad, *ctx.saved_tensors, ctx.causal), None
 
 
+def _cannot_differentiate(ctx, *grads):
+    raise RuntimeError("attention: the Triton kernels have no second derivative: take sdpa_math or reference")
+
+
 forward_op.register_autograd(_differentiate, setup_context=_keep)
+backward_op.register_autograd(_cannot_differentiate)
 
 
 @register_flop_formula(torch.ops.ldm.attention)

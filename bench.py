@@ -31,10 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import sample
 import train_ldm
 import train_vae
+from attention import BACKENDS, attention
 from configurator import configure, find_settings
 from diffusion import make_schedule
 from lpips_train import LPIPS, make_trunk
-from unet import Denoiser, UNet, attention
+from unet import Denoiser, UNet
 from vae import VAE, Discriminator, Posterior
 
 # what
@@ -50,8 +51,6 @@ device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16
 compile = "auto"  # torch.compile, of both sides: auto (on CUDA) | true | false
 
-BACKENDS = ("auto", "triton", "xformers", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math")
-BACKENDS += ("reference",)
 STEPS = 50  # of drawing
 SD2 = dict(channels=320, channel_mult=(1, 2, 4, 4), num_heads=0, head_dim=64, context_dim=1024, linear_proj=True)
 KL_F8 = dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4)
@@ -542,6 +541,11 @@ def table(config):
         for value in values:
             if value not in choices:
                 raise ValueError(f"{name}={value} is not one of {', '.join(choices)}")
+    for name in ("batch_size", "seconds", "patience"):
+        if not config[name] >= 0:
+            raise ValueError(f"{name}={config[name]} is not 0 or more")
+    if config["profile"] and not os.path.isdir(os.path.dirname(config["profile"]) or "."):
+        raise ValueError(f"profile={config['profile']}: there is no such folder, make it first")
     if config["device"] == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but PyTorch sees no GPU here: mend its installation, or set device=cpu")
     if config["peer"]:
@@ -570,11 +574,11 @@ def table(config):
                 trace.export_chrome_trace(config["profile"])
                 print(f"trace of one call: {config['profile']}")
             run = None
-            if compiled:
+            if row.has_peer:  # compiled modules refer to themselves: the next row needs their memory
                 torch.compiler.reset()
-            gc.collect()  # compiled modules refer to themselves: the next row needs their memory
-            if on_gpu:
-                torch.cuda.empty_cache()
+                gc.collect()
+                if on_gpu:
+                    torch.cuda.empty_cache()
     hardware = torch.cuda.get_device_name() if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=here)

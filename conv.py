@@ -4,8 +4,6 @@ oneDNN, which PyTorch calls there, is slow on small pictures with many channels,
 multiplies more than it must on large ones. On a GPU, and wherever nothing was gained, these are nn.Conv2d.
 """
 
-import functools
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,15 +13,26 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d that picks the fastest way for its input, by what LOG.md has measured."""
 
     def forward(self, x):
-        B, C, H, W = x.shape
-        if x.device.type != "cpu" or self.kernel_size != (3, 3) or self.padding != (1, 1) or self.stride != (1, 1):
+        if not may_choose(x) or x.ndim != 4 or not is_3x3(self) or self.out_channels < 128:
             return super().forward(x)
+        B, C, H, W = x.shape
         if C >= 512 and B * H * W <= 128 and channels_last(self.weight):
             return conv_as_matmul(x, self.weight, self.bias)
         plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
         if plain or x.dtype != torch.float32 or C < 256 or B * H * W < 4096 or H % 4 or W % 4:
             return super().forward(x)
         return winograd(x, self.weight, self.bias)
+
+
+def may_choose(x):
+    """Whether x's size may decide: on a CPU, but not in what is recorded there for all sizes."""
+    return x.device.type == "cpu" and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+
+
+def is_3x3(conv):
+    """With padding that keeps the size, and nothing special."""
+    plain = conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+    return plain and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.stride == (1, 1)
 
 
 def channels_last(t):
@@ -42,17 +51,17 @@ def upsample_conv(x, conv):
     """conv(x after nearest upsampling to twice the side), 3x3.
 
     Each output pixel sees only 2x2 input pixels: as a whole that is a transposed convolution of kernel 4 and stride 2,
-    with 4/9 of the multiplications.
+    with 4/9 of the multiplications. It reads the weight of a Conv2d alone, whose hooks do not run.
     """
     B, C, H, W = x.shape
-    if x.device.type != "cpu" or not channels_last(conv.weight) or B * H * W < 1024:
+    own = type(conv) is Conv2d and is_3x3(conv)  # what has taken its place, with LoRA say, is to be called
+    if not may_choose(x) or not own or not channels_last(conv.weight) or B * H * W < 1024:
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     w = conv.weight.flip(2, 3).transpose(0, 1)  # (C_in,C_out,3,3)
     w = F.pad(w, (0, 1, 0, 1)) + F.pad(w, (1, 0, 0, 1)) + F.pad(w, (0, 1, 1, 0)) + F.pad(w, (1, 0, 1, 0))
     return F.conv_transpose2d(x, w.contiguous(memory_format=torch.channels_last), conv.bias, stride=2, padding=1)
 
 
-@functools.cache
 def winograd_matrices():
     """Of F(4x4, 3x3) in two dimensions, for tiles, weights and results flattened: (36,36), (36,9), (16,36)."""
     tile = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0]]
@@ -60,7 +69,8 @@ def winograd_matrices():
     weight = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6]]
     weight += [[1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
     result = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
-    return [torch.kron(m, m) for m in (torch.tensor(m, dtype=torch.float64) for m in (tile, weight, result))]
+    found = (torch.tensor(m, dtype=torch.float64, device="cpu") for m in (tile, weight, result))
+    return [torch.kron(m, m) for m in found]
 
 
 def winograd(x, weight, bias):

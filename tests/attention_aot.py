@@ -62,8 +62,9 @@ def measure(name, dim, dtype, arch, tiling, causal=False, ptx_folder=None):
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/kernel.ptx", "w") as f:
             f.write(ptx)
-        ptxas = triton.knobs.nvidia.ptxas.path
-        command = [ptxas, "-v", f"--gpu-name=sm_{arch}{'a' if arch == 90 else ''}", "kernel.ptx", "-o", "kernel.cubin"]
+        tools = triton.knobs.nvidia
+        ptxas = (tools.ptxas_blackwell if arch >= 100 else tools.ptxas).path
+        command = [ptxas, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", "kernel.ptx", "-o", "kernel.cubin"]
         told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
     if ptx_folder:
         os.makedirs(ptx_folder, exist_ok=True)
@@ -85,19 +86,13 @@ if __name__ == "__main__":
     parser.add_argument("--first", action="store_true", help="only the tiling taken where nothing is measured")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--ptx", help="folder to write the PTX into")
-    parser.add_argument("--tilings", help="JSON list to try instead of those that ship")
+    parser.add_argument("--tilings", help="JSON list of keyword arguments to try instead of those that ship")
     args = parser.parse_args()
     lists = args.archs, args.kernels, args.dims, args.dtypes
     for arch, name, dim, dtype in itertools.product(*(text.split(",") for text in lists)):
         if int(dim) > max(attention.TILINGS[name, TYPES[dtype][1]], default=0):
             continue  # a kernel of one tile, which is not used there
         shipped = attention.tilings(name, int(dim), TYPES[dtype][1], int(arch))
-        shipped = (
-            [dict(BN=128) | t for t in json.loads(args.tilings)]
-            if args.tilings
-            else shipped[:1]
-            if args.first
-            else shipped
-        )
-        for tiling in shipped:
+        tried = json.loads(args.tilings) if args.tilings else shipped[: 1 if args.first else None]
+        for tiling in tried:
             print(json.dumps(measure(name, int(dim), dtype, int(arch), tiling, args.causal, args.ptx)), flush=True)

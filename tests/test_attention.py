@@ -110,19 +110,39 @@ def test_half_precision(dim, dtype):
 @needs_triton
 def test_large_logits():
     """A softmax that is all but a maximum: exponentials of differences never overflow."""
-    q, k, v, grad = tensors(1, 40, 150, 1, 32)
-    for x in (q, k[:, :77], k):
-        out = attention(50 * q, 50 * k, v, backend="triton")
-        torch.testing.assert_close(out, attention(50 * q, 50 * k, v, backend="reference"), rtol=1e-3, atol=1e-3)
+    for Lk in (77, 150):
+        q, k, v, grad = tensors(1, 40, Lk, 1, 32)
+        out, *slopes = gradients(50 * q, 50 * k, v, grad, False, "triton")
+        torch.testing.assert_close(out, formula(50 * q, 50 * k, v, grad, False)[0].float(), rtol=1e-3, atol=1e-3)
+        assert all(x.isfinite().all() for x in slopes)
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
+def test_logits_beyond_float16(backend):
+    """Products above 65504 whose logits are below it."""
+    if backend == "triton" and room.triton is None:
+        pytest.skip("Triton is not installed")
+    q, k, v, grad = tensors(1, 5, 7, 1, 64, torch.float16)
+    for x in gradients(100 * q, 100 * k, v, grad, False, backend):
         assert x.isfinite().all()
-    got = gradients(50 * q, 50 * k, v, grad, False, "triton")
-    assert all(x.isfinite().all() for x in got)
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "reference", "auto"])
+@pytest.mark.parametrize("sizes", [(0, 5, 7, 2, 16), (2, 0, 7, 2, 16), (2, 5, 0, 2, 16), (2, 5, 7, 0, 16)])
+def test_nothing(backend, sizes):
+    """No examples, queries, keys or heads: empty, or zeros, with gradients."""
+    q, k, v, grad = tensors(*sizes)
+    for x, given in zip(gradients(q, k, v, grad, False, backend), (q, q, k, v)):
+        assert x.shape == given.shape and not x.any()
 
 
 @needs_triton
-@pytest.mark.parametrize("Lk", [20, 140])
-def test_views_are_read_where_they_lie(Lk):
+@pytest.mark.parametrize("general", [True, False])
+def test_views_are_read_where_they_lie(general, monkeypatch):
     """q, k, v from one packed tensor, from (B,heads,L,d), and gradients that are expanded or permuted."""
+    if general:
+        monkeypatch.setattr(room, "SHORT", 0)
+    Lk = 20
     packed = normal(2, Lk, 3, 2, 24, seed=5)
     q, k, v = packed.unbind(2)
     assert room._readable(q) is q and q.data_ptr() == packed.data_ptr()
@@ -133,12 +153,14 @@ def test_views_are_read_where_they_lie(Lk):
     check(*[x[:, ::2] for x in (q, k, v)], normal(2, Lk // 2, 2, 25)[..., :24])  # rows left out; rows of 25
     check(*[normal(2, 24, 2, Lk, seed=i).transpose(1, 3) for i in range(4)])  # the last dimension is the one copied
     assert attention(q, k, v, backend="triton").is_contiguous()
+    far = torch.empty(1, device="meta").as_strided((1, 4096, 1, 8), (8, 2**20, 8, 1))  # its rows outgrow int32
+    assert room._readable(far).stride(1) == 8
 
 
 @needs_triton
 def test_same_bits_again():
-    for lengths in ((140, 140), (300, 77)):
-        a, b = (gradients(*tensors(1, *lengths, 2, 32), False, "triton") for _ in range(2))
+    for lengths in ((40, 140), (300, 77)):
+        a, b = (gradients(*tensors(1, *lengths, 1, 32), False, "triton") for _ in range(2))
         for x, y in zip(a, b):
             assert x.cpu().numpy().tobytes() == y.cpu().numpy().tobytes()
 
@@ -166,6 +188,59 @@ def test_operators_keep_pytorchs_rules():
     out, lse = torch.ops.ldm.attention(q, k, v, False)
     given = [x.detach() for x in (grad, q, k, v, out, lse)]
     torch.library.opcheck(torch.ops.ldm.attention_backward, (*given, False))
+
+
+@needs_triton
+def test_second_derivatives_are_refused():
+    q, k, v, _ = (x.requires_grad_() for x in tensors(1, 4, 5, 1, 16))
+    (slope,) = torch.autograd.grad(attention(q, k, v, backend="triton").square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative: take sdpa_math or reference"):
+        slope.sum().backward()
+
+
+@needs_triton
+@pytest.mark.parametrize("fits, best", [({16, 32, 64}, 32), ({16}, 16), (set(), None)])
+def test_which_tiling_runs(fits, best, monkeypatch):
+    """The fastest that fits the GPU; the first that fits where bits count, or while a new shape's graph is captured."""
+    started, state = [], {"deterministic": False, "capturing": False}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def run(*args, BM, **constants):
+                if BM not in fits:
+                    raise room.triton.runtime.errors.OutOfResources(110592, 101376, "shared memory")
+                started.append(BM)
+
+            return run
+
+    def milliseconds(call):
+        call()
+        return abs(started[-1] - 32)
+
+    monkeypatch.setitem(room.KERNELS, "_forward", Kernel())
+    monkeypatch.setattr(room, "tilings", lambda *a: [dict(BM=BM, BN=16) for BM in (128, 64, 32, 16)])
+    monkeypatch.setattr(room, "_milliseconds", milliseconds)
+    monkeypatch.setattr(room, "_best", {})
+    monkeypatch.setattr(room, "INTERPRET", False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: state["deterministic"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+
+    def launched(**now):
+        state.update(now)
+        started.clear()
+        x = torch.zeros(1, 200, 1, 16)
+        room.attention_forward(x, x, x, False)
+        return list(started)
+
+    if not fits:
+        with pytest.raises(RuntimeError, match="no tiling of _forward for head dim 16 fits this GPU: take sdpa"):
+            launched()
+        return
+    first = max(fits)
+    assert launched(capturing=True) == [first]  # nothing may be timed
+    assert sorted(launched(capturing=False)) == sorted([*fits, best])  # each once, then the best
+    assert launched() == launched(capturing=True) == [best]  # a captured graph has it too
+    assert launched(capturing=False, deterministic=True) == [first]
 
 
 def test_column_tiles():
@@ -199,12 +274,16 @@ def test_kernels_compile_for_gpus(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     runs = [["--first", "--dims=64", "--dtypes=bf16"], ["--first", "--dims=40,160", "--dtypes=bf16", "--archs=90"]]
     lines = []
-    for run in [[]] if os.environ.get("LDM_ALL_KERNELS") else runs:
+    for run in [["--archs=80,89,90"]] if os.environ.get("LDM_ALL_KERNELS") else runs:
         done = subprocess.run([sys.executable, tool, *run], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         lines += [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["kernel"] for line in lines} == set(room.KERNELS)
     for line in lines:
+        if line["sm"] == 89:  # an RTX 4090 takes those of Ampere that fit
+            same = [x for x in lines if all(x[key] == line[key] for key in ("kernel", "d", "dtype", "sm"))]
+            assert min(x["shared"] for x in same) <= 99 * 1024, line
+            continue
         assert line["spilled"] == 0, line
         assert line["shared"] <= {80: 163, 90: 227}[line["sm"]] * 1024, line
         if line["dtype"] in ("bf16", "fp16"):
@@ -287,6 +366,9 @@ def test_auto_takes_the_fastest(monkeypatch, capsys):
     monkeypatch.setattr(room, "run_backend", lambda *a: (_ for _ in ()).throw(RuntimeError("no kernel\nand more")))
     assert room._fastest(*arguments[:2], 40, *arguments[3:], True) == "sdpa"
     assert "sdpa, as no other way runs here" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="in a CUDA graph's capture: call it once before"):
+        room._fastest(torch.device("cuda"), *arguments[1:], True)
     room._fastest.cache_clear()
 
 
@@ -357,7 +439,7 @@ def test_triton_cannot(monkeypatch):
         attention(x, x, x, backend="triton")
 
 
-def test_xformers_cannot(monkeypatch):
+def test_what_needs_cuda(monkeypatch):
     x = torch.zeros(1, 4, 1, 16)
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
@@ -367,8 +449,9 @@ def test_xformers_cannot(monkeypatch):
     package.ops = types.ModuleType("xformers.ops")
     monkeypatch.setitem(sys.modules, "xformers", package)
     monkeypatch.setitem(sys.modules, "xformers.ops", package.ops)
-    with pytest.raises(ValueError, match="backend xformers: xformers has no kernels for cpu: take sdpa"):
-        attention(x, x, x, backend="xformers")
+    for name in ("xformers", "sdpa_cudnn", "sdpa_efficient"):
+        with pytest.raises(ValueError, match=f"backend {name}: it has no kernels for cpu: take sdpa"):
+            attention(x, x, x, backend=name)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -150,6 +150,10 @@ def test_trace(run, tmp_path):
         ({"size": "big"}, "size=big is not one of auto, small, sd2"),
         ({"dtype": "float16"}, "dtype=float16 is not one of"),
         ({"compile": "yes"}, "compile=yes is not one of auto, true, false"),
+        ({"batch_size": -1}, "batch_size=-1 is not 0 or more"),
+        ({"seconds": -0.5}, "seconds=-0.5 is not 0 or more"),
+        ({"patience": float("nan")}, "patience=nan is not 0 or more"),
+        ({"profile": "no/such/trace.json"}, "profile=no/such/trace.json: there is no such folder, make it first"),
     ],
 )
 def test_bad_settings(run, settings, message):

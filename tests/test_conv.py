@@ -78,7 +78,7 @@ def test_which_way(monkeypatch, channels, side, grad, way):
     for name in ("conv_as_matmul", "winograd"):
         real = getattr(conv, name)
         monkeypatch.setattr(conv, name, lambda *a, name=name, real=real: taken.append(name) or real(*a))
-    net, x = made(channels, 8, dtype=torch.float32), picture(1, channels, side, side, dtype=torch.float32)
+    net, x = made(channels, 128, dtype=torch.float32), picture(1, channels, side, side, dtype=torch.float32)
     with torch.set_grad_enabled(grad):
         got = net(x)
     assert taken == [way] * (way is not None)
@@ -86,6 +86,47 @@ def test_which_way(monkeypatch, channels, side, grad, way):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         net(x)
     assert "winograd" not in taken[1:], "bfloat16 has no digits to lose"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dilation": 2}, {"groups": 2}, {"padding_mode": "reflect"}, {"stride": 2}, {"c_out": 8}, {"kernel": 5}],
+)
+@pytest.mark.parametrize("channels, side", [(512, 8), (256, 64)])
+def test_others_are_plain(options, channels, side):
+    """Whatever is no 3x3 convolution of many channels is nn.Conv2d's own, to the bit."""
+    net = made(channels, **dict(c_out=128, dtype=torch.float32) | options)
+    x = picture(1, channels, side, side, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(net(x), nn.Conv2d.forward(net, x))
+        assert torch.equal(net(x[0]), nn.Conv2d.forward(net, x[0]))  # a picture without a batch
+
+
+def test_what_takes_the_place_of_a_convolution_is_called():
+    """upsample_conv reads the weight alone: not of a module that does more with it."""
+
+    class Twice(conv.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, net = picture(1, 4, 32, 32), made(4, 6)
+    twin = Twice(4, 6, 3, padding=1).to(torch.float64, memory_format=torch.channels_last)
+    twin.load_state_dict(net.state_dict())
+    torch.testing.assert_close(conv.upsample_conv(x, twin), 2 * conv.upsample_conv(x, net), rtol=0, atol=1e-12)
+    wide = conv.Conv2d(4, 6, 3, padding=2, dilation=2).to(torch.float64, memory_format=torch.channels_last)
+    assert torch.equal(conv.upsample_conv(x, wide), wide(F.interpolate(x, scale_factor=2.0)))
+
+
+def test_recorded_for_all_sizes():
+    """A traced or exported graph does not have the way of the size that it was recorded with."""
+    net = nn.Sequential(made(512, 128, dtype=torch.float32)).eval()
+    small, large = (picture(n, 512, 8, 8, dtype=torch.float32) for n in (1, 3))
+    with torch.no_grad():
+        traced = torch.jit.trace(net, small, check_trace=False)
+        exported = torch.export.export(net, (large,), dynamic_shapes=[{0: torch.export.Dim("batch", max=9)}]).module()
+        for x in (small, large):
+            for got in (traced(x), exported(x)):
+                torch.testing.assert_close(got, net(x), rtol=0, atol=1e-4)
 
 
 def test_the_models_convolve_so(monkeypatch):
