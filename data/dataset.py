@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.shards import FILES, SIDECAR, Index, Remote, Table, as_runs, open_table, read_arrays, write_whole
+from data.shards import FILES, SIDECAR, Index, Remote, Table, as_runs, open_table, read_arrays, spread, write_whole
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 HELD_OUT = ("val", "validation", "valid", "test")  # names that mean validation; where several are present, the first
@@ -432,9 +432,7 @@ class Dataset:
         self.remote = Remote(self.path, cache, cache_gb) if "://" in self.path else None
         if self.remote:
             self.root, paths, self._open = self.remote.folder, self.remote.names, self.remote.open
-            for name in NAMES:
-                if content := self.remote.small(name):
-                    write_whole(f"{self.root}/{name}", lambda f, content=content: f.write(content))
+            self.remote.copy(NAMES)
         elif not os.path.exists(self.path):
             remedy = "pass --dataset=DIR, a folder of images, tar or parquet shards, or images.npy"
             raise FileNotFoundError(f"dataset {self.path} is not there: {remedy}")
@@ -507,9 +505,11 @@ class Dataset:
         """SHARD.index.npz beside each local shard, for those who read it from afar; how many."""
         if self.remote or self.form not in ("tar", "parquet"):
             raise ValueError(f"{self.path} is not a folder of shards here: write their indexes where they lie")
-        for shard in self.files:
-            write_whole(f"{self.root}/{shard}{SIDECAR}", lambda f, s=shard: np.savez_compressed(f, **self._arrays(s)))
-        return len(self.files)
+
+        def write(shard):
+            write_whole(f"{self.root}/{shard}{SIDECAR}", lambda f: np.savez_compressed(f, **self._arrays(shard)))
+
+        return len(list(spread(write, self.files)))
 
     def _given_names(self, *files):
         """The names in the first of these files that has some, [] where none has."""
@@ -965,7 +965,7 @@ def collate(samples):
 
 
 def _begin_worker(number):
-    """In a worker, where SIGTERM is blocked: end when it comes from the parent alone; SIGUSR1 shows its stack."""
+    """In a worker: SIGINT is for the trainer, SIGTERM ends it when it comes from there; SIGUSR1 shows its stack."""
 
     def wait():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != multiprocessing.parent_process().pid:
@@ -973,6 +973,7 @@ def _begin_worker(number):
         os._exit(0)
 
     if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])  # a fork server may have them open
         faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
         threading.Thread(target=wait, daemon=True).start()
 
@@ -990,17 +991,26 @@ def loader(
     timeout=600,
     restarts=3,
 ):
-    """
-    An iterator over this rank's collated micro-batches of steps start_step .. max_steps - 1, in order.
-
-    A worker that dies, or gives no batch for `timeout` seconds (then its stack is shown), is named, and all are started
-    again from the first batch that has not come: the sequence stays the same. RuntimeError after `restarts` in a row.
-    """
-    total = max(max_steps - start_step, 0) * grad_accum
+    """An iterator over this rank's collated micro-batches of steps start_step .. max_steps - 1; see `in_batches`."""
 
     def positions(n):
         step, micro = divmod(n, grad_accum)
         return step_positions(start_step + step, micro, batch_size, grad_accum, rank, world)
+
+    total = max(max_steps - start_step, 0) * grad_accum
+    return in_batches(stream, positions, total, collate_fn, workers, rank, timeout, restarts)
+
+
+def in_batches(stream, positions, total, collate_fn, workers=0, rank=0, timeout=600, restarts=3):
+    """
+    An iterator over collate_fn([stream[p] for p in positions(n)]) for n < total, in order.
+
+    A worker that dies, or gives no batch for `timeout` seconds in which no shard is fetched from afar either (then its
+    stack is shown), is named, and all are started again from the first batch that has not come: the sequence stays the
+    same. RuntimeError after `restarts` in a row.
+    """
+    workers = workers if total else 0
+    remote = getattr(getattr(stream, "images", getattr(stream, "dataset", None)), "remote", None)
 
     def begin(first, prefetch=2):
         batches = torch.utils.data.DataLoader(
@@ -1023,6 +1033,8 @@ def loader(
         before, on_death = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM]), None
         if threading.current_thread() is threading.main_thread():
             on_death = signal.getsignal(signal.SIGCHLD)
+            if getattr(on_death, "__module__", "").startswith("torch."):  # of a plain DataLoader before
+                on_death = signal.SIG_DFL
         try:
             return iter(batches)
         finally:
@@ -1047,6 +1059,12 @@ def loader(
                     raise
                 if not fallen and time.monotonic() < due:
                     continue
+                if not fallen and remote and remote.is_fetching(timeout):
+                    print(
+                        f"rank {rank} has waited {timeout} s for shards that are being fetched: it goes on", flush=True
+                    )
+                    due = time.monotonic() + timeout
+                    continue
                 number = fallen[0] if fallen else (done - first) % workers  # they take turns
                 worker = batches._workers[number]
                 code = -worker.exitcode if fallen else 0
@@ -1062,9 +1080,6 @@ def loader(
                 yield batch
                 done, failures, due = done + 1, 0, time.monotonic() + timeout
                 continue
-            if failures > restarts:
-                raise RuntimeError(f"{fault}, {failures} times in a row: look at these images, or take fewer workers")
-            print(f"{fault}: starting workers again, {failures} of {restarts}", flush=True)
             if not fallen and hasattr(signal, "SIGUSR1"):
                 os.kill(worker.pid, signal.SIGUSR1)  # its stack, to stderr
                 time.sleep(0.5)
@@ -1072,6 +1087,9 @@ def loader(
                 worker.kill()
             for worker in batches._workers:
                 worker.join(5)
+            if failures > restarts:
+                raise RuntimeError(f"{fault}, {failures} times in a row: look at these images, or take fewer workers")
+            print(f"{fault}: starting workers again, {failures} of {restarts}", flush=True)
             # what a worker had ready dies with it: one at a time, so that a bad batch cannot take others along
             batches, first, due = begin(done, 1 if failures > 1 else 2), done, time.monotonic() + timeout
 
