@@ -1106,6 +1106,8 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=10, help="to decode for")
     parser.add_argument("--sidecars", action="store_true", help="write SHARD.index.npz, for those who read from afar")
     asked = parser.parse_args()
+    if not os.environ.get("TRACEBACK"):
+        sys.tracebacklimit = 0  # a mistake is one line, as in the training scripts
     opened = time.perf_counter()
     ds = Dataset(asked.path, "all", asked.image_size)
     opened, classes = time.perf_counter() - opened, ", ".join(ds.classes[:5]) + (", ..." if len(ds.classes) > 5 else "")

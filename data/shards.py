@@ -424,6 +424,28 @@ class Remote:
 
     def __init__(self, url, cache="cache", gigabytes=64.0):
         self.url, self.gigabytes, self.thread = url, gigabytes, None
+        try:
+            self.look_up(url)
+        except ImportError:
+            raise
+        except Exception as e:  # file systems raise what they like
+            kind, why = FileNotFoundError if isinstance(e, FileNotFoundError) else OSError, e.__cause__ or e
+            remedy = "check the address, the network and your credentials"
+            raise kind(f"dataset {url} cannot be looked up ({type(why).__name__}: {why}): {remedy}") from None
+        self.names = sorted(self.paths)
+        self.folder = f"{cache}/shards-{digest(url.split('://')[0], self.base)}"
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            open(f"{self.folder}/lock", "a").close()
+        except OSError as e:
+            raise OSError(f"shards of {url} cannot be kept in {self.folder} ({e}): set another cache_dir") from None
+        largest = max([self.sizes[name] or 0 for name in self.names if name.endswith((".tar", ".parquet"))], default=0)
+        if largest > gigabytes * 1e9:
+            needs = f"less than one of its files, of {largest / 1e9:.3g} GB"
+            raise ValueError(f"cache_gb={gigabytes} of {url} is {needs}: give it room for 64 shards and more")
+
+    def look_up(self, url):
+        """Sets base, paths, sizes and stamps from what is there now."""
         fs, found = self.system(), {}
         base, one_by_one = re.split(r"[*?\[{]", url)[0].rpartition("/")[0], braces(url)
         self.is_whole = (
@@ -443,17 +465,7 @@ class Remote:
             version = [str(info[key]) for key in VERSIONS if info.get(key)]
             self.paths[name], self.sizes[name] = path, info.get("size")
             self.stamps[name] = (info.get("size"), *version)
-        self.names, self.base = sorted(self.paths), base
-        self.folder = f"{cache}/shards-{digest(url.split('://')[0], base)}"
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-            open(f"{self.folder}/lock", "a").close()
-        except OSError as e:
-            raise OSError(f"shards of {url} cannot be kept in {self.folder} ({e}): set another cache_dir") from None
-        largest = max([size or 0 for size in self.sizes.values()], default=0)
-        if largest > gigabytes * 1e9:
-            needs = f"less than one of its files, of {largest / 1e9:.3g} GB"
-            raise ValueError(f"cache_gb={gigabytes} of {url} is {needs}: give it room for 64 shards and more")
+        self.base = base
 
     def __getstate__(self):
         return {**self.__dict__, "thread": None}
@@ -462,11 +474,11 @@ class Remote:
         """The fsspec file system; asked for each time, as it does not outlive a fork."""
         try:
             import fsspec
-        except ImportError:
-            raise ImportError(
-                f"reading {self.url} needs fsspec: pip install fsspec, with s3fs, gcsfs or aiohttp"
-            ) from None
-        return fsspec.core.url_to_fs(self.url)[0]
+
+            return fsspec.core.url_to_fs(self.url)[0]
+        except ImportError as e:
+            needs = "needs fsspec: pip install fsspec, with s3fs, gcsfs or aiohttp"
+            raise ImportError(f"reading {self.url} {needs} ({e})") from None
 
     def local(self, name):
         return f"{self.folder}/{digest(name, self.stamps[name])}{os.path.splitext(name)[1]}"
