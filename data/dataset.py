@@ -75,6 +75,19 @@ class BadImage(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+@contextlib.contextmanager
+def named(key, what="{}"):
+    """What goes wrong within is a BadImage, unless this process is to blame; what: what is said around the reason."""
+    try:
+        yield
+    except Exception as e:  # a damaged file can raise anything
+        if is_lack(e):
+            raise
+        is_foreign = isinstance(e, UnidentifiedImageError)  # its own message has an address in it
+        reason = "not an image that Pillow can read" if is_foreign else str(e) or type(e).__name__
+        raise BadImage(f"{key}: {what.format(reason)}") from None
+
+
 # -----------------------------------------------------------------------------
 # stateless randomness
 
@@ -611,24 +624,20 @@ class Dataset:
     def meta(self, i):
         """dict(label, text, key) of item i, without its pixels."""
         key, label, _, (kind, *where), _ = self.place(i)
-        try:
-            text = None
+        text = None
+        with named(key, "its caption does not read ({})"):
             if kind == PARQUET_TEXT:
                 text = self._cell(CAPTIONS, *where)
             elif kind == JSON_TEXT:
                 text = json.loads(self._read(key, *where))
             elif kind == PLAIN_TEXT:
                 text = self._read(key, *where).decode("utf-8", "replace").strip()
-        except Exception as e:
-            if is_lack(e):
-                raise
-            raise BadImage(f"{key}: its caption does not read ({e})") from None
         return dict(label=label, text=captions_of(text), key=key)
 
     def rgb(self, i):
         """The whole of image i as PIL RGB."""
         key, _, where, _, _ = self.place(i)
-        try:
+        with named(key):
             if self.form == "npy":
                 shape = np.load(f"{self.root}/{self.files[where[0]]}", mmap_mode="r").shape[1:]
                 image = np.frombuffer(self._read(key, *where), np.uint8).reshape(shape)
@@ -641,12 +650,6 @@ class Dataset:
                 if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
                 return to_rgb(image)
-        except UnidentifiedImageError:
-            raise BadImage(f"{key}: not an image that Pillow can read") from None
-        except Exception as e:  # a damaged file can raise anything
-            if is_lack(e):
-                raise
-            raise BadImage(f"{key}: {str(e) or type(e).__name__}") from None
 
     def pixels(self, i, crop="center", flip=False, u=None):
         """
@@ -671,25 +674,23 @@ class Dataset:
         if self.form == "npy":
             height, width = np.load(f"{self.root}/{self.files[file]}", mmap_mode="r").shape[1:3]
             return width, height
-        for most in (2**16, sys.maxsize):  # what is asked is nearly always at the beginning
-            try:
+
+        def head(most):
+            with named(key):
                 data = self._cell(PIXELS, file, offset, size) if self.form == "parquet" else None
                 data = self._read(key, file, offset, min(size, most)) if data is None else data
                 with Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data)) as image:
                     turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
                     return image.size[::-1] if turned else image.size
-            except Exception as e:
-                if is_lack(e):
-                    raise
-                if most == sys.maxsize:
-                    is_foreign = isinstance(e, UnidentifiedImageError)  # its own message has an address in it
-                    reason = "not an image that Pillow can read" if is_foreign else str(e) or type(e).__name__
-                    raise BadImage(f"{key}: {reason}") from None
+
+        with contextlib.suppress(BadImage):
+            return head(2**16)  # what is asked is nearly always at the beginning
+        return head(size)
 
     def _map(self, i):
         """The map of item i as 8-bit PIL, or None where there is none."""
         key, _, (file, *where), _, (offset, size, *_) = self.place(i)
-        try:
+        with named(key, "its map does not read ({})"):
             data, path = b"", f"{self.root}/{os.path.splitext(key)[0]}.map.png"
             if self.form == "npy" and size:
                 data = np.frombuffer(self._read(key, file + 2, offset, size), np.uint8)
@@ -709,12 +710,6 @@ class Dataset:
             if image.mode not in ("L", "P", "1"):
                 raise ValueError(f"mode {image.mode}: save it as 8-bit grey or palette, a pixel its class")
             return Image.fromarray(np.array(image, dtype=np.uint8))  # the palette's indices, not its colors
-        except UnidentifiedImageError:  # its own message has an address in it
-            raise BadImage(f"{key}: its map is not an image that Pillow can read") from None
-        except Exception as e:
-            if is_lack(e):
-                raise
-            raise BadImage(f"{key}: its map does not read ({str(e) or type(e).__name__})") from None
 
     def map(self, i, crop="center", flip=False, u=None):
         """The semantic map of image i, (S,S) int64, -1 unknown, cut as `pixels` cuts the image; resizing is nearest."""
@@ -748,7 +743,7 @@ class Dataset:
     def _objects(self, i):
         """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
         key, _, image, (kind, *where), (*_, offset, size) = self.place(i)
-        try:
+        with named(key, "its objects do not read ({})"):
             if self.form == "parquet":
                 objects = self._cell(OBJECTS, *image)
             elif self.form == "tar" and size:
@@ -762,10 +757,6 @@ class Dataset:
                 raise ValueError(f"{len(names)} categories, {len(boxes)} boxes: give [x, y, w, h] and a category each")
             numbered = dict(enumerate(self._object_names))
             return [(numbered.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
-        except Exception as e:
-            if is_lack(e):
-                raise
-            raise BadImage(f"{key}: its objects do not read ({e})") from None
 
     def boxes(self, i, flip=False, crop="center", u=None):
         """
@@ -979,26 +970,16 @@ def _begin_worker(number):
 
 
 def loader(
-    stream,
-    start_step,
-    max_steps,
-    batch_size,
-    grad_accum=1,
-    rank=0,
-    world=1,
-    workers=0,
-    collate_fn=collate,
-    timeout=600,
-    restarts=3,
+    stream, start_step, max_steps, batch_size, grad_accum=1, rank=0, world=1, workers=0, collate_fn=collate, **options
 ):
-    """An iterator over this rank's collated micro-batches of steps start_step .. max_steps - 1; see `in_batches`."""
+    """This rank's collated micro-batches of steps start_step .. max_steps - 1; options: of in_batches, which see."""
 
     def positions(n):
         step, micro = divmod(n, grad_accum)
         return step_positions(start_step + step, micro, batch_size, grad_accum, rank, world)
 
     total = max(max_steps - start_step, 0) * grad_accum
-    return in_batches(stream, positions, total, collate_fn, workers, rank, timeout, restarts)
+    return in_batches(stream, positions, total, collate_fn, workers, rank, **options)
 
 
 def in_batches(stream, positions, total, collate_fn, workers=0, rank=0, timeout=600, restarts=3):
