@@ -9,6 +9,7 @@ written whole or not at all, so a build that was killed goes on where it was.
 """
 
 import io
+import itertools
 import math
 import os
 import platform
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from convert import hash_weights
-from data.dataset import BadImage, seed_of
+from data.dataset import BadImage, in_batches, seed_of
 from data.shards import write_whole
 
 SHARD = 1024  # images in a file
@@ -68,6 +69,17 @@ def check_shared(cache, rank, world):
         )
 
 
+def members(images, shard):
+    """The images of a shard, as a range."""
+    return range(shard * SHARD, min((shard + 1) * SHARD, len(images)))
+
+
+def chunks(images, shards, size):
+    """The images of some shards, in ranges of at most `size` that lie in one shard."""
+    spans = [members(images, shard) for shard in shards]
+    return [span[at : at + size] for span in spans for at in range(0, len(span), size)]
+
+
 # -- latents --
 
 
@@ -110,13 +122,9 @@ class LatentCache(torch.utils.data.Dataset):
     def path(self, shard):
         return f"{self.folder}/{shard:06d}.npy"
 
-    def members(self, shard):
-        """The images whose latents are in a shard."""
-        return range(shard * SHARD, min((shard + 1) * SHARD, len(self.images)))
-
     def is_whole(self, shard):
         """Whether the file of a shard is there, with the head and the size that it must have."""
-        head, shape = io.BytesIO(), (len(self.members(shard)), *self.shape)
+        head, shape = io.BytesIO(), (len(members(self.images, shard)), *self.shape)
         np.lib.format.write_array_header_1_0(head, {"descr": "<f2", "fortran_order": False, "shape": shape})
         try:
             with open(self.path(shard), "rb") as f:
@@ -131,25 +139,25 @@ class LatentCache(torch.utils.data.Dataset):
         os.makedirs(self.folder, exist_ok=True)
         missing = [shard for shard in range(self.count) if not self.is_whole(shard)]
         if missing and rank == 0:
-            count = sum(len(self.members(shard)) for shard in missing)
+            count = sum(len(members(self.images, shard)) for shard in missing)
             announce(f"the latents of {count} images", self.folder, 2 * count * math.prod(self.shape))
-        for shard in missing:
-            if shard % world != rank:  # by number: ranks may not find the same ones missing
-                continue
-            if os.path.exists(self.path(shard)):
-                print(f"{self.path(shard)} is cut short or damaged: it is made again", flush=True)
-            subset = torch.utils.data.Subset(Images(self.images), self.members(shard))
-            parts = []
-            for x in torch.utils.data.DataLoader(subset, batch_size=32, num_workers=workers):
-                x = x.to(device, vae.latent_mean.dtype)
-                pair = []
-                for y in (x, x.flip(-1))[: self.flips]:
-                    with autocast():
-                        posterior = vae.encode(y)
-                    pair.append(torch.stack([posterior.mean, posterior.std], dim=1))
-                parts.append(torch.stack(pair, dim=1).half().cpu().numpy())  # (32, flips, 2, C, h, w)
-            latents = np.concatenate(parts)
-            write_whole(self.path(shard), lambda f, latents=latents: np.save(f, latents))
+        mine = [shard for shard in missing if shard % world == rank]  # by number: ranks may find others missing
+        spans, parts = chunks(self.images, mine, 32), []
+        batches = in_batches(Images(self.images), spans.__getitem__, len(spans), torch.stack, workers, rank)
+        for span, x in zip(spans, batches):
+            x = x.to(device, vae.latent_mean.dtype)
+            pair = []
+            for y in (x, x.flip(-1))[: self.flips]:
+                with autocast():
+                    posterior = vae.encode(y)
+                pair.append(torch.stack([posterior.mean, posterior.std], dim=1))
+            parts.append(torch.stack(pair, dim=1).half().cpu().numpy())  # (32, flips, 2, C, h, w)
+            shard = span.start // SHARD
+            if span.stop == members(self.images, shard).stop:
+                if os.path.exists(self.path(shard)):
+                    print(f"{self.path(shard)} is cut short or damaged: it is made again", flush=True)
+                latents, parts = np.concatenate(parts), []
+                write_whole(self.path(shard), lambda f, latents=latents: np.save(f, latents))
         while not all(self.is_whole(shard) for shard in missing):
             time.sleep(1)
 
@@ -252,9 +260,8 @@ class TextCache(torch.utils.data.Dataset):
             return torch.cat(parts)  # (M, L, D)
 
         def captions(shards):
-            members = (i for s in shards for i in range(s * SHARD, min((s + 1) * SHARD, len(self.images))))
-            subset = torch.utils.data.Subset(Captions(self.images), list(members))
-            batches = torch.utils.data.DataLoader(subset, batch_size=64, num_workers=workers, collate_fn=list)
+            spans = chunks(self.images, shards, 64)
+            batches = in_batches(Captions(self.images), spans.__getitem__, len(spans), list, workers, rank)
             return (texts for batch in batches for texts in batch)
 
         self.null = embed([""])[0]
@@ -264,12 +271,12 @@ class TextCache(torch.utils.data.Dataset):
             counts = [len(texts) for texts in captions(missing)]
             what = f"the text of {len(counts)} images ({sum(counts)} captions)"
             announce(what, self.folder, 2 * sum(counts) * math.prod(self.shape))
-        for shard in missing:
-            if shard % world != rank:
-                continue
+        mine = [shard for shard in missing if shard % world == rank]
+        told = captions(mine)
+        for shard in mine:
             if os.path.exists(self.path(shard)):
                 print(f"{self.path(shard)} is cut short or damaged: it is made again", flush=True)
-            texts = list(captions([shard]))
+            texts = list(itertools.islice(told, len(members(self.images, shard))))
             starts, texts = np.cumsum([0, *map(len, texts)]), [text for several in texts for text in several]
             crc = [zlib.crc32(text.encode("utf-8", "surrogatepass")) for text in texts]
             tensors = {"starts": torch.from_numpy(starts), "crc": torch.tensor(crc, dtype=torch.int64)}

@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.shards import FILES, SIDECAR, Index, Remote, Table, as_runs, open_table, read_arrays, write_whole
+from data.shards import FILES, SIDECAR, Index, Remote, Table, as_runs, open_table, read_arrays, spread, write_whole
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 HELD_OUT = ("val", "validation", "valid", "test")  # names that mean validation; where several are present, the first
@@ -73,6 +73,19 @@ class BadImage(ValueError):
 
     def __init__(self, message):
         super().__init__(" ".join(message.split()))
+
+
+@contextlib.contextmanager
+def named(key, what="{}"):
+    """What goes wrong within is a BadImage, unless this process is to blame; what: what is said around the reason."""
+    try:
+        yield
+    except Exception as e:  # a damaged file can raise anything
+        if is_lack(e):
+            raise
+        is_foreign = isinstance(e, UnidentifiedImageError)  # its own message has an address in it
+        reason = "not an image that Pillow can read" if is_foreign else str(e) or type(e).__name__
+        raise BadImage(f"{key}: {what.format(reason)}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -432,9 +445,7 @@ class Dataset:
         self.remote = Remote(self.path, cache, cache_gb) if "://" in self.path else None
         if self.remote:
             self.root, paths, self._open = self.remote.folder, self.remote.names, self.remote.open
-            for name in NAMES:
-                if content := self.remote.small(name):
-                    write_whole(f"{self.root}/{name}", lambda f, content=content: f.write(content))
+            self.remote.copy(NAMES)
         elif not os.path.exists(self.path):
             remedy = "pass --dataset=DIR, a folder of images, tar or parquet shards, or images.npy"
             raise FileNotFoundError(f"dataset {self.path} is not there: {remedy}")
@@ -507,9 +518,11 @@ class Dataset:
         """SHARD.index.npz beside each local shard, for those who read it from afar; how many."""
         if self.remote or self.form not in ("tar", "parquet"):
             raise ValueError(f"{self.path} is not a folder of shards here: write their indexes where they lie")
-        for shard in self.files:
-            write_whole(f"{self.root}/{shard}{SIDECAR}", lambda f, s=shard: np.savez_compressed(f, **self._arrays(s)))
-        return len(self.files)
+
+        def write(shard):
+            write_whole(f"{self.root}/{shard}{SIDECAR}", lambda f: np.savez_compressed(f, **self._arrays(shard)))
+
+        return len(list(spread(write, self.files)))
 
     def _given_names(self, *files):
         """The names in the first of these files that has some, [] where none has."""
@@ -611,24 +624,20 @@ class Dataset:
     def meta(self, i):
         """dict(label, text, key) of item i, without its pixels."""
         key, label, _, (kind, *where), _ = self.place(i)
-        try:
-            text = None
+        text = None
+        with named(key, "its caption does not read ({})"):
             if kind == PARQUET_TEXT:
                 text = self._cell(CAPTIONS, *where)
             elif kind == JSON_TEXT:
                 text = json.loads(self._read(key, *where))
             elif kind == PLAIN_TEXT:
                 text = self._read(key, *where).decode("utf-8", "replace").strip()
-        except Exception as e:
-            if is_lack(e):
-                raise
-            raise BadImage(f"{key}: its caption does not read ({e})") from None
         return dict(label=label, text=captions_of(text), key=key)
 
     def rgb(self, i):
         """The whole of image i as PIL RGB."""
         key, _, where, _, _ = self.place(i)
-        try:
+        with named(key):
             if self.form == "npy":
                 shape = np.load(f"{self.root}/{self.files[where[0]]}", mmap_mode="r").shape[1:]
                 image = np.frombuffer(self._read(key, *where), np.uint8).reshape(shape)
@@ -641,12 +650,6 @@ class Dataset:
                 if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
                 return to_rgb(image)
-        except UnidentifiedImageError:
-            raise BadImage(f"{key}: not an image that Pillow can read") from None
-        except Exception as e:  # a damaged file can raise anything
-            if is_lack(e):
-                raise
-            raise BadImage(f"{key}: {str(e) or type(e).__name__}") from None
 
     def pixels(self, i, crop="center", flip=False, u=None):
         """
@@ -671,25 +674,23 @@ class Dataset:
         if self.form == "npy":
             height, width = np.load(f"{self.root}/{self.files[file]}", mmap_mode="r").shape[1:3]
             return width, height
-        for most in (2**16, sys.maxsize):  # what is asked is nearly always at the beginning
-            try:
+
+        def head(most):
+            with named(key):
                 data = self._cell(PIXELS, file, offset, size) if self.form == "parquet" else None
                 data = self._read(key, file, offset, min(size, most)) if data is None else data
                 with Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data)) as image:
                     turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
                     return image.size[::-1] if turned else image.size
-            except Exception as e:
-                if is_lack(e):
-                    raise
-                if most == sys.maxsize:
-                    is_foreign = isinstance(e, UnidentifiedImageError)  # its own message has an address in it
-                    reason = "not an image that Pillow can read" if is_foreign else str(e) or type(e).__name__
-                    raise BadImage(f"{key}: {reason}") from None
+
+        with contextlib.suppress(BadImage):
+            return head(2**16)  # what is asked is nearly always at the beginning
+        return head(size)
 
     def _map(self, i):
         """The map of item i as 8-bit PIL, or None where there is none."""
         key, _, (file, *where), _, (offset, size, *_) = self.place(i)
-        try:
+        with named(key, "its map does not read ({})"):
             data, path = b"", f"{self.root}/{os.path.splitext(key)[0]}.map.png"
             if self.form == "npy" and size:
                 data = np.frombuffer(self._read(key, file + 2, offset, size), np.uint8)
@@ -709,12 +710,6 @@ class Dataset:
             if image.mode not in ("L", "P", "1"):
                 raise ValueError(f"mode {image.mode}: save it as 8-bit grey or palette, a pixel its class")
             return Image.fromarray(np.array(image, dtype=np.uint8))  # the palette's indices, not its colors
-        except UnidentifiedImageError:  # its own message has an address in it
-            raise BadImage(f"{key}: its map is not an image that Pillow can read") from None
-        except Exception as e:
-            if is_lack(e):
-                raise
-            raise BadImage(f"{key}: its map does not read ({str(e) or type(e).__name__})") from None
 
     def map(self, i, crop="center", flip=False, u=None):
         """The semantic map of image i, (S,S) int64, -1 unknown, cut as `pixels` cuts the image; resizing is nearest."""
@@ -748,7 +743,7 @@ class Dataset:
     def _objects(self, i):
         """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
         key, _, image, (kind, *where), (*_, offset, size) = self.place(i)
-        try:
+        with named(key, "its objects do not read ({})"):
             if self.form == "parquet":
                 objects = self._cell(OBJECTS, *image)
             elif self.form == "tar" and size:
@@ -762,10 +757,6 @@ class Dataset:
                 raise ValueError(f"{len(names)} categories, {len(boxes)} boxes: give [x, y, w, h] and a category each")
             numbered = dict(enumerate(self._object_names))
             return [(numbered.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
-        except Exception as e:
-            if is_lack(e):
-                raise
-            raise BadImage(f"{key}: its objects do not read ({e})") from None
 
     def boxes(self, i, flip=False, crop="center", u=None):
         """
@@ -965,7 +956,7 @@ def collate(samples):
 
 
 def _begin_worker(number):
-    """In a worker, where SIGTERM is blocked: end when it comes from the parent alone; SIGUSR1 shows its stack."""
+    """In a worker: SIGINT is for the trainer, SIGTERM ends it when it comes from there; SIGUSR1 shows its stack."""
 
     def wait():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != multiprocessing.parent_process().pid:
@@ -973,34 +964,34 @@ def _begin_worker(number):
         os._exit(0)
 
     if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])  # a fork server may have them open
         faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
         threading.Thread(target=wait, daemon=True).start()
 
 
 def loader(
-    stream,
-    start_step,
-    max_steps,
-    batch_size,
-    grad_accum=1,
-    rank=0,
-    world=1,
-    workers=0,
-    collate_fn=collate,
-    timeout=600,
-    restarts=3,
+    stream, start_step, max_steps, batch_size, grad_accum=1, rank=0, world=1, workers=0, collate_fn=collate, **options
 ):
-    """
-    An iterator over this rank's collated micro-batches of steps start_step .. max_steps - 1, in order.
-
-    A worker that dies, or gives no batch for `timeout` seconds (then its stack is shown), is named, and all are started
-    again from the first batch that has not come: the sequence stays the same. RuntimeError after `restarts` in a row.
-    """
-    total = max(max_steps - start_step, 0) * grad_accum
+    """This rank's collated micro-batches of steps start_step .. max_steps - 1; options: of in_batches, which see."""
 
     def positions(n):
         step, micro = divmod(n, grad_accum)
         return step_positions(start_step + step, micro, batch_size, grad_accum, rank, world)
+
+    total = max(max_steps - start_step, 0) * grad_accum
+    return in_batches(stream, positions, total, collate_fn, workers, rank, **options)
+
+
+def in_batches(stream, positions, total, collate_fn, workers=0, rank=0, timeout=600, restarts=3):
+    """
+    An iterator over collate_fn([stream[p] for p in positions(n)]) for n < total, in order.
+
+    A worker that dies, or gives no batch for `timeout` seconds in which no shard is fetched from afar either (then its
+    stack is shown), is named, and all are started again from the first batch that has not come: the sequence stays the
+    same. RuntimeError after `restarts` in a row.
+    """
+    workers = workers if total else 0
+    remote = getattr(getattr(stream, "images", getattr(stream, "dataset", None)), "remote", None)
 
     def begin(first, prefetch=2):
         batches = torch.utils.data.DataLoader(
@@ -1023,6 +1014,8 @@ def loader(
         before, on_death = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM]), None
         if threading.current_thread() is threading.main_thread():
             on_death = signal.getsignal(signal.SIGCHLD)
+            if getattr(on_death, "__module__", "").startswith("torch."):  # of a plain DataLoader before
+                on_death = signal.SIG_DFL
         try:
             return iter(batches)
         finally:
@@ -1047,6 +1040,12 @@ def loader(
                     raise
                 if not fallen and time.monotonic() < due:
                     continue
+                if not fallen and remote and remote.is_fetching(timeout):
+                    print(
+                        f"rank {rank} has waited {timeout} s for shards that are being fetched: it goes on", flush=True
+                    )
+                    due = time.monotonic() + timeout
+                    continue
                 number = fallen[0] if fallen else (done - first) % workers  # they take turns
                 worker = batches._workers[number]
                 code = -worker.exitcode if fallen else 0
@@ -1062,9 +1061,6 @@ def loader(
                 yield batch
                 done, failures, due = done + 1, 0, time.monotonic() + timeout
                 continue
-            if failures > restarts:
-                raise RuntimeError(f"{fault}, {failures} times in a row: look at these images, or take fewer workers")
-            print(f"{fault}: starting workers again, {failures} of {restarts}", flush=True)
             if not fallen and hasattr(signal, "SIGUSR1"):
                 os.kill(worker.pid, signal.SIGUSR1)  # its stack, to stderr
                 time.sleep(0.5)
@@ -1072,6 +1068,9 @@ def loader(
                 worker.kill()
             for worker in batches._workers:
                 worker.join(5)
+            if failures > restarts:
+                raise RuntimeError(f"{fault}, {failures} times in a row: look at these images, or take fewer workers")
+            print(f"{fault}: starting workers again, {failures} of {restarts}", flush=True)
             # what a worker had ready dies with it: one at a time, so that a bad batch cannot take others along
             batches, first, due = begin(done, 1 if failures > 1 else 2), done, time.monotonic() + timeout
 
@@ -1088,6 +1087,8 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=10, help="to decode for")
     parser.add_argument("--sidecars", action="store_true", help="write SHARD.index.npz, for those who read from afar")
     asked = parser.parse_args()
+    if not os.environ.get("TRACEBACK"):
+        sys.tracebacklimit = 0  # a mistake is one line, as in the training scripts
     opened = time.perf_counter()
     ds = Dataset(asked.path, "all", asked.image_size)
     opened, classes = time.perf_counter() - opened, ", ".join(ds.classes[:5]) + (", ..." if len(ds.classes) > 5 else "")

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -35,6 +36,8 @@ COLUMNS = ("label", "file", "at", "size", "text_kind", "text_file", "text_at", "
 COLUMNS += ("json_at", "json_size")
 FILES = (1, 5)  # those that count in `files`
 SIDECAR = ".index.npz"  # SHARD.index.npz beside a remote shard is its index
+VERSIONS = ("ETag", "etag", "md5", "mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created")
+UNUSED = 30 * 24 * 3600  # seconds after which a table that nobody opens is removed
 
 
 def digest(*parts):
@@ -131,6 +134,8 @@ class Table:
     def load(cls, folder):
         with open(f"{folder}/about.json") as f:
             about = json.load(f)
+        with contextlib.suppress(OSError):
+            os.utime(folder)  # used just now
         names = [name.removesuffix(".npy") for name in os.listdir(folder) if name.endswith(".npy")]
         arrays = {name: np.load(f"{folder}/{name}.npy", mmap_mode="r").view(np.ndarray) for name in names}  # is faster
         return cls(about, arrays, folder)
@@ -262,14 +267,17 @@ def open_table(cache, name, jobs, arrays_from):
     try:
         os.makedirs(folder, exist_ok=True)
         open(f"{folder}/lock", "a").close()
-    except OSError:
+    except OSError as e:
+        line = f"the index of {len(jobs)} shards cannot be kept in {folder} ({e}): it is made in memory, at every start"
+        print(f"{line}; set cache_dir to a folder that can be written", flush=True)
         return Table.of([arrays_from(shard) for shard, _ in jobs])
-    with locked(f"{folder}/lock", f"indexes {len(jobs)} shards"):
+    with locked(f"{folder}/lock", f"indexes {len(jobs)} shards") as is_alone:
         with contextlib.suppress(Exception):  # while this one waited
             return Table.load(whole)
-        for left in os.listdir(folder):
+        for left in os.listdir(folder) if is_alone else ():
             if left.endswith(".tmp"):
                 remove(f"{folder}/{left}")
+        remove(whole)  # it is damaged
         print(f"indexing {len(jobs)} shards (once: the index is kept in {folder})", flush=True)
         abouts, told = [], time.time()
         for about in spread(about_of, range(len(jobs)), processes):
@@ -293,14 +301,17 @@ def open_table(cache, name, jobs, arrays_from):
                 with open(f"{making}/{name}", "rb") as f:
                     os.fsync(f.fileno())
             write_whole(f"{making}/about.json", lambda f: f.write(json.dumps(about).encode()))
-            remove(whole)
             os.rename(making, whole)  # all of it, or nothing
         except OSError as e:
+            with contextlib.suppress(Exception):  # where nothing is locked another was faster
+                return Table.load(whole)
             print(f"the index cannot be kept in {folder} ({e}): it is held in memory", flush=True)
             remove(making)
             return Table.of([arrays_from(shard) for shard, _ in jobs])
-        for name in set(os.listdir(folder)) - {"lock", *map(os.path.basename, [whole, *parts])}:
-            remove(f"{folder}/{name}")  # of shards as they were; who has it open keeps it
+        for name in set(os.listdir(folder)) - {"lock", *map(os.path.basename, [whole, *parts])} if is_alone else ():
+            # of shards as they were; but a node whose copies have other dates may have mapped a table of its own
+            if name.endswith(".npz") or time.time() - os.path.getmtime(f"{folder}/{name}") > UNUSED:
+                remove(f"{folder}/{name}")
         return Table.load(whole)
 
 
@@ -317,30 +328,41 @@ def remove(path):
             os.remove(path)
 
 
+def temporary(path):
+    """A name beside it that no other process has: on a disk that nodes share, process numbers alone are not enough."""
+    return f"{path}.{os.getpid()}{int.from_bytes(os.urandom(4), 'big'):010d}.tmp"
+
+
 def write_whole(path, write):
     """write(file) makes a file that is there whole or not at all, and on the disk before it has its name."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    making = temporary(path)
     try:
-        with open(temporary, "wb") as f:
+        with open(making, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name is on the disk too
-        finally:
-            os.close(folder)
+        os.replace(making, path)
+        if os.name == "posix":  # elsewhere a folder does not open
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the name is on the disk too
+            finally:
+                os.close(folder)
     except OSError as e:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        if os.path.exists(making):
+            os.remove(making)
         raise OSError(f"could not write {path} ({e}): make room and run again") from None
 
 
 @contextlib.contextmanager
 def locked(path, what=""):
-    """Until its end no other process is within; what the other one does is told while this one waits."""
+    """
+    Until its end no other process is within; what the other one does is told while this one waits.
+
+    Yields False on a file system without locks: there all do the work, and write the same.
+    """
     with open(path, "a") as f:
+        is_alone = fcntl is not None
         try:
             if fcntl:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -348,9 +370,9 @@ def locked(path, what=""):
             if what:
                 print(f"waiting for another process, which {what}", flush=True)
             fcntl.flock(f, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: all do the work, and write the same
-            pass
-        yield
+        except OSError:
+            is_alone = False
+        yield is_alone
 
 
 def processors():
@@ -372,10 +394,11 @@ def _call(job):
     return _function(job)
 
 
-def spread(function, jobs, processes):
+def spread(function, jobs, processes=None):
     """function(job) of each job, in order; where there are many, in forked processes."""
     global _function
-    if processes < 2 or len(jobs) < 32 or not hasattr(os, "fork"):
+    processes = processes or processors()
+    if processes < 2 or len(jobs) < 32 or not sys.platform.startswith("linux"):  # macOS's libraries outlive no fork
         yield from map(function, jobs)
         return
     _function, fork = function, multiprocessing.get_context("fork")  # they have it from their birth
@@ -401,6 +424,28 @@ class Remote:
 
     def __init__(self, url, cache="cache", gigabytes=64.0):
         self.url, self.gigabytes, self.thread = url, gigabytes, None
+        try:
+            self.look_up(url)
+        except ImportError:
+            raise
+        except Exception as e:  # file systems raise what they like
+            kind, why = FileNotFoundError if isinstance(e, FileNotFoundError) else OSError, e.__cause__ or e
+            remedy = "check the address, the network and your credentials"
+            raise kind(f"dataset {url} cannot be looked up ({type(why).__name__}: {why}): {remedy}") from None
+        self.names = sorted(self.paths)
+        self.folder = f"{cache}/shards-{digest(url.split('://')[0], self.base)}"
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            open(f"{self.folder}/lock", "a").close()
+        except OSError as e:
+            raise OSError(f"shards of {url} cannot be kept in {self.folder} ({e}): set another cache_dir") from None
+        largest = max([self.sizes[name] or 0 for name in self.names if name.endswith((".tar", ".parquet"))], default=0)
+        if largest > gigabytes * 1e9:
+            needs = f"less than one of its files, of {largest / 1e9:.3g} GB"
+            raise ValueError(f"cache_gb={gigabytes} of {url} is {needs}: give it room for 64 shards and more")
+
+    def look_up(self, url):
+        """Sets base, paths, sizes and stamps from what is there now."""
         fs, found = self.system(), {}
         base, one_by_one = re.split(r"[*?\[{]", url)[0].rpartition("/")[0], braces(url)
         self.is_whole = (
@@ -417,14 +462,10 @@ class Remote:
         self.paths, self.stamps, self.sizes = {}, {}, {}
         for path, info in zip(found, infos):
             name = path.removeprefix(base).lstrip("/")
-            version = [
-                str(info[key]) for key in ("ETag", "etag", "md5", "mtime", "LastModified", "created") if info.get(key)
-            ]
+            version = [str(info[key]) for key in VERSIONS if info.get(key)]
             self.paths[name], self.sizes[name] = path, info.get("size")
             self.stamps[name] = (info.get("size"), *version)
-        self.names, self.base = sorted(self.paths), base
-        self.folder = f"{cache}/shards-{digest(url.split('://')[0], base)}"
-        os.makedirs(self.folder, exist_ok=True)
+        self.base = base
 
     def __getstate__(self):
         return {**self.__dict__, "thread": None}
@@ -433,11 +474,11 @@ class Remote:
         """The fsspec file system; asked for each time, as it does not outlive a fork."""
         try:
             import fsspec
-        except ImportError:
-            raise ImportError(
-                f"reading {self.url} needs fsspec: pip install fsspec, with s3fs, gcsfs or aiohttp"
-            ) from None
-        return fsspec.core.url_to_fs(self.url)[0]
+
+            return fsspec.core.url_to_fs(self.url)[0]
+        except ImportError as e:
+            needs = "needs fsspec: pip install fsspec, with s3fs, gcsfs or aiohttp"
+            raise ImportError(f"reading {self.url} {needs} ({e})") from None
 
     def local(self, name):
         return f"{self.folder}/{digest(name, self.stamps[name])}{os.path.splitext(name)[1]}"
@@ -458,7 +499,7 @@ class Remote:
             for attempt in range(4):
                 if os.path.exists(path):
                     return
-                part = f"{path}.{os.getpid()}.tmp"
+                part = temporary(path)
                 try:
                     self.system().get_file(self.paths[name], part)
                     size = os.path.getsize(part)
@@ -508,6 +549,14 @@ class Remote:
         self.thread = threading.Thread(target=fetch, daemon=True)
         self.thread.start()
 
+    def is_fetching(self, seconds):
+        """Whether in these last seconds any process of the machine got on with a file that it fetches."""
+        try:
+            files = [file for file in os.scandir(self.folder) if file.name.endswith(".tmp")]
+            return any(time.time() - file.stat().st_mtime < seconds for file in files)
+        except FileNotFoundError:  # one has just got its name
+            return True
+
     def small(self, name):
         """Content of a small file in the folder, None where there is none."""
         if self.is_whole and name not in self.paths:
@@ -516,6 +565,18 @@ class Remote:
             return self.system().cat_file(f"{self.base}/{name}")
         except (FileNotFoundError, PermissionError):  # who may not list may be refused what is not there
             return None
+        except Exception as e:
+            if getattr(e, "status", 0) in (401, 403, 410):  # the same over HTTP
+                return None
+            raise
+
+    def copy(self, names):
+        """Small files as they are there now, into the folder."""
+        for name in names:
+            if content := self.small(name):
+                write_whole(f"{self.folder}/{name}", lambda f, content=content: f.write(content))
+            else:
+                remove(f"{self.folder}/{name}")
 
 
 def braces(url):

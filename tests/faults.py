@@ -475,14 +475,19 @@ def try_order(name, wanted):
                 failed(f"{name} {name_}", "it was written in place")
 
 
-def try_kills(name, job, work, wanted, times, rng, seconds):
-    """kill -9 at random moments; three times in one run now and then."""
-    for k in range(times):
-        folder = f"{work}/kills/{name}-{k:03d}"
-        moments = [rng.uniform(*seconds) for _ in range(3 if k % 4 == 3 else 1)]
-        for moment in moments:
-            status, _ = run(job, folder, kill_after=moment)
+def try_kills(name, job, work, wanted, times, rng, seconds, span=(0, 1)):
+    """kill -9 of `times` runs at random moments in that span of the `seconds` a run takes; now and then three times."""
+    k = killed = 0
+    while killed < times:
+        folder, struck = f"{work}/kills/{name}-{k:03d}", 0
+        moments = [seconds * rng.uniform(*span) for _ in range(3 if k % 4 == 3 else 1)]
+        for i, moment in enumerate(moments):
+            status, spent = run(job, folder, kill_after=moment)
             count(f"{name}, kill -9" if status else f"{name}, ended before the kill")
+            if not status and not i:  # the machine was slower when it was measured
+                seconds = min(seconds, spent)
+            struck += bool(status)
+        k, killed = k + 1, killed + bool(struck)
         try:
             go_on(name.split()[0], job, folder, wanted)
         except AssertionError as e:
@@ -661,11 +666,11 @@ def main():
         if "resumed" in tried and name in ("vae", "ldm", "lpips"):
             try_resumed(name, job, work, wanted, modes.split(","), every)
         if "kills" in tried and name in ("vae", "ldm", "lpips"):
-            try_kills(name, job, work, wanted, kills, rng, (0, seconds))
+            try_kills(name, job, work, wanted, kills, rng, seconds)
             if name == "ldm":
                 lines = Path(f"{work}/again/{name}.stdout").read_text()
                 assert "caching the latents" in lines
-                try_kills("ldm caching", job, work, wanted, kills, rng, (0.25 * seconds, 0.6 * seconds))
+                try_kills("ldm caching", job, work, wanted, kills, rng, seconds, (0.25, 0.6))
         if "disk" in tried and name in ("vae", "ldm"):
             try_disk(name, job, work, wanted)
         if "handles" in tried and name in ("vae", "ldm", "prepare", "bulk"):

@@ -221,6 +221,26 @@ def test_a_file_that_is_not_whole_is_made_again(kind, damage, told_data, vae, tm
 
 
 @both_kinds
+def test_workers_killed_while_it_is_built_change_nothing(kind, told_data, vae, tmp_path, monkeypatch, capsys):
+    make, model = caches(kind, told_data, vae, tmp_path / "plain")
+    plain = build(make(), model)
+    read, parent = (Dataset.pixels, Dataset.meta)[kind == "text"], os.getpid()
+
+    def deadly(self, i, *args, **options):
+        if i == 11 and os.getpid() != parent and not os.path.exists(tmp_path / "died"):
+            open(tmp_path / "died", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, i, *args, **options)
+
+    monkeypatch.setattr(Dataset, read.__name__, deadly)
+    make, model = caches(kind, told_data, vae, tmp_path / "killed")
+    cache, before = make(), signal.getsignal(signal.SIGCHLD)
+    cache.build(model, CPU, contextlib.nullcontext, 2, 0, 1)
+    assert contents(cache) == contents(plain) and signal.getsignal(signal.SIGCHLD) is before
+    assert "was killed by SIGKILL (out of memory?), with positions" in capsys.readouterr().out
+
+
+@both_kinds
 @pytest.mark.parametrize("late", (False, True))
 def test_two_ranks_build_the_cache_of_one(kind, late, told_data, vae, tmp_path):
     make, model = caches(kind, told_data, vae, tmp_path / "one")

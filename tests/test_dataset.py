@@ -514,7 +514,7 @@ def test_each_bad_map_says_what_is_wrong(tmp_path):
     contents = {
         "a": (encoded(pixels), "mode RGB: save it as 8-bit grey"),
         "b": (encoded(classes[:, :10]), r"its map is \(10, 10\), the picture \(18, 10\): make them as large"),
-        "c": (b"no", "its map is not an image that Pillow can read"),
+        "c": (b"no", "its map does not read .not an image that Pillow can read"),
         "d": (b"", "it has no map"),
     }
     for name, (content, _) in contents.items():

@@ -344,6 +344,7 @@ def test_a_process_that_lacks_something_drops_no_image(lack, tmp_path, monkeypat
         raise lack
 
     monkeypatch.setattr("builtins.open", fail)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
     for read_one in (ds.rgb, ds.meta, ds.size, ds._objects):
         says("", read_one, 0, kind=type(lack))
     with pytest.raises(type(lack)):

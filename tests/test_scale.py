@@ -171,6 +171,12 @@ def test_a_changed_shard_alone_is_read_again(tmp_path, monkeypatch):
     os.remove(tmp_path / "set/00000.tar")
     assert len(Dataset(tmp_path / "set", "all")) == 17 and len(read) == 7
     (folder,) = Path("cache").iterdir()
+    tables = [path for path in folder.iterdir() if path.is_dir()]
+    assert len(list(folder.glob("*.npz"))) == 5 and len(tables) == 3, "another node may have mapped an old table"
+    for path in tables:
+        os.utime(path, (1, time.time() - store.UNUSED - 1))
+    make_tar(tmp_path / "set/00001.tar", [{"new.png": encoded(picture(9))}])
+    assert len(Dataset(tmp_path / "set", "all")) == 14 and len(read) == 8
     assert len(list(folder.glob("*.npz"))) == 5 and len(list(folder.iterdir())) == 7, "nothing old stays"
 
 
@@ -327,6 +333,7 @@ def test_remote_equals_local(memory, capsys):
     for url in ("memory://set", "memory://set/", "memory://set/*.tar", "memory://set/0000{0..4}.tar", f"file://{path}"):
         ds = Dataset(url, "all", 4, cache=f"cache-{seed_of(url)}")
         assert (ds.form, ds.window, ds.classes) == ("tar", 32, ["zero", "one", "two"])
+        assert os.path.exists(f"{ds.root}/classes.json")
         assert ds.fingerprint == here.fingerprint and content(ds) == content(here)
         assert all(torch.equal(ds[i]["image"], here[i]["image"]) for i in range(len(ds)))
     one = Dataset("memory://set/00002.tar", "all", 4)
@@ -400,6 +407,11 @@ def test_remote_faults(memory, monkeypatch, capsys):
     ):
         with pytest.raises(FileNotFoundError, match=message):
             Dataset(url)
+    with pytest.raises(ValueError, match="cache_gb=1e-06 of memory://set is less than one of its files, of .*e-05 GB"):
+        Dataset("memory://set", cache_gb=1e-6)
+    Path("taken").write_text("a file")
+    with pytest.raises(OSError, match="cannot be kept in taken/shards-.* set another cache_dir"):
+        Dataset("memory://set", cache="taken")
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ImportError, match="reading s3://bucket/x needs fsspec: pip install fsspec"):
         Dataset("s3://bucket/x")
@@ -503,6 +515,52 @@ def test_workers_killed_from_outside_while_they_read(uneven):
     assert next(batches, None) is None and all(same(a, b) for a, b in zip(plain, got))
 
 
+def test_a_dead_worker_interrupts_nothing_after_a_plain_loader(uneven):
+    """torch's handler of SIGCHLD, which such a one installs for good, raises wherever the process is just then."""
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        list(torch.utils.data.DataLoader(uneven, batch_size=None, num_workers=1, collate_fn=str))
+        batches = loader(Stream(uneven, 3), 0, 10, 2, workers=2)
+        got = [next(batches)]
+        for worker in torch.multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            pass
+        got += batches
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert all(same(a, b) for a, b in zip(loader(Stream(uneven, 3), 0, 10, 2), got)) and len(got) == 10
+
+
+def test_fetching_from_afar_is_no_hang(memory, monkeypatch, capsys):
+    """A shard that takes longer than the timeout but grows is waited for; one that does not is a hang."""
+    fs, _ = memory
+    ds, real = Dataset("memory://set", "all", 4), type(fs).get_file
+    for name in ds.files:
+        os.remove(ds.remote.local(name))
+
+    def get_file(self, remote, local, **options):
+        for _ in range(3):
+            with open(local, "ab") as f:
+                f.write(b"part")
+            time.sleep(0.5)
+        real(self, remote, local, **options)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(type(fs), "get_file", get_file)
+        (got,) = loader(Stream(ds, 3), 0, 1, 2, workers=1, timeout=1)
+    said = capsys.readouterr().out
+    assert "rank 0 has waited 1 s for shards that are being fetched" in said and "starting workers" not in said
+    assert same(got, *loader(Stream(ds, 3), 0, 1, 2))
+    ds = Dataset("memory://set", "all", 4, cache="other")
+    assert not ds.remote.is_fetching(1)
+    Path(ds.root, "left.tmp").write_bytes(b"")
+    assert ds.remote.is_fetching(1)
+    os.utime(Path(ds.root, "left.tmp"), (1, time.time() - 2))
+    assert not ds.remote.is_fetching(1)
+
+
 def test_a_worker_that_hangs_is_shown_and_replaced(uneven, tmp_path, capfd):
     stream = Stream(uneven, 3)
 
@@ -522,10 +580,10 @@ def test_a_worker_that_always_dies_ends_the_run(uneven, capsys):
         if p == 5:
             os._exit(3)
 
-    batches = loader(Faulty(Stream(uneven, 3), fault), 0, 10, 2, workers=2)
+    batches = loader(Faulty(Stream(uneven, 3), fault), 0, 10, 2, workers=2, restarts=2)
     got = [next(batches), next(batches)]
     with pytest.raises(
-        RuntimeError, match=r"worker . \(pid \d+\) of rank 0 ended with status 3, with positions 4..5.*4 times"
+        RuntimeError, match=r"worker . \(pid \d+\) of rank 0 ended with status 3, with positions 4..5.*3 times"
     ):
         got.append(next(batches))
     assert len(got) == 2 and not [w for w in torch.multiprocessing.active_children() if w.name.startswith("Process")]
