@@ -49,7 +49,7 @@ from diffusion import OBJECTIVES, make_schedule, sample_times, samplers, t_max, 
 from sample import Pipeline, generate, read_prompts, save_grid
 from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer, use_attention
 from vae import VAE
-from watch import Watch
+from watch import Watch, fresh_store
 
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
@@ -665,7 +665,7 @@ if __name__ == "__main__":
     if world > 1:
         timeout = datetime.timedelta(minutes=2 * hang_timeout)  # watch speaks first
         options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
-        dist.init_process_group(timeout=timeout, **options)
+        dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout, **options)
     master = rank == 0
     if attention != "auto":
         choose_backend(attention, device, getattr(torch, dtype), head_dim)  # what cannot run here is said at once
@@ -1193,7 +1193,7 @@ if __name__ == "__main__":
         # log: this step's numbers travel to the host while the next step runs
         if pending:
             stop = settle(pending)
-        flags = torch.stack([state["grad_norm"][2], *torch.stack([spike, finite]).to(sums.dtype)])
+        flags = torch.stack([state["grad_norm"][2], spike, finite])
         numbers = torch.cat([sums[:-1], grad_norm[None], flags, sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)

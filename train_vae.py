@@ -38,7 +38,7 @@ from data.dataset import Dataset, Stream, loader, seed_of, uniform
 from fid import frechet, load_inception
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
 from vae import VAE, Attention, Discriminator, ResBlock, psnr, ssim, turn_and_scale
-from watch import Watch
+from watch import Watch, fresh_store
 
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
@@ -719,7 +719,7 @@ if __name__ == "__main__":
     if world > 1:
         timeout = datetime.timedelta(minutes=2 * hang_timeout)  # watch speaks first
         options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
-        dist.init_process_group(timeout=timeout, **options)
+        dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout, **options)
     master = rank == 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
@@ -951,6 +951,8 @@ if __name__ == "__main__":
             tensors |= {f"{name}.latent_std": net.latent_std for name, net in (("model", model), ("ema", ema))}
             save_checkpoint(latest, tensors, meta)
         watch.stop()
+        if world > 1:
+            dist.destroy_process_group()
         sys.exit(0)
 
     gan_terms = ("gan", "disc_loss", "logits_real", "logits_fake", "gan_weight")
@@ -1137,8 +1139,8 @@ if __name__ == "__main__":
                 (got["disc_loss"] / grad_accum).backward()
             sums[:-1] += torch.stack([got[name].detach() if name in got else zero for name in terms]) / grad_accum
             if model.quantize:
-                found = got["indices"].flatten()
-                counts.index_add_(0, found, torch.ones_like(found, dtype=counts.dtype))
+                used = got["indices"].flatten()
+                counts.index_add_(0, used, torch.ones_like(used, dtype=counts.dtype))
             if restart:
                 candidates += vectors_at(positions, got["latents"], micro * world + rank).to(candidates.dtype)
 
@@ -1190,7 +1192,7 @@ if __name__ == "__main__":
             stop = settle(pending)
             if disc and pending[0] >= disc_start - disc_warmup:
                 judge(pending)
-        flags = torch.stack([state["grad_norm"][2], *torch.stack([spike, finite]).to(sums.dtype)])
+        flags = torch.stack([state["grad_norm"][2], spike, finite])
         numbers = torch.cat([sums[:-1], measured, flags, sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)

@@ -1,6 +1,7 @@
 """Watches the processes of a run: says which of them hangs, fails or is slow, and ends all, so that torchrun restarts.
 
-    watch = Watch(rank, world, hang_timeout)  # after init_process_group
+    dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, ...)
+    watch = Watch(rank, world, hang_timeout)
     watch.at("reading data", step)            # what the main thread does from here on
     watch.progress()                          # it gets on with that
 
@@ -19,6 +20,21 @@ import threading
 import time
 
 import torch.distributed as dist
+
+
+def fresh_store(timeout):
+    """The store in which the processes meet, without what those before a restart have left in it.
+
+    torchrun lends all restarts the same one, where they would find addresses of the dead. ValueError where it is to
+    restart several nodes so: each counts its own restarts.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 has just made it
+        return store
+    if os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        remedy = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, with --rdzv_backend=c10d"
+        raise ValueError(f"torchrun's --max_restarts on several nodes needs a new store at each restart: {remedy}")
+    return dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def hanging(reports, limit):
@@ -99,14 +115,16 @@ class Watch:
 
     def excepthook(self, kind, error, trace):
         """An error here is told to the others, of whom one may have been first: then this is but its echo."""
+        self.over.set()
         try:
             line = str(error).strip().rsplit("\n", 1)[-1]
             first, by, _ = self.end(f"rank {self.rank} ({self.name}) failed: {line or kind.__name__}")
+            is_echo = by != self.rank and issubclass(kind, RuntimeError)  # as a collective whose other end is gone
+            if is_echo:
+                self.tell(first)
         except Exception:  # the store's process has died
-            by = self.rank
-        if by != self.rank and issubclass(kind, RuntimeError):  # as a collective says whose other end is gone
-            print(f"{os.path.basename(sys.argv[0])}: {first}", file=sys.stderr, flush=True)
-        else:
+            is_echo = False
+        if not is_echo:
             self.usual_hook(kind, error, trace)
         self.stop()
 
@@ -129,7 +147,7 @@ class Watch:
                 behind = hanging(reports, self.limit) if reports else []
                 if behind:
                     self.end(describe(reports, behind, self.limit), behind)
-                if behind or ended:
+                if (behind or ended) and not self.over.is_set():
                     self.finish(*self.end(""))
                 unreachable = 0.0
             except (RuntimeError, OSError) as e:  # the store has gone with its process: at the end, or for ever
@@ -144,12 +162,16 @@ class Watch:
                 told, before = now, reports
             before = before or reports
 
+    def tell(self, text):
+        """On one rank alone: of hundreds each would say the same."""
+        if self.store.add("told", 1) == 1:
+            print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+
     def finish(self, text, by, behind):
         """Ends this process: those that hang show where, one rank says why, and all had time to do so."""
         if self.rank in behind:
             print(f"rank {self.rank} hangs here:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
-        if self.store.add("told", 1) == 1:
-            print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+        self.tell(text)
         if not self.over.wait(3 * self.tick):  # the main thread may end by itself
             os._exit(1)
