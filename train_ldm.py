@@ -663,7 +663,7 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if world > 1:
-        timeout = datetime.timedelta(minutes=2 * hang_timeout)  # watch speaks first
+        timeout = datetime.timedelta(minutes=2 * hang_timeout + 1)  # watch speaks first
         options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
         dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout, **options)
     master = rank == 0
