@@ -89,6 +89,7 @@ class Watch:
             # a clone is a connection of its own: a request that waits on the first one does not hold it up
             self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
             self.usual_hook, sys.excepthook = sys.excepthook, self.excepthook
+            self.tell()  # the others know of this rank, whatever stops it
             self.thread = threading.Thread(target=self.look, daemon=True)
             self.thread.start()
 
@@ -115,27 +116,30 @@ class Watch:
 
     def excepthook(self, kind, error, trace):
         """An error here is told to the others, of whom one may have been first: then this is but its echo."""
-        self.over.set()
+        self.over.set()  # what follows is said here, not by the thread
         try:
             line = str(error).strip().rsplit("\n", 1)[-1]
             first, by, _ = self.end(f"rank {self.rank} ({self.name}) failed: {line or kind.__name__}")
-            is_echo = by != self.rank and issubclass(kind, RuntimeError)  # as a collective whose other end is gone
-            if is_echo:
-                self.tell(first)
         except Exception:  # the store's process has died
-            is_echo = False
-        if not is_echo:
+            by = self.rank
+        if by != self.rank and issubclass(kind, RuntimeError):  # as a collective says whose other end is gone
+            self.say(first)
+        else:
             self.usual_hook(kind, error, trace)
         self.stop()
+
+    def tell(self):
+        now = time.monotonic()
+        reading = self.spent.get("reading data", 0.0) + (now - self.since) * (self.phase == "reading data")
+        mine = dict(begun=self.begun, phase=self.phase, step=self.step, still=now - self.moved)
+        self.store.set(str(self.rank), json.dumps(mine | {"reading": reading, "name": self.name}))
 
     def look(self):
         seen, told, before, unreachable = {}, time.monotonic(), None, 0.0
         while not self.over.wait(self.tick):
             now = time.monotonic()
-            reading = self.spent.get("reading data", 0.0) + (now - self.since) * (self.phase == "reading data")
-            mine = dict(begun=self.begun, phase=self.phase, step=self.step, still=now - self.moved)
             try:
-                self.store.set(str(self.rank), json.dumps(mine | {"reading": reading, "name": self.name}))
+                self.tell()
                 ended = self.store.check(["end"])
                 keys = [str(rank) for rank in range(self.world)]
                 reports = [*map(json.loads, self.store.multi_get(keys))] if self.store.check(keys) else []
@@ -162,9 +166,13 @@ class Watch:
                 told, before = now, reports
             before = before or reports
 
-    def tell(self, text):
-        """On one rank alone: of hundreds each would say the same."""
-        if self.store.add("told", 1) == 1:
+    def say(self, text):
+        """Why all end, in one line of one rank."""
+        try:
+            is_first = self.store.add("told", 1) == 1
+        except (RuntimeError, OSError):
+            is_first = True
+        if is_first:
             print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
 
     def finish(self, text, by, behind):
@@ -172,6 +180,6 @@ class Watch:
         if self.rank in behind:
             print(f"rank {self.rank} hangs here:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
-        self.tell(text)
+        self.say(text)
         if not self.over.wait(3 * self.tick):  # the main thread may end by itself
             os._exit(1)

@@ -97,7 +97,7 @@ def test_a_rank_that_hangs_is_named(stage, how, start):
     what = {"sleeps": "time.sleep(1000)", "stopped": "os.kill(os.getpid(), signal.SIGSTOP)"}[how]
     run = start(
         stage,
-        "--hang_timeout=0.05",
+        "--hang_timeout=0.1",
         "--batch_size=2",
         "--max_steps=100",
         *QUICK,
@@ -105,14 +105,14 @@ def test_a_rank_that_hangs_is_named(stage, how, start):
         first=breaking(stage, f"rank == {rank} and p >= 12", what),
     )
     began = time.time()
-    run.processes[1 - rank].join(50)
-    assert run.processes[1 - rank].exitcode == 1 and time.time() - began < 40
+    run.processes[1 - rank].join(100)
+    assert run.processes[1 - rank].exitcode == 1 and time.time() - began < 90
     if how == "stopped":
         run.processes[rank].kill()
     run.processes[rank].join(20)
     output = [(run.folder / f"stderr{r}").read_text() for r in range(2)]
     lines = [line for line in "".join(output).splitlines() if "has made no progress" in line]
-    wanted = rf"train_{stage}.py: rank {rank} \(\S+, process \d+\) has made no progress for 0.0\d* min: "
+    wanted = rf"train_{stage}.py: rank {rank} \(\S+, process \d+\) has made no progress for 0\.\d+ min: "
     wanted += (
         "reading data, step 3" if how == "sleeps" else ".*, when last heard of: it was stopped, or its node is lost"
     )
