@@ -653,6 +653,8 @@ def check_settings(cfg):
         raise ValueError(
             f"hang_timeout={cfg['hang_timeout']} must be above 0, skip_spikes={cfg['skip_spikes']} not below"
         )
+    if 0 < cfg["skip_spikes"] <= 1:
+        raise ValueError(f"skip_spikes={cfg['skip_spikes']} would leave out most steps: set it above 1, 5 say, or to 0")
     if not 0 <= cfg["dropout"] < 1:
         raise ValueError(f"dropout={cfg['dropout']} is a share: set it to 0 or more, and less than 1")
 

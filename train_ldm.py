@@ -60,8 +60,8 @@ first_stage = "out/vae"  # the autoencoder: a stage-1 checkpoint or its out_dir 
 cache_latents = True  # encode every image once, before training; False encodes at every step
 cache_text = False  # keep the embeddings of a frozen text encoder on disk too: 118 KB a caption, openclip_h 158 KB
 cache_dir = "cache"  # where these and the index of shards are kept, the same folder for all nodes
-cache_gb = 64.0  # most shards kept there of a dataset given by URL
-latents_on_device = "auto"  # all cached latents in each process's: auto (CUDA, below a fifth of it free) | true | false
+cache_gb = 64.0  # GB of shards of a dataset given by URL kept there at most
+latents_on_device = "auto"  # cached latents in device memory: auto (CUDA, below a fifth of what is free) | true | false
 init_from = ""  # start from this model, ours or another's, as it was built: U-Net, text, process, autoencoder, task
 # conditioning
 cond = "text"  # none | class | text | layout (boxes with names, as a sequence of tokens)
@@ -576,6 +576,8 @@ def check_settings(cfg):
     for name in ("cond_drop", "ema_decay", "lr_end", "beta1", "beta2"):
         if not 0 <= cfg[name] <= 1:
             raise ValueError(f"{name}={cfg[name]} must lie between 0 and 1")
+    if 0 < cfg["skip_spikes"] <= 1:
+        raise ValueError(f"skip_spikes={cfg['skip_spikes']} would leave out most steps: set it above 1, 5 say, or to 0")
     if not cfg["beta_start"] < cfg["beta_end"] < 1:
         raise ValueError(f"beta_start={cfg['beta_start']}, beta_end={cfg['beta_end']}: the first must be the smaller")
     if cfg["task"] == "sr" and cfg["sr_noise"] and cfg["cond"] == "class":

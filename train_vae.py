@@ -47,7 +47,7 @@ crop = "random"  # random (a square of 0.5 to 1 times the short side) | center
 flip = True  # mirror half of the images
 workers = 4  # processes that decode images; 0 decodes in the main one
 cache_dir = "cache"  # where the index of shards is kept, and shards of a dataset given by URL
-cache_gb = 64.0  # most of the latter
+cache_gb = 64.0  # GB of such shards kept there at most
 # model: what VAE() takes; the defaults are KL-f8
 ch = 128  # channels at full resolution
 ch_mult = (1, 2, 4, 4)  # times ch: channels of each level, each half the side of the one before
@@ -680,6 +680,8 @@ def check_settings(cfg):
     for name in ("lr", "disc_lr", "hang_timeout", "cache_gb"):
         if not cfg[name] > 0:
             raise ValueError(f"{name}={cfg[name]} must be above 0")
+    if 0 < cfg["skip_spikes"] <= 1:
+        raise ValueError(f"skip_spikes={cfg['skip_spikes']} would leave out most steps: set it above 1, 5 say, or to 0")
     if cfg["image_size"] < least_side(cfg):
         remedy = f"SSIM, LPIPS ({cfg['lpips_net']}) and the discriminator need: lower disc_layers, or do without one"
         raise ValueError(f"image_size={cfg['image_size']} is less than the {least_side(cfg)} that {remedy}")

@@ -219,6 +219,16 @@ def test_what_a_spike_is(script):
     assert 300 < at[-1] < 350, "ten times the norm for ever: followed after some steps"
 
 
+@pytest.mark.parametrize("script", (train_vae, train_ldm, lpips_train))
+def test_a_spike_is_above_the_mean(script):
+    settings = {name: value for name, value in vars(script).items() if name.islower()}
+    for times in (0.0, 1.5):
+        script.check_settings(settings | {"skip_spikes": times})
+    for times in (-1.0, 0.5, 1.0):
+        with pytest.raises(ValueError, match="skip_spikes="):
+            script.check_settings(settings | {"skip_spikes": times})
+
+
 @pytest.mark.parametrize("stage, ranks", (("vae", 2), ("ldm", 1)))
 def test_a_spike_is_left_out(stage, ranks, start, finished, tmp_path):
     script, args = {"vae": train_vae, "ldm": train_ldm}[stage], [*QUICK, f"--batch_size={4 // ranks}"]
