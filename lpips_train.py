@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from data.dataset import loader, open_npy, permute, seed_of
 from vae import ssim
-from watch import Watch
+from watch import Watch, fresh_store
 
 # data
 dataset = "data/bapps"  # what data/bapps/prepare.py made
@@ -653,6 +653,8 @@ def check_settings(cfg):
         raise ValueError(
             f"hang_timeout={cfg['hang_timeout']} must be above 0, skip_spikes={cfg['skip_spikes']} not below"
         )
+    if 0 < cfg["skip_spikes"] <= 1:
+        raise ValueError(f"skip_spikes={cfg['skip_spikes']} would leave out most steps: set it above 1, 5 say, or to 0")
     if not 0 <= cfg["dropout"] < 1:
         raise ValueError(f"dropout={cfg['dropout']} is a share: set it to 0 or more, and less than 1")
 
@@ -691,7 +693,7 @@ if __name__ == "__main__":
     if world > 1:
         timeout = datetime.timedelta(minutes=2 * hang_timeout + 1)  # watch speaks first
         options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
-        dist.init_process_group(timeout=timeout, **options)
+        dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout, **options)
     master = rank == 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
@@ -962,7 +964,7 @@ if __name__ == "__main__":
         # log: this step's numbers travel to the host while the next step runs
         if pending:
             stop = settle(pending)
-        flags = torch.stack([state["grad_norm"][2], *torch.stack([spike, finite]).to(sums.dtype)])
+        flags = torch.stack([state["grad_norm"][2], spike, finite])
         numbers = torch.cat([sums[:-1], grad_norm[None], flags, sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)

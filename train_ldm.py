@@ -49,7 +49,7 @@ from diffusion import OBJECTIVES, make_schedule, sample_times, samplers, t_max, 
 from sample import Pipeline, generate, read_prompts, save_grid
 from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer, use_attention
 from vae import VAE
-from watch import Watch
+from watch import Watch, fresh_store
 
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
@@ -60,8 +60,8 @@ first_stage = "out/vae"  # the autoencoder: a stage-1 checkpoint or its out_dir 
 cache_latents = True  # encode every image once, before training; False encodes at every step
 cache_text = False  # keep the embeddings of a frozen text encoder on disk too: 118 KB a caption, openclip_h 158 KB
 cache_dir = "cache"  # where these and the index of shards are kept, the same folder for all nodes
-cache_gb = 64.0  # most shards kept there of a dataset given by URL
-latents_on_device = "auto"  # all cached latents in each process's: auto (CUDA, below a fifth of it free) | true | false
+cache_gb = 64.0  # GB of shards of a dataset given by URL kept there at most
+latents_on_device = "auto"  # cached latents in device memory: auto (CUDA, below a fifth of what is free) | true | false
 init_from = ""  # start from this model, ours or another's, as it was built: U-Net, text, process, autoencoder, task
 # conditioning
 cond = "text"  # none | class | text | layout (boxes with names, as a sequence of tokens)
@@ -576,6 +576,8 @@ def check_settings(cfg):
     for name in ("cond_drop", "ema_decay", "lr_end", "beta1", "beta2"):
         if not 0 <= cfg[name] <= 1:
             raise ValueError(f"{name}={cfg[name]} must lie between 0 and 1")
+    if 0 < cfg["skip_spikes"] <= 1:
+        raise ValueError(f"skip_spikes={cfg['skip_spikes']} would leave out most steps: set it above 1, 5 say, or to 0")
     if not cfg["beta_start"] < cfg["beta_end"] < 1:
         raise ValueError(f"beta_start={cfg['beta_start']}, beta_end={cfg['beta_end']}: the first must be the smaller")
     if cfg["task"] == "sr" and cfg["sr_noise"] and cfg["cond"] == "class":
@@ -665,7 +667,7 @@ if __name__ == "__main__":
     if world > 1:
         timeout = datetime.timedelta(minutes=2 * hang_timeout + 1)  # watch speaks first
         options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
-        dist.init_process_group(timeout=timeout, **options)
+        dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout, **options)
     master = rank == 0
     if attention != "auto":
         choose_backend(attention, device, getattr(torch, dtype), head_dim)  # what cannot run here is said at once
@@ -1193,7 +1195,7 @@ if __name__ == "__main__":
         # log: this step's numbers travel to the host while the next step runs
         if pending:
             stop = settle(pending)
-        flags = torch.stack([state["grad_norm"][2], *torch.stack([spike, finite]).to(sums.dtype)])
+        flags = torch.stack([state["grad_norm"][2], spike, finite])
         numbers = torch.cat([sums[:-1], grad_norm[None], flags, sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)

@@ -38,7 +38,7 @@ from data.dataset import Dataset, Stream, loader, seed_of, uniform
 from fid import frechet, load_inception
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
 from vae import VAE, Attention, Discriminator, ResBlock, psnr, ssim, turn_and_scale
-from watch import Watch
+from watch import Watch, fresh_store
 
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
@@ -47,7 +47,7 @@ crop = "random"  # random (a square of 0.5 to 1 times the short side) | center
 flip = True  # mirror half of the images
 workers = 4  # processes that decode images; 0 decodes in the main one
 cache_dir = "cache"  # where the index of shards is kept, and shards of a dataset given by URL
-cache_gb = 64.0  # most of the latter
+cache_gb = 64.0  # GB of such shards kept there at most
 # model: what VAE() takes; the defaults are KL-f8
 ch = 128  # channels at full resolution
 ch_mult = (1, 2, 4, 4)  # times ch: channels of each level, each half the side of the one before
@@ -680,6 +680,8 @@ def check_settings(cfg):
     for name in ("lr", "disc_lr", "hang_timeout", "cache_gb"):
         if not cfg[name] > 0:
             raise ValueError(f"{name}={cfg[name]} must be above 0")
+    if 0 < cfg["skip_spikes"] <= 1:
+        raise ValueError(f"skip_spikes={cfg['skip_spikes']} would leave out most steps: set it above 1, 5 say, or to 0")
     if cfg["image_size"] < least_side(cfg):
         remedy = f"SSIM, LPIPS ({cfg['lpips_net']}) and the discriminator need: lower disc_layers, or do without one"
         raise ValueError(f"image_size={cfg['image_size']} is less than the {least_side(cfg)} that {remedy}")
@@ -719,7 +721,7 @@ if __name__ == "__main__":
     if world > 1:
         timeout = datetime.timedelta(minutes=2 * hang_timeout + 1)  # watch speaks first
         options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
-        dist.init_process_group(timeout=timeout, **options)
+        dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout, **options)
     master = rank == 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
@@ -951,6 +953,8 @@ if __name__ == "__main__":
             tensors |= {f"{name}.latent_std": net.latent_std for name, net in (("model", model), ("ema", ema))}
             save_checkpoint(latest, tensors, meta)
         watch.stop()
+        if world > 1:
+            dist.destroy_process_group()
         sys.exit(0)
 
     gan_terms = ("gan", "disc_loss", "logits_real", "logits_fake", "gan_weight")
@@ -1137,8 +1141,8 @@ if __name__ == "__main__":
                 (got["disc_loss"] / grad_accum).backward()
             sums[:-1] += torch.stack([got[name].detach() if name in got else zero for name in terms]) / grad_accum
             if model.quantize:
-                found = got["indices"].flatten()
-                counts.index_add_(0, found, torch.ones_like(found, dtype=counts.dtype))
+                used = got["indices"].flatten()
+                counts.index_add_(0, used, torch.ones_like(used, dtype=counts.dtype))
             if restart:
                 candidates += vectors_at(positions, got["latents"], micro * world + rank).to(candidates.dtype)
 
@@ -1190,7 +1194,7 @@ if __name__ == "__main__":
             stop = settle(pending)
             if disc and pending[0] >= disc_start - disc_warmup:
                 judge(pending)
-        flags = torch.stack([state["grad_norm"][2], *torch.stack([spike, finite]).to(sums.dtype)])
+        flags = torch.stack([state["grad_norm"][2], spike, finite])
         numbers = torch.cat([sums[:-1], measured, flags, sums[-1:]])
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
         host.copy_(numbers, non_blocking=True)

@@ -1,6 +1,7 @@
 """Watches the processes of a run: says which of them hangs, fails or is slow, and ends all, so that torchrun restarts.
 
-    watch = Watch(rank, world, hang_timeout)  # after init_process_group
+    dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, ...)
+    watch = Watch(rank, world, hang_timeout)
     watch.at("reading data", step)            # what the main thread does from here on
     watch.progress()                          # it gets on with that
 
@@ -19,6 +20,21 @@ import threading
 import time
 
 import torch.distributed as dist
+
+
+def fresh_store(timeout):
+    """The store in which the processes meet, without what those before a restart have left in it.
+
+    torchrun lends all restarts the same one, where they would find addresses of the dead. ValueError where it is to
+    restart several nodes so: each counts its own restarts.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 has just made it
+        return store
+    if os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        remedy = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, with --rdzv_backend=c10d"
+        raise ValueError(f"torchrun's --max_restarts on several nodes needs a new store at each restart: {remedy}")
+    return dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def hanging(reports, limit):
@@ -100,6 +116,7 @@ class Watch:
 
     def excepthook(self, kind, error, trace):
         """An error here is told to the others, of whom one may have been first: then this is but its echo."""
+        self.over.set()  # what follows is said here, not by the thread
         try:
             line = str(error).strip().rsplit("\n", 1)[-1]
             first, by, _ = self.end(f"rank {self.rank} ({self.name}) failed: {line or kind.__name__}")
@@ -134,7 +151,7 @@ class Watch:
                 behind = hanging(reports, self.limit) if reports else []
                 if behind:
                     self.end(describe(reports, behind, self.limit), behind)
-                if behind or ended:
+                if (behind or ended) and not self.over.is_set():
                     self.finish(*self.end(""))
                 unreachable = 0.0
             except (RuntimeError, OSError) as e:  # the store has gone with its process: at the end, or for ever
