@@ -65,7 +65,7 @@ def check_shared(cache, rank, world):
     if blind:
         raise ValueError(
             f"{cache.folder} on {blind[0]} is another folder than on rank 0's node: set cache_dir to one that all "
-            f"nodes share, copy the finished cache to each, or set cache_latents=False"
+            f"nodes share, copy the finished cache to each, or do without the cache"
         )
 
 
