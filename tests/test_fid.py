@@ -204,7 +204,8 @@ def test_inception_scores_are_torch_fidelitys(tmp_path, monkeypatch):
         def __init__(self, name, layers, feature_extractor_weights_path):
             super().__init__()
             assert (name, layers) == ("inception-v3-compat", ["2048"])
-            assert torch.load(feature_extractor_weights_path).keys() == {"fc.weight"}  # in memory, read without code
+            given = torch.load(feature_extractor_weights_path, weights_only=True)  # what was read without code
+            assert given.keys() == {"fc.weight"}
 
         def forward(self, x):
             assert x.dtype == torch.uint8 and x.shape[1:] == (3, 24, 24) and not torch.is_grad_enabled()
