@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import configure
+from data.shards import rename, sync
 
 
 def find_checkpoint(path):
@@ -1618,8 +1619,7 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
         sync(file)
     for inside, _, _ in os.walk(temporary):
         sync(inside)
-    os.replace(temporary, folder)
-    sync(os.path.dirname(os.path.normpath(folder)) or ".")
+    rename(temporary, os.path.normpath(folder))
     if pipeline:
         return f'{pipeline}: DiffusionPipeline.from_pretrained("{folder}") opens it'
     parts = [f"{name} ({kind})" for name in ("vae", "unet", "scheduler") if (kind := class_of(files, name))]
@@ -1631,15 +1631,6 @@ def write_tensors(file, tensors):
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
     except SafetensorError as e:
         raise OSError(f"could not write {file} ({e}): make room and run again") from None
-
-
-def sync(path):
-    """Does not return before a file, or a folder's names, are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def class_of(files, name):
@@ -1699,8 +1690,7 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     write_tensors(f"{file}.tmp", out)
     sync(f"{file}.tmp")
-    os.replace(f"{file}.tmp", file)
-    sync(os.path.dirname(file) or ".")
+    rename(f"{file}.tmp", file)
     without = "; its own text encoder has no place there" if denoiser and denoiser.text is not None else ""
     return f"{file}: {', '.join(parts)}{without}"
 

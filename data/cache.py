@@ -89,9 +89,6 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, images):
         self.images = images
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, i):
         try:
             return self.images.pixels(i)
@@ -210,9 +207,6 @@ class Captions(torch.utils.data.Dataset):
 
     def __init__(self, images):
         self.images = images
-
-    def __len__(self):
-        return len(self.images)
 
     def __getitem__(self, i):
         try:

@@ -52,6 +52,7 @@ from PIL import Image, ImageDraw
 
 from configurator import configure
 from data.dataset import IMAGES, captions_of, crop_square, hub_names, is_lack, list_files, open_parquet, to_rgb
+from data.shards import rename
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, the limit of data/dataset.py too: more is taken for a bomb
@@ -115,16 +116,6 @@ def write(path, content):
         f.flush()
         os.fsync(f.fileno())
     rename(f"{path}.tmp", path)
-
-
-def rename(source, target):
-    """Gives a file that is on the disk its name, and does not return before that is there too."""
-    os.replace(source, target)
-    folder = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def is_made(folder, meta):

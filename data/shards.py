@@ -333,6 +333,23 @@ def temporary(path):
     return f"{path}.{os.getpid()}{int.from_bytes(os.urandom(4), 'big'):010d}.tmp"
 
 
+def sync(path):
+    """Does not return before a file, or a folder's names, are on the disk."""
+    if os.name != "posix" and os.path.isdir(path):  # there a folder does not open
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename(source, target):
+    """Gives a file that is on the disk its name, and does not return before that is there too."""
+    os.replace(source, target)
+    sync(os.path.dirname(target) or ".")
+
+
 def write_whole(path, write):
     """write(file) makes a file that is there whole or not at all, and on the disk before it has its name."""
     making = temporary(path)
@@ -341,13 +358,7 @@ def write_whole(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(making, path)
-        if os.name == "posix":  # elsewhere a folder does not open
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the name is on the disk too
-            finally:
-                os.close(folder)
+        rename(making, path)
     except OSError as e:
         if os.path.exists(making):
             os.remove(making)

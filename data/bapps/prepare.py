@@ -27,7 +27,8 @@ from PIL import Image, ImageFilter
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from configurator import configure
 from data.dataset import BadImage, Dataset, seed_of
-from data.prepare import is_made, rename, write
+from data.prepare import is_made, write
+from data.shards import rename
 
 source = ""  # folder of the published layout
 standin = ""  # make a stand-in from these photos instead: a folder, tar or parquet shards

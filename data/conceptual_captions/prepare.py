@@ -18,7 +18,8 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from data.laion400m.prepare import from_urls
-from data.prepare import rename, run
+from data.prepare import run
+from data.shards import rename
 
 urls = ""  # Train_GCC-training.tsv or cc12m.tsv
 fetched = ""  # img2dataset's output; out_dir/.fetched without
