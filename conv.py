@@ -41,9 +41,9 @@ def channels_last(t):
 
 def conv_as_matmul(x, weight, bias):
     """F.conv2d with padding that keeps the size, as one matrix product: k * k values of each channel by weight."""
-    k, (B, C, H, W) = weight.shape[-1], x.shape
-    rows = F.pad(x, [k // 2] * 4).permute(0, 2, 3, 1)
-    rows = rows.unfold(1, k, 1).unfold(2, k, 1).permute(0, 1, 2, 4, 5, 3).reshape(B, H, W, k * k * C)
+    k, (_, _, H, W) = weight.shape[-1], x.shape
+    x = F.pad(x, [k // 2] * 4).permute(0, 2, 3, 1)  # (B,H,W,C), the padding beside it
+    rows = torch.cat([x[:, i : i + H, j : j + W] for i in range(k) for j in range(k)], dim=-1)
     return F.linear(rows, weight.permute(0, 2, 3, 1).reshape(len(weight), -1), bias).permute(0, 3, 1, 2)
 
 

@@ -1,9 +1,14 @@
 """The CPU's ways to convolve compute what torch.nn.functional does, and are taken where they should be."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import ROOT
 
 import conv
 from unet import UNet
@@ -58,6 +63,23 @@ def test_gradients_of_conv_as_matmul():
         found.append(torch.autograd.grad(y.square().sum(), (x, *net.parameters())))
     for got, expected in zip(*found):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_gradients_of_conv_as_matmul():
+    """In a process of its own: with Tensor.unfold in it Inductor of torch 2.13 writes beyond its memory, and dies."""
+    code = """if True:
+        import conv, torch
+        net = conv.Conv2d(512, 128, 3, padding=1).to(memory_format=torch.channels_last)
+        x = torch.randn(1, 512, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+        inputs = x, *net.parameters()
+        got = torch.autograd.grad(torch.compile(net)(x).square().sum(), inputs)
+        y = torch.nn.functional.conv2d(*inputs, padding=1)
+        for a, b in zip(got, torch.autograd.grad(y.square().sum(), inputs)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
