@@ -297,9 +297,9 @@ def _dot(a0, a1, b0, b1, D1, PRECISION):
     return x
 
 
-# QK-norm, where there is an EPS: a score is the sum over channels of (q rq wq) (k rk wk), rq and rk the reciprocal root
-# mean squares of a query and a key.  Nothing need be normalised in a loop for it: w = wq wk and the one reciprocal go
-# into the tile that a program holds, once, and the other is a factor of whole rows or columns of scores.
+# QK-norm, where there is an EPS: a score is the sum over channels of (q rq wq) (k rk wk), rq and rk the inverse root
+# mean squares of a query and a key.  No tile need be normalised in a loop for that: w = wq wk and one of rq, rk go into
+# the tile that a program holds, once, and the other is a factor of whole columns of scores.
 
 
 @jit
@@ -309,20 +309,23 @@ def _weight(W, FIRST, WIDTH, D):
 
 
 @jit
-def _normed(x0, x1, W, EPS, D, D0, D1, dtype):
-    """x_hat = x / rms(x), times w where there is one, as tl.dot takes it, and 1 / rms(x)."""
+def _inverse_rms(x0, x1, EPS, D, D1):
+    """1 / rms of rows."""
     x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
-    r = tl.sum(x0 * x0, 1)
+    squares = tl.sum(x0 * x0, 1)
     if D1:
-        r += tl.sum(x1 * x1, 1)
-    r = tl.rsqrt(r / D + EPS)
-    x0 *= r[:, None]
-    x1 *= r[:, None]
-    if W is not None:
-        x0 *= _weight(W, 0, D0, D)
-        if D1:
-            x1 *= _weight(W, D0, D1, D)
-    return _operand(x0, dtype), _operand(x1, dtype), r
+        squares += tl.sum(x1 * x1, 1)
+    return tl.rsqrt(squares / D + EPS)
+
+
+@jit
+def _normed(x0, x1, W, EPS, D, D0, D1, dtype):
+    """x w / rms(x) as tl.dot takes it, and 1 / rms(x)."""
+    r = _inverse_rms(x0, x1, EPS, D, D1)
+    x0 = _operand(x0.to(tl.float32) * r[:, None] * _weight(W, 0, D0, D), dtype)
+    if D1:
+        x1 = _operand(x1.to(tl.float32) * r[:, None] * _weight(W, D0, D1, D), dtype)
+    return x0, x1, r
 
 
 @jit
@@ -342,7 +345,8 @@ def _store_gradient(DX, X, dx0, dx1, rows, dl, xl, length, W, DW, EPS, D, D0, D1
     """
     if EPS is not None:
         x0, x1 = _load2(X, rows, xl, length, D, D0, D1, True, ALIGN)
-        x0, x1, r = _normed(x0, x1, None, EPS, D, D0, D1, tl.float32)
+        r = _inverse_rms(x0, x1, EPS, D, D1)[:, None]
+        x0, x1 = x0.to(tl.float32) * r, x1.to(tl.float32) * r
         if DW is not None:
             _store(DW, tl.arange(0, 1), D, 1, tl.sum(dx0 * x0, 0)[None, :], 0, D0, D)
             if D1:
@@ -353,8 +357,8 @@ def _store_gradient(DX, X, dx0, dx1, rows, dl, xl, length, W, DW, EPS, D, D0, D1
             dx1 *= _weight(W, D0, D1, D)
             mean += tl.sum(dx1 * x1, 1)
         mean = mean[:, None] / D
-        dx0 = (dx0 - x0 * mean) * r[:, None]
-        dx1 = (dx1 - x1 * mean) * r[:, None] if D1 else dx0
+        dx0 = (dx0 - x0 * mean) * r
+        dx1 = (dx1 - x1 * mean) * r if D1 else dx0
     _store(DX, rows, dl, length, dx0, 0, D0, D)
     if D1:
         _store(DX, rows, dl, length, dx1, D0, D1, D)
@@ -443,14 +447,13 @@ def _forward_short(
     keys = tl.arange(0, BN)
     k0, k1 = _load2(K, keys, kl, Lk, D, D0, D1, True, ALIGN)
     v0, v1 = _load2(V, keys, vl, Lk, D, D0, D1, True, ALIGN)
-    if EPS is not None:
-        k0, k1, rk = _normed(k0, k1, W, EPS, D, D0, D1, K.dtype.element_ty)
+    rk = _inverse_rms(k0, k1, EPS, D, D1)[None, :] if EPS is not None else 1.0
     for start in range(first, tl.minimum(Lq, first + BM * REPEAT), BM):
         rows = start + tl.arange(0, BM)
         q0, q1 = _load2(Q, rows, ql, Lq, D, D0, D1, True, ALIGN)
         if EPS is not None:
-            q0, q1, rq = _normed(q0, q1, None, EPS, D, D0, D1, Q.dtype.element_ty)
-        s = _dot(q0, q1, k0, k1, D1, PREC)
+            q0, q1, rq = _normed(q0, q1, W, EPS, D, D0, D1, Q.dtype.element_ty)
+        s = _dot(q0, q1, k0, k1, D1, PREC) * rk
         s = tl.where(keys[None, :] < Lk, s, float("-inf"))
         if CAUSAL:
             s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
@@ -798,7 +801,7 @@ def _strides(*tensors):
     return strides, 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
-def _reciprocal_rms(x, eps):
+def _inverse_rms_of(x, eps):
     """(B,L,heads,d) -> (B,heads,L) float32."""
     norm = torch.linalg.vector_norm(x.transpose(1, 2), dim=-1, dtype=torch.float32)
     return (norm.square() / x.shape[-1] + eps).rsqrt().contiguous()
@@ -818,7 +821,7 @@ def attention_forward(q, k, v, causal, weight=None, eps=0.0):
     if _takes("_forward_short", Lk, D, _itemsize(q)):
         _launch("_forward_short", lambda t: B * H * -(-Lq // (t["BM"] * t["REPEAT"])), (*tensors, weight), *given)
     else:
-        rk = None if weight is None else _reciprocal_rms(k, eps)
+        rk = None if weight is None else _inverse_rms_of(k, eps)
         _launch("_forward", lambda t: B * H * -(-Lq // t["BM"]), (*tensors, rk, weight), *given)
     return out, lse
 
@@ -842,7 +845,7 @@ def attention_backward(grad, q, k, v, out, lse, causal, weight=None, eps=0.0):
     delta, numbers = torch.empty_like(lse), (strides,)
     rq = rk = dw = None
     if weight is not None:
-        rq, rk = torch.empty_like(lse), _reciprocal_rms(k, eps)
+        rq, rk = torch.empty_like(lse), _inverse_rms_of(k, eps)
         dw = weight.new_empty(B * H * -(-Lq // 16), D)  # a row for each program, however small its tile
     tensors = q, k, v, out, grad, lse, delta, dq, rq, rk, weight, dw
     programs = _launch("_backward_q", lambda t: B * H * -(-Lq // t["BM"]), tensors, numbers, *rest)
