@@ -626,7 +626,7 @@ def _backward_kv(
         )  # fmt: skip
     scale *= 0.6931471805599453
     DK, DV = DK + b * Lk * H * D + h * D, DV + b * Lk * H * D + h * D
-    _store(DV, keys, H * D, Lk, dv0, 0, D0, D)
+    _store(DV, keys, H * D, Lk, dv0, 0, D0, D)  # before dk, or the compiler keeps k in registers from its first reading
     if D1:
         _store(DV, keys, H * D, Lk, dv1, D0, D1, D)
     _store_gradient(DK, K, dk0 * scale, dk1 * scale, keys, H * D, kl, Lk, W, None, EPS, D, D0, D1, ALIGN)
