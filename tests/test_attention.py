@@ -797,10 +797,11 @@ def watch(net):
 
 
 @needs_triton
-def test_training_with_the_kernels(start):
+@pytest.mark.parametrize("norm", [False, True])
+def test_training_with_the_kernels(start, norm):
     """--attention=triton: the losses of a run with SDPA, in training and on validation images."""
-    small = ("--cond=none", "--max_steps=1", "--n_samples=1", "--sample_steps=1", "--val_images=1", "--batch_size=2")
-    runs = [start("ldm", *small, f"--attention={backend}") for backend in ("triton", "sdpa")]
+    small = "--cond=none --max_steps=1 --n_samples=1 --sample_steps=1 --val_images=1 --batch_size=2".split()
+    runs = [start("ldm", *small, f"--qk_norm={norm}", f"--attention={backend}") for backend in ("triton", "sdpa")]
     ours, theirs = ({k: v for record in run.finish().log for k, v in record.items() if v is not None} for run in runs)
     for name in ("loss", "grad_norm", "val_loss"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
