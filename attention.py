@@ -2,6 +2,7 @@
 
     out = attention(q, k, v)                        # (B,L,heads,d) each; the fastest measured on this GPU
     out = attention(q, k, v, backend="triton")      # the kernels below (FlashAttention-2, Dao 2023, arXiv 2307.08691)
+    out = attention(q, k, v, qk_norm=(wq, wk, eps)) # of RMS-normalised q and k
     unet.use_attention(model, "sdpa_cudnn")         # from now on, in every attention of a model
     TRITON_INTERPRET=1 python ...                   # runs the kernels on the CPU, slowly: to look at what they do
 
@@ -38,14 +39,15 @@ SHORT = 128  # so many keys fit one tile
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def attention(q, k, v, causal=False, backend="auto"):
+def attention(q, k, v, causal=False, backend="auto", qk_norm=None):
     """softmax(q k^T / sqrt(d)) v on (B, L, heads, d); k and v may have another length than q.
 
     backend: one of BACKENDS.  "sdpa" is torch.nn.functional.scaled_dot_product_attention, "sdpa_flash" and the like
     one of its ways, "reference" the formula itself.  "auto" is "sdpa" off CUDA; on it, each new shape is measured
     once, on tensors of its own and also while torch.compile traces, and the fastest is kept: see choose_backend.
-    causal: query i sees the keys 0 to i.  Tensors may be views with any strides; a last dimension that is not
-    contiguous costs "triton" a copy.
+    causal: query i sees the keys 0 to i.  qk_norm: (wq, wk, eps) of F.rms_norm for q and k, weights (d,); "triton" does
+    it in its kernels.  Tensors may be views with any strides; a last dimension that is not contiguous costs "triton"
+    a copy.
     """
     if q.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -57,16 +59,28 @@ def attention(q, k, v, causal=False, backend="auto"):
         raise ValueError(f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}: give one floating-point type for all")
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     D, shape = index(q.shape[3]), ()
+    if qk_norm is not None:
+        *weights, eps = qk_norm
+        for w in weights:
+            if w.shape != (D,) or w.device != q.device:
+                raise ValueError(f"attention: qk_norm's {tuple(w.shape)} on {w.device}: give ({D},) on {q.device}")
+        if not eps > 0:
+            raise ValueError(f"attention: qk_norm's eps is {eps}: give a positive number")
     if backend == "auto" and q.is_cuda:
         shape = index(q.shape[0]), index(q.shape[1]), index(k.shape[1]), index(q.shape[2])
     if q.numel() == 0 or k.numel() == 0:
         backend = "sdpa"  # which gives zeros where there are no keys
-    backend = choose_backend(backend, q.device, q.dtype, D, causal, shape, grad)
-    return run_backend(backend, q, k, v, causal)
+    backend = choose_backend(backend, q.device, q.dtype, D, causal, shape, grad, qk_norm is not None)
+    return run_backend(backend, q, k, v, causal, qk_norm)
 
 
-def run_backend(backend, q, k, v, causal):
+def run_backend(backend, q, k, v, causal, qk_norm=None):
     """attention() without its checks, on any backend but "auto"."""
+    if qk_norm is not None:
+        wq, wk, eps = qk_norm
+        if backend == "triton":  # a score is a sum of q_c wq_c wk_c k_c: the product is all that matters
+            return torch.ops.ldm.attention(q, k, v, causal, wq.float() * wk.float(), eps)[0]
+        q, k = (F.rms_norm(x, w.shape, w, eps).to(x.dtype) for x, w in ((q, wq), (k, wk)))
     if backend == "triton":
         return torch.ops.ldm.attention(q, k, v, causal)[0]
     if backend == "xformers":
@@ -96,7 +110,7 @@ def sdpa_runs(q, k, v, causal=False):
 # --- which backend ---
 
 
-def choose_backend(backend, device, dtype, D, causal=False, shape=(), grad=False):
+def choose_backend(backend, device, dtype, D, causal=False, shape=(), grad=False, norm=False):
     """The backend that will run: the named one, or for "auto" the fastest for the shape (B, Lq, Lk, heads).
 
     torch.compile calls this while it traces and takes the answer as a constant, so what is measured and printed in here
@@ -119,7 +133,7 @@ def choose_backend(backend, device, dtype, D, causal=False, shape=(), grad=False
         return "sdpa"
     if torch.are_deterministic_algorithms_enabled():
         return "sdpa" if D > MAX_DIM or _cannot("triton", device, dtype) else "triton"
-    return _fastest(device, dtype, D, causal, shape, grad)
+    return _fastest(device, dtype, D, causal, shape, grad, norm)
 
 
 # torch.compiler.assume_constant_result without the seconds that importing Dynamo takes
@@ -148,15 +162,20 @@ def _cannot(backend, device, dtype):
 
 
 @cache
-def _fastest(device, dtype, D, causal, shape, grad):
-    """The fastest backend for a shape, measured on random tensors of its own; "sdpa" where none runs."""
+def _fastest(device, dtype, D, causal, shape, grad, norm=False):
+    """The fastest backend for a shape, measured on random tensors of its own; "sdpa" where none runs.
+
+    norm: with QK-norm, by each in its own way; weights of the inputs' type let F.rms_norm be one kernel, as compiled.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attention: auto cannot measure a new shape in a CUDA graph's capture: call it once before")
     B, Lq, Lk, H = shape
     B = min(B, max(1, 2**25 // (max(Lq, Lk) * H * D)))  # 64 MiB of bf16 in each tensor keep any GPU busy
     generator = torch.Generator(device).manual_seed(0)  # not the one that training draws from
     q, k, v, d_out = (torch.randn(B, L, H, D, device=device, generator=generator).to(dtype) for L in (Lq, Lk, Lk, Lq))
-    inputs = [x.requires_grad_(grad) for x in (q, k, v)]
+    weights = [torch.ones(D, device=device, dtype=dtype) for _ in range(2)] if norm else []
+    inputs = [x.requires_grad_(grad) for x in (q, k, v, *weights)]
+    qk_norm = (*weights, 1e-6) if norm else None
     times, failed = {}, {}
     with torch.cuda.device_of(q), torch.autocast(device.type, enabled=False), torch.set_grad_enabled(grad):
         for backend in ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers"):
@@ -164,7 +183,7 @@ def _fastest(device, dtype, D, causal, shape, grad):
                 continue
 
             def once(backend=backend):
-                out = run_backend(backend, q, k, v, causal)
+                out = run_backend(backend, q, k, v, causal, qk_norm)
                 return torch.autograd.grad(out, inputs, d_out) if grad else out
 
             try:
@@ -172,6 +191,7 @@ def _fastest(device, dtype, D, causal, shape, grad):
             except Exception as e:  # it does not take this shape, type or GPU, or Triton finds no C compiler
                 failed[backend] = str(e).strip().split("\n")[0]
     what = f"attention of {B}x{Lq}x{H}x{D} to {Lk} keys, {str(dtype)[6:]}, {'training' if grad else 'drawing'}"
+    what += ", QK-norm" * norm
     if not times:
         _say(f"{what}: sdpa, as no other way runs here ({failed})")
         return "sdpa"
@@ -254,6 +274,14 @@ def _load(head, rows, stride, length, FIRST, WIDTH, D, MASKED, ALIGN):
 
 
 @jit
+def _load2(head, rows, stride, length, D, D0, D1, MASKED, ALIGN):
+    """Both column tiles; without a second one the first twice."""
+    x0 = _load(head, rows, stride, length, 0, D0, D, MASKED, ALIGN)
+    x1 = _load(head, rows, stride, length, D0, D1, D, MASKED, ALIGN) if D1 else x0
+    return x0, x1
+
+
+@jit
 def _store(head, rows, stride, length, x, FIRST, WIDTH, D):
     cols = FIRST + tl.arange(0, WIDTH)
     known = (rows < length)[:, None] & (cols < D)[None, :]
@@ -269,15 +297,81 @@ def _dot(a0, a1, b0, b1, D1, PRECISION):
     return x
 
 
+# QK-norm, where there is an EPS: a score is the sum over channels of (q rq wq) (k rk wk), rq and rk the inverse root
+# mean squares of a query and a key.  No tile need be normalised in a loop for that: w = wq wk and one of rq, rk go into
+# the tile that a program holds, once, and the other is a factor of whole columns of scores.
+
+
+@jit
+def _weight(W, FIRST, WIDTH, D):
+    cols = FIRST + tl.arange(0, WIDTH)
+    return tl.load(W + cols, mask=cols < D, other=0.0)[None, :]
+
+
+@jit
+def _inverse_rms(x0, x1, EPS, D, D1):
+    """1 / rms of rows."""
+    x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
+    squares = tl.sum(x0 * x0, 1)
+    if D1:
+        squares += tl.sum(x1 * x1, 1)
+    return tl.rsqrt(squares / D + EPS)
+
+
+@jit
+def _normed(x0, x1, W, EPS, D, D0, D1, dtype):
+    """x w / rms(x) as tl.dot takes it, and 1 / rms(x)."""
+    r = _inverse_rms(x0, x1, EPS, D, D1)
+    x0 = _operand(x0.to(tl.float32) * r[:, None] * _weight(W, 0, D0, D), dtype)
+    if D1:
+        x1 = _operand(x1.to(tl.float32) * r[:, None] * _weight(W, D0, D1, D), dtype)
+    return x0, x1, r
+
+
+@jit
+def _factor(R, rows, length, MASKED):
+    """What a tile of scores is multiplied by: the 1 / rms of the rows that stream by, or without QK-norm 1."""
+    r = 1.0
+    if R is not None:
+        r = tl.load(R + rows, mask=rows < length, other=0.0)[None, :] if MASKED else tl.load(R + rows)[None, :]
+    return r
+
+
+@jit
+def _store_gradient(DX, X, dx0, dx1, rows, dl, xl, length, W, DW, EPS, D, D0, D1, ALIGN):
+    """Stores the gradient of x.  With QK-norm it is given that of x_hat w, and also stores these rows' share of dw.
+
+    dw = sum of dx x_hat over rows, and with g = dx w the gradient of x is (g - x_hat mean(g x_hat)) / rms(x)
+    """
+    if EPS is not None:
+        x0, x1 = _load2(X, rows, xl, length, D, D0, D1, True, ALIGN)
+        r = _inverse_rms(x0, x1, EPS, D, D1)[:, None]
+        x0, x1 = x0.to(tl.float32) * r, x1.to(tl.float32) * r
+        if DW is not None:
+            _store(DW, tl.arange(0, 1), D, 1, tl.sum(dx0 * x0, 0)[None, :], 0, D0, D)
+            if D1:
+                _store(DW, tl.arange(0, 1), D, 1, tl.sum(dx1 * x1, 0)[None, :], D0, D1, D)
+        dx0 *= _weight(W, 0, D0, D)
+        mean = tl.sum(dx0 * x0, 1)
+        if D1:
+            dx1 *= _weight(W, D0, D1, D)
+            mean += tl.sum(dx1 * x1, 1)
+        mean = mean[:, None] / D
+        dx0 = (dx0 - x0 * mean) * r
+        dx1 = (dx1 - x1 * mean) * r if D1 else dx0
+    _store(DX, rows, dl, length, dx0, 0, D0, D)
+    if D1:
+        _store(DX, rows, dl, length, dx1, D0, D1, D)
+
+
 @jit
 def _forward_tile(
-    m, l, acc0, acc1, q0, q1, K, V, kl, vl, rows, j, Lk, scale, D, D0, D1, CAUSAL, ALIGN, PREC, BN, MASKED
+    m, l, acc0, acc1, q0, q1, K, V, RK, kl, vl, rows, j, Lk, scale, D, D0, D1, CAUSAL, ALIGN, PREC, BN, MASKED
 ):
     """Takes in a tile of keys: the maximum m so far, the sum l of exponentials and the output, both relative to m."""
     keys = j * BN + tl.arange(0, BN)
-    k0 = _load(K, keys, kl, Lk, 0, D0, D, MASKED, ALIGN)
-    k1 = _load(K, keys, kl, Lk, D0, D1, D, MASKED, ALIGN) if D1 else k0
-    s = _dot(q0, q1, k0, k1, D1, PREC)
+    k0, k1 = _load2(K, keys, kl, Lk, D, D0, D1, MASKED, ALIGN)
+    s = _dot(q0, q1, k0, k1, D1, PREC) * _factor(RK, keys, Lk, MASKED)
     if MASKED:
         s = tl.where(keys[None, :] < Lk, s, float("-inf"))
     if MASKED and CAUSAL:
@@ -297,9 +391,9 @@ def _forward_tile(
 
 @jit
 def _forward(
-    Q, K, V, O, LSE,
+    Q, K, V, O, LSE, RK, W,
     qb, ql, qh, kb, kl, kh, vb, vl, vh, H, Lq, Lk, scale,
-    D: constexpr, D0: constexpr, D1: constexpr, CAUSAL: constexpr, ALIGN: constexpr, PREC: constexpr,
+    D: constexpr, D0: constexpr, D1: constexpr, CAUSAL: constexpr, ALIGN: constexpr, PREC: constexpr, EPS: constexpr,
     BM: constexpr, BN: constexpr,
 ):  # fmt: skip
     """A tile of BM queries over all keys: O (B,Lq,H,D) contiguous, LSE (B,H,Lq)."""
@@ -308,8 +402,10 @@ def _forward(
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     Q, K, V = _head(Q, b, h, qb, qh, ALIGN), _head(K, b, h, kb, kh, ALIGN), _head(V, b, h, vb, vh, ALIGN)
     rows = first + tl.arange(0, BM)
-    q0 = _load(Q, rows, ql, Lq, 0, D0, D, True, ALIGN)
-    q1 = _load(Q, rows, ql, Lq, D0, D1, D, True, ALIGN) if D1 else q0
+    q0, q1 = _load2(Q, rows, ql, Lq, D, D0, D1, True, ALIGN)
+    if EPS is not None:
+        RK += bh.to(tl.int64) * Lk
+        q0, q1, rq = _normed(q0, q1, W, EPS, D, D0, D1, Q.dtype.element_ty)
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc0 = tl.zeros([BM, D0], tl.float32)
@@ -321,11 +417,11 @@ def _forward(
         whole = tl.minimum(Lk, first + 1)
     for j in range(0, whole // BN):
         m, l, acc0, acc1 = _forward_tile(
-            m, l, acc0, acc1, q0, q1, K, V, kl, vl, rows, j, Lk, scale, D, D0, D1, CAUSAL, ALIGN, PREC, BN, False
+            m, l, acc0, acc1, q0, q1, K, V, RK, kl, vl, rows, j, Lk, scale, D, D0, D1, CAUSAL, ALIGN, PREC, BN, False
         )
     for j in range(whole // BN, tl.cdiv(seen, BN)):
         m, l, acc0, acc1 = _forward_tile(
-            m, l, acc0, acc1, q0, q1, K, V, kl, vl, rows, j, Lk, scale, D, D0, D1, CAUSAL, ALIGN, PREC, BN, True
+            m, l, acc0, acc1, q0, q1, K, V, RK, kl, vl, rows, j, Lk, scale, D, D0, D1, CAUSAL, ALIGN, PREC, BN, True
         )
     O += b * Lq * H * D + h * D
     _store(O, rows, H * D, Lq, acc0 / l[:, None], 0, D0, D)
@@ -336,9 +432,9 @@ def _forward(
 
 @jit
 def _forward_short(
-    Q, K, V, O, LSE,
+    Q, K, V, O, LSE, W,
     qb, ql, qh, kb, kl, kh, vb, vl, vh, H, Lq, Lk, scale,
-    D: constexpr, D0: constexpr, D1: constexpr, CAUSAL: constexpr, ALIGN: constexpr, PREC: constexpr,
+    D: constexpr, D0: constexpr, D1: constexpr, CAUSAL: constexpr, ALIGN: constexpr, PREC: constexpr, EPS: constexpr,
     BM: constexpr, BN: constexpr, REPEAT: constexpr,
 ):  # fmt: skip
     """All keys in one tile, loaded once for REPEAT tiles of queries: the maximum is known at once."""
@@ -349,15 +445,15 @@ def _forward_short(
     O += b * Lq * H * D + h * D
     LSE += bh.to(tl.int64) * Lq
     keys = tl.arange(0, BN)
-    k0 = _load(K, keys, kl, Lk, 0, D0, D, True, ALIGN)
-    k1 = _load(K, keys, kl, Lk, D0, D1, D, True, ALIGN) if D1 else k0
-    v0 = _load(V, keys, vl, Lk, 0, D0, D, True, ALIGN)
-    v1 = _load(V, keys, vl, Lk, D0, D1, D, True, ALIGN) if D1 else v0
+    k0, k1 = _load2(K, keys, kl, Lk, D, D0, D1, True, ALIGN)
+    v0, v1 = _load2(V, keys, vl, Lk, D, D0, D1, True, ALIGN)
+    rk = _inverse_rms(k0, k1, EPS, D, D1)[None, :] if EPS is not None else 1.0
     for start in range(first, tl.minimum(Lq, first + BM * REPEAT), BM):
         rows = start + tl.arange(0, BM)
-        q0 = _load(Q, rows, ql, Lq, 0, D0, D, True, ALIGN)
-        q1 = _load(Q, rows, ql, Lq, D0, D1, D, True, ALIGN) if D1 else q0
-        s = _dot(q0, q1, k0, k1, D1, PREC)
+        q0, q1 = _load2(Q, rows, ql, Lq, D, D0, D1, True, ALIGN)
+        if EPS is not None:
+            q0, q1, rq = _normed(q0, q1, W, EPS, D, D0, D1, Q.dtype.element_ty)
+        s = _dot(q0, q1, k0, k1, D1, PREC) * rk
         s = tl.where(keys[None, :] < Lk, s, float("-inf"))
         if CAUSAL:
             s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
@@ -394,17 +490,17 @@ def _query_side(Q, O, DO, LSE, ql, ol, gl, rows, Lq, D, D0, D1, ALIGN):
 
 @jit
 def _backward_q_tile(
-    dq0, dq1, q0, q1, g0, g1, lse, delta, K, V, kl, vl, rows, j, Lk, scale, D, D0, D1, CAUSAL, ALIGN, PREC, BN, MASKED
-):
+    dq0, dq1, q0, q1, g0, g1, lse, delta, K, V, RK, kl, vl, rows, j, Lk, scale,
+    D, D0, D1, CAUSAL, ALIGN, PREC, BN, MASKED,
+):  # fmt: skip
     keys = j * BN + tl.arange(0, BN)
-    k0 = _load(K, keys, kl, Lk, 0, D0, D, MASKED, ALIGN)
-    k1 = _load(K, keys, kl, Lk, D0, D1, D, MASKED, ALIGN) if D1 else k0
-    v0 = _load(V, keys, vl, Lk, 0, D0, D, MASKED, ALIGN)
-    v1 = _load(V, keys, vl, Lk, D0, D1, D, MASKED, ALIGN) if D1 else v0
-    p = tl.exp2(_dot(q0, q1, k0, k1, D1, PREC) * scale - lse[:, None])
+    k0, k1 = _load2(K, keys, kl, Lk, D, D0, D1, MASKED, ALIGN)
+    v0, v1 = _load2(V, keys, vl, Lk, D, D0, D1, MASKED, ALIGN)
+    rk = _factor(RK, keys, Lk, MASKED)
+    p = tl.exp2(_dot(q0, q1, k0, k1, D1, PREC) * (scale * rk) - lse[:, None])
     if MASKED and CAUSAL:
         p = tl.where(keys[None, :] <= rows[:, None], p, 0.0)
-    ds = p * (_dot(g0, g1, v0, v1, D1, PREC) - delta[:, None])
+    ds = p * (_dot(g0, g1, v0, v1, D1, PREC) - delta[:, None]) * rk
     if MASKED:  # beyond the last key p need not be finite
         ds = tl.where(keys[None, :] < Lk, ds, 0.0)
     ds = _operand(ds, K.dtype.element_ty)
@@ -416,12 +512,12 @@ def _backward_q_tile(
 
 @jit
 def _backward_q(
-    Q, K, V, O, DO, LSE, DELTA, DQ,
+    Q, K, V, O, DO, LSE, DELTA, DQ, RQ, RK, W, DW,
     qb, ql, qh, kb, kl, kh, vb, vl, vh, gb, gl, gh, H, Lq, Lk, scale,
-    D: constexpr, D0: constexpr, D1: constexpr, CAUSAL: constexpr, ALIGN: constexpr, PREC: constexpr,
+    D: constexpr, D0: constexpr, D1: constexpr, CAUSAL: constexpr, ALIGN: constexpr, PREC: constexpr, EPS: constexpr,
     BM: constexpr, BN: constexpr,
 ):  # fmt: skip
-    """A tile of BM queries over all keys: DQ (B,Lq,H,D) contiguous, and DELTA (B,H,Lq) for _backward_kv."""
+    """A tile of BM queries over all keys: DQ (B,Lq,H,D) contiguous, and for _backward_kv DELTA and RQ (B,H,Lq)."""
     tiles = tl.cdiv(Lq, BM)
     first, bh = tl.program_id(0) % tiles * BM, tl.program_id(0) // tiles
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
@@ -431,6 +527,10 @@ def _backward_q(
     rows = first + tl.arange(0, BM)
     q0, q1, g0, g1, lse, delta = _query_side(Q, O, DO, LSE, ql, H * D, gl, rows, Lq, D, D0, D1, ALIGN)
     tl.store(DELTA + rows, delta, mask=rows < Lq)
+    if EPS is not None:
+        RK, DW = RK + bh.to(tl.int64) * Lk, DW + tl.program_id(0) * D
+        q0, q1, r = _normed(q0, q1, W, EPS, D, D0, D1, Q.dtype.element_ty)
+        tl.store(RQ + bh.to(tl.int64) * Lq + rows, r, mask=rows < Lq)
     dq0 = tl.zeros([BM, D0], tl.float32)
     dq1 = tl.zeros([BM, D1 if D1 else 16], tl.float32)
     seen = Lk
@@ -440,41 +540,39 @@ def _backward_q(
         whole = tl.minimum(Lk, first + 1)
     for j in range(0, whole // BN):
         dq0, dq1 = _backward_q_tile(
-            dq0, dq1, q0, q1, g0, g1, lse, delta, K, V, kl, vl, rows, j, Lk, scale,
+            dq0, dq1, q0, q1, g0, g1, lse, delta, K, V, RK, kl, vl, rows, j, Lk, scale,
             D, D0, D1, CAUSAL, ALIGN, PREC, BN, False,
         )  # fmt: skip
     for j in range(whole // BN, tl.cdiv(seen, BN)):
         dq0, dq1 = _backward_q_tile(
-            dq0, dq1, q0, q1, g0, g1, lse, delta, K, V, kl, vl, rows, j, Lk, scale,
+            dq0, dq1, q0, q1, g0, g1, lse, delta, K, V, RK, kl, vl, rows, j, Lk, scale,
             D, D0, D1, CAUSAL, ALIGN, PREC, BN, True,
         )  # fmt: skip
     scale *= 0.6931471805599453  # log2(e) is folded into it
     DQ += b * Lq * H * D + h * D
-    _store(DQ, rows, H * D, Lq, dq0 * scale, 0, D0, D)
-    if D1:
-        _store(DQ, rows, H * D, Lq, dq1 * scale, D0, D1, D)
+    _store_gradient(DQ, Q, dq0 * scale, dq1 * scale, rows, H * D, ql, Lq, W, DW, EPS, D, D0, D1, ALIGN)
 
 
 @jit
 def _backward_kv_tile(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, Q, DO, LSE, DELTA, ql, gl, keys, i, Lq, scale,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, Q, DO, LSE, DELTA, RQ, ql, gl, keys, i, Lq, scale,
     D, D0, D1, CAUSAL, ALIGN, PREC, BM, MASKED,
 ):  # fmt: skip
     rows = i * BM + tl.arange(0, BM)
-    q0 = _load(Q, rows, ql, Lq, 0, D0, D, MASKED, ALIGN)
-    q1 = _load(Q, rows, ql, Lq, D0, D1, D, MASKED, ALIGN) if D1 else q0
-    g0 = _load(DO, rows, gl, Lq, 0, D0, D, MASKED, ALIGN)
-    g1 = _load(DO, rows, gl, Lq, D0, D1, D, MASKED, ALIGN) if D1 else g0
+    q0, q1 = _load2(Q, rows, ql, Lq, D, D0, D1, MASKED, ALIGN)
+    g0, g1 = _load2(DO, rows, gl, Lq, D, D0, D1, MASKED, ALIGN)
     if MASKED:  # beyond the last query q, do and delta are 0, and so is what they add
         lse = tl.load(LSE + rows, mask=rows < Lq, other=0.0)
         delta = tl.load(DELTA + rows, mask=rows < Lq, other=0.0)
     else:
         lse = tl.load(LSE + rows)
         delta = tl.load(DELTA + rows)
-    p = tl.exp2(_dot(k0, k1, q0, q1, D1, PREC) * scale - lse[None, :])  # (BN,BM): transposed, to be dot's first operand
+    rq = _factor(RQ, rows, Lq, MASKED)
+    s = _dot(k0, k1, q0, q1, D1, PREC)  # (BN,BM): transposed, so that p and ds can be dot's first operand
+    p = tl.exp2(s * (scale * rq) - lse[None, :])
     if CAUSAL:
         p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
-    ds = _operand(p * (_dot(v0, v1, g0, g1, D1, PREC) - delta[None, :]), Q.dtype.element_ty)
+    ds = _operand(p * (_dot(v0, v1, g0, g1, D1, PREC) - delta[None, :]) * rq, Q.dtype.element_ty)
     p = _operand(p, Q.dtype.element_ty)
     dv0 = tl.dot(p, g0, dv0, input_precision=PREC)
     dk0 = tl.dot(ds, q0, dk0, input_precision=PREC)
@@ -486,9 +584,9 @@ def _backward_kv_tile(
 
 @jit
 def _backward_kv(
-    Q, K, V, DO, LSE, DELTA, DK, DV,
+    Q, K, V, DO, LSE, DELTA, DK, DV, RQ, W,
     qb, ql, qh, kb, kl, kh, vb, vl, vh, gb, gl, gh, H, Lq, Lk, scale,
-    D: constexpr, D0: constexpr, D1: constexpr, CAUSAL: constexpr, ALIGN: constexpr, PREC: constexpr,
+    D: constexpr, D0: constexpr, D1: constexpr, CAUSAL: constexpr, ALIGN: constexpr, PREC: constexpr, EPS: constexpr,
     BM: constexpr, BN: constexpr,
 ):  # fmt: skip
     """A tile of BN keys over all queries: DK and DV (B,Lk,H,D) contiguous."""
@@ -499,10 +597,11 @@ def _backward_kv(
     DO = _head(DO, b, h, gb, gh, ALIGN)
     LSE, DELTA = LSE + bh.to(tl.int64) * Lq, DELTA + bh.to(tl.int64) * Lq
     keys = first + tl.arange(0, BN)
-    k0 = _load(K, keys, kl, Lk, 0, D0, D, True, ALIGN)
-    k1 = _load(K, keys, kl, Lk, D0, D1, D, True, ALIGN) if D1 else k0
-    v0 = _load(V, keys, vl, Lk, 0, D0, D, True, ALIGN)
-    v1 = _load(V, keys, vl, Lk, D0, D1, D, True, ALIGN) if D1 else v0
+    k0, k1 = _load2(K, keys, kl, Lk, D, D0, D1, True, ALIGN)
+    v0, v1 = _load2(V, keys, vl, Lk, D, D0, D1, True, ALIGN)
+    if EPS is not None:
+        RQ += bh.to(tl.int64) * Lq
+        k0, k1, rk = _normed(k0, k1, W, EPS, D, D0, D1, K.dtype.element_ty)
     dk0 = tl.zeros([BN, D0], tl.float32)
     dv0 = tl.zeros([BN, D0], tl.float32)
     dk1 = tl.zeros([BN, D1 if D1 else 16], tl.float32)
@@ -512,33 +611,32 @@ def _backward_kv(
         begin = tl.minimum(tl.cdiv(first + BN, BM), tl.cdiv(Lq, BM))
         for i in range(first // BM, begin):
             dk0, dk1, dv0, dv1 = _backward_kv_tile(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, Q, DO, LSE, DELTA, ql, gl, keys, i, Lq, scale,
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, Q, DO, LSE, DELTA, RQ, ql, gl, keys, i, Lq, scale,
                 D, D0, D1, True, ALIGN, PREC, BM, True,
             )  # fmt: skip
     for i in range(begin, Lq // BM):
         dk0, dk1, dv0, dv1 = _backward_kv_tile(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, Q, DO, LSE, DELTA, ql, gl, keys, i, Lq, scale,
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, Q, DO, LSE, DELTA, RQ, ql, gl, keys, i, Lq, scale,
             D, D0, D1, False, ALIGN, PREC, BM, False,
         )  # fmt: skip
     for i in range(tl.maximum(begin, Lq // BM), tl.cdiv(Lq, BM)):
         dk0, dk1, dv0, dv1 = _backward_kv_tile(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, Q, DO, LSE, DELTA, ql, gl, keys, i, Lq, scale,
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, Q, DO, LSE, DELTA, RQ, ql, gl, keys, i, Lq, scale,
             D, D0, D1, False, ALIGN, PREC, BM, True,
         )  # fmt: skip
     scale *= 0.6931471805599453
     DK, DV = DK + b * Lk * H * D + h * D, DV + b * Lk * H * D + h * D
-    _store(DK, keys, H * D, Lk, dk0 * scale, 0, D0, D)
-    _store(DV, keys, H * D, Lk, dv0, 0, D0, D)
+    _store(DV, keys, H * D, Lk, dv0, 0, D0, D)  # before dk, or the compiler keeps k in registers from its first reading
     if D1:
-        _store(DK, keys, H * D, Lk, dk1 * scale, D0, D1, D)
         _store(DV, keys, H * D, Lk, dv1, D0, D1, D)
+    _store_gradient(DK, K, dk0 * scale, dk1 * scale, keys, H * D, kl, Lk, W, None, EPS, D, D0, D1, ALIGN)
 
 
 @jit
 def _backward_short(
     Q, K, V, O, DO, LSE, DQ, DK, DV,
     qb, ql, qh, kb, kl, kh, vb, vl, vh, gb, gl, gh, H, Lq, Lk, scale, ROWS,
-    D: constexpr, D0: constexpr, D1: constexpr, CAUSAL: constexpr, ALIGN: constexpr, PREC: constexpr,
+    D: constexpr, D0: constexpr, D1: constexpr, CAUSAL: constexpr, ALIGN: constexpr, PREC: constexpr, EPS: constexpr,
     BM: constexpr, BN: constexpr,
 ):  # fmt: skip
     """All keys in one tile and ROWS queries: their DQ, and their share of DK and DV, float32 (B,parts,Lk,H,D)."""
@@ -549,10 +647,8 @@ def _backward_short(
     DO, O, DQ = _head(DO, b, h, gb, gh, ALIGN), O + b * Lq * H * D + h * D, DQ + b * Lq * H * D + h * D
     LSE += bh.to(tl.int64) * Lq
     keys = tl.arange(0, BN)
-    k0 = _load(K, keys, kl, Lk, 0, D0, D, True, ALIGN)
-    k1 = _load(K, keys, kl, Lk, D0, D1, D, True, ALIGN) if D1 else k0
-    v0 = _load(V, keys, vl, Lk, 0, D0, D, True, ALIGN)
-    v1 = _load(V, keys, vl, Lk, D0, D1, D, True, ALIGN) if D1 else v0
+    k0, k1 = _load2(K, keys, kl, Lk, D, D0, D1, True, ALIGN)
+    v0, v1 = _load2(V, keys, vl, Lk, D, D0, D1, True, ALIGN)
     dk0 = tl.zeros([BN, D0], tl.float32)
     dv0 = tl.zeros([BN, D0], tl.float32)
     dk1 = tl.zeros([BN, D1 if D1 else 16], tl.float32)
@@ -603,9 +699,9 @@ def column_tiles(dim):
 TILINGS = {
     ("_forward", 2): {
         24: [(80, 128, 32, 4, 3), (90, 128, 64, 8, 3), (80, 64, 32, 4, 3)],
-        64: [(80, 128, 64, 8, 3), (90, 128, 64, 4, 3), (90, 128, 128, 8, 2), (80, 128, 32, 4, 3), (80, 64, 32, 4, 3)],
+        64: [(80, 128, 64, 8, 3), (90, 128, 64, 4, 3), (90, 128, 128, 8, 2), (80, 128, 32, 4, 4), (80, 64, 32, 4, 3)],
         128: [(80, 128, 32, 8, 3), (90, 128, 64, 8, 3), (90, 128, 128, 8, 2), (80, 64, 64, 4, 3)],
-        160: [(90, 128, 32, 8, 3), (90, 128, 64, 8, 3), (90, 64, 64, 4, 3), (80, 64, 16, 4, 3)],
+        160: [(90, 128, 32, 8, 3), (90, 128, 64, 8, 3), (90, 64, 64, 4, 3), (80, 128, 16, 8, 3)],
     },
     ("_forward_short", 2): {160: [(80, 64, 128, 4, 2), (80, 128, 128, 8, 2), (80, 32, 128, 4, 2)]},
     ("_backward_q", 2): {
@@ -632,11 +728,13 @@ TILINGS = {
 }
 
 
-def tilings(name, dim, itemsize, arch, keys=SHORT):
+def tilings(name, dim, itemsize, arch, keys=SHORT, norm=False):
     """Keyword arguments of a kernel, the default first; keys: how many the kernels of one tile are given."""
     ranges = TILINGS[name, itemsize]
     rows = [row[1:] for row in ranges[min(most for most in ranges if most >= dim)] if row[0] <= arch]
     found = [dict(BM=BM, BN=BN, num_warps=warps, num_stages=stages) for BM, BN, warps, stages in rows]
+    if norm and name == "_backward_q" and dim > 128:  # its end needs registers
+        found = [tiling | dict(num_warps=8) for tiling in found]
     if name.endswith("short"):
         one = max(16, 1 << (keys - 1).bit_length())
         found = [tiling | dict(BN=one) for tiling in found]
@@ -657,25 +755,27 @@ def _itemsize(x):
 _best = {}  # the fastest tiling of a kernel for a shape
 
 
-def _launch(name, programs, pointers, numbers, sizes, causal, align):
+def _launch(name, programs, pointers, numbers, sizes, causal, align, eps):
     """Starts a kernel with the best tiling, measured once for a shape, but never while a CUDA graph is captured.
 
-    programs: their number as a function of the tiling.  sizes: B, H, Lq, Lk, D.
+    programs: their number as a function of the tiling.  sizes: B, H, Lq, Lk, D.  eps: None without QK-norm.
+    Returns the number of programs.
     """
     B, H, Lq, Lk, D = sizes
     x, (D0, D1), tf32 = pointers[0], column_tiles(D), torch.backends.cuda.matmul.allow_tf32
-    constants = dict(D=D, D0=D0, D1=D1, CAUSAL=causal, ALIGN=align, PREC="tf32" if tf32 else "ieee")
+    constants = dict(D=D, D0=D0, D1=D1, CAUSAL=causal, ALIGN=align, PREC="tf32" if tf32 else "ieee", EPS=eps)
     numbers = (*numbers[0], H, Lq, Lk, D**-0.5 * math.log2(math.e), *numbers[1:])
 
     def start(tiling):
         KERNELS[name][(programs(tiling),)](*pointers, *numbers, **constants | tiling)
+        return programs(tiling)
 
     # a tiling decides in which order is summed, so it must not differ from run to run where bits count
     fixed = INTERPRET or torch.are_deterministic_algorithms_enabled()
     arch = 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 90
-    choices = tilings(name, D, _itemsize(x), arch, Lk)
+    choices = tilings(name, D, _itemsize(x), arch, Lk, eps is not None)
     with torch.cuda.device_of(x):
-        key = (name, x.device, x.dtype, tf32, *((n - 1).bit_length() for n in (B * H, Lq, Lk)), D, causal, fixed)
+        key = (name, x.device, x.dtype, tf32, *((n - 1).bit_length() for n in (B * H, Lq, Lk)), D, causal, eps, fixed)
         if key in _best:
             return start(_best[key])
         untimed, times = fixed or torch.cuda.is_current_stream_capturing(), {}
@@ -687,7 +787,7 @@ def _launch(name, programs, pointers, numbers, sizes, causal, align):
         if not times:
             raise RuntimeError(f"attention: no tiling of {name} for head dim {D} fits this GPU: take sdpa")
         _best[key] = choices[min(times, key=times.get)]
-        start(_best[key])
+        return start(_best[key])
 
 
 def _readable(x):
@@ -701,28 +801,39 @@ def _strides(*tensors):
     return strides, 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
-def attention_forward(q, k, v, causal):
-    """(B,L,heads,d) -> the output (B,Lq,heads,d), and log2 of the sums of exponentials (B,heads,Lq) in float32."""
+def _inverse_rms_of(x, eps):
+    """(B,L,heads,d) -> (B,heads,L) float32."""
+    norm = torch.linalg.vector_norm(x.transpose(1, 2), dim=-1, dtype=torch.float32)
+    return (norm.square() / x.shape[-1] + eps).rsqrt().contiguous()
+
+
+def attention_forward(q, k, v, causal, weight=None, eps=0.0):
+    """(B,L,heads,d) -> the output (B,Lq,heads,d), and log2 of the sums of exponentials (B,heads,Lq) in float32.
+
+    weight: (d,) float32, the product of those of q's and k's RMS norm; None: they are not normalised.
+    """
     q, k, v = _readable(q), _readable(k), _readable(v)
     (B, Lq, H, D), Lk = q.shape, k.shape[1]
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _lse_of(q)
     strides, align = _strides(q, k, v)
-    given = (q, k, v, out, lse), (strides,), (B, H, Lq, Lk, D), causal, align
+    given = (strides,), (B, H, Lq, Lk, D), causal, align, None if weight is None else eps
+    tensors = q, k, v, out, lse
     if _takes("_forward_short", Lk, D, _itemsize(q)):
-        _launch("_forward_short", lambda t: B * H * -(-Lq // (t["BM"] * t["REPEAT"])), *given)
+        _launch("_forward_short", lambda t: B * H * -(-Lq // (t["BM"] * t["REPEAT"])), (*tensors, weight), *given)
     else:
-        _launch("_forward", lambda t: B * H * -(-Lq // t["BM"]), *given)
+        rk = None if weight is None else _inverse_rms_of(k, eps)
+        _launch("_forward", lambda t: B * H * -(-Lq // t["BM"]), (*tensors, rk, weight), *given)
     return out, lse
 
 
-def attention_backward(grad, q, k, v, out, lse, causal):
-    """The gradients of q, k and v."""
+def attention_backward(grad, q, k, v, out, lse, causal, weight=None, eps=0.0):
+    """The gradients of q, k, v and, where there is one, of weight."""
     grad, q, k, v, out = _readable(grad), _readable(q), _readable(k), _readable(v), out.contiguous()
     (B, Lq, H, D), Lk = q.shape, k.shape[1]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     strides, align = _strides(q, k, v, grad)
-    rest = (B, H, Lq, Lk, D), causal, align
-    if _takes("_backward_short", Lk, D, _itemsize(q)):
+    rest = (B, H, Lq, Lk, D), causal, align, None if weight is None else eps
+    if weight is None and _takes("_backward_short", Lk, D, _itemsize(q)):  # whose registers have no room for the norm
         # queries in so many parts that a GPU has work; a function of the shape alone, as the sums' order hangs on it
         parts = max(1, min(-(-Lq // 128), 512 // (B * H)))
         rows = -(-Lq // (128 * parts)) * 128
@@ -730,13 +841,17 @@ def attention_backward(grad, q, k, v, out, lse, causal):
         dk_parts, dv_parts = k.new_empty(2, B, parts, Lk, H, D, dtype=torch.float32)
         tensors = q, k, v, out, grad, lse, dq, dk_parts, dv_parts
         _launch("_backward_short", lambda t: B * H * parts, tensors, (strides, rows), *rest)
-        return dq, dk_parts.sum(1).to(k.dtype), dv_parts.sum(1).to(v.dtype)
+        return [dq, dk_parts.sum(1).to(k.dtype), dv_parts.sum(1).to(v.dtype)]
     delta, numbers = torch.empty_like(lse), (strides,)
-    tensors = q, k, v, out, grad, lse, delta, dq
-    _launch("_backward_q", lambda t: B * H * -(-Lq // t["BM"]), tensors, numbers, *rest)
-    tensors = q, k, v, grad, lse, delta, dk, dv
+    rq = rk = dw = None
+    if weight is not None:
+        rq, rk = torch.empty_like(lse), _inverse_rms_of(k, eps)
+        dw = weight.new_empty(B * H * -(-Lq // 16), D)  # a row for each program, however small its tile
+    tensors = q, k, v, out, grad, lse, delta, dq, rq, rk, weight, dw
+    programs = _launch("_backward_q", lambda t: B * H * -(-Lq // t["BM"]), tensors, numbers, *rest)
+    tensors = q, k, v, grad, lse, delta, dk, dv, rq, weight
     _launch("_backward_kv", lambda t: B * H * -(-Lk // t["BN"]), tensors, numbers, *rest)
-    return dq, dk, dv
+    return [dq, dk, dv] if dw is None else [dq, dk, dv, dw[:programs].sum(0)]
 
 
 def _lse_of(q):
@@ -746,30 +861,34 @@ def _lse_of(q):
 
 # as operators of PyTorch: torch.compile takes them whole, without looking inside
 
-schema = "(Tensor q, Tensor k, Tensor v, bool causal) -> (Tensor, Tensor)"
+norm = "Tensor? weight=None, float eps=0.0"
+schema = f"(Tensor q, Tensor k, Tensor v, bool causal, {norm}) -> (Tensor, Tensor)"
 forward_op = torch.library.custom_op("ldm::attention", attention_forward, mutates_args=(), schema=schema)
-schema = "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal) -> (Tensor, Tensor, Tensor)"
+schema = f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, {norm}) -> Tensor[]"
 backward_op = torch.library.custom_op("ldm::attention_backward", attention_backward, mutates_args=(), schema=schema)
 
 
 @forward_op.register_fake
-def _(q, k, v, causal):
+def _(q, k, v, causal, weight=None, eps=0.0):
     return torch.empty_like(q, memory_format=torch.contiguous_format), _lse_of(q)
 
 
 @backward_op.register_fake
-def _(grad, q, k, v, out, lse, causal):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+def _(grad, q, k, v, out, lse, causal, weight=None, eps=0.0):
+    given = (q, k, v) if weight is None else (q, k, v, weight)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
 
 def _keep(ctx, inputs, output):
-    q, k, v, ctx.causal = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, ctx.causal, weight, ctx.eps = inputs
+    ctx.save_for_backward(q, k, v, *output, weight)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, grad, _):
-    return *torch.ops.ldm.attention_backward(grad, *ctx.saved_tensors, ctx.causal), None
+    *tensors, weight = ctx.saved_tensors
+    dq, dk, dv, *dw = torch.ops.ldm.attention_backward(grad, *tensors, ctx.causal, weight, ctx.eps)
+    return dq, dk, dv, None, dw[0] if dw else None, None
 
 
 def _cannot_differentiate(ctx, *grads):

@@ -42,7 +42,7 @@ class Attention(nn.Module):
     def __init__(self, dim, context_dim, num_heads, head_dim, qk_norm=False, linear=False, bias=False, causal=False):
         super().__init__()
         inner = num_heads * head_dim
-        self.num_heads, self.linear, self.causal = num_heads, linear, causal
+        self.num_heads, self.linear, self.causal, self.qk_norm = num_heads, linear, causal, qk_norm
         self.backend = "auto"  # see use_attention
         self.to_q = nn.Linear(dim, inner, bias=bias)
         self.to_k = nn.Linear(context_dim, inner, bias=bias)
@@ -56,12 +56,13 @@ class Attention(nn.Module):
         q, k, v = (
             h.unflatten(-1, (self.num_heads, -1)) for h in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        q, k = self.q_norm(q), self.k_norm(k)
         if self.linear:
+            q, k = self.q_norm(q), self.k_norm(k)
             summary = torch.einsum("blhd,blhe->bhde", k.softmax(dim=1), v)
             h = torch.einsum("blhd,bhde->blhe", q.softmax(dim=-1), summary)
         else:
-            h = attention(q, k, v, causal=self.causal, backend=self.backend)
+            norm = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.qk_norm else None
+            h = attention(q, k, v, causal=self.causal, backend=self.backend, qk_norm=norm)
         return self.to_out(h.flatten(2))
 
 

@@ -134,6 +134,9 @@ def test_nothing(backend, sizes):
     q, k, v, grad = tensors(*sizes)
     for x, given in zip(gradients(q, k, v, grad, False, backend), (q, q, k, v)):
         assert x.shape == given.shape and not x.any()
+    w = normal(16)
+    for x, given in zip(norm_gradients(q, k, v, grad, w, w, False, backend), (q, q, k, v, w, w)):
+        assert x.shape == given.shape and not x.any()
 
 
 @needs_triton
@@ -198,6 +201,111 @@ def test_second_derivatives_are_refused():
         slope.sum().backward()
 
 
+# --- QK-norm in the kernels ---
+
+
+def uneven(B, Lq, Lk, H, D, dtype=torch.float32):
+    """q, k, v, the gradient of the output, with rows of q and k of all sizes; and norm weights far from 1, some < 0."""
+    q, k, v, grad = tensors(B, Lq, Lk, H, D)
+    q, k = (x * 2 ** normal(*x.shape[:3], 1, seed=8 + i) for i, x in enumerate((q, k)))
+    q, k, v, grad = (x.to(dtype) for x in (q, k, v, grad))
+    return q, k, v, grad, 1.5 * normal(D, seed=6), normal(D, seed=7)
+
+
+def norm_gradients(q, k, v, grad, wq, wk, causal, backend, eps=1e-6):
+    """The output and the gradients of q, k, v and of both weights."""
+    q, k, v, wq, wk = given = [x.detach().requires_grad_() for x in (q, k, v, wq, wk)]
+    out = attention(q, k, v, causal, backend, (wq, wk, eps))
+    return out.detach(), *torch.autograd.grad(out, given, grad)
+
+
+def norm_formula(q, k, v, grad, wq, wk, causal, eps=1e-6):
+    """The same in float64, by autograd, with nothing of attention.py."""
+    q, k, v, wq, wk = given = [x.detach().double().requires_grad_() for x in (q, k, v, wq, wk)]
+    q, k = (torch.nn.functional.rms_norm(x, w.shape, w, eps) for x, w in ((q, wq), (k, wk)))
+    s = torch.einsum("blhd,bmhd->bhlm", q, k) * q.shape[-1] ** -0.5
+    if causal:
+        s = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), -torch.inf)
+    out = torch.einsum("bhlm,bmhd->blhd", s.softmax(-1), v)
+    return out.detach(), *torch.autograd.grad(out, given, grad.double())
+
+
+def check_norm(q, k, v, grad, wq, wk, causal=False, backend="triton"):
+    got, expected = norm_gradients(q, k, v, grad, wq, wk, causal, backend), norm_formula(q, k, v, grad, wq, wk, causal)
+    for name, x, truth in zip(("out", "dq", "dk", "dv", "dwq", "dwk"), got, expected):
+        assert x.shape == truth.shape and x.dtype == (wq.dtype if "w" in name else q.dtype)
+        assert x.isfinite().all(), name
+        error = (x.double() - truth).norm() / truth.norm().clamp(min=1)
+        assert error < 2 * TOLERANCE[q.dtype], f"{name}: {error:.2e}"  # twice: q and k are rounded once more
+
+
+@needs_triton
+@pytest.mark.parametrize("dim", [24, 40, 64, 80, 160])
+def test_norm_at_head_dims(dim):
+    """Over several tiles of keys, and over the one that holds a prompt."""
+    check_norm(*uneven(1, 70, 150, 1, dim), causal=dim % 16 == 8)
+    check_norm(*uneven(1, 66, 77, 1, dim), causal=dim % 16 == 0)
+
+
+@needs_triton
+@pytest.mark.parametrize("lengths", [(1, 1), (7, 1), (1, 130), (130, 7), (129, 128)])
+@pytest.mark.parametrize("general", [True, False])
+def test_norm_at_lengths(lengths, general, monkeypatch):
+    if general:
+        monkeypatch.setattr(room, "SHORT", 0)
+    for causal in (False, True):
+        check_norm(*uneven(1, *lengths, 1, 40), causal)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norm_in_half_precision(dtype):
+    for dim, Lk in ((40, 140), (160, 140), (64, 77)):
+        check_norm(*uneven(1, 66, Lk, 1, dim, dtype), causal=dim == 40)
+
+
+@needs_triton
+def test_norm_of_views_and_several_heads():
+    """Each head's and example's own root mean squares are found; the inputs may lie in one tensor."""
+    for Lk in (20, 140):
+        _, _, _, grad, wq, wk = uneven(2, Lk, Lk, 3, 24)
+        q, k, v = (normal(2, Lk, 3, 3, 24, seed=5) * 2 ** normal(2, Lk, 3, 3, 1, seed=4)).unbind(2)
+        check_norm(q, k, v, grad, wq, wk)
+        q, k = (normal(2, 3, Lk, 24, seed=i).transpose(1, 2) for i in (1, 2))
+        check_norm(q, k[:, ::2], v[:, ::2], grad, wq, wk)
+
+
+@needs_triton
+def test_norm_of_rows_of_zeros():
+    """Their root mean square is that of eps; and a weight may be zero."""
+    for Lk in (20, 140):
+        q, k, v, grad, wq, wk = uneven(1, 30, Lk, 1, 40)
+        q, k = (x.masked_fill(torch.arange(x.shape[1], device=DEVICE)[None, :, None, None] == 3, 0) for x in (q, k))
+        wq = wq.masked_fill(torch.arange(40, device=DEVICE) == 5, 0)
+        given = q, k, v, grad, wq, wk
+        for x, truth in zip(norm_gradients(*given, True, "triton", 1e-2), norm_formula(*given, True, 1e-2)):
+            torch.testing.assert_close(x.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+def test_norm_gives_the_same_bits_again():
+    for lengths in ((40, 140), (150, 77)):
+        a, b = (norm_gradients(*uneven(1, *lengths, 2, 24), False, "triton") for _ in range(2))
+        for x, y in zip(a, b):
+            assert x.cpu().numpy().tobytes() == y.cpu().numpy().tobytes()
+
+
+@needs_triton
+@pytest.mark.parametrize("Lk", [20, 140])
+def test_norm_operators_keep_pytorchs_rules(Lk):
+    q, k, v, grad, wq, wk = (x.requires_grad_() for x in uneven(1, 9, Lk, 2, 24))
+    weight = (wq * wk).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.ldm.attention, (q, k, v, False, weight, 1e-6))
+    out, lse = torch.ops.ldm.attention(q, k, v, False, weight, 1e-6)
+    given = [x.detach() for x in (grad, q, k, v, out, lse)]
+    torch.library.opcheck(torch.ops.ldm.attention_backward, (*given, False, weight.detach(), 1e-6))
+
+
 @needs_triton
 @pytest.mark.parametrize("fits, best", [({16, 32, 64}, 32), ({16}, 16), (set(), None)])
 def test_which_tiling_runs(fits, best, monkeypatch):
@@ -225,11 +333,11 @@ def test_which_tiling_runs(fits, best, monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: state["deterministic"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
 
-    def launched(**now):
+    def launched(weight=None, **now):
         state.update(now)
         started.clear()
         x = torch.zeros(1, 200, 1, 16)
-        room.attention_forward(x, x, x, False)
+        room.attention_forward(x, x, x, False, weight, 1e-6)
         return list(started)
 
     if not fits:
@@ -240,7 +348,8 @@ def test_which_tiling_runs(fits, best, monkeypatch):
     assert launched(capturing=True) == [first]  # nothing may be timed
     assert sorted(launched(capturing=False)) == sorted([*fits, best])  # each once, then the best
     assert launched() == launched(capturing=True) == [best]  # a captured graph has it too
-    assert launched(capturing=False, deterministic=True) == [first]
+    assert sorted(launched(torch.ones(16), capturing=False)) == sorted([*fits, best])  # QK-norm is another kernel
+    assert launched(deterministic=True) == [first]
 
 
 def test_column_tiles():
@@ -273,8 +382,9 @@ def test_kernels_compile_for_gpus(tmp_path):
     tool = Path(__file__).parent / "attention_aot.py"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     runs = [["--first", "--dims=64", "--dtypes=bf16"], ["--first", "--dims=40,160", "--dtypes=bf16", "--archs=90"]]
+    runs += [["--norm", "--first", "--dims=64", "--dtypes=bf16", "--archs=90"]]
     lines = []
-    for run in [["--archs=80,89,90"]] if os.environ.get("LDM_ALL_KERNELS") else runs:
+    for run in [["--archs=80,89,90"], runs[-1]] if os.environ.get("LDM_ALL_KERNELS") else runs:
         done = subprocess.run([sys.executable, tool, *run], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         lines += [json.loads(line) for line in done.stdout.splitlines()]
@@ -306,6 +416,22 @@ def runnable():
 def test_backends_agree(backend):
     check(*tensors(2, 9, 12, 3, 24), backend=backend)
     check(*tensors(2, 12, 12, 3, 24), causal=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", runnable())
+def test_backends_agree_on_the_norm(backend):
+    check_norm(*uneven(2, 9, 12, 3, 24), causal=True, backend=backend)
+    *halves, wq, wk = uneven(2, 9, 12, 3, 24, torch.bfloat16)
+    check_norm(*halves, wq.bfloat16(), wk.bfloat16(), backend=backend)
+    if (
+        backend != "triton"
+    ):  # to the bit what a norm outside gives; under autocast as the layers' outputs come, in halves
+        q, k, v, _ = halves
+        norms = [nn.RMSNorm(24, eps=1e-6, device=DEVICE) for _ in range(2)]
+        norms[0].weight.data, norms[1].weight.data = wq, wk
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            expected = attention(norms[0](q), norms[1](k), v, backend=backend)
+            assert torch.equal(attention(q, k, v, backend=backend, qk_norm=(wq, wk, 1e-6)), expected)
 
 
 @pytest.mark.parametrize("backend", runnable())
@@ -360,6 +486,13 @@ def test_auto_takes_the_fastest(monkeypatch, capsys):
     assert calls.count("sdpa_flash") == 2
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and "2x9x2x24 to 20 keys, float32, training: sdpa_flash 1.000 ms" in told[0]
+    # with QK-norm they are measured again, each with the norm
+    normed, run = [], room.run_backend
+    monkeypatch.setattr(room, "run_backend", lambda *a: [normed.append((a[0], a[-1] is not None)), run(*a)][1])
+    assert room._fastest(*arguments, True, True) == room._fastest(*arguments, True, True) == "sdpa_flash"
+    assert sorted(normed) == sorted({(name, True) for name in calls})
+    assert "float32, training, QK-norm: sdpa_flash 1.000 ms" in capsys.readouterr().out
+    monkeypatch.setattr(room, "run_backend", run)
     speed["triton"] = 0.5
     assert room._fastest(*arguments[:2], 32, *arguments[3:], True) == ("triton" if room.triton else "sdpa_flash")
     # what cannot run at all falls back
@@ -376,9 +509,10 @@ def test_auto_takes_the_fastest(monkeypatch, capsys):
 def test_what_auto_is_on_a_gpu(monkeypatch):
     """Measured, but with deterministic algorithms the kernels, whose bits do not change."""
     gpu, half = torch.device("cuda", 0), torch.bfloat16
-    monkeypatch.setattr(room, "_fastest", lambda *a: "measured")
+    monkeypatch.setattr(room, "_fastest", lambda *a: "measured with the norm" if a[-1] else "measured")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_backend("auto", gpu, half, 64) == "measured"
+    assert choose_backend("auto", gpu, half, 64, norm=True) == "measured with the norm"
     torch.use_deterministic_algorithms(True)
     try:
         assert choose_backend("auto", gpu, half, 64) == ("triton" if room.triton else "sdpa")
@@ -419,6 +553,14 @@ def test_bad_input():
             attention(*(x.to(dtype) for x, dtype in zip((q, k, k), types_)))
     with pytest.raises(ValueError, match=f"backend 'flash' is not one of {', '.join(BACKENDS)}"):
         attention(q, q, q, backend="flash")
+    w = torch.ones(8)
+    for norm, match in (
+        ((w, torch.ones(4), 1e-6), r"qk_norm's \(4,\) on cpu: give \(8,\) on cpu"),
+        ((w.to("meta"), w, 1e-6), r"qk_norm's \(8,\) on meta: give \(8,\) on cpu"),
+        ((w, w, 0.0), "qk_norm's eps is 0.0: give a positive number"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            attention(q, q, q, qk_norm=norm)
     with pytest.raises(ValueError, match="backend 'flash' is not one of auto, triton, xformers"):
         use_attention(nn.Identity(), "flash")
 
@@ -496,6 +638,9 @@ def test_work_is_counted_alike():
             counts[backend] = [counter.get_total_flops()]
             torch.autograd.grad(out, (q, k, v), grad.detach())
         counts[backend].append(counter.get_total_flops() - counts[backend][0])
+        with FlopCounterMode(display=False) as counter:  # the norm's work is not counted, as no norm's is
+            norm_gradients(*uneven(2, 9, 20, 3, 24), False, backend)
+        assert counter.get_total_flops() == sum(counts[backend])
     forward = 2 * 2 * 2 * 3 * 9 * 20 * 24
     assert [counts[name][0] for name in counts] == [forward] * 3
     assert counts["sdpa_math"][1] == 2 * forward  # S is not computed again
@@ -558,15 +703,24 @@ def test_compiles_whole(backend):
     net = tiny()
     use_attention(net, backend)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for a, b in zip(step(net, compiled), step(net, net)):
+    seen = [
+        m.register_forward_hook(lambda *a: pytest.fail("q or k is normalised outside of attention()"))
+        for m in net.modules()
+        if isinstance(m, nn.RMSNorm)
+    ]
+    assert len(seen) == 4  # q's and k's of self- and of cross-attention
+    eager = step(net, net)
+    for hook in seen:
+        hook.remove()  # Dynamo would trace them
+    for a, b in zip(step(net, compiled), eager):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_auto_is_measured_while_compiling(monkeypatch, capsys):
     """On a GPU "auto" measures at the first call: also where that is torch.compile's tracing, and under autocast."""
 
-    def choose(backend, device, dtype, D, causal, shape, grad):
-        return room._fastest(device, dtype, D, causal, (2, 9, 12, 2), grad)
+    def choose(backend, device, dtype, D, causal, shape, grad, norm):
+        return room._fastest(device, dtype, D, causal, (2, 9, 12, 2), grad, norm)
 
     choose._dynamo_marked_constant = room.choose_backend._dynamo_marked_constant
     monkeypatch.setattr(room, "choose_backend", choose)
@@ -575,11 +729,13 @@ def test_auto_is_measured_while_compiling(monkeypatch, capsys):
     torch._dynamo.reset()
     q, k, v, grad = (x.requires_grad_() for x in tensors(2, 9, 12, 2, 24))
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=True)
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        out = compiled(q, k, v)
-    assert out.dtype == torch.bfloat16
-    torch.autograd.grad(out, (q, k, v), grad.detach().to(out.dtype))
-    assert "bfloat16, training: " in capsys.readouterr().out
+    w = torch.ones(24, device=DEVICE)
+    for norm, told in ((None, "training: "), ((w, w, 1e-6), "training, QK-norm: ")):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            out = compiled(q, k, v, qk_norm=norm)
+        assert out.dtype == torch.bfloat16
+        torch.autograd.grad(out, (q, k, v), grad.detach().to(out.dtype))
+        assert f"bfloat16, {told}" in capsys.readouterr().out
     room._fastest.cache_clear()
 
 
@@ -641,10 +797,11 @@ def watch(net):
 
 
 @needs_triton
-def test_training_with_the_kernels(start):
+@pytest.mark.parametrize("norm", [False, True])
+def test_training_with_the_kernels(start, norm):
     """--attention=triton: the losses of a run with SDPA, in training and on validation images."""
-    small = ("--cond=none", "--max_steps=1", "--n_samples=1", "--sample_steps=1", "--val_images=1", "--batch_size=2")
-    runs = [start("ldm", *small, f"--attention={backend}") for backend in ("triton", "sdpa")]
+    small = "--cond=none --max_steps=1 --n_samples=1 --sample_steps=1 --val_images=1 --batch_size=2".split()
+    runs = [start("ldm", *small, f"--qk_norm={norm}", f"--attention={backend}") for backend in ("triton", "sdpa")]
     ours, theirs = ({k: v for record in run.finish().log for k, v in record.items() if v is not None} for run in runs)
     for name in ("loss", "grad_norm", "val_loss"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
