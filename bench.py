@@ -51,7 +51,7 @@ batch_size = 0  # images per call; 0 is each row's own
 peer = False  # measure diffusers too
 profile = ""  # write a Chrome trace of one call of the first row that runs to this .json (of "loop": of a bare step)
 # how
-seconds = 3.0  # of measuring per row and side, a tenth of it for attention; at least 3 rounds
+seconds = 3.0  # of measuring per row and side, a tenth of it for attention, thrice for loop; at least 3 rounds
 patience = 60.0  # rows whose single call would take longer than so many seconds are left out
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16
@@ -437,17 +437,24 @@ def training_script(place, settings, factor, side, count, log_every):
 
 
 def beside_script(run, place, script, limit):
-    """(ms of the script's iterations, ms of calls of `run`, the script's peak GiB): in turns for `limit` seconds."""
-    # at least two steps to a line of its log: a stop on a line's arrival then lies in the steps of the next one
-    times = max(2, math.ceil(1e3 * limit / 30 / clock(run, place)))
+    """(ms of the script's iterations, ms of `run` before and after each, the script's peak GiB) of `limit` seconds."""
+    # short turns, but two steps to a line of the log: a stop on a line's arrival then lies in the steps of the next one
+    times = max(2, math.ceil(min(600, 30 * limit) / clock(run, place)))
+
+    def bare():
+        run()  # to find its caches again, for which the script has a step or more too
+        return clock(run, place, times)
+
     with script(times) as next_ms:
         next_ms()  # compiles, tunes, fills the workers' queues
-        loop, bare, start = [], [], time.perf_counter()
+        loop, steps, before, start = [], [], bare(), time.perf_counter()
         while len(loop) < 3 or time.perf_counter() - start < limit:
             ms, memory = next_ms()
+            after = bare()
             loop.append(ms)
-            bare.append(clock(run, place, times))
-    return loop, bare, memory
+            steps.append((before + after) / 2)  # a machine that slows down or recovers does so for both
+            before = after
+    return loop, steps, memory
 
 
 def busy_ms(events):
@@ -626,7 +633,7 @@ def free_memory(place):
 def measure(row, place, peak, config):
     """A dict of what the table has of a row: ms (median), least, speed, tflops, share, memory, ratio; or why not.
 
-    Of a script's loop also host, the share of its ms that is not `busy`: how long the GPU works on a bare step, on a CPU
+    Of a script's loop also host, the share of its ms that is not busy: how long the GPU works on a bare step, on a CPU
     how long that step takes.
     """
     expected = row.tflop / peak
@@ -645,7 +652,7 @@ def measure(row, place, peak, config):
             runs.append(row.make(True))
             warm_up(runs[1], place)
         if row.script:
-            *rounds, memory = beside_script(runs[0], place, row.script, 10 * config["seconds"])
+            *rounds, memory = beside_script(runs[0], place, row.script, 6 * config["seconds"])
             busy = gpu_busy(runs[0]) if place.device.type == "cuda" else 0.0
         else:
             rounds = take_turns(runs, place, config["seconds"] * len(runs) / (1 if is_model else 10))
@@ -664,7 +671,7 @@ def measure(row, place, peak, config):
         found["ratio"] = statistics.median(rounds[1]) / ms
     if row.script:
         steps = [busy] * len(rounds[0]) if busy else rounds[1]
-        found["host"] = statistics.median(1 - step / loop for loop, step in zip(rounds[0], steps))  # neighbours in time
+        found["host"] = statistics.median(1 - step / loop for loop, step in zip(rounds[0], steps))
         found |= {"busy": statistics.median(steps), "beside": "GPU busy" if busy else "bare step"}
     return found
 
