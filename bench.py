@@ -7,16 +7,20 @@
 
 Training rows run train_ldm.train_step and train_vae.train_step themselves, with optimizer, clipping and EMA as their
 loops have them, at the scripts' default settings; data are random and lie on the device. What cannot run says why.
-TFLOP are the model's by formula, whatever tricks compute it; "peak" is their share of a large matrix product's speed.
+"loop" is train_ldm.py itself in a process of its own, with data, noise, log and all; its "host" is the share of an
+iteration that is more than a training step. TFLOP are the model's by formula, whatever tricks compute it; "peak" is
+their share of a large matrix product's speed.
 """
 
 import contextlib
 import copy
 import functools
 import gc
+import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,7 +29,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 import sample
@@ -39,13 +45,13 @@ from unet import Denoiser, UNet
 from vae import VAE, Discriminator, Posterior
 
 # what
-rows = "attention,unet,forward,vae,sample,decode,autoencode"  # which groups of rows, with commas
+rows = "attention,unet,loop,forward,vae,sample,decode,autoencode"  # which groups of rows, with commas
 size = "auto"  # small | sd2 (Stable Diffusion 2's U-Net and KL-f8) | auto (sd2 on CUDA, else small)
 batch_size = 0  # images per call; 0 is each row's own
 peer = False  # measure diffusers too
-profile = ""  # write a Chrome trace of one call of the first row that runs to this .json
+profile = ""  # write a Chrome trace of one call of the first row that runs to this .json (of "loop": of a bare step)
 # how
-seconds = 3.0  # of measuring per row and side, a tenth of it for attention; at least 3 rounds
+seconds = 3.0  # of measuring per row and side, a tenth of it for attention, thrice for loop; at least 3 rounds
 patience = 60.0  # rows whose single call would take longer than so many seconds are left out
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16
@@ -56,6 +62,7 @@ SD2 = dict(channels=320, channel_mult=(1, 2, 4, 4), num_heads=0, head_dim=64, co
 KL_F8 = dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4)
 SMALL = dict(channels=64, channel_mult=(1, 2, 4), num_heads=0, head_dim=32, context_dim=256, linear_proj=True)
 SMALL_VAE = dict(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=4)
+CLASSES = 10  # of the data made up for "loop"
 
 
 class Place(NamedTuple):
@@ -86,6 +93,7 @@ class Row(NamedTuple):
     make: Callable
     memory: float = 0.0  # GiB that it takes at least
     has_peer: bool = True
+    script: Callable = None  # script(log_every) runs the loop of which the work is a step: see `training_script`
 
 
 # --- diffusers, with the same number of parameters ---
@@ -192,14 +200,21 @@ def attention_call(place, backend, q_shape, kv_shape, backward):
     return run
 
 
-def unet_training(place, settings, side, count, theirs):
-    """A step of train_ldm.py with a frozen text encoder's output given."""
+def unet_training(place, settings, side, count, theirs, classes=0):
+    """A step of train_ldm.py with a frozen text encoder's output given, or so many classes, each told by a token."""
     cfg = defaults(train_ldm) | {"text_encoder": "openclip_h"}
-    net = place.put(TheirUNet(settings) if theirs else Denoiser(UNet(**settings))).train()
+    tokens = torch.nn.Embedding(classes + 1, settings["context_dim"]) if classes else None
+    net = place.put(TheirUNet(settings) if theirs else Denoiser(UNet(**settings), class_tokens=tokens)).train()
     ema, optimizer = copy.deepcopy(net).requires_grad_(False), adamw(net, cfg)
+    parameters, averaged = list(net.parameters()), list(ema.parameters())
     called = torch.compile(net) if place.compiled else net
-    context = place.randn(count, 77, settings["context_dim"])
-    batch = {"x0": place.randn(count, 4, side, side), "context": context, "null_context": torch.zeros_like(context)}
+    batch = {"x0": place.randn(count, 4, side, side)}
+    if classes:
+        batch["null_y"] = torch.full((count,), classes, device=place.device)
+        batch["y"] = torch.arange(count, device=place.device) % classes
+    else:
+        batch["context"] = place.randn(count, 77, settings["context_dim"])
+        batch["null_context"] = torch.zeros_like(batch["context"])
     noise = {"eps": place.randn(count, 4, side, side), "t": torch.rand(count, device=place.device)}
     noise["drop"] = torch.rand(count, device=place.device)
 
@@ -207,11 +222,11 @@ def unet_training(place, settings, side, count, theirs):
         with place.autocast():
             terms = train_ldm.train_step({"denoiser": called}, batch, noise, cfg)
         terms["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["grad_clip"])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg["grad_clip"])
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        train_ldm.update_ema(ema, net, 10**6, cfg["ema_decay"])
+        train_ldm.update_ema(averaged, parameters, 10**6, cfg["ema_decay"])
 
     return run
 
@@ -236,6 +251,7 @@ def vae_training(place, settings, side, count, theirs):
     net = place.put(TheirVAE(settings) if theirs else VAE(**settings)).train()
     disc, lpips = place.put(Discriminator(cfg["disc_layers"], cfg["disc_norm"])), place.put(random_lpips())
     ema, optimizer, disc_optimizer = copy.deepcopy(net).requires_grad_(False), adamw(net, cfg), adamw(disc, cfg)
+    parameters, averaged = list(net.parameters()), list(ema.parameters())
     if place.compiled:
         net.encoder.compile()
         if theirs:
@@ -254,13 +270,13 @@ def vae_training(place, settings, side, count, theirs):
         both = [torch.autograd.grad(got[name], last_layer, retain_graph=True)[0] for name in ("nll", "gan")]
         got["loss"].backward()
         got["disc_loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["grad_clip"])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg["grad_clip"])
         for one in (optimizer, disc_optimizer):
             one.found_inf = (~torch.isfinite(norm)).float()
             one.step()
             one.zero_grad(set_to_none=True)
         state["adaptive"] = train_vae.adaptive_ratio(torch.stack(both), cfg)
-        train_vae.update_ema(ema, net, 10**6, cfg["ema_decay"])
+        train_vae.update_ema(averaged, parameters, 10**6, cfg["ema_decay"])
 
     return run
 
@@ -343,6 +359,123 @@ def autoencoding(place, settings, side, encode, count, theirs):
     return run
 
 
+# --- train_ldm.py's own loop ---
+
+
+def loop_arguments(place, settings, side, count):
+    """What makes train_ldm.py train the network of unet_training(..., classes), on the data of `make_up`."""
+    given = {name: value for name, value in settings.items() if name != "context_dim"}
+    given |= dict(cond="class", class_embed="token", text_width=settings["context_dim"])
+    given |= dict(dataset="data", first_stage="vae.safetensors", image_size=side, batch_size=count)
+    given |= dict(device=place.device.type, dtype=str(place.dtype).removeprefix("torch."), compile=place.compiled)
+    given |= dict(out_dir="out", eval_every=10**9, save_every=10**9, max_steps=10**9)  # it is killed long before
+    shown = {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in given.items()}
+    return [f"--{name}={value}" for name, value in shown.items()]
+
+
+def make_up(folder, factor, side, count):
+    """What a user of train_ldm.py has: labelled pictures and an autoencoder with latent statistics, here all random."""
+    os.mkdir(f"{folder}/data")
+    np.save(f"{folder}/data/images.npy", torch.randint(256, (count, side, side, 3), dtype=torch.uint8).numpy())
+    np.save(f"{folder}/data/labels.npy", np.arange(count) % CLASSES)
+    levels = factor.bit_length()  # the latents' size counts, not what makes them
+    vae = VAE(ch=32, ch_mult=(1,) * levels, num_res_blocks=1, z_channels=4, mid_attention=False)
+    vae.latent_mean.zero_()
+    vae.latent_std.fill_(1.0)
+    about = {"format": 1, "stage": "vae", "model": vae.settings}
+    train_vae.save_checkpoint(f"{folder}/vae.safetensors", train_vae.with_prefix("ema", vae.state_dict()), about)
+
+
+@contextlib.contextmanager
+def training_script(place, settings, factor, side, count, log_every):
+    """train_ldm.py as its users run it; gives next_ms() -> (milliseconds of an iteration, peak memory in GiB).
+
+    It stands still but for that call, which lets it finish the steps of the progress line that it was stopped in, and
+    then those of another, whose speed its log tells. In the end it is killed and has saved nothing. ChildProcessError
+    with its last words if it ends before.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = [sys.executable, f"{here}/train_ldm.py", *loop_arguments(place, settings, side, count)]
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/errors", "w") as errors:
+        make_up(folder, factor, side, max(2 * CLASSES, 4 * count))
+        process = subprocess.Popen(
+            [*command, f"--log_every={log_every}", "--cache_dir=cache"],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            process_group=0,  # its data workers stop, go on and end with it
+        )
+
+        def records():
+            with contextlib.suppress(FileNotFoundError), open(f"{folder}/out/log.jsonl") as f:
+                return f.readlines()
+            return []
+
+        def next_ms():
+            due = len(records()) + 2
+            os.killpg(process.pid, signal.SIGCONT)
+            while len(records()) < due:
+                if not any(text.startswith("step ") for text in process.stdout):  # waits for the next one
+                    process.wait()
+                    with open(f"{folder}/errors") as f:
+                        words = f.read().strip().split("\n")[-1]
+                    raise ChildProcessError(words or f"train_ldm.py ended with status {process.returncode}")
+            os.killpg(process.pid, signal.SIGSTOP)
+            record = json.loads(records()[due - 1])
+            memory = record["memory_gb"] or resident_peak(process.pid)
+            return 1e3 * count / record["images_per_s"], memory
+
+        try:
+            yield next_ms
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+
+
+def beside_script(run, place, script, limit):
+    """(ms of the script's iterations, ms of `run` before and after each, the script's peak GiB) of `limit` seconds."""
+    # short turns, but two steps to a line of the log: a stop on a line's arrival then lies in the steps of the next one
+    times = max(2, math.ceil(min(600, 30 * limit) / clock(run, place)))
+
+    def bare():
+        run()  # to find its caches again, for which the script has a step or more too
+        return clock(run, place, times)
+
+    with script(times) as next_ms:
+        next_ms()  # compiles, tunes, fills the workers' queues
+        loop, steps, before, start = [], [], bare(), time.perf_counter()
+        while len(loop) < 3 or time.perf_counter() - start < limit:
+            ms, memory = next_ms()
+            after = bare()
+            loop.append(ms)
+            steps.append((before + after) / 2)  # a machine that slows down or recovers does so for both
+            before = after
+    return loop, steps, memory
+
+
+def busy_ms(events):
+    """Milliseconds in which a GPU does anything, of a profile's events; what runs at the same time counts once."""
+    spans = [e.time_range for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    total, until = 0.0, -math.inf
+    for span in sorted(spans, key=lambda span: span.start):
+        total += max(0.0, span.end - max(span.start, until))
+        until = max(until, span.end)
+    return total / 1e3
+
+
+def gpu_busy(run, times=5):
+    """Milliseconds in which the GPU is busy with one call of `run`; 0 where the profiler sees no kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+    return busy_ms(trace.events()) / times
+
+
 # --- the rows ---
 
 
@@ -373,7 +506,7 @@ def attention_rows(small, place, count):
 
 
 def model_rows(group, small, place, count):
-    """The rows of one of the groups unet, forward, vae, sample, decode, autoencode."""
+    """The rows of one of the groups unet, loop, forward, vae, sample, decode, autoencode."""
     unet, vae = (SMALL, SMALL_VAE) if small else (SD2, KL_F8)
     name, vae_name = ("small U-Net", "small f4 VAE") if small else ("SD2-size U-Net", "KL-f8")
     factor = 2 ** (len(vae["ch_mult"]) - 1)
@@ -395,12 +528,21 @@ def model_rows(group, small, place, count):
         return forward_tflop(autoencoder.decoder, (1, *latents(side)))
 
     low, high = (64, 128) if small else (256, 512)
-    few = count or (8 if on_gpu and not small else 1)
+    few, usual_counts = count or (8 if on_gpu and not small else 1), (4, 2) if small else (64, 32) if on_gpu else (1, 1)
+    memory = 20 * sum(p.numel() for p in denoiser.parameters()) / 2**30  # weights, gradient, two moments, EMA
     if group == "unet":
-        memory = 20 * sum(p.numel() for p in denoiser.parameters()) / 2**30  # weights, gradient, two moments, EMA
-        for side, usual in zip((low, high), (4, 2) if small else (64, 32) if on_gpu else (1, 1)):
+        for side, usual in zip((low, high), usual_counts):
             args = (count or usual, 3 * unet_tflop(side), unet_training, unet, side // factor)
             yield one(f"{name} training step", side, *args, memory=memory)
+    elif group == "loop":
+        B, width = count or usual_counts[0], unet["context_dim"]
+        with torch.device("meta"):
+            denoiser.class_tokens = torch.nn.Embedding(CLASSES + 1, width)
+        tflop = B * train_ldm.count_tflop(denoiser, latents(low))
+        make = functools.partial(unet_training, place, unet, low // factor, B, classes=CLASSES)
+        script = functools.partial(training_script, place, unet, factor, low, B)
+        title = f"train_ldm.py itself, {name}, classes, cached latents, {low} px, batch {B}"
+        yield Row(title, "images", B, tflop, make, 2 * memory, has_peer=False, script=script)
     elif group == "forward":
         yield one(f"{name} forward", low, count or 1, unet_tflop(low), unet_forward, unet, low // factor)
     elif group == "vae":
@@ -439,23 +581,25 @@ def clock(run, place, times=1):
     return start.elapsed_time(end) / times
 
 
+def resident_peak(process):
+    """GiB, or None where the system does not tell."""
+    with contextlib.suppress(OSError, StopIteration), open(f"/proc/{process}/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2**20
+
+
 def warm_up(run, place):
     """Lets it compile, tune and allocate; gives its peak memory in GiB."""
-    peak = f"/proc/{os.getpid()}/"
     if place.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    elif os.path.exists(f"{peak}clear_refs"):
-        with open(f"{peak}clear_refs", "w") as f:
+    elif os.path.exists("/proc/self/clear_refs"):
+        with open("/proc/self/clear_refs", "w") as f:
             f.write("5")  # the high-water mark of resident memory begins anew
     run()
     if place.device.type == "cuda":
         for _ in range(3):
             run()
         return torch.cuda.max_memory_allocated() / 2**30
-    if not os.path.exists(f"{peak}status"):
-        return None
-    with open(f"{peak}status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2**20
+    return resident_peak("self")
 
 
 def take_turns(runs, place, limit):
@@ -487,34 +631,48 @@ def free_memory(place):
 
 
 def measure(row, place, peak, config):
-    """A dict of what the table has of a row: ms (median), least, speed, tflops, share, memory, ratio; or why not."""
+    """A dict of what the table has of a row: ms (median), least, speed, tflops, share, memory, ratio; or why not.
+
+    Of a script's loop also host, the share of its ms that is not busy: how long the GPU works on a bare step, on a CPU
+    how long that step takes.
+    """
     expected = row.tflop / peak
     if expected > config["patience"]:
         return {"why": f"about {expected:.0f} s a call, see patience"}
-    needed = row.memory * (2 if config["peer"] else 1)
+    peer, is_model = config["peer"] and row.has_peer, row.has_peer or row.script is not None
+    needed = row.memory * (2 if peer else 1)
     if needed > free_memory(place):
         return {"why": f"needs {needed:.0f} GiB, {free_memory(place):.0f} are free"}
-    runs = []
+    runs, busy = [], None
     try:
         torch.manual_seed(0)
         runs.append(row.make(False))
         memory = warm_up(runs[0], place)
-        if config["peer"] and row.has_peer:
+        if peer:
             runs.append(row.make(True))
             warm_up(runs[1], place)
-        limit = config["seconds"] * len(runs) / (1 if row.has_peer else 10)
-        rounds = take_turns(runs, place, limit)
+        if row.script:
+            *rounds, memory = beside_script(runs[0], place, row.script, 6 * config["seconds"])
+            busy = gpu_busy(runs[0]) if place.device.type == "cuda" else 0.0
+        else:
+            rounds = take_turns(runs, place, config["seconds"] * len(runs) / (1 if is_model else 10))
     except torch.OutOfMemoryError:
         return {"why": "memory does not hold it: set a smaller batch_size"}
+    except ChildProcessError as e:  # the script's last words
+        return {"why": str(e)}
     except Exception as e:
-        if row.has_peer:  # a fault of a model; a back end that does not run here is none
+        if is_model:  # a fault of a model; a back end that does not run here is none
             raise
         return {"why": str(e).strip().split("\n")[0][:90]}
     ms = statistics.median(rounds[0])
     found = {"ms": ms, "least": min(rounds[0]), "speed": 1e3 * row.items / ms, "memory": memory}
     found |= {"tflops": 1e3 * row.tflop / ms, "share": 1e3 * row.tflop / ms / peak, "run": runs[0]}
-    if len(runs) == 2:
+    if peer:
         found["ratio"] = statistics.median(rounds[1]) / ms
+    if row.script:
+        steps = [busy] * len(rounds[0]) if busy else rounds[1]
+        found["host"] = statistics.median(1 - step / loop for loop, step in zip(rounds[0], steps))
+        found |= {"busy": statistics.median(steps), "beside": "GPU busy" if busy else "bare step"}
     return found
 
 
@@ -524,13 +682,15 @@ def line(row, found):
     memory = "" if found["memory"] is None else f"{found['memory']:.2f}"
     text = f"{row.name:<92} {found['ms']:>9.2f} {found['least']:>9.2f} {found['speed']:>9.4g} {row.unit + '/s':<8}"
     text += f" {found['tflops']:>8.3g} {found['share']:>6.1%} {memory:>7}"
+    if "host" in found:
+        text += f"  host {found['host']:.1%} ({found['beside']} {found['busy']:.2f} ms)"
     return text + (f" {found['ratio']:>7.2f}x" if "ratio" in found else "")
 
 
 def table(config):
     """Measures and prints; gives [(Row, what `measure` found), ...]."""
     groups = [group.strip() for group in config["rows"].split(",")]
-    known = ("attention", "unet", "forward", "vae", "sample", "decode", "autoencode")
+    known = ("attention", "unet", "loop", "forward", "vae", "sample", "decode", "autoencode")
     for name, values, choices in (
         ("rows", groups, known),
         ("size", [config["size"]], ("auto", "small", "sd2")),
@@ -559,7 +719,10 @@ def table(config):
     small = config["size"] == "small" or (config["size"] == "auto" and not on_gpu)
     peak = matmul_peak(place)
     head = f"{'':<92} {'ms':>9} {'least':>9} {'speed':>9} {'':<8} {'TFLOP/s':>8} {'peak':>6} {'GiB':>7}"
-    print(head + ("  theirs / ours" if config["peer"] else ""), flush=True)
+    head += "  theirs / ours" * config["peer"] + "  host: share of an iteration that is not the step" * (
+        "loop" in groups
+    )
+    print(head, flush=True)
     results = []
     for group in groups:
         make_rows = attention_rows if group == "attention" else functools.partial(model_rows, group)
@@ -574,7 +737,7 @@ def table(config):
                 trace.export_chrome_trace(config["profile"])
                 print(f"trace of one call: {config['profile']}")
             run = None
-            if row.has_peer:  # compiled modules refer to themselves: the next row needs their memory
+            if group != "attention":  # compiled modules refer to themselves: the next row needs their memory
                 torch.compiler.reset()
                 gc.collect()
                 if on_gpu:

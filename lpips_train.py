@@ -730,6 +730,8 @@ if __name__ == "__main__":
     groups = [{"params": [p for p in model.parameters() if owner.get(p, rank) == rank]}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), weight_decay=0.0, fused=True)
 
+    parameters = list(model.parameters())  # once: to walk through all modules for them takes a while
+
     # what a step leaves to the next ones: mean, count and spikes of the gradient norms
     state = {"grad_norm": torch.zeros(3, device=device, dtype=param_dtype)}
 
@@ -891,7 +893,7 @@ if __name__ == "__main__":
             clock.update(time=at_time, step=at_step)
             mfu = speed * tflop / (world * peak) if peak else None
             memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-            log(step=at_step, **terms, lr=lr_then, images_per_s=round(speed, 2), mfu=mfu, memory_gb=memory)
+            log(step=at_step, **terms, lr=lr_then, images_per_s=float(f"{speed:.6g}"), mfu=mfu, memory_gb=memory)
             if master:
                 text = f"step {at_step}, {images_seen} images: "
                 text += ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
@@ -945,18 +947,19 @@ if __name__ == "__main__":
 
         # clip, step, clamp
         watch.at("optimizer step")
-        sums[-1] = bool(asked_to_stop)
+        sums[-1].fill_(bool(asked_to_stop))  # not sums[-1] = ..., which on CUDA waits for all that is under way
         if world > 1:
             dist.all_reduce(sums)
             sums /= world
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
         finite = torch.isfinite(grad_norm) & torch.isfinite(sums).all()
         spike = is_spike(grad_norm, state["grad_norm"], skip_spikes) if skip_spikes else torch.zeros_like(finite)
         taken = finite & ~spike
         optimizer.found_inf = (~taken).float()  # AdamW leaves weights and moments alone where this is 1
         optimizer.step()
         send_updates(owner)
-        model.zero_grad(set_to_none=True)
+        for p in parameters:
+            p.grad = None
         step += 1
         with torch.no_grad():
             torch._foreach_clamp_min_(list(model.heads), 0.0)  # more difference is never more alike

@@ -267,10 +267,10 @@ def example_predictions(denoiser, vae, batch, eps, cfg, autocast):
 
 
 @torch.no_grad()
-def update_power_ema(ema, model, step, std):
-    """ema <- beta ema + (1 - beta) model with beta = (1 - 1/n)^(gamma + 1) after optimizer step n = 1, 2, ..."""
+def update_power_ema(averaged, current, step, std):
+    """As update_ema, with d = (1 - 1/n)^(gamma + 1)."""
     beta = (1 - 1 / step) ** (power_exponent(std) + 1)
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - beta)
+    torch._foreach_lerp_(averaged, current, 1 - beta)
 
 
 # -- what stands in train_vae.py too, line for line --
@@ -291,10 +291,13 @@ def learning_rate(step, cfg):
 
 
 @torch.no_grad()
-def update_ema(ema, model, step, decay):
-    """ema <- d ema + (1 - d) model with d = min(decay, (1 + n) / (10 + n)) after optimizer step n = 1, 2, ..."""
+def update_ema(averaged, current, step, decay):
+    """averaged <- d averaged + (1 - d) current, lists of tensors, with d = min(decay, (1 + n) / (10 + n)).
+
+    n = 1, 2, ... is the number of the optimizer step it comes after.
+    """
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+    torch._foreach_lerp_(averaged, current, 1 - d)
 
 
 def save_checkpoint(path, tensors, meta):
@@ -821,6 +824,10 @@ if __name__ == "__main__":
         group["params"] = [p for p in group["params"] if owner.get(p, rank) == rank]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
 
+    # as lists, once: to walk through all modules for them takes a millisecond, which a step would spend four times
+    parameters, averaged = list(model.parameters()), list(ema.parameters())
+    power_averaged = [list(average.parameters()) for average in power_emas]
+
     # what a step leaves to the next ones: mean, count and spikes of the gradient norms
     state = {"grad_norm": torch.zeros(3, device=device, dtype=param_dtype)}
 
@@ -1098,7 +1105,7 @@ if __name__ == "__main__":
             clock.update(time=at_time, step=at_step)
             mfu = speed * tflop / (world * peak) if peak else None
             memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-            log(step=at_step, **terms, lr=lr_then, images_per_s=round(speed, 2), mfu=mfu, memory_gb=memory)
+            log(step=at_step, **terms, lr=lr_then, images_per_s=float(f"{speed:.6g}"), mfu=mfu, memory_gb=memory)
             if master:
                 text = f"step {at_step}, {images_seen} images: "
                 text += ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
@@ -1175,22 +1182,23 @@ if __name__ == "__main__":
 
         # clip, step, ema
         watch.at("optimizer step")
-        sums[-1] = bool(asked_to_stop)
+        sums[-1].fill_(bool(asked_to_stop))  # not sums[-1] = ..., which on CUDA waits for all that is under way
         if world > 1:
             dist.all_reduce(sums)
             sums /= world
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
         finite = torch.isfinite(grad_norm) & torch.isfinite(sums).all()
         spike = is_spike(grad_norm, state["grad_norm"], skip_spikes) if skip_spikes else torch.zeros_like(finite)
         taken = finite & ~spike
         optimizer.found_inf = (~taken).float()  # AdamW leaves weights and moments alone where this is 1
         optimizer.step()
         send_updates(owner)
-        model.zero_grad(set_to_none=True)
+        for p in parameters:
+            p.grad = None
         step += 1
-        update_ema(ema, model, step, ema_decay)
-        for std, average in zip(ema_stds, power_emas):
-            update_power_ema(average, model, step, std)
+        update_ema(averaged, parameters, step, ema_decay)
+        for std, average in zip(ema_stds, power_averaged):
+            update_power_ema(average, parameters, step, std)
 
         # log: this step's numbers travel to the host while the next step runs
         if pending:

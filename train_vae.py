@@ -410,10 +410,13 @@ def learning_rate(step, cfg):
 
 
 @torch.no_grad()
-def update_ema(ema, model, step, decay):
-    """ema <- d ema + (1 - d) model with d = min(decay, (1 + n) / (10 + n)) after optimizer step n = 1, 2, ..."""
+def update_ema(averaged, current, step, decay):
+    """averaged <- d averaged + (1 - d) current, lists of tensors, with d = min(decay, (1 + n) / (10 + n)).
+
+    n = 1, 2, ... is the number of the optimizer step it comes after.
+    """
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+    torch._foreach_lerp_(averaged, current, 1 - d)
 
 
 def save_checkpoint(path, tensors, meta):
@@ -834,6 +837,10 @@ if __name__ == "__main__":
         groups = [{"params": [p for p in disc.parameters() if disc_owner.get(p, rank) == rank]}]
         disc_optimizer = torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=0.0, fused=True)
 
+    # as lists, once: to walk through all modules for them takes a while, which every step would spend
+    parameters, averaged = list(model.parameters()), list(ema.parameters())
+    disc_parameters = list(disc.parameters()) if disc else []
+
     # what a step leaves to the next ones: mean, count and spikes of the gradient norms, the adaptive weight, and how
     # often each code was used since the last restart
     state = {"grad_norm": torch.zeros(3, device=device, dtype=param_dtype)}
@@ -1029,7 +1036,7 @@ if __name__ == "__main__":
             clock.update(time=at_time, step=at_step)
             mfu = speed * tflop / (world * peak) if peak else None
             memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-            log(step=at_step, **terms, lr=lr_then, images_per_s=round(speed, 2), mfu=mfu, memory_gb=memory)
+            log(step=at_step, **terms, lr=lr_then, images_per_s=float(f"{speed:.6g}"), mfu=mfu, memory_gb=memory)
             if master:
                 text = f"step {at_step}, {images_seen} images: "
                 text += ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
@@ -1148,7 +1155,7 @@ if __name__ == "__main__":
 
         # clip, step, ema
         watch.at("optimizer step")
-        sums[-1] = bool(asked_to_stop)
+        sums[-1].fill_(bool(asked_to_stop))  # not sums[-1] = ..., which on CUDA waits for all that is under way
         if world > 1:
             dist.all_reduce(sums)
             sums /= world
@@ -1163,8 +1170,8 @@ if __name__ == "__main__":
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
         measured = [*code_use(counts)] if model.quantize else []
         if disc:
-            grads = [p.grad for p in disc.parameters() if p.grad is not None]
-            measured.append(torch.nn.utils.get_total_norm(grads).to(grad_norm))
+            grads = [p.grad for p in disc_parameters if p.grad is not None]
+            measured.append(torch.nn.utils.get_total_norm(grads) if grads else zero)
         measured = torch.stack([*measured, grad_norm])
         finite = torch.isfinite(measured).all() & torch.isfinite(sums).all()
         spike = is_spike(grad_norm, state["grad_norm"], skip_spikes) if skip_spikes else torch.zeros_like(finite)
@@ -1172,18 +1179,21 @@ if __name__ == "__main__":
         optimizer.found_inf = (~taken).float()  # AdamW leaves weights and moments alone where this is 1
         optimizer.step()
         send_updates(owner)
-        model.zero_grad(set_to_none=True)
+        for p in parameters:
+            p.grad = None
         if disc_trains:
             disc_optimizer.found_inf = optimizer.found_inf
             disc_optimizer.step()
             send_updates(disc_owner)
-            disc.zero_grad(set_to_none=True)
-            logits = sums[[terms.index("logits_real"), terms.index("logits_fake")]].to(disc.usual_logits.dtype)
+            for p in disc_parameters:
+                p.grad = None
+            at = terms.index("logits_real")  # and logits_fake after it; a list of indices would wait for the GPU
+            logits = sums[at : at + 2].to(disc.usual_logits.dtype)
             disc.usual_logits.lerp_(torch.where(taken, logits, disc.usual_logits), 0.01)
         if share is not None and adaptive_weight:
             state["adaptive"].copy_(torch.where(taken, adaptive_ratio(gradients, config), state["adaptive"]))
         step += 1
-        update_ema(ema, model, step, ema_decay)
+        update_ema(averaged, parameters, step, ema_decay)
         state["code_counts"] += counts
         if restart:
             restart_codes(model, ema, optimizer, (state["code_counts"] == 0) & taken, candidates)

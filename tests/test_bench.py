@@ -1,6 +1,8 @@
 """bench.py: every row it names, the training scripts' own steps, diffusers of the same size, the trace."""
 
+import functools
 import json
+import os
 import re
 import runpy
 import sys
@@ -8,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bench
 import train_ldm
 import train_vae
+from configurator import parse
+from unet import UNet
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(channels=32, channel_mult=(1, 2), num_heads=0, head_dim=32, context_dim=16, linear_proj=True)
@@ -52,6 +58,7 @@ def test_a_row_for_everything(run, monkeypatch):
             for L, d in zip(lengths, (40, 80, 160)):
                 assert sum(f"x{L}, 8 heads of {d}" in row for row in rows) == 2
         assert names.count(f"{unet} U-Net training step") == 2 and f"{unet} U-Net forward" in names
+        assert names.count(f"train_ldm.py itself, {unet} U-Net") == 1
         for words in ("training step with LPIPS", "guided DDIM steps", " decode, ", "encode and decode"):
             assert words in names, words
         assert out.count("not measured here: not asked for") == len(found)
@@ -80,6 +87,83 @@ def test_every_model_row_runs_beside_diffusers(run, diffusers, monkeypatch):
         assert values["tflops"] == pytest.approx(values["share"] * 0.1) and values["memory"] > 0.05
     assert len(re.findall(r"\d\.\d\dx$", out, re.M)) == 7 and "theirs / ours" in out
     assert f"torch {torch.__version__}, diffusers {diffusers.__version__}" in out and "git " in out
+
+
+def test_the_loop_runs_as_its_users_run_it(run):
+    """In a process of its own, of which nothing is left, beside the bare step of as large a network."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before = children.read_text() if children.exists() else ""
+    found, out = run(rows="loop", seconds=0.02, compile="false")
+    ((name, values),) = found.items()
+    assert name == "train_ldm.py itself, small U-Net, classes, cached latents, 64 px, batch 1"
+    assert values["ms"] >= values["least"] > 0 and values["speed"] == pytest.approx(1e3 / values["ms"])
+    assert values["tflops"] == pytest.approx(values["share"] * 0.1) and values["memory"] > 0.05
+    assert values["host"] < 1 and values["busy"] > 0
+    assert f"host {values['host']:.1%} (bare step {values['busy']:.2f} ms)" in out
+    assert "host: share of an iteration that is not the step" in out.splitlines()[0]
+    assert before == (children.read_text() if children.exists() else "")
+
+
+@pytest.mark.parametrize("unet, side", [(bench.SMALL, 64), (bench.SD2, 256)])
+def test_the_loop_trains_the_network_of_the_bare_step(unet, side):
+    """The arguments are the script's own, and give the U-Net that unet_training makes; nothing else differs."""
+    place = bench.Place(torch.device("cuda"), torch.bfloat16, True)
+    given = parse(bench.loop_arguments(place, unet, side, 64), bench.defaults(train_ldm))
+    cfg = bench.defaults(train_ldm) | given
+    train_ldm.check_settings(cfg)
+    with torch.device("meta"):
+        wanted = UNet(**unet).settings
+    names = [name for name in wanted if name in cfg]
+    for name in names:  # the script has (2,) where UNet() takes 2 too
+        assert wanted[name] in (cfg[name], *(cfg[name] if name in ("num_res_blocks", "self_attention") else ())), name
+    assert len(names) > 15
+    assert cfg["text_width"] == wanted["context_dim"] and (cfg["cond"], cfg["class_embed"]) == ("class", "token")
+    assert (cfg["device"], cfg["dtype"], cfg["compile"], cfg["batch_size"]) == ("cuda", "bfloat16", "True", 64)
+    what_a_step_hangs_on = (
+        "objective",
+        "schedule",
+        "timesteps",
+        "loss_type",
+        "loss_weight",
+        "grad_clip",
+        "skip_spikes",
+    )
+    assert not {*what_a_step_hangs_on, "ema_stds", "grad_accum", "checkpointing", "attention"} & {*given}
+
+
+def test_the_share_of_the_host(monkeypatch):
+    """On a CPU the median over pairs of neighbours, on a GPU beside the time in which it was busy, else as on a CPU."""
+    monkeypatch.setattr(bench, "warm_up", lambda run, place: 9.0)
+    monkeypatch.setattr(bench, "free_memory", lambda place: 8.0)
+    monkeypatch.setattr(bench, "beside_script", lambda *a: ([104.0, 100.0, 200.0], [99.0, 101.0, 188.0], 3.5))
+    monkeypatch.setattr(bench, "gpu_busy", lambda run: 91.0)
+    row = bench.Row("loop", "images", 8, 0.5, lambda theirs: None, 8.0, has_peer=False, script=lambda n: None)
+    for device, host, what in (("cpu", 5 / 104, "bare step 101.00 ms"), ("cuda", 13 / 104, "GPU busy 91.00 ms")):
+        place = bench.Place(torch.device(device), torch.float32, False)
+        found = bench.measure(row, place, 10.0, {"seconds": 1.0, "patience": 60.0, "peer": True})
+        assert found["host"] == pytest.approx(host) and (found["ms"], found["least"]) == (104.0, 100.0)
+        assert found["memory"] == 3.5 and found["speed"] == pytest.approx(8 / 0.104)
+        assert bench.line(row, found).endswith(f"  host {100 * host:.1f}% ({what})")
+    monkeypatch.setattr(bench, "gpu_busy", lambda run: 0.0)  # the profiler may see nothing
+    found = bench.measure(row, place, 10.0, {"seconds": 1.0, "patience": 60.0, "peer": False})
+    assert found["busy"] == 101.0 and found["host"] == pytest.approx(5 / 104)
+    assert "needs 8 GiB" in bench.measure(row._replace(memory=8.1), place, 10.0, {"patience": 9, "peer": False})["why"]
+
+
+def test_how_long_a_gpu_is_busy():
+    """Kernels and copies, what overlaps once; not the host's calls, nor the ranges that a name was given to."""
+    event = functools.partial(FunctionEvent, 0, "", 0, device_type=DeviceType.CUDA)
+    events = [event(2000, 2500), event(1000, 1300), event(1200, 1250), event(1250, 1400), event(2500, 2600)]
+    events += [event(0, 9000, is_user_annotation=True), event(0, 9000, device_type=DeviceType.CPU)]
+    assert bench.busy_ms(events) == pytest.approx(1.0) and bench.busy_ms(events[-2:]) == 0
+
+
+def test_a_script_that_fails_is_told(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # and no word of where the two meet
+    found, out = run(rows="loop,decode", seconds=0.02)
+    loop, decode = found.values()
+    assert loop["why"].startswith("train_ldm.py: ") and "rendezvous" in loop["why"], loop
+    assert f"not measured here: {loop['why']}" in out and decode["ms"] > 0
 
 
 def test_attention_rows(run, monkeypatch):
@@ -133,7 +217,7 @@ def test_what_would_take_too_much_is_left_out(run, monkeypatch):
     found, out = run(rows="decode", patience=1e-6)
     assert all("see patience" in values["why"] for values in found.values()) and out.count("not measured here") == 1
     monkeypatch.setattr(bench, "free_memory", lambda place: 0.0)
-    found, _ = run(rows="unet")
+    found, _ = run(rows="unet,loop")
     assert all("GiB" in values["why"] for values in found.values())
 
 

@@ -388,7 +388,8 @@ def note(what):
 
 class Syncs(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        aten = torch.ops.aten  # the last one: x[0] = True, x[[0, 1]], torch.tensor(...) copy to a GPU and wait for it
+        if func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.lift_fresh.default):
             note(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -403,14 +404,13 @@ Syncs().__enter__()
 
 @both_stages
 def test_nothing_in_a_step_asks_for_a_tensors_value(stage, start):
-    """.item(), bool(tensor), .cpu() and the like would each make a GPU's host wait; a planted one is found."""
+    """.item(), bool(tensor), .cpu(), x[0] = 1 and the like would each make a GPU's host wait; two planted are found."""
     args = ("--max_steps=3", *QUICK, "--skip_spikes=5", *(GAME if stage == "vae" else ()))
     assert "waits:" not in start(stage, *args, first=SYNCS).finish().stdout
-    planted = (
-        "usual_lerp = torch._foreach_lerp_\ndef lerp(*args):\n    bool(args[0][0].sum() > 0)\n    usual_lerp(*args)\n"
-    )
+    planted = "usual_lerp = torch._foreach_lerp_\ndef lerp(*args):\n    bool(args[0][0].sum() > 0)\n"
+    planted += "    torch.zeros(2)[0] = 1\n    usual_lerp(*args)\n"
     planted = start(stage, *args, first=f"{SYNCS}\n{planted}torch._foreach_lerp_ = lerp").finish().stdout
-    assert planted.count("waits: aten._local_scalar_dense") == 3
+    assert planted.count("waits: aten._local_scalar_dense") == planted.count("waits: aten.lift_fresh") == 3
 
 
 # -- torchrun: two nodes, restarts --

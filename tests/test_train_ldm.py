@@ -160,7 +160,7 @@ def test_a_power_average_is_one():
         for step in range(1, n + 1):  # after step k the weights are the unit vector of k
             with torch.no_grad():
                 model.weight.copy_(torch.nn.functional.one_hot(torch.tensor([step - 1]), n))
-            train_ldm.update_power_ema(ema, model, step, std)
+            train_ldm.update_power_ema([ema.weight], [model.weight], step, std)
         share, at = ema.weight[0].double(), (torch.arange(n, dtype=torch.float64) + 1) / n
         assert share.sum().item() == pytest.approx(1, abs=1e-4)
         mean = (share * at).sum()
@@ -174,7 +174,7 @@ def test_any_length_from_kept_averages(tmp_path):
         model, ema = torch.nn.Linear(50, 1, bias=False), torch.nn.Linear(50, 1, bias=False)
         for step, weight in enumerate(walk, 1):
             model.weight.data[0] = weight
-            train_ldm.update_power_ema(ema, model, step, std)
+            train_ldm.update_power_ema([ema.weight], [model.weight], step, std)
             if std in stds and step % 25 == 0:
                 lengths.setdefault(step, {})[std] = ema.weight.detach().clone()
         lengths[std] = ema.weight.detach().clone()

@@ -265,7 +265,7 @@ def test_ema_has_a_closed_form(script):
     for n in range(1, 21):
         torch.nn.init.constant_(model.weight, float(n * n))
         weights.append(model.weight.item())
-        script.update_ema(ema, model, n, decay)
+        script.update_ema([ema.weight], [model.weight], n, decay)
     d = [min(decay, (1 + n) / (10 + n)) for n in range(1, 21)]
     assert d[0] == 2 / 11 and d[6] < decay and d[-1] == decay
     shares = [math.prod(d)] + [(1 - d[n]) * math.prod(d[n + 1 :]) for n in range(20)]
