@@ -90,8 +90,10 @@ class Watch:
             self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
             self.usual_hook, sys.excepthook = sys.excepthook, self.excepthook
             self.tell()  # the others know of this rank, whatever stops it
+            self.answers = 0
             self.thread = threading.Thread(target=self.look, daemon=True)
             self.thread.start()
+            threading.Thread(target=self.guard, daemon=True).start()
 
     def at(self, phase, step=None):
         """The main thread begins something; every rank must say the same things in the same order."""
@@ -135,7 +137,7 @@ class Watch:
         self.store.set(str(self.rank), json.dumps(mine | {"reading": reading, "name": self.name}))
 
     def look(self):
-        seen, told, before, unreachable = {}, time.monotonic(), None, 0.0
+        seen, told, before = {}, time.monotonic(), None
         while not self.over.wait(self.tick):
             now = time.monotonic()
             try:
@@ -153,18 +155,28 @@ class Watch:
                     self.end(describe(reports, behind, self.limit), behind)
                 if (behind or ended) and not self.over.is_set():
                     self.finish(*self.end(""))
-                unreachable = 0.0
-            except (RuntimeError, OSError) as e:  # the store has gone with its process: at the end, or for ever
-                unreachable = unreachable or now
-                if now - unreachable > self.limit:
-                    print(f"rank {self.rank} ({self.name}): the process group's store is gone ({e})", file=sys.stderr)
-                    os._exit(1)
+                self.answers += 1
+            except (RuntimeError, OSError):  # the store has gone with its process: at the end, or for ever
                 continue
             if self.rank == 0 and reports and now - told > 600:
                 text = slow_reader(reports, before, now - told) if before else ""
                 print(text, flush=True) if text else None
                 told, before = now, reports
             before = before or reports
+
+    def guard(self):
+        """Ends this process when look() gets no answer: where the store's process was stopped it waits for ever."""
+        before, silent = 0, 0
+        while not self.over.wait(self.tick):
+            before, silent = self.answers, silent + 1 if self.answers == before else 0
+            if silent * self.tick > self.limit:  # looks are counted: a clock goes on while this process is stopped
+                told = (
+                    f"rank {self.rank} ({self.name}): the process group's store is silent or gone: rank 0, or torchrun"
+                )
+                print(
+                    f"{told} on the first node, was stopped, has died, or its node is lost", file=sys.stderr, flush=True
+                )
+                os._exit(1)
 
     def say(self, text):
         """Why all end, in one line of one rank."""
