@@ -170,11 +170,11 @@ class Watch:
         while not self.over.wait(self.tick):
             before, silent = self.answers, silent + 1 if self.answers == before else 0
             if silent * self.tick > self.limit:  # looks are counted: a clock goes on while this process is stopped
-                told = (
-                    f"rank {self.rank} ({self.name}): the process group's store is silent or gone: rank 0, or torchrun"
-                )
                 print(
-                    f"{told} on the first node, was stopped, has died, or its node is lost", file=sys.stderr, flush=True
+                    f"rank {self.rank} ({self.name}): the process group's store is silent or gone: what keeps it, "
+                    f"rank 0 or torchrun on the first node, was stopped or has died, or its node is lost",
+                    file=sys.stderr,
+                    flush=True,
                 )
                 os._exit(1)
 
