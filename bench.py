@@ -720,9 +720,8 @@ def table(config):
     small = config["size"] == "small" or (config["size"] == "auto" and not on_gpu)
     peak = matmul_peak(place)
     head = f"{'':<92} {'ms':>9} {'least':>9} {'speed':>9} {'':<8} {'TFLOP/s':>8} {'peak':>6} {'GiB':>7}"
-    head += "  theirs / ours" * config["peer"] + "  host: share of an iteration that is not the step" * (
-        "loop" in groups
-    )
+    head += "  theirs / ours" * config["peer"]
+    head += "  host: share of an iteration that is not the step" * ("loop" in groups)
     print(head, flush=True)
     results = []
     for group in groups:
