@@ -405,6 +405,7 @@ def training_script(place, settings, factor, side, count, log_every):
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env=os.environ | {"TMPDIR": folder},  # a data worker that is killed leaves a folder there
             process_group=0,  # its data workers stop, go on and end with it
         )
 
@@ -430,7 +431,7 @@ def training_script(place, settings, factor, side, count, log_every):
         try:
             yield next_ms
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of one that ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             process.stdout.close()
@@ -719,9 +720,8 @@ def table(config):
     small = config["size"] == "small" or (config["size"] == "auto" and not on_gpu)
     peak = matmul_peak(place)
     head = f"{'':<92} {'ms':>9} {'least':>9} {'speed':>9} {'':<8} {'TFLOP/s':>8} {'peak':>6} {'GiB':>7}"
-    head += "  theirs / ours" * config["peer"] + "  host: share of an iteration that is not the step" * (
-        "loop" in groups
-    )
+    head += "  theirs / ours" * config["peer"]
+    head += "  host: share of an iteration that is not the step" * ("loop" in groups)
     print(head, flush=True)
     results = []
     for group in groups:
@@ -762,6 +762,7 @@ def cpu_name():
 if __name__ == "__main__":
     config = configure(globals())
     sys.excepthook = sample.one_line_error
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and so ends what "loop" has begun
     if profile and os.path.exists(profile):
         raise ValueError(f"profile={profile} is there already: remove it, or choose another name")
     table(config)

@@ -978,6 +978,10 @@ if __name__ == "__main__":
                 print(f"keeping the latents on {device}: {size:.3g} GiB in each process", flush=True)
             resident = latents.load(device)
 
+    def sent(t):
+        """A tensor just made, on the device; a copy of memory that is not pinned may wait for all under way there."""
+        return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+
     def examples(batch, noise):
         """A collated batch on the device, as train_step takes it.
 
@@ -990,8 +994,7 @@ if __name__ == "__main__":
         elif cached:
             moments = batch["image"].to(device, non_blocking=True)
             if not moments.numel():  # they are here already
-                rows = batch["index"] * latents.flips + batch["flip"]
-                moments = resident.index_select(0, rows.to(device, non_blocking=True))
+                moments = resident.index_select(0, sent(batch["index"] * latents.flips + batch["flip"]))
             mean, std = moments.to(param_dtype).unbind(1)
             out = {"x0": vae.normalize(mean + std * noise["posterior"])}
         else:
@@ -1000,14 +1003,14 @@ if __name__ == "__main__":
             out = {"x0": vae.normalize(posterior.sample(noise["posterior"]))}
         out["x0"] = out["x0"].contiguous(memory_format=torch.channels_last)
         if text is not None:
-            out["tokens"] = text.tokenize(batch["text"]).to(device, non_blocking=True)
+            out["tokens"] = sent(text.tokenize(batch["text"]))
             out["null_tokens"] = null_tokens.expand(n, -1)
         elif tower is not None:
             if cache_text:
                 context = batch["context"].to(device, non_blocking=True)
             else:
                 with torch.no_grad(), autocast():
-                    context = tower(tower.tokenize(batch["text"]).to(device, non_blocking=True))
+                    context = tower(sent(tower.tokenize(batch["text"])))
             out["context"] = context.to(param_dtype)
             out["null_context"] = null_context.expand(n, -1, -1)
         elif cond == "class":
