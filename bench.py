@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sample
 import train_ldm
 import train_vae
-from attention import BACKENDS, attention
+from attention import BACKENDS, attention, sdpa_runs
 from configurator import configure, find_settings
 from diffusion import make_schedule
 from lpips_train import LPIPS, make_trunk
@@ -184,18 +184,19 @@ def adamw(net, cfg):
     return torch.optim.AdamW(groups, lr=1e-6, betas=(cfg["beta1"], cfg["beta2"]), fused=True)
 
 
-def attention_call(place, backend, q_shape, kv_shape, backward):
-    """One call on random q, k, v, with the gradient of all three if `backward`."""
+def attention_call(place, backend, q_shape, kv_shape, backward, norm):
+    """One call on random q, k, v, with QK-norm if `norm`, and the gradient of all if `backward`."""
     q, k, v = (
         torch.randn(shape, device=place.device, dtype=place.dtype, requires_grad=backward)
         for shape in (q_shape, kv_shape, kv_shape)
     )
     slope = torch.randn_like(q)
+    weights = [torch.ones(q_shape[-1], device=place.device, requires_grad=backward) for _ in range(2)] if norm else []
 
     def run():
         with torch.set_grad_enabled(backward):
-            out = attention(q, k, v, backend=backend)
-        return torch.autograd.grad(out, (q, k, v), slope) if backward else out
+            out = attention(q, k, v, backend=backend, qk_norm=(*weights, 1e-6) if norm else None)
+        return torch.autograd.grad(out, (q, k, v, *weights), slope) if backward else out
 
     return run
 
@@ -488,21 +489,25 @@ def forward_tflop(net, *shapes):
 
 
 def attention_rows(small, place, count):
-    """Every back end, forward and with backward, at the shapes of SD 2 and SD 1 and with 77 keys, as bench.py lists."""
-    shapes = [(L, L, heads, 64) for L, heads in ((4096, 5), (1024, 10), (256, 20), (64, 20))]
-    shapes += [(L, L, 8, d) for L, d in ((4096, 40), (1024, 80), (256, 160))]
-    shapes += [(L, 77, heads, 64) for L, heads in ((4096, 5), (1024, 10), (256, 20), (64, 20))]
+    """Every back end, forward and with backward, at the shapes of SD 2 and SD 1, with 77 keys and with QK-norm."""
+    shapes = [(L, L, heads, 64, False) for L, heads in ((4096, 5), (1024, 10), (256, 20), (64, 20))]
+    shapes += [(L, L, 8, d, False) for L, d in ((4096, 40), (1024, 80), (256, 160))]
+    shapes += [(L, 77, heads, 64, False) for L, heads in ((4096, 5), (1024, 10), (256, 20), (64, 20))]
+    shapes += [(1024, 1024, 10, 64, True), (1024, 77, 10, 64, True)]
     B = count or (1 if small else 16)
-    for L, M, heads, d in shapes:
+    for L, M, heads, d, norm in shapes:
         if small:
             L, M = L // 4, L // 4 if M == L else M
+        about = f"{B}x{L}" + (f" to {M} keys" if M != L else "") + f", {heads} heads of {d}" + ", QK-norm" * norm
         for backward in (False, True):
             tflop = 4e-12 * B * heads * L * M * d * (3.5 if backward else 1)  # backward: five products, forward: two
             for backend in BACKENDS:
-                keys = f" to {M} keys" if M != L else ""
-                ways = "with backward" if backward else "no backward"
-                name = f"attention {backend}, {B}x{L}{keys}, {heads} heads of {d}, {ways}"
-                work = (place, backend, (B, L, heads, d), (B, M, heads, d), backward)
+                work = (place, backend, (B, L, heads, d), (B, M, heads, d), backward, norm)
+                label = backend
+                if backend == "sdpa":  # which of its ways it takes
+                    q, k = (torch.empty(shape, device=place.device, dtype=place.dtype) for shape in work[2:4])
+                    label += f" ({sdpa_runs(q.requires_grad_(backward), k, k).removeprefix('sdpa_')})"
+                name = f"attention {label}, {about}, {'with' if backward else 'no'} backward"
                 yield Row(name, "calls", 1, tflop, lambda theirs, work=work: attention_call(*work), has_peer=False)
 
 

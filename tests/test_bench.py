@@ -55,11 +55,13 @@ def test_a_row_for_everything(run, monkeypatch):
         found, out = run(size=size)
         names = " ".join(found)
         for backend in ("auto", "triton", "xformers", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_math", "reference"):
-            rows = [name for name in found if name.startswith(f"attention {backend},")]
-            assert len(rows) == len(set(rows)) == 22 and sum("with backward" in row for row in rows) == 11, backend
+            ways = r" \((flash|math|efficient|cudnn)\)" * (backend == "sdpa")  # it says which it takes
+            rows = [name for name in found if re.match(f"attention {backend}{ways},", name)]
+            assert len(rows) == len(set(rows)) == 26 and sum("with backward" in row for row in rows) == 13, backend
             for L, heads in zip(lengths, (5, 10, 20, 20)):
-                assert sum(f"x{L}, {heads} heads of 64" in row for row in rows) == 2
-                assert sum(f"x{L} to 77 keys, {heads} heads of 64" in row for row in rows) == 2
+                assert sum(f"x{L}, {heads} heads of 64, " in row and "QK" not in row for row in rows) == 2
+                assert sum(f"x{L} to 77 keys, {heads} heads of 64, " in row and "QK" not in row for row in rows) == 2
+            assert sum("QK-norm" in row for row in rows) == 4
             for L, d in zip(lengths, (40, 80, 160)):
                 assert sum(f"x{L}, 8 heads of {d}" in row for row in rows) == 2
         assert names.count(f"{unet} U-Net training step") == 2 and f"{unet} U-Net forward" in names
@@ -204,6 +206,8 @@ def test_formula_of_attention():
     """4 L M d multiplications and additions for each head; the reference's own count, which has two products."""
     place = bench.Place(torch.device("cpu"), torch.float32, False)
     row = next(r for r in bench.attention_rows(True, place, 2) if "reference" in r.name and "no backward" in r.name)
+    normed = [r for r in bench.attention_rows(True, place, 2) if "reference" in r.name and "QK-norm, with" in r.name]
+    assert [len(r.make(False)()) for r in normed] == [5, 5], "the gradients of the norm's weights are in the time"
     with bench.FlopCounterMode(display=False) as counter:
         row.make(False)()
     assert counter.get_total_flops() == pytest.approx(row.tflop * 1e12)
