@@ -177,7 +177,9 @@ def _fastest(device, dtype, D, causal, shape, grad, norm=False):
     inputs = [x.requires_grad_(grad) for x in (q, k, v, *weights)]
     qk_norm = (*weights, 1e-6) if norm else None
     times, failed = {}, {}
-    with torch.cuda.device_of(q), torch.autocast(device.type, enabled=False), torch.set_grad_enabled(grad):
+    # what a checkpointed block around us does with saved tensors is not done with these
+    own = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x)
+    with own, torch.cuda.device_of(q), torch.autocast(device.type, enabled=False), torch.set_grad_enabled(grad):
         for backend in ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers"):
             if _cannot(backend, device, dtype) or (backend == "triton" and D > MAX_DIM):
                 continue
