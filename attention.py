@@ -798,9 +798,9 @@ def _readable(x):
 
 
 def _strides(*tensors):
-    """Those of (B, L, heads), one tensor after the other, and what all are multiples of."""
+    """Those of (B, L, heads), one tensor after the other, and what all are multiples of, a contiguous output's too."""
     strides = [stride for x in tensors for stride in x.stride()[:3]]
-    return strides, 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return strides, 8 if all(n % 8 == 0 for n in (*strides, tensors[0].shape[3])) else 1
 
 
 def _inverse_rms_of(x, eps):

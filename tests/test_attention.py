@@ -160,6 +160,14 @@ def test_views_are_read_where_they_lie(general, monkeypatch):
     assert room._readable(far).stride(1) == 8
 
 
+def test_what_is_said_of_alignment():
+    """Never more than holds: on a GPU a load of 16 bytes that lies otherwise is a fault."""
+    rows = torch.zeros(2, 16, 1, 40)
+    for D, align in ((40, 8), (32, 8), (36, 1), (33, 1)):  # the output's rows of 36 are not aligned, though q's are
+        assert room._strides(rows[..., :D], rows[..., :D]) == ([640, 40, 40] * 2, align)
+    assert room._strides(torch.zeros(2, 16, 3, 41)[..., :40]) == ([1968, 123, 41], 1)
+
+
 @needs_triton
 def test_same_bits_again():
     for lengths in ((40, 140), (300, 77)):
@@ -506,7 +514,7 @@ def test_auto_takes_the_fastest(monkeypatch, capsys):
 
 
 def test_auto_is_measured_under_checkpointing(monkeypatch, capsys):
-    """On a GPU the first call may lie in a block whose activations are computed again: what is measured is not in it."""
+    """On a GPU the first call may lie in a block that is computed again: what is measured is no part of it."""
     x, grad, shape = normal(2, 9, 2, 24), normal(2, 9, 2, 24, seed=1), (2, 9, 9, 2)
     monkeypatch.setattr(room, "choose_backend", lambda *a: room._fastest(DEVICE, x.dtype, 24, False, shape, True))
     monkeypatch.setattr(room, "_milliseconds", lambda call: [call(), 1.0][1])
