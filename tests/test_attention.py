@@ -358,6 +358,33 @@ def test_which_tiling_runs(fits, best, monkeypatch):
     assert launched() == launched(capturing=True) == [best]  # a captured graph has it too
     assert sorted(launched(torch.ones(16), capturing=False)) == sorted([*fits, best])  # QK-norm is another kernel
     assert launched(deterministic=True) == [first]
+    fits = fits - {best}  # as where tensors that are not aligned, and need less shared memory, came first
+    if fits:
+        second = min(fits, key=lambda BM: abs(BM - 32))
+        assert sorted(launched(deterministic=False)) == sorted([*fits, second])
+        assert launched() == [second]
+
+
+@needs_triton
+def test_precision_of_products(monkeypatch):
+    """TF32 in float32's products where PyTorch's own have it, by the old setting or the new."""
+    told, matmul, x = [], torch.backends.cuda.matmul, torch.zeros(1, 200, 1, 16)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, PREC, **constants: told.append(PREC)
+
+    monkeypatch.setitem(room.KERNELS, "_forward", Kernel())
+    before = matmul.fp32_precision
+    try:
+        for name, value in (("fp32_precision", "tf32"), ("fp32_precision", "ieee"), ("allow_tf32", True)):
+            setattr(matmul, name, value)
+            room.attention_forward(x, x, x, False)
+            matmul.fp32_precision = before
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = before
+    assert told == ["tf32", "ieee", "tf32"]
 
 
 def test_column_tiles():
