@@ -500,6 +500,31 @@ def test_which_sdpa_runs():
             assert sdpa_runs(q, k, v) == "sdpa_math"
 
 
+def test_times_are_the_gpus(monkeypatch):
+    """What is timed is not how fast the host can start it: a model of both clocks, in milliseconds."""
+    host, gpu = [0.0], [0.0]
+
+    def work(milliseconds, to_start=0.2):
+        host[0] += to_start
+        gpu[0] = max(gpu[0], host[0]) + milliseconds
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = max(gpu[0], host[0])
+
+        def elapsed_time(self, other):
+            return other.time - self.time
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: work(cycles / 2e6))  # 2 GHz
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert room._milliseconds(lambda: work(0.02)) == pytest.approx(0.02)
+    assert room._milliseconds(lambda: work(3.0)) == pytest.approx(3.0)
+
+
 def test_auto_takes_the_fastest(monkeypatch, capsys):
     """Each shape is measured once, what cannot run is left out, and training's random numbers stay what they were."""
     speed, calls = {"triton": 3.0, "sdpa_flash": 1.0, "sdpa_efficient": 2.0}, []
