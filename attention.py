@@ -69,7 +69,7 @@ def attention(q, k, v, causal=False, backend="auto", qk_norm=None):
     if backend == "auto" and q.is_cuda:
         shape = index(q.shape[0]), index(q.shape[1]), index(k.shape[1]), index(q.shape[2])
     if q.numel() == 0 or k.numel() == 0:
-        backend = "sdpa"  # which gives zeros where there are no keys
+        backend = "sdpa_math"  # which gives zeros where there are no keys; 2.11's flash on the CPU divides by zero
     backend = choose_backend(backend, q.device, q.dtype, D, causal, shape, grad, qk_norm is not None)
     return run_backend(backend, q, k, v, causal, qk_norm)
 
