@@ -36,7 +36,7 @@ SDPA = {
 BACKENDS = ("auto", "triton", "xformers", "sdpa", *SDPA, "reference")
 MAX_DIM = 160  # of the kernels: above it their tiles leave the registers
 SHORT = 128  # so many keys fit one tile
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET as Triton reads it: "true", too
 
 
 def attention(q, k, v, causal=False, backend="auto", qk_norm=None):
