@@ -344,7 +344,8 @@ def _factor(R, rows, length, MASKED):
 def _store_gradient(DX, X, dx0, dx1, rows, dl, xl, length, W, DW, EPS, D, D0, D1, ALIGN):
     """Stores the gradient of x.  With QK-norm it is given that of x_hat w, and also stores these rows' share of dw.
 
-    dw = sum of dx x_hat over rows, and with g = dx w the gradient of x is (g - x_hat mean(g x_hat)) / rms(x)
+    dw = sum of dx x_hat over rows, and with g = dx w the gradient of x is (g - x_hat mean(g x_hat)) / rms(x).
+    DW: None but for queries, as one side's is enough.
     """
     if EPS is not None:
         x0, x1 = _load2(X, rows, xl, length, D, D0, D1, True, ALIGN)
@@ -408,11 +409,11 @@ def _forward(
     q0, q1 = _load2(Q, rows, ql, Lq, D, D0, D1, True, ALIGN)
     if EPS is not None:
         RK += bh.to(tl.int64) * Lk
-        q0, q1, rq = _normed(q0, q1, W, EPS, D, D0, D1, Q.dtype.element_ty)
+        q0, q1, _ = _normed(q0, q1, W, EPS, D, D0, D1, Q.dtype.element_ty)
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc0 = tl.zeros([BM, D0], tl.float32)
-    acc1 = tl.zeros([BM, D1 if D1 else 16], tl.float32)
+    acc1 = tl.zeros([BM, D1 if D1 else 16], tl.float32)  # without a second tile of columns never used
     seen = Lk  # keys that some query of the tile sees, and those that every one does
     whole = Lk
     if CAUSAL:
@@ -455,7 +456,7 @@ def _forward_short(
         rows = start + tl.arange(0, BM)
         q0, q1 = _load2(Q, rows, ql, Lq, D, D0, D1, True, ALIGN)
         if EPS is not None:
-            q0, q1, rq = _normed(q0, q1, W, EPS, D, D0, D1, Q.dtype.element_ty)
+            q0, q1, _ = _normed(q0, q1, W, EPS, D, D0, D1, Q.dtype.element_ty)
         s = _dot(q0, q1, k0, k1, D1, PREC) * rk
         s = tl.where(keys[None, :] < Lk, s, float("-inf"))
         if CAUSAL:
@@ -604,7 +605,7 @@ def _backward_kv(
     v0, v1 = _load2(V, keys, vl, Lk, D, D0, D1, True, ALIGN)
     if EPS is not None:
         RQ += bh.to(tl.int64) * Lq
-        k0, k1, rk = _normed(k0, k1, W, EPS, D, D0, D1, K.dtype.element_ty)
+        k0, k1, _ = _normed(k0, k1, W, EPS, D, D0, D1, K.dtype.element_ty)
     dk0 = tl.zeros([BN, D0], tl.float32)
     dv0 = tl.zeros([BN, D0], tl.float32)
     dk1 = tl.zeros([BN, D1 if D1 else 16], tl.float32)
@@ -697,8 +698,8 @@ def column_tiles(dim):
 
 
 # Tilings to choose from, by kernel and bytes of an element, then by the head dim up to which they hold: (oldest GPU,
-# queries BM, keys BN, warps, stages).  The first is taken where nothing is measured.  None spills registers or needs
-# more shared memory than the GPU has: tests/attention_aot.py.
+# queries BM, keys BN, warps, stages).  The first is taken where nothing is measured.  Those of two bytes spill no
+# registers, and none needs more shared memory than the GPU has: tests/attention_aot.py.
 TILINGS = {
     ("_forward", 2): {
         24: [(80, 128, 32, 4, 3), (90, 128, 64, 8, 3), (80, 64, 32, 4, 3)],
@@ -758,17 +759,17 @@ def _itemsize(x):
 _best = {}  # the fastest tiling of a kernel for a shape
 
 
-def _launch(name, programs, pointers, numbers, sizes, causal, align, eps):
-    """Starts a kernel with the best tiling, measured once for a shape, but never while a CUDA graph is captured.
+def _launch(name, programs, pointers, strides, sizes, causal, align, eps, *more):
+    """Starts a kernel with the best tiling, measured once for a shape; returns the number of programs.
 
     programs: their number as a function of the tiling.  sizes: B, H, Lq, Lk, D.  eps: None without QK-norm.
-    Returns the number of programs.
+    more: numbers that the kernel takes after the usual ones.
     """
     B, H, Lq, Lk, D = sizes
     x, (D0, D1) = pointers[0], column_tiles(D)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises where this was set and not that
     constants = dict(D=D, D0=D0, D1=D1, CAUSAL=causal, ALIGN=align, PREC="tf32" if tf32 else "ieee", EPS=eps)
-    numbers = (*numbers[0], H, Lq, Lk, D**-0.5 * math.log2(math.e), *numbers[1:])
+    numbers = (*strides, H, Lq, Lk, D**-0.5 * math.log2(math.e), *more)
 
     def start(tiling):
         KERNELS[name][(programs(tiling),)](*pointers, *numbers, **constants | tiling)
@@ -784,10 +785,12 @@ def _launch(name, programs, pointers, numbers, sizes, causal, align, eps):
                 return start(_best[key])
         arch = 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 90
         choices = tilings(name, D, _itemsize(x), arch, Lk, eps is not None)
-        untimed, times = fixed or torch.cuda.is_current_stream_capturing(), {}
+        if not fixed and torch.cuda.is_current_stream_capturing():  # where nothing can be timed, nor even loaded
+            raise RuntimeError(f"attention: a new shape for {name} in a CUDA graph's capture: call it once before")
+        times = {}
         for i, tiling in enumerate(choices):
             with suppress(too_large):
-                if untimed:
+                if fixed:
                     return start(tiling)  # the first that fits
                 times[i] = _milliseconds(lambda tiling=tiling: start(tiling))
         if not times:
@@ -822,7 +825,7 @@ def attention_forward(q, k, v, causal, weight=None, eps=0.0):
     (B, Lq, H, D), Lk = q.shape, k.shape[1]
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _lse_of(q)
     strides, align = _strides(q, k, v)
-    given = (strides,), (B, H, Lq, Lk, D), causal, align, None if weight is None else eps
+    given = strides, (B, H, Lq, Lk, D), causal, align, None if weight is None else eps
     tensors = q, k, v, out, lse
     if _takes("_forward_short", Lk, D, _itemsize(q)):
         _launch("_forward_short", lambda t: B * H * -(-Lq // (t["BM"] * t["REPEAT"])), (*tensors, weight), *given)
@@ -838,7 +841,7 @@ def attention_backward(grad, q, k, v, out, lse, causal, weight=None, eps=0.0):
     (B, Lq, H, D), Lk = q.shape, k.shape[1]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     strides, align = _strides(q, k, v, grad)
-    rest = (B, H, Lq, Lk, D), causal, align, None if weight is None else eps
+    given = strides, (B, H, Lq, Lk, D), causal, align, None if weight is None else eps
     if weight is None and _takes("_backward_short", Lk, D, _itemsize(q)):  # whose registers have no room for the norm
         # queries in so many parts that a GPU has work; a function of the shape alone, as the sums' order hangs on it
         parts = max(1, min(-(-Lq // 128), 512 // (B * H)))
@@ -846,17 +849,16 @@ def attention_backward(grad, q, k, v, out, lse, causal, weight=None, eps=0.0):
         parts = -(-Lq // rows)
         dk_parts, dv_parts = k.new_empty(2, B, parts, Lk, H, D, dtype=torch.float32)
         tensors = q, k, v, out, grad, lse, dq, dk_parts, dv_parts
-        _launch("_backward_short", lambda t: B * H * parts, tensors, (strides, rows), *rest)
+        _launch("_backward_short", lambda t: B * H * parts, tensors, *given, rows)
         return [dq, dk_parts.sum(1).to(k.dtype), dv_parts.sum(1).to(v.dtype)]
-    delta, numbers = torch.empty_like(lse), (strides,)
-    rq = rk = dw = None
+    delta, rq, rk, dw = torch.empty_like(lse), None, None, None
     if weight is not None:
         rq, rk = torch.empty_like(lse), _inverse_rms_of(k, eps)
         dw = weight.new_empty(B * H * -(-Lq // 16), D)  # a row for each program, however small its tile
     tensors = q, k, v, out, grad, lse, delta, dq, rq, rk, weight, dw
-    programs = _launch("_backward_q", lambda t: B * H * -(-Lq // t["BM"]), tensors, numbers, *rest)
+    programs = _launch("_backward_q", lambda t: B * H * -(-Lq // t["BM"]), tensors, *given)
     tensors = q, k, v, grad, lse, delta, dk, dv, rq, weight
-    _launch("_backward_kv", lambda t: B * H * -(-Lk // t["BN"]), tensors, numbers, *rest)
+    _launch("_backward_kv", lambda t: B * H * -(-Lk // t["BN"]), tensors, *given)
     return [dq, dk, dv] if dw is None else [dq, dk, dv, dw[:programs].sum(0)]
 
 
@@ -867,11 +869,19 @@ def _lse_of(q):
 
 # as operators of PyTorch: torch.compile takes them whole, without looking inside
 
-norm = "Tensor? weight=None, float eps=0.0"
-schema = f"(Tensor q, Tensor k, Tensor v, bool causal, {norm}) -> (Tensor, Tensor)"
-forward_op = torch.library.custom_op("ldm::attention", attention_forward, mutates_args=(), schema=schema)
-schema = f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, {norm}) -> Tensor[]"
-backward_op = torch.library.custom_op("ldm::attention_backward", attention_backward, mutates_args=(), schema=schema)
+forward_op = torch.library.custom_op(
+    "ldm::attention",
+    attention_forward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, bool causal, Tensor? weight=None, float eps=0.0) -> (Tensor, Tensor)",
+)
+backward_op = torch.library.custom_op(
+    "ldm::attention_backward",
+    attention_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, Tensor? weight=None, "
+    "float eps=0.0) -> Tensor[]",
+)
 
 
 @forward_op.register_fake
