@@ -38,6 +38,7 @@ import re
 import signal
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -991,6 +992,9 @@ def in_batches(stream, positions, total, collate_fn, workers=0, rank=0, timeout=
     same. RuntimeError after `restarts` in a row.
     """
     workers = workers if total else 0
+    if workers and len(tempfile.gettempdir()) > 70:  # a worker's socket there would be over the system's 103 or 107
+        long = f"TMPDIR={tempfile.gettempdir()} is too long for the sockets of data workers"
+        raise ValueError(f"{long}: set one of at most 70 characters, or workers=0")
     remote = getattr(getattr(stream, "images", getattr(stream, "dataset", None)), "remote", None)
 
     def begin(first, prefetch=2):

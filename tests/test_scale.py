@@ -589,6 +589,17 @@ def test_a_worker_that_always_dies_ends_the_run(uneven, capsys):
     assert len(got) == 2 and not [w for w in torch.multiprocessing.active_children() if w.name.startswith("Process")]
 
 
+def test_a_long_temporary_folder_is_refused(uneven, monkeypatch):
+    """A worker could not send its first batch: "AF_UNIX path too long", and the trainer would wait for it."""
+    stream = Stream(uneven, 0)
+    monkeypatch.setattr("tempfile.tempdir", f"/tmp/{'x' * 66}")
+    with pytest.raises(
+        ValueError, match="TMPDIR=/tmp/x+ is too long .*: set one of at most 70 characters, or workers=0"
+    ):
+        next(loader(stream, 0, 2, 2, workers=1))
+    next(loader(stream, 0, 2, 2, workers=0))
+
+
 def test_an_error_in_a_worker_is_told_as_it_is(uneven):
     def fault(p):
         raise RuntimeError("DataLoaders are fine, this is not")
