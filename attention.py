@@ -479,15 +479,11 @@ def _forward_short(
 @jit
 def _query_side(Q, O, DO, LSE, ql, ol, gl, rows, Lq, D, D0, D1, ALIGN):
     """What backward needs of a tile of queries: q and do in their column tiles, lse, delta."""
-    q0 = _load(Q, rows, ql, Lq, 0, D0, D, True, ALIGN)
-    g0 = _load(DO, rows, gl, Lq, 0, D0, D, True, ALIGN)
-    o0 = _load(O, rows, ol, Lq, 0, D0, D, True, ALIGN)
+    q0, q1 = _load2(Q, rows, ql, Lq, D, D0, D1, True, ALIGN)
+    g0, g1 = _load2(DO, rows, gl, Lq, D, D0, D1, True, ALIGN)
+    o0, o1 = _load2(O, rows, ol, Lq, D, D0, D1, True, ALIGN)
     delta = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)
-    q1, g1 = q0, g0
     if D1:
-        q1 = _load(Q, rows, ql, Lq, D0, D1, D, True, ALIGN)
-        g1 = _load(DO, rows, gl, Lq, D0, D1, D, True, ALIGN)
-        o1 = _load(O, rows, ol, Lq, D0, D1, D, True, ALIGN)
         delta += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
     return q0, q1, g0, g1, tl.load(LSE + rows, mask=rows < Lq, other=0.0), delta
 

@@ -168,12 +168,15 @@ def test_what_is_said_of_alignment():
     assert room._strides(torch.zeros(2, 16, 3, 41)[..., :40]) == ([1968, 123, 41], 1)
 
 
+def check_bits(call):
+    for x, y in zip(call(), call()):
+        assert x.cpu().numpy().tobytes() == y.cpu().numpy().tobytes()
+
+
 @needs_triton
 def test_same_bits_again():
     for lengths in ((40, 140), (300, 77)):
-        a, b = (gradients(*tensors(1, *lengths, 1, 32), False, "triton") for _ in range(2))
-        for x, y in zip(a, b):
-            assert x.cpu().numpy().tobytes() == y.cpu().numpy().tobytes()
+        check_bits(lambda lengths=lengths: gradients(*tensors(1, *lengths, 1, 32), False, "triton"))
 
 
 @needs_triton
@@ -298,9 +301,7 @@ def test_norm_of_rows_of_zeros():
 @needs_triton
 def test_norm_gives_the_same_bits_again():
     for lengths in ((40, 140), (150, 77)):
-        a, b = (norm_gradients(*uneven(1, *lengths, 2, 24), False, "triton") for _ in range(2))
-        for x, y in zip(a, b):
-            assert x.cpu().numpy().tobytes() == y.cpu().numpy().tobytes()
+        check_bits(lambda lengths=lengths: norm_gradients(*uneven(1, *lengths, 2, 24), False, "triton"))
 
 
 @needs_triton
