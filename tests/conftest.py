@@ -23,6 +23,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     torch.set_num_threads(1)
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Bytes are not spelt out in a test's name: gzip's hold the time, and every worker must find the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def test_data():
     """Folder of real images: $LDM_TEST_DATA, else ../shared/data from the project's root."""
