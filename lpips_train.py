@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import zlib
+from glob import escape, glob
 
 import numpy as np
 import torch
@@ -442,6 +443,8 @@ def save_checkpoint(path, tensors, meta):
     text, temporary = json.dumps(meta), f"{path}.tmp"  # always the same name: what a killed run left is overwritten
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
+        for left in glob(f"{escape(os.path.dirname(path) or '.')}/.tmp{6 * '[0-9A-Za-z]'}"):
+            os.remove(left)  # as safetensors names what it writes: a kill left it, as large as a checkpoint
         save_file(tensors, temporary, metadata={"latent_diffusion": text, "crc32": str(zlib.crc32(text.encode()))})
         for name in (temporary, os.path.dirname(path) or "."):  # the file is on the disk before its name is
             fd = os.open(name, os.O_RDONLY)

@@ -4,12 +4,14 @@ import ast
 import contextlib
 import copy
 import functools
+import importlib
 import importlib.util
 import inspect
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -184,6 +186,24 @@ def test_a_disk_that_is_full_costs_nothing(stage, start, killed, tmp_path):
     assert re.search("could not save out/latest.safetensors .*: make room and run again", message)
     assert path.read_bytes() == before and read(path)[1]["step"] == 3
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("script", ("train_vae", "train_ldm", "lpips_train"))
+def test_what_a_killed_save_left_goes_with_the_next(script, tmp_path):
+    """Killed in the middle of writing, safetensors leaves a file of a name of its own, a new one each time."""
+    save, out = importlib.import_module(script).save_checkpoint, tmp_path / "out [1]"
+    out.mkdir()
+    (out / ".tmp-notes").write_text("mine")
+    if (child := os.fork()) == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the signal for a file over the limit kills
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        save(f"{out}/latest.safetensors", {"x": torch.zeros(100_000)}, {})
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGXFSZ
+    assert len(os.listdir(out)) == 2, "the notes and what was left"
+    save(f"{out}/latest.safetensors", {"x": torch.zeros(100_000)}, {})
+    assert sorted(os.listdir(out)) == [".tmp-notes", "latest.safetensors"]
 
 
 @both_stages
