@@ -144,6 +144,8 @@ class Pipeline(NamedTuple):
     def caption(self, condition):
         if isinstance(condition, Between):
             return f"{condition.a} -> {condition.b}, {condition.weight:.2f}"
+        if isinstance(condition, int) and condition == self.num_classes:  # as an image without a label has it
+            return ""
         if isinstance(condition, int):
             return self.classes[condition] if self.classes else f"class {condition}"
         return condition or ""

@@ -822,7 +822,10 @@ def test_grids_of_a_task_show_conditions_of_the_very_pictures(told_data, start, 
     monkeypatch.setattr(sample, "save_grid", lambda path, images, names, *rest, **more: seen.update({path: names}))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.chdir(tmp_path)
-    places = f"--dataset={told_data} --first_stage=none --cache_latents=false --task=inpaint --cond=class --max_steps=1"
+    shutil.copytree(told_data, "data")
+    np.save("data/val/labels.npy", np.resize([1, -1, 2], len(np.load("data/val/labels.npy"))))
+    Path("data/classes.json").write_text('["none", "one", "two"]')
+    places = "--dataset=data --first_stage=none --cache_latents=false --task=inpaint --cond=class --max_steps=1"
     monkeypatch.setattr(sys, "argv", ["train_ldm.py", *f"{helpers.ARGS['ldm']} {places} --transformer_depth=0".split()])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -830,5 +833,4 @@ def test_grids_of_a_task_show_conditions_of_the_very_pictures(told_data, start, 
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    labels = np.load(told_data / "val/labels.npy")[:3]
-    assert seen["out/samples_00000001.png"][1::2] == [f"class {label}" for label in labels]
+    assert seen["out/samples_00000001.png"][1::2] == ["one", "", "two"], "what has no label is drawn without one"
