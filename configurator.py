@@ -23,9 +23,13 @@ class SettingError(ValueError):
 
 
 class Config(dict):
-    """Every setting and its final value; `changed` holds those that differ from the script's defaults."""
+    """Every setting and its final value; `changed` holds those that differ from the script's defaults.
+
+    `given` holds those that the arguments name, whatever they set them to.
+    """
 
     changed: dict
+    given: dict
 
 
 class Setting(NamedTuple):
@@ -51,6 +55,7 @@ def configure(scope, argv=None):
         sys.exit(2)
     scope.update(overrides)
     config = Config({name: scope[name] for name in settings})
+    config.given = overrides
     config.changed = {name: value for name, value in config.items() if value != settings[name].default}
     return config
 

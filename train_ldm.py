@@ -515,11 +515,11 @@ def inherit(config, model, path):
     rows = [
         f"{name}: {value} in the model, {config[name]} asked for"
         for name, value in found.items()
-        if name in config.changed and name not in free and config[name] != value
+        if name in config.given and name not in free and config[name] != value
     ]
     if rows:
         raise ValueError(f"{path} brings its own settings ({'; '.join(rows)}): leave them out")
-    return {name: value for name, value in found.items() if name not in free or name not in config.changed}
+    return {name: value for name, value in found.items() if name not in free or name not in config.given}
 
 
 def count_tflop(denoiser, shape):
@@ -642,7 +642,7 @@ if __name__ == "__main__":
             if not resumed and meta["vae"] is not None:
                 brought["first_stage"] = source
         else:
-            told = {"objective": config.changed.get("objective", ""), "otherwise": objective}
+            told = {"objective": config.given.get("objective", ""), "otherwise": objective}
             weights, autoencoder, frozen_text, meta = load_foreign(source, clip_vocab, **told)
             brought = {"first_stage": "none" if autoencoder is None else source}
             brought |= {"tower_weights": source} if frozen_text is not None else {}
@@ -651,7 +651,7 @@ if __name__ == "__main__":
         if began["cond"] == "layout":
             raise ValueError(f"{init_from} draws layouts of the objects of its own data: it cannot be gone on from")
         sr_schedule = began.get("sr_schedule")
-        brought = {name: value for name, value in brought.items() if name not in config.changed}
+        brought = {name: value for name, value in brought.items() if name not in config.given}
         for name, value in (brought | inherit(config, began, init_from)).items():
             config[name] = globals()[name] = value
     check_settings(config)

@@ -789,7 +789,7 @@ if __name__ == "__main__":
     resumed = os.path.exists(latest)
     if init_from:
         source = VAE.from_pretrained(latest if resumed else init_from)
-        for name in (name for name in source.settings if name in config and name not in config.changed):
+        for name in (name for name in source.settings if name in config and name not in config.given):
             config[name] = globals()[name] = source.settings[name]
 
     # model

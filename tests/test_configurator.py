@@ -182,7 +182,7 @@ def test_configure_sets_the_scope_and_tells_what_changed():
     scope = dict(DEFAULTS, UPPER=1, _hidden=2, table={}, nothing=None)
     config = configure(scope, ["--lr=1", "--batch_size=12"])
     assert config == DEFAULTS | {"lr": 1.0} and scope["lr"] == 1.0 and scope["UPPER"] == 1
-    assert config.changed == {"lr": 1.0}
+    assert config.changed == {"lr": 1.0} and config.given == {"lr": 1.0, "batch_size": 12}
     assert configure(dict(DEFAULTS), []).changed == {}
 
 

@@ -530,6 +530,12 @@ def test_another_tokenizer_on_resume(start, finished, small_data, tmp_path):
     start("ldm", "--tokenizer=bytes", folder=folder).finish()
 
 
+def test_a_setting_given_beside_init_from_counts_though_it_is_the_default(start, finished):
+    message = start("ldm", f"--init_from={finished('ldm').out}", "--channels=320", "--norm_groups=32").fail()
+    wanted = "channels: 8 in the model, 320 asked for; norm_groups: 4 in the model, 32 asked for"
+    assert f"brings its own settings ({wanted}): leave them out" in message
+
+
 def test_a_caption_that_does_not_read_is_no_end(start, tmp_path):
     (tmp_path / "data").mkdir()
     for part in ("train", "val"):

@@ -934,6 +934,8 @@ def test_bad_input_of_stage_1_is_one_line(args, wanted, start):
 def test_bad_input_that_names_the_right_remedy(start, finished, trunk, tmp_path):
     message = start("vae", f"--init_from={finished('vae').out}", "--ch=16", "--codebook_size=4").fail()
     assert re.search(r"out holds another model \(ch: 8 in the checkpoint, 16 now; codebook_size: 8192", message)
+    message = start("vae", f"--init_from={finished('vae').out}", "--ch=128").fail()
+    assert "ch: 8 in the checkpoint, 128 now" in message, "though it is the default"
     on = ("--image_size=32", "--perceptual_weight=1", "--lpips_net=alex")
     message = start("vae", *on, f"--lpips_trunk={trunk}").fail()
     assert "alex wants (64, 3, 11, 11): give alex's weights, or set net" in message
