@@ -755,11 +755,12 @@ if __name__ == "__main__":
         source = weights.text.bpe() if weights else source
         text = TextEncoder(text_width, text_layers, text_heads, text_length, source)
         if (
-            resumed
+            (resumed or weights)
             and config["tokenizer"] != "auto"
             and make_tokenizer(tokenizer)._mergeable_ranks != (text.tokenizer._mergeable_ranks)
         ):
-            raise ValueError(f"{latest} was trained with another tokenizer than {tokenizer}: use another out_dir")
+            came, remedy = (latest, "use another out_dir") if resumed else (init_from, "leave it out")
+            raise ValueError(f"{came} was trained with another tokenizer than {tokenizer}: {remedy}")
     elif cond == "text":
         tower = CLIPTextEncoder.from_pretrained(tower_weights, name=text_encoder, merges=clip_vocab)
         tower_hash = hash_weights(tower)

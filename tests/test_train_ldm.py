@@ -1,5 +1,6 @@
 """Stage 2 by itself; what it promises together with stage 1 (resume, ranks, faults, errors) is in test_train_vae.py."""
 
+import base64
 import contextlib
 import functools
 import inspect
@@ -528,6 +529,14 @@ def test_another_tokenizer_on_resume(start, finished, small_data, tmp_path):
     line = start("ldm", "--tokenizer=nowhere.tiktoken", folder=folder).fail()
     assert "nowhere.tiktoken" in line
     start("ldm", "--tokenizer=bytes", folder=folder).finish()
+
+
+def test_another_tokenizer_than_that_of_init_from(start, finished, tmp_path):
+    tokens = [bytes([i]) for i in range(256)] + [b"re", b"red"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    (tmp_path / "own.tiktoken").write_text("".join(lines))
+    line = start("ldm", f"--init_from={finished('ldm').out}", f"--tokenizer={tmp_path}/own.tiktoken").fail()
+    assert re.search("out was trained with another tokenizer than .*/own.tiktoken: leave it out", line)
 
 
 def test_a_setting_given_beside_init_from_counts_though_it_is_the_default(start, finished):
