@@ -790,10 +790,11 @@ if __name__ == "__main__":
     unet_settings |= dict(context_dim=context_dim, num_classes=unet_classes)
     model = Denoiser(UNet(**unet_settings), text, class_tokens, rescaler, loss_weight == "uncertainty")
     if weights:
+        for what, count in (("num_classes", num_classes), ("map_classes", task_settings.get("map_classes"))):
+            if count and count != began.get(what):
+                raise ValueError(f"{init_from} has {what}={began.get(what)}, {dataset} {count}: name as many there")
         names = ("in_channels", "concat_channels", "context_dim", "num_classes")
         check_same_model(init_from, began["unet"], {name: unet_settings[name] for name in names})
-        if class_tokens is not None and num_classes != began["num_classes"]:
-            raise ValueError(f"{init_from} knows {began['num_classes']} classes, {dataset} has {num_classes}")
         for name, child in model.named_children():
             if getattr(weights, name) is not None:
                 child.load_state_dict(getattr(weights, name).state_dict())

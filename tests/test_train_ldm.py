@@ -664,6 +664,18 @@ def test_a_task_resumes_bit_for_bit_and_two_ranks_are_one(name, tasked, start, t
     assert_same(one.checkpoint[0], two.checkpoint[0], atol=1e-9)
 
 
+def test_going_on_with_other_classes_is_one_line(tasked, start, told_data, tmp_path):
+    shutil.copytree(told_data, tmp_path / "data")
+    for file in ("map_classes.json", "classes.json"):
+        (tmp_path / "data" / file).write_text(json.dumps([f"class {i}" for i in range(20)]))
+        if file == "map_classes.json":
+            line = start("ldm", f"--dataset={tmp_path}/data", f"--init_from={tasked('semantic').out}").fail()
+            assert re.search("out has map_classes=4, .*/data 20: name as many there", line)
+    for name in ("semantic", "tokens"):
+        line = start("ldm", f"--dataset={tmp_path}/data", f"--init_from={tasked(name).out}").fail()
+        assert re.search("out has num_classes=3, .*/data 20: name as many there", line)
+
+
 def test_a_snapshot_takes_the_autoencoder_from_its_run(tasked, tmp_path):
     run = tasked("all")
     snapshot, beside = tmp_path / "ema_00000002.safetensors", tmp_path / "latest.safetensors"
