@@ -718,8 +718,9 @@ if __name__ == "__main__":
         tensors, meta = load_checkpoint(latest, "ldm")
         before = dict(class_embed="add", zero_snr=False, uncertainty=False, ema_stds=[], task="none")
         meta["model"] = before | dict(text_encoder="joint", tower_hash=None) | meta["model"]  # older files do not say
-        told = {name: meta["model"][name] for name in ("cond", "text_encoder", "task")}
-        check_same_model(latest, told, {name: config[name] for name in told})
+        now = {name: config[name] for name in ("cond", "text_encoder", "task")}
+        now["first_stage"] = "none" if first_stage == "none" else "vae"
+        check_same_model(latest, meta["model"], now)
         if meta["config"].get("init_from", "") != init_from:
             then = meta["config"].get("init_from", "")
             raise ValueError(f"{latest} is of a run with init_from={then!r}, not {init_from!r}: use another out_dir")

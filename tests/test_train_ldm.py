@@ -452,7 +452,7 @@ def test_pixels_without_conditions(start, small_data, tmp_path):
     assert run.checkpoint[1]["vae"] is None and run.checkpoint[1]["shown"] == [None] * 3
     assert drawn(run).shape == (3, 3, 16, 16)
     message = start("ldm", *args[1:], "--transformer_depth=0", folder=continued(run, tmp_path)).fail()
-    assert "latest.safetensors was trained on pixels" in message
+    assert "(first_stage: none in the checkpoint, vae now): use its settings, or another out_dir" in message
     shutil.copytree(small_data, tmp_path / "data")
     os.remove(tmp_path / "data/train/captions.jsonl"), os.remove(tmp_path / "data/val/captions.jsonl")
     message = start("ldm", f"--dataset={tmp_path}/data").fail()
