@@ -887,9 +887,10 @@ if __name__ == "__main__":
         if train == "all":
             for statistics in (model.latent_mean, model.latent_std, ema.latent_mean, ema.latent_std):
                 statistics.fill_(math.nan)
-    if disc and meta.get("disc"):
+    disc_tensors = without_prefix("disc", tensors)  # a kept EMA snapshot has none
+    if disc and disc_tensors:
         check_same_model(latest if resumed else init_from, meta["disc"], disc.settings)
-        disc.load_state_dict(without_prefix("disc", tensors))
+        disc.load_state_dict(disc_tensors)
         if resumed:
             load_optimizer(disc_optimizer, disc, "disc_optim", tensors)
     elif disc and master and (resumed or init_from):
@@ -897,7 +898,7 @@ if __name__ == "__main__":
     resting = {}  # a discriminator that this run does without stays in its checkpoint
     if resumed and not disc:
         resting = {name: t for name, t in tensors.items() if name.startswith(("disc.", "disc_optim."))}
-    del tensors
+    del tensors, disc_tensors
     found = {"the checkpoint's step": step if resumed else "none", "training images": len(images)}
     check_same_everywhere(found, world)
 

@@ -987,6 +987,14 @@ def test_a_discriminator_that_rests_is_kept(start, tmp_path):
     assert same == now and all(torch.equal(after[name], measured[name]) for name in kept)
 
 
+def test_going_on_from_a_snapshot_takes_a_new_discriminator(start):
+    """It holds averaged weights alone, though its settings tell of a discriminator."""
+    game = ("--disc_weight=0.5", "--disc_layers=1", "--disc_start=1", "--max_steps=2", "--snapshot_every=2")
+    kept = start("vae", *game).finish().out / "ema_00000002.safetensors"
+    run = start("vae", *game, f"--init_from={kept}").finish()
+    assert "the discriminator is a new one: the checkpoint has none" in run.stdout
+
+
 @pytest.mark.parametrize("stage", ("vae", "ldm"))
 def test_wandb_gets_the_records_of_the_log(stage, small_data, first_stage, tmp_path):
     (tmp_path / "wandb.py").write_text(
