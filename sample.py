@@ -572,7 +572,7 @@ def fit(image, size, multiple, resample=Image.Resampling.LANCZOS):
 
 def class_map(image, classes, name):
     """PIL image of class indices -> int64 (H,W); 255 is unknown, -1, unless it is a class."""
-    if image.mode not in ("L", "P", "I;16", "I"):
+    if image.mode not in ("1", "L", "P", "I;16", "I"):
         raise ValueError(f"{name} has mode {image.mode}: a map is a PNG of one channel, class indices from 0")
     indices = torch.from_numpy(np.array(image).astype(np.int64))
     if classes <= 255:

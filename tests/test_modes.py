@@ -20,6 +20,7 @@ import convert
 import sample
 import train_ldm
 import unet
+from data.dataset import Dataset
 from data.tasks import augment_low, image_condition
 from diffusion import ddim_invert, keep_known, make_denoiser, make_schedule, randn, sample_times, samplers
 from sample import (
@@ -719,6 +720,16 @@ def test_from_pictures(runs, command, files, name, args, shape, rows):  # noqa: 
         original, mask = (np.array(Image.open(files / f)) for f in ("photo.png", "mask.png"))
         changed = (drawn[0][0] != original).any(-1)
         assert not changed[mask == 0].any() and changed[mask > 0].mean() > 0.9
+
+
+def test_a_map_of_one_bit_draws_as_it_trains(files):
+    classes = np.random.default_rng(0).random((8, 8)) < 0.5
+    for name in ("one.png", "one.map.png"):
+        Image.fromarray(classes).save(files / "mixed" / name)
+    images = Dataset(files / "mixed", "all", 8)
+    trained = images.map([images.key(i) for i in range(len(images))].index("one.png"))
+    drawn = sample.class_map(Image.open(files / "mixed/one.map.png"), 2, "one.map.png")
+    assert torch.equal(trained, drawn) and trained.tolist() == classes.astype(int).tolist()
 
 
 def test_a_picture_that_is_started_from_is_fitted(files):
