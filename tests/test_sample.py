@@ -394,7 +394,7 @@ def test_a_class_out_of_range_is_one_line(runs, command):
         ("text", ["--sampler=dpm"], "sampler 'dpm' is not one of .*"),
         ("text", ["--size=20"], "size=20 is not a multiple of 8: choose 16"),
         ("text", ["--n=-1"], "n=-1: choose 1 or more pictures"),
-        ("text", ["--batch_size=0"], "batch_size=0 pictures at a time: choose 1 or more"),
+        ("text", ["--batch_size=0"], "batch_size=0: choose 1 or more pictures"),
         ("text", ["--steps=0"], "steps is 0: at least 1 is needed"),
         ("text", ["--prompts=nowhere.txt"], ".*nowhere.txt.*"),
         ("text", ["--dtype=float16"], "dtype=float16 is not one of auto, float32, bfloat16"),
