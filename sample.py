@@ -745,10 +745,7 @@ def draw_many(path, count, chunk, draw, labels, settings, rank=0, world=1, barri
     kept = f"{folder}/settings.json"
     if os.path.exists(kept):
         with open(kept) as f:
-            before = json.load(f)
-        rows = [f"{k}: {before.get(k)} there, {v} here" for k, v in settings.items() if before.get(k) != v]
-        if rows:
-            raise ValueError(f"{folder} was begun with other settings ({'; '.join(rows)}): take those, or remove it")
+            check_drawn(folder, json.load(f), settings)
     elif not whole:  # by every rank alike
         write_whole(kept, lambda f: f.write(json.dumps(settings).encode()))
     starts = range(0, 0 if whole else count, chunk)  # whole: an earlier run had only the parts left to remove
@@ -767,16 +764,33 @@ def draw_many(path, count, chunk, draw, labels, settings, rank=0, world=1, barri
         barrier()
     if rank == 0:
         if not whole:
-            assemble(path, [f"{folder}/{start:08d}.npy" for start in starts], count, labels)
+            assemble(path, [f"{folder}/{start:08d}.npy" for start in starts], count, labels, settings)
         shutil.rmtree(folder)
 
 
-def assemble(path, chunks, count, labels):
-    """The .npz of all chunks, one of them in memory at a time."""
+def settings_of(path):
+    """The settings that an .npz at path was drawn with, None where it does not tell."""
+    with contextlib.suppress(zipfile.BadZipFile, ValueError), zipfile.ZipFile(path) as z:
+        return json.loads(z.comment)
+    return None
+
+
+def check_drawn(path, before, settings):
+    """ValueError where what lies at path was drawn with other settings than these."""
+    if before is None:
+        raise ValueError(f"{path} does not tell how it was drawn: remove it, or choose another out")
+    rows = [f"{k}: {before.get(k)} there, {v} here" for k, v in settings.items() if before.get(k) != v]
+    if rows:
+        raise ValueError(f"{path} was drawn with other settings ({'; '.join(rows)}): take those, or remove it")
+
+
+def assemble(path, chunks, count, labels, settings):
+    """The .npz of all chunks, one of them in memory at a time; its zip comment is the settings, as JSON."""
     shape = (count, *np.load(chunks[0], mmap_mode="r").shape[1:])
 
     def write(file):
         with zipfile.ZipFile(file, "w") as z:
+            z.comment = json.dumps(settings).encode()
             with z.open("arr_0.npy", "w", force_zip64=True) as f:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(f, header)
@@ -937,6 +951,7 @@ if __name__ == "__main__":
         labels = conditions if pipeline.num_classes else None
         barrier = dist.barrier if world > 1 else None
         if fid_ref and os.path.exists(out) and not os.path.isdir(f"{out}.parts"):  # drawn before, by the same command
+            check_drawn(out, settings_of(out), json.loads(json.dumps(settings)))
             print(f"{out} is there already: compared as it is")
         else:
             draw_many(out, num_samples, batch_size, draw, labels, settings, rank, world, barrier)

@@ -559,7 +559,7 @@ def test_many_pictures_resume(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         draw_many(path, 23, 5, killed_after(2), labels, settings)
     assert sorted(os.listdir(path + ".parts")) == ["00000000.npy", "00000005.npy", "settings.json"]
-    with pytest.raises(ValueError, match=r"samples.npz.parts was begun with other settings \(seed: 1 there, 2 here\)"):
+    with pytest.raises(ValueError, match=r"samples.npz.parts was drawn with other settings \(seed: 1 there, 2 here\)"):
         draw_many(path, 23, 5, fake_draw, labels, settings | {"seed": 2})
     draw_many(path, 23, 5, killed_after(-1), labels, settings)
     assert calls == [range(0, 5), range(5, 10), range(10, 15), range(15, 20), range(20, 23)], "none twice"
@@ -623,6 +623,15 @@ def test_bulk_command(runs, command, tmp_path, monkeypatch):  # noqa: F811
     status, out, err = command(*args, "--fid_ref=.", "--trunk=vgg", "--trunk_weights=vgg.pth")
     assert status == 0 and "samples.npz is there already: compared as it is" in out and asked[-1] == after
     assert Path("samples.npz").stat().st_mtime_ns == stamp
+    with np.load(tmp_path / "samples.npz") as npz:
+        np.savez(tmp_path / "untold.npz", arr_0=npz["arr_0"])
+    for out, seed, wanted in (
+        ("samples.npz", 4, "samples.npz was drawn with other settings (seed: 3 there, 4 here): take those, or"),
+        ("untold.npz", 3, "untold.npz does not tell how it was drawn: remove it, or choose another out"),
+    ):
+        more = (f"--out={out}", f"--seed={seed}", "--fid_ref=.", "--trunk=vgg", "--trunk_weights=vgg.pth")
+        status, _, err = command(*args, *more)
+        assert status == 1 and wanted in err and asked.count(after) == 2, "another's pictures are not taken for its own"
     with np.load(tmp_path / "samples.npz") as npz:
         one, labels = npz["arr_0"], npz["arr_1"]
     assert one.shape == (10, 32, 32, 3) and labels.tolist() == [0, 1, 2, 3] * 2 + [0, 1]
