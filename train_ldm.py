@@ -907,6 +907,8 @@ if __name__ == "__main__":
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tflop:.4g} TFLOP per trained image")
         print(f"latents of {latent_shape}; cond={cond}, task={task}; {objective} objective on the {schedule} schedule")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
+        if grad_accum != config["grad_accum"]:
+            print(f"grad_accum={config['grad_accum']} is not taken: the run keeps its {images_per_step} images per step")
         start = f"a new run in {out_dir}" + (f", from the weights of {init_from}" if init_from else "")
         print(f"resumed from {latest} at step {step}" if resumed else start, flush=True)
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):

@@ -943,6 +943,8 @@ if __name__ == "__main__":
             print(f"discriminator: {size:,} parameters, trains from step {max(1, disc_start - disc_warmup)}, ", end="")
             print(f"the autoencoder sees it from step {disc_start}")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
+        if grad_accum != config["grad_accum"]:
+            print(f"grad_accum={config['grad_accum']} is not taken: the run keeps its {images_per_step} images per step")
         start = f"a new run in {out_dir}" + (f", from the weights of {init_from}" if init_from else "")
         print(f"resumed from {latest} at step {step}" if resumed else start, flush=True)
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):

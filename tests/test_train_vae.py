@@ -67,6 +67,14 @@ def test_a_killed_run_resumes_bit_for_bit(stage, ranks, start, finished, killed,
 
 
 @both_stages
+def test_images_per_step_stay_on_resume_and_it_says_so(stage, start, finished, tmp_path):
+    run = start(stage, "--grad_accum=3", "--max_steps=7", folder=continued(finished(stage), tmp_path)).finish()
+    assert run.checkpoint[1]["images_per_step"] == 4
+    assert "grad_accum=3 is not taken: the run keeps its 4 images per step" in run.stdout
+    assert "is not taken" not in finished(stage).stdout
+
+
+@both_stages
 def test_sigterm_to_one_rank_saves_and_stops_both(stage, start, finished, tmp_path):
     args = ("--eval_every=3", "--snapshot_every=3", "--batch_size=2")
     stopped = start(stage, *args, "--max_steps=50", ranks=2, trap=("step 1,", signal.SIGTERM), folder=tmp_path)
