@@ -688,9 +688,10 @@ def check_settings(cfg):
             raise ValueError(f"{name}={cfg[name]} must be above 0")
     if 0 < cfg["skip_spikes"] <= 1:
         raise ValueError(f"skip_spikes={cfg['skip_spikes']} would leave out most steps: set it above 1, 5 say, or to 0")
-    if cfg["image_size"] < least_side(cfg):
+    least = max(least_side(cfg), MIN_SIDE[cfg["lpips_net"]] * bool(cfg["lpips_trunk"]))  # measured without weight too
+    if cfg["image_size"] < least:
         remedy = f"SSIM, LPIPS ({cfg['lpips_net']}) and the discriminator need: lower disc_layers, or do without one"
-        raise ValueError(f"image_size={cfg['image_size']} is less than the {least_side(cfg)} that {remedy}")
+        raise ValueError(f"image_size={cfg['image_size']} is less than the {least} that {remedy}")
 
 
 def one_line_error(kind, error, trace):

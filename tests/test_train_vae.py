@@ -922,6 +922,7 @@ def test_rfid_is_the_distance_of_two_gaussians(small_data, monkeypatch):
     "args, wanted",
     [
         ("--disc_weight=1", "LPIPS (vgg) and the discriminator need: lower disc_layers"),
+        ("--lpips_trunk=squeeze.pth --lpips_net=squeeze", "image_size=16 is less than the 17 that SSIM, LPIPS (squeeze)"),
         ("--disc_loss=wgan", "disc_loss=wgan is not one of hinge, vanilla, least_squares"),
         ("--disc_norm=instance", "disc_norm=instance is not one of group, batch, none"),
         ("--bottleneck=vae", "bottleneck='vae' is not one of kl, vq"),
