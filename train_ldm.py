@@ -708,7 +708,8 @@ if __name__ == "__main__":
         with contextlib.suppress(BadImage):  # a caption that does not read; training names and counts them
             captions += told_of(validation, i * len(validation) // shown_count)[:1]
     if cond == "text" and not captions:
-        raise ValueError(f"cond=text, but the images in {dataset} have no captions: use cond=none or cond=class")
+        where = f"the validation images in {dataset}" if validation is not images else f"the images in {dataset}"
+        raise ValueError(f"cond=text, but {where} have no captions: add them, or use cond=none or cond=class")
 
     # resume, first half: a checkpoint brings its own autoencoder and tokenizer
     step, images_per_step = 0, batch_size * grad_accum * world

@@ -456,7 +456,7 @@ def test_pixels_without_conditions(start, small_data, tmp_path):
     shutil.copytree(small_data, tmp_path / "data")
     os.remove(tmp_path / "data/train/captions.jsonl"), os.remove(tmp_path / "data/val/captions.jsonl")
     message = start("ldm", f"--dataset={tmp_path}/data").fail()
-    assert re.search("cond=text, but the images in .*/data have no captions: use cond=none or cond=class", message)
+    assert re.search("the validation images in .*/data have no captions: add them, or use cond=none or cond=", message)
 
 
 def drawn(run):
