@@ -593,6 +593,9 @@ def check_settings(cfg):
     if cfg["cond"] == "text" and (cfg["text_encoder"] == "joint") != (not cfg["tower_weights"]):
         wants = "no tower_weights, it is trained here" if cfg["text_encoder"] == "joint" else "tower_weights=FILE"
         raise ValueError(f"text_encoder={cfg['text_encoder']} wants {wants}")
+    if cfg["cond"] != "none" and not cfg["cond_drop"] and cfg["cfg"] != 1 and not cfg["init_from"]:
+        remedy = "set cfg=1, here and for sample.py, or cond_drop=0.1"
+        raise ValueError(f"cond_drop=0 trains no empty condition, from which cfg={cfg['cfg']} would guide away: {remedy}")
     joint = cfg["cond"] == "text" and cfg["text_encoder"] == "joint"
     for names, fits, reason in (
         ("text_encoder", cfg["cond"] == "text", "cond=text"),
