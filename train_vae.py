@@ -686,6 +686,9 @@ def check_settings(cfg):
     for name in ("lr", "disc_lr", "hang_timeout", "cache_gb"):
         if not cfg[name] > 0:
             raise ValueError(f"{name}={cfg[name]} must be above 0")
+    for name in ("ckpt", "eval_split", "inception_weights"):
+        if name in getattr(cfg, "changed", ()) and not cfg["eval_only"]:
+            raise ValueError(f"{name}={cfg[name]} has a meaning for eval_only alone: set eval_only=True, or leave it out")
     if 0 < cfg["skip_spikes"] <= 1:
         raise ValueError(f"skip_spikes={cfg['skip_spikes']} would leave out most steps: set it above 1, 5 say, or to 0")
     least = max(least_side(cfg), MIN_SIDE[cfg["lpips_net"]] * bool(cfg["lpips_trunk"]))  # measured without weight too
@@ -770,6 +773,8 @@ if __name__ == "__main__":
     if eval_only:
         source = ckpt or out_dir
         vae = VAE.from_pretrained(source).to(device, param_dtype, memory_format=torch.channels_last)
+        if inception_weights and min(len(validation), val_images) < 2:
+            raise ValueError(f"rFID needs 2 images or more, {dataset} gives 1: leave inception_weights out, or give more")
         inception = load_inception(inception_weights, device) if inception_weights else None
         scores, pictures = evaluate(vae, validation_stream, config, rank, world, device, autocast, lpips, inception)
         if master:

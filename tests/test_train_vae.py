@@ -886,6 +886,8 @@ def test_eval_only(adversarial, start, small_data, trunk, tmp_path):
     far = (mean - mean.mean(dim=(0, 2, 3), keepdim=True)).abs().amax(dim=(0, 2, 3))
     std = torch.tensor(logged["val_latent_std"])
     torch.testing.assert_close(torch.tensor(eval(printed["latent_farthest"])), far / std, rtol=1e-3, atol=1e-3)
+    line = start("vae", *args, "--val_images=1", "--inception_weights=FILE", folder=tmp_path).fail()
+    assert re.search("rFID needs 2 images or more, .* gives 1: leave inception_weights out", line)
     run = start("vae", *args, "--eval_split=all", f"--lpips_trunk={trunk}", folder=tmp_path).finish()
     assert "on 40 images" in run.stdout
     without = start("vae", *args, folder=tmp_path).finish()
@@ -932,6 +934,8 @@ def test_rfid_is_the_distance_of_two_gaussians(small_data, monkeypatch):
         ("--adaptive_min=2", "adaptive_min=2.0 is above adaptive_max=0.0509"),
         ("--equivariance_prob=1.5", "equivariance_prob=1.5 "),
         ("--disc_warmup=-1", "disc_warmup=-1 must not be negative"),
+        ("--ckpt=out", "ckpt=out has a meaning for eval_only alone: set eval_only=True, or leave it out"),
+        ("--eval_split=val", "eval_split=val has a meaning for eval_only alone"),
         ("--eval_only=true --ckpt=nowhere", "checkpoint nowhere is not there"),
         ("--image_size=32 --perceptual_weight=1 --lpips_trunk=none.pth", "none.pth does not load (it is not there)"),
     ],
