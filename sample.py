@@ -670,6 +670,8 @@ def check_settings(config, pipeline):
         ("n", 0, math.inf, "choose 1 or more pictures"),
         ("num_samples", 0, math.inf, "choose 1 or more pictures"),
         ("noise_level", 0, pipeline.task.get("sr_noise", 0), f"choose 0 to {pipeline.task.get('sr_noise', 0)}"),
+        ("seed", -(2**62), 2**62, "choose one of at most 62 bits"),
+        ("seed_to", -1, 2**62, "choose one of at most 62 bits, or -1"),
         ("batch_size", 1, math.inf, "choose 1 or more pictures"),
         ("decode_tile", 0, math.inf, "choose a tile's side in latents, such as 64, or 0"),
         ("decode_batch", 0, math.inf, "choose 1 or more pictures, or 0 for all"),
