@@ -687,6 +687,8 @@ def check_settings(config, pipeline):
         raise ValueError("fid_ref needs inception_weights=FILE or trunk_weights=FILE, one of them: see fid.py")
     if c.fid_ref and not os.path.exists(c.fid_ref):
         raise ValueError(f"fid_ref={c.fid_ref} is not there: name a folder of real pictures")
+    if c.fid_ref and not c.out.endswith(".npz"):
+        raise ValueError(f"out={c.out} is not to be told from a folder by fid_ref: end it in .npz")
     if between and (c.interpolate < 2 or (c.seed_to < 0 and not c.prompt_to)):
         raise ValueError(
             f"interpolate={c.interpolate} frames need two ends: set it to 2 or more, and seed_to or prompt_to"

@@ -857,6 +857,7 @@ def test_tiles_and_guide_through_the_command(runs, command, tmp_path):  # noqa: 
         ("text", ["--num_samples=3", "--trajectory"], "trajectory=True is not for --num_samples"),
         ("inpaint", ["--num_samples=3"], "num_samples=3 is not for this checkpoint, of task=inpaint"),
         ("text", ["--out=x.npz"], "out=x.npz is for --num_samples"),
+        ("text", ["--num_samples=2", "--out=drawn", "--fid_ref=.", "--trunk_weights=y"], "out=drawn .* end it in .npz"),
         ("text", ["--seed=99999999999999999999"], "seed=99999999999999999999: choose one of at most 62 bits"),
         ("text", ["--num_samples=2", "--batch_size=0"], "batch_size=0: choose 1 or more pictures"),
         ("text", ["--num_samples=2", "--trunk=vgg"], "trunk=vgg is for --fid_ref"),
