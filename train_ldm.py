@@ -595,7 +595,7 @@ def check_settings(cfg):
         raise ValueError(f"text_encoder={cfg['text_encoder']} wants {wants}")
     if cfg["cond"] != "none" and not cfg["cond_drop"] and cfg["cfg"] != 1 and not cfg["init_from"]:
         remedy = "set cfg=1, here and for sample.py, or cond_drop=0.1"
-        raise ValueError(f"cond_drop=0 trains no empty condition, from which cfg={cfg['cfg']} would guide away: {remedy}")
+        raise ValueError(f"cond_drop=0 trains no empty condition, for cfg={cfg['cfg']} to guide away from: {remedy}")
     joint = cfg["cond"] == "text" and cfg["text_encoder"] == "joint"
     for names, fits, reason in (
         ("text_encoder", cfg["cond"] == "text", "cond=text"),
@@ -912,7 +912,7 @@ if __name__ == "__main__":
         print(f"latents of {latent_shape}; cond={cond}, task={task}; {objective} objective on the {schedule} schedule")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
         if grad_accum != config["grad_accum"]:
-            print(f"grad_accum={config['grad_accum']} is not taken: the run keeps its {images_per_step} images per step")
+            print(f"grad_accum={config['grad_accum']} is not taken: the run keeps {images_per_step} images per step")
         start = f"a new run in {out_dir}" + (f", from the weights of {init_from}" if init_from else "")
         print(f"resumed from {latest} at step {step}" if resumed else start, flush=True)
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):

@@ -688,7 +688,7 @@ def check_settings(cfg):
             raise ValueError(f"{name}={cfg[name]} must be above 0")
     for name in ("ckpt", "eval_split", "inception_weights"):
         if name in getattr(cfg, "changed", ()) and not cfg["eval_only"]:
-            raise ValueError(f"{name}={cfg[name]} has a meaning for eval_only alone: set eval_only=True, or leave it out")
+            raise ValueError(f"{name}={cfg[name]} is for eval_only alone: set eval_only=True, or leave it out")
     if 0 < cfg["skip_spikes"] <= 1:
         raise ValueError(f"skip_spikes={cfg['skip_spikes']} would leave out most steps: set it above 1, 5 say, or to 0")
     least = max(least_side(cfg), MIN_SIDE[cfg["lpips_net"]] * bool(cfg["lpips_trunk"]))  # measured without weight too
@@ -774,7 +774,7 @@ if __name__ == "__main__":
         source = ckpt or out_dir
         vae = VAE.from_pretrained(source).to(device, param_dtype, memory_format=torch.channels_last)
         if inception_weights and min(len(validation), val_images) < 2:
-            raise ValueError(f"rFID needs 2 images or more, {dataset} gives 1: leave inception_weights out, or give more")
+            raise ValueError(f"rFID needs 2 images or more, {dataset} gives 1: leave inception_weights out")
         inception = load_inception(inception_weights, device) if inception_weights else None
         scores, pictures = evaluate(vae, validation_stream, config, rank, world, device, autocast, lpips, inception)
         if master:
@@ -950,7 +950,7 @@ if __name__ == "__main__":
             print(f"the autoencoder sees it from step {disc_start}")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
         if grad_accum != config["grad_accum"]:
-            print(f"grad_accum={config['grad_accum']} is not taken: the run keeps its {images_per_step} images per step")
+            print(f"grad_accum={config['grad_accum']} is not taken: the run keeps {images_per_step} images per step")
         start = f"a new run in {out_dir}" + (f", from the weights of {init_from}" if init_from else "")
         print(f"resumed from {latest} at step {step}" if resumed else start, flush=True)
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):

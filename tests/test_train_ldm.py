@@ -769,7 +769,7 @@ def test_a_frozen_tower_is_named_and_left_alone(small_data, first_stage, tmp_pat
         ("--zero_snr=True --schedule=scaled_linear --objective=eps", "zero_snr"),
         ("--loss_weight=snr", "loss_weight=snr is not one of none, min_snr, uncertainty"),
         ("--offset_noise=-1", "offset_noise=-1.0 must not be negative"),
-        ("--cond_drop=0", "cond_drop=0 trains no empty condition, from which cfg=3.0 would guide away: set cfg=1"),
+        ("--cond_drop=0", "cond_drop=0 trains no empty condition, for cfg=3.0 to guide away from: set cfg=1"),
     ],
 )
 def test_settings_that_do_not_go_together(args, wanted, start):

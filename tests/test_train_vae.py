@@ -70,7 +70,7 @@ def test_a_killed_run_resumes_bit_for_bit(stage, ranks, start, finished, killed,
 def test_images_per_step_stay_on_resume_and_it_says_so(stage, start, finished, tmp_path):
     run = start(stage, "--grad_accum=3", "--max_steps=7", folder=continued(finished(stage), tmp_path)).finish()
     assert run.checkpoint[1]["images_per_step"] == 4
-    assert "grad_accum=3 is not taken: the run keeps its 4 images per step" in run.stdout
+    assert "grad_accum=3 is not taken: the run keeps 4 images per step" in run.stdout
     assert "is not taken" not in finished(stage).stdout
 
 
@@ -924,7 +924,7 @@ def test_rfid_is_the_distance_of_two_gaussians(small_data, monkeypatch):
     "args, wanted",
     [
         ("--disc_weight=1", "LPIPS (vgg) and the discriminator need: lower disc_layers"),
-        ("--lpips_trunk=squeeze.pth --lpips_net=squeeze", "image_size=16 is less than the 17 that SSIM, LPIPS (squeeze)"),
+        ("--lpips_trunk=squeeze.pth --lpips_net=squeeze", "image_size=16 is less than the 17 that SSIM, LPIPS"),
         ("--disc_loss=wgan", "disc_loss=wgan is not one of hinge, vanilla, least_squares"),
         ("--disc_norm=instance", "disc_norm=instance is not one of group, batch, none"),
         ("--bottleneck=vae", "bottleneck='vae' is not one of kl, vq"),
@@ -934,8 +934,8 @@ def test_rfid_is_the_distance_of_two_gaussians(small_data, monkeypatch):
         ("--adaptive_min=2", "adaptive_min=2.0 is above adaptive_max=0.0509"),
         ("--equivariance_prob=1.5", "equivariance_prob=1.5 "),
         ("--disc_warmup=-1", "disc_warmup=-1 must not be negative"),
-        ("--ckpt=out", "ckpt=out has a meaning for eval_only alone: set eval_only=True, or leave it out"),
-        ("--eval_split=val", "eval_split=val has a meaning for eval_only alone"),
+        ("--ckpt=out", "ckpt=out is for eval_only alone: set eval_only=True, or leave it out"),
+        ("--eval_split=val", "eval_split=val is for eval_only alone"),
         ("--eval_only=true --ckpt=nowhere", "checkpoint nowhere is not there"),
         ("--image_size=32 --perceptual_weight=1 --lpips_trunk=none.pth", "none.pth does not load (it is not there)"),
     ],
