@@ -282,14 +282,11 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z):
-        """(B,D,h,w) -> (B,h,w), the index of the code at the least Euclidean distance, in float32 or more."""
-        tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-        with torch.autocast(z.device.type, enabled=False):
-            codes = self.embedding.weight
-            rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(codes.dtype)
-            # |z - e|^2 without |z|^2, which is the same for every code; in parts, as K x B h w can be large
-            parts = [(codes.square().sum(1) - 2 * part @ codes.T).argmin(1) for part in rows.split(16384)]
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        """(B,D,h,w) -> (B,h,w), the index of the code at the least Euclidean distance, in float64."""
+        codes = self.embedding.weight.double()  # which autocast, TF32 and a module in bfloat16 leave alone
+        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).double()
+        # |z - e|^2 without |z|^2, which is the same for every code; in parts, as K x B h w can be large
+        parts = [(codes.square().sum(1) - 2 * part @ codes.T).argmin(1) for part in rows.split(8192)]
         return torch.cat(parts).reshape(z.shape[0], *z.shape[2:])
 
     def lookup(self, indices):

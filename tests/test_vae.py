@@ -429,8 +429,24 @@ def test_vq_autoencoder():
     ((reconstruction - x).abs().mean() + trained.loss).backward()
     for name, p in vae.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
-    with torch.autocast("cpu", torch.bfloat16):  # the search is in float32
+    with torch.autocast("cpu", torch.bfloat16):  # the search is in float64
         assert torch.equal(vae.quantize.nearest(posterior.mean), trained.indices)
+
+
+def test_nearest_code_whatever_the_module_is_in():
+    """A quantizer in bfloat16 finds the code nearest to what it is given, and TF32 said in PyTorch's new way is fine."""
+    generator = torch.Generator().manual_seed(0)
+    quantizer, z = Quantizer(1024, 4, 0.25, False).bfloat16(), torch.randn(2, 4, 16, 16, generator=generator).bfloat16()
+    torch.nn.init.normal_(quantizer.embedding.weight, generator=generator)
+    rows, codes = z.double().permute(0, 2, 3, 1).reshape(-1, 1, 4), quantizer.embedding.weight.detach().double()
+    wanted, matmul = (rows - codes).square().sum(-1).argmin(1), torch.backends.cuda.matmul
+    assert torch.equal(quantizer.nearest(z).flatten(), wanted)
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert torch.equal(quantizer.nearest(z).flatten(), wanted)
+    finally:
+        matmul.fp32_precision = before
 
 
 # --- what training asks of the autoencoder ---
