@@ -1,5 +1,6 @@
 """The autoencoder against the published parameter counts, torch.distributions and plain numpy; every option once."""
 
+import copy
 import math
 
 import numpy as np
@@ -434,7 +435,7 @@ def test_vq_autoencoder():
 
 
 def test_nearest_code_whatever_the_module_is_in():
-    """A quantizer in bfloat16 finds the code nearest to what it is given, and TF32 said in PyTorch's new way is fine."""
+    """In bfloat16 too it is the nearest to what was given, and TF32 may be asked for in PyTorch's new way."""
     generator = torch.Generator().manual_seed(0)
     quantizer, z = Quantizer(1024, 4, 0.25, False).bfloat16(), torch.randn(2, 4, 16, 16, generator=generator).bfloat16()
     torch.nn.init.normal_(quantizer.embedding.weight, generator=generator)
@@ -447,6 +448,17 @@ def test_nearest_code_whatever_the_module_is_in():
         assert torch.equal(quantizer.nearest(z).flatten(), wanted)
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("option", [{}, dict(VQ), dict(latent_proj=False)], ids=["kl", "vq", "bare"])
+def test_a_module_in_bfloat16_decodes_what_it_encodes(option):
+    """Latents are float32, statistics may be, and images come in the type of the weights."""
+    vae, x = fill(VAE(**TINY | option)), images(2, 3, 16, 24)
+    half = copy.deepcopy(vae).bfloat16()
+    z = half.encode(x.bfloat16()).mode().float()
+    for decoded in (half.decode(z), half(x.bfloat16(), torch.zeros_like(z))[0], half.decode_tiled(z, 64)):
+        assert decoded.dtype == torch.bfloat16
+        torch.testing.assert_close(decoded.float(), vae.decode(z), rtol=0.1, atol=0.1)
 
 
 # --- what training asks of the autoencoder ---
