@@ -513,8 +513,15 @@ def _check_choice(name, value, choices):
         raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
 
+def _check_pairs(x, y):
+    if x.shape != y.shape or not (x.is_floating_point() and y.is_floating_point()):
+        given = f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
+        raise ValueError(f"psnr and ssim compare images of equal shape as floats in [-1,1], got {given}")
+
+
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of images (B,3,H,W) in [-1,1] (clamped), one for each pair: (B,)."""
+    _check_pairs(x, y)
     mse = ((x.clamp(-1, 1) - y.clamp(-1, 1)).double() ** 2).mean(dim=(1, 2, 3))
     return 10.0 * torch.log10(4.0 / mse.clamp_min(1e-12))
 
@@ -524,6 +531,7 @@ def ssim(x, y):
 
     Gaussian window of 11 pixels and sigma 1.5, K = 0.01, 0.03, on RGB channel by channel, no padding.
     """
+    _check_pairs(x, y)
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"ssim looks through an 11x11 window; images of {tuple(x.shape[-2:])} are smaller")
     x, y = x.clamp(-1, 1).double(), y.clamp(-1, 1).double()  # which autocast and TF32 leave alone

@@ -363,6 +363,15 @@ def test_ssim_is_exact_under_autocast():
     assert got.item() == pytest.approx(slow_ssim(x[0].double().numpy(), y[0].double().numpy()), abs=1e-6)
 
 
+@pytest.mark.parametrize("metric", (psnr, ssim))
+def test_metrics_refuse_what_they_would_judge_wrongly(metric):
+    """Bytes, all but two of which are beyond [-1,1] and so alike, and one picture beside several."""
+    x = images(2, 3, 16, 16)
+    for a, b in (((127 * x + 128).byte(), (127 - 127 * x).byte()), (x, x[:1])):
+        with pytest.raises(ValueError, match="equal shape as floats in .-1,1., got"):
+            metric(a, b)
+
+
 def test_ssim_wants_a_whole_window():
     with pytest.raises(ValueError, match=r"11x11 window; images of \(10, 32\) are smaller"):
         ssim(images(1, 3, 10, 32), images(1, 3, 10, 32))
