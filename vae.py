@@ -350,6 +350,8 @@ class VAE(nn.Module):
         _check_choice("activation", activation, ("silu", "swiglu"))
         _check_choice("downsample", downsample, ("conv", "avg", "max"))
         _check_choice("upsample", upsample, ("nearest", "bilinear", "bicubic"))
+        if num_res_blocks < 1:
+            raise ValueError(f"num_res_blocks={num_res_blocks}: each level of the encoder needs 1 or more")
         for width in [ch] + [ch * m for m in ch_mult]:
             if width % norm_groups:
                 raise ValueError(f"{width} channels (ch * ch_mult) do not divide into norm_groups={norm_groups} groups")

@@ -265,6 +265,7 @@ def test_dropout_is_for_training_only():
         (dict(activation="relu"), "activation='relu' is not one of silu, swiglu"),
         (dict(downsample="stride"), "downsample='stride' is not one of conv, avg, max"),
         (dict(upsample="linear"), "upsample='linear' is not one of nearest, bilinear, bicubic"),
+        (dict(num_res_blocks=0), "num_res_blocks=0: each level of the encoder needs 1 or more"),
         (dict(norm_groups=32), r"8 channels \(ch \* ch_mult\) do not divide into norm_groups=32 groups"),
         (dict(ch=12, ch_mult=(2, 4), norm_groups=8), "12 channels .* norm_groups=8"),
     ],
