@@ -811,8 +811,8 @@ class Rescaler(nn.Module):
         self.conv = Conv2d(map_classes, out_channels, 1, bias=False)
 
     def forward(self, x):
-        x = F.interpolate(x, scale_factor=1 / self.factor, mode="area") if self.factor > 1 else x
-        return self.conv(x.to(self.conv.weight.dtype))
+        x = x.to(self.conv.weight.dtype)  # one_hot gives integers
+        return self.conv(F.interpolate(x, scale_factor=1 / self.factor, mode="area") if self.factor > 1 else x)
 
 
 class Denoiser(nn.Module):

@@ -17,6 +17,7 @@ from unet import (
     Denoiser,
     Downsample,
     ResBlock,
+    Rescaler,
     SpatialTransformer,
     TextEncoder,
     TransformerBlock,
@@ -442,6 +443,15 @@ def test_conditions_missing_or_superfluous(name):
         UNet(**TINY, **settings)(**inputs_of({}))
     with pytest.raises(ValueError, match=f"takes no {name} and was given one"):
         UNet(**TINY)(**extra)
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.uint8, torch.bool, torch.float32))
+def test_maps_of_any_type_are_rescaled(dtype):
+    maps = torch.nn.functional.one_hot(torch.arange(64).view(1, 8, 8) % 5, 5).permute(0, 3, 1, 2)
+    rescaler = Rescaler(5, 4)
+    means = maps.double().unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))  # of 4 x 4 pixels
+    wanted = torch.einsum("bkhw,ck->bchw", means, rescaler.conv.weight[:, :, 0, 0].double())
+    torch.testing.assert_close(rescaler(maps.to(dtype)).double(), wanted, rtol=0, atol=1e-6)
 
 
 def test_sides_that_do_not_divide():
