@@ -379,6 +379,9 @@ class UNet(nn.Module):
                 raise ValueError(
                     f"this U-Net takes {'a' if wanted else 'no'} {name} and was given {'none' if wanted else 'one'}"
                 )
+        for name, given in (("t", t), ("y", y)):
+            if given is not None and given.ndim != 1:
+                raise ValueError(f"{name} has shape {tuple(given.shape)}: give one number for each image, (B,)")
         for side in x.shape[-2:]:
             if side % self.side_multiple:
                 raise ValueError(
@@ -834,10 +837,12 @@ class Denoiser(nn.Module):
         one-hot maps for the rescaler.  context: (B,L,D) of a tower that is not part of this module.
         """
         if tokens is not None:
+            if self.text is None:
+                raise ValueError("this denoiser has no text encoder of its own for tokens: give it a context")
             context = self.text(tokens)
-        if self.class_tokens is not None:
+        if self.class_tokens is not None and y is not None:
             context, y = self.class_tokens(y)[:, None], None
-        if self.rescaler is not None:
+        if self.rescaler is not None and concat is not None:  # what is missing, the U-Net names
             concat = self.rescaler(concat)
         given = {"context": context, "y": y, "concat": concat}
         return {name: value for name, value in given.items() if value is not None}

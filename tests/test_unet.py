@@ -3,6 +3,7 @@
 import base64
 import copy
 import math
+import re
 
 import pytest
 import tiktoken
@@ -443,6 +444,28 @@ def test_conditions_missing_or_superfluous(name):
         UNet(**TINY, **settings)(**inputs_of({}))
     with pytest.raises(ValueError, match=f"takes no {name} and was given one"):
         UNet(**TINY)(**extra)
+
+
+def test_what_a_denoiser_needs_is_named():
+    x, t = torch.zeros(2, 3, 8, 8), torch.zeros(2)
+    with pytest.raises(ValueError, match="takes a context and was given none"):
+        Denoiser(UNet(**TINY, context_dim=12), class_tokens=torch.nn.Embedding(3, 12))(x, t)
+    with pytest.raises(ValueError, match="takes a concat and was given none"):
+        Denoiser(UNet(**TINY, concat_channels=3), rescaler=Rescaler(5, 4))(x, t)
+    with pytest.raises(ValueError, match="no text encoder of its own for tokens: give it a context"):
+        Denoiser(UNet(**TINY, context_dim=12))(x, t, tokens=torch.zeros(2, 4, dtype=torch.long))
+
+
+def test_one_time_and_one_class_for_each_image():
+    x, t, y = torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)
+    unet = UNet(**TINY, num_classes=3)
+    for name, inputs, shape in (
+        ("t", (t[0], y), "()"),
+        ("t", (t[:, None], y), "(2, 1)"),
+        ("y", (t, y[:, None]), "(2, 1)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{name} has shape {shape}: give one number for each image")):
+            unet(x, inputs[0], y=inputs[1])
 
 
 @pytest.mark.parametrize("dtype", (torch.int64, torch.uint8, torch.bool, torch.float32))
