@@ -628,6 +628,11 @@ def test_tokenize_pads_and_cuts(text):
     assert text.tokenize([]).shape == (0, 12)
 
 
+def test_one_string_is_no_list_of_prompts(text):
+    with pytest.raises(ValueError, match="one string, 'a red star', where a list of them is wanted"):
+        text("a red star")
+
+
 def test_count_tokens(text):
     counts = [text.count_tokens(prompt) for prompt in PROMPTS]
     assert counts == [6, 1, len("naïve 漢字".encode()) + 1, len(PROMPTS[3].encode()) + 1, 2001]
