@@ -86,7 +86,10 @@ def zeros(module):
 
 
 def timestep_embedding(t, dim, max_period=10000.0):
-    """Sinusoids of t (B,) in [0, 1000] -> (B, dim) float32: cosines, then sines (Ho et al. 2020)."""
+    """Sinusoids of t (B,) in [0, 1000] -> (B, dim) float32: cosines, then sines, as Dhariwal & Nichol 2021 have them.
+
+    Of the frequencies max_period^(-i / half), i = 0 to half - 1; Ho et al. 2020 have sines first and half - 1 for half.
+    """
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * freqs[None]
@@ -285,7 +288,8 @@ class UNet(nn.Module):
         transformer_depth: blocks of each spatial transformer; 0 uses plain self-attention blocks instead.
         context_dim: width of the context for cross-attention; 0 is no context.
         context_pool: the context's mean, projected, joins the time embedding too (GLIDE, Imagen).
-        self_attention: False, or one value for each level, lets the transformer's first attention look at the context.
+        self_attention: False, or one value for each level, lets the transformer's first attention look at the context;
+            the middle's looks at the pixels in any case, as in Stable Diffusion's x4 upscaler.
         num_classes: size of the class embedding that is added to the time's (count the null class too); 0 is none.
         resample: conv | pool, how levels change size unless resblock_updown does it.
         unet_patch: p > 1 folds p x p latents (or pixels) into channels first: all work is then at a p-th of the side.
