@@ -630,12 +630,12 @@ def plot_log(out_dir):
     plt.close(figure)
 
 
-def count_tflop(cfg):
+def count_tflop(cfg, side):
     """TFLOP of one judgement: three images forward, and back too where the trunk is trained, operator by operator."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        make_trunk(cfg["net"])(torch.zeros(3, 3, 64, 64))
+        make_trunk(cfg["net"])(torch.zeros(3, 3, side, side))
     return (3 if cfg["train_trunk"] else 1) * counter.get_total_flops() / 1e12
 
 
@@ -804,7 +804,7 @@ if __name__ == "__main__":
     git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=here)
     git_revision = git.stdout.strip() or "unknown"  # no git, no repository
     about = {"format": 1, "stage": "lpips", "model": model.settings, "config": config, "git": git_revision}
-    tflop = count_tflop(config)
+    tflop = count_tflop(config, (train or validation["2afc"]).size)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in hardware), 0)
     if master:
