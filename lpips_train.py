@@ -278,7 +278,7 @@ class LPIPS(nn.Module):
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_SIDE[self.net]:
             wanted = f"two batches (B,3,H,W) of sides >= {MIN_SIDE[self.net]}"
             raise ValueError(f"LPIPS ({self.net}) compares {wanted}, got {tuple(x.shape)} and {tuple(y.shape)}: resize")
-        if check and not torch.compiler.is_compiling():
+        if check and x.numel() and not torch.compiler.is_compiling():
             reach = torch.maximum(x.detach().abs().amax(), y.detach().abs().amax()).item()
             if not reach <= 1.001:  # NaN too; the rest is rounding
                 raise ValueError(f"LPIPS got values up to +-{reach:.4g}, images are in [-1,1]: rescale or clamp them")

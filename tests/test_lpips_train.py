@@ -150,6 +150,11 @@ def test_distances_stay_float32_in_autocast(trunks):
     torch.testing.assert_close(distance, lpips(x, y), rtol=0.03, atol=0)
 
 
+def test_no_images_have_no_distances(trunks):
+    x = torch.zeros(0, 3, 20, 20)
+    assert LPIPS("squeeze", trunks["squeeze"], "uniform")(x, x).shape == (0,)
+
+
 def test_images_out_of_range_or_shape(trunks):
     lpips, x = LPIPS("squeeze", trunks["squeeze"], "uniform"), torch.rand(2, 3, 32, 32)
     assert "values up to +-255, images are in [-1,1]" in error(lpips, x, 255 * x / x.max())
