@@ -1,11 +1,12 @@
 """The denoiser: a U-Net with attention on noisy latents, and the text encoder that it listens to.
 
-By settings it is every U-Net of the reference systems (Ho et al. 2020; Dhariwal & Nichol 2021; Rombach et al. 2022):
+By settings it is every U-Net of the reference systems (Ho et al. 2020; Dhariwal & Nichol 2021; Rombach et al. 2022),
+SD being Stable Diffusion, and LDM's below with in_channels=3 and out_channels=3 besides:
 
-    Stable Diffusion 1   channels=320 channel_mult=(1,2,4,4) attention_ds=(1,2,4) num_heads=8 context_dim=768
-    Stable Diffusion 2   the same with num_heads=0 head_dim=64 context_dim=1024 linear_proj=True
-    LDM class (cin-v2)   channels=192 channel_mult=(1,2,3,5) attention_ds=(8,4,2) num_heads=1 context_dim=512
-    LDM unconditional    channels=224 channel_mult=(1,2,3,4) attention_ds=(8,4,2) head_dim=32 transformer_depth=0
+    SD 1           channels=320 channel_mult=(1,2,4,4) attention_ds=(1,2,4) num_heads=8 context_dim=768
+    SD 2           the same with num_heads=0 head_dim=64 context_dim=1024 linear_proj=True
+    LDM cin256-v2  channels=192 channel_mult=(1,2,3,5) attention_ds=(8,4,2) num_heads=1 context_dim=512
+    LDM celebahq   channels=224 channel_mult=(1,2,3,4) attention_ds=(8,4,2) num_heads=0 head_dim=32 transformer_depth=0
 
     unet = UNet(channels=64, channel_mult=(1,2), context_dim=128)
     text = TextEncoder(text_width=128)

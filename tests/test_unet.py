@@ -1,5 +1,6 @@
 """The denoiser against published parameter counts and written-out formulas, every option once; tokenizers and text."""
 
+import ast
 import base64
 import copy
 import math
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from conftest import fill
 
 import train_ldm
+import unet
 from unet import (
     Attention,
     AttentionBlock,
@@ -125,6 +127,19 @@ def test_published_parameter_counts(name):
     with torch.device("meta"):
         unet = UNet(**settings)
     assert sum(p.numel() for p in unet.parameters()) == expected
+
+
+def test_models_of_the_docstring():
+    """The settings that stand there, taken as they stand, make the published models."""
+    found, last = {}, {}
+    for name, text in re.findall(r"^    (\S.*?)  +(.*num_heads=.*)$", unet.__doc__, re.M):
+        given = {key: ast.literal_eval(value) for key, value in re.findall(r"(\w+)=(\S+)", text)}
+        last = last | given if text.startswith("the same with") else given
+        latents = dict(in_channels=3, out_channels=3) if name.startswith("LDM") else {}  # as the line above them says
+        with torch.device("meta"):
+            found[name] = sum(p.numel() for p in UNet(**latents, **last).parameters())
+    wanted = {"SD 1": "SD1", "SD 2": "SD2", "LDM cin256-v2": "cin256-v2", "LDM celebahq": "celebahq"}
+    assert found == {name: PUBLISHED[ours][0] for name, ours in wanted.items()}
 
 
 # --- attention ---
