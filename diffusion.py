@@ -171,7 +171,7 @@ SPACINGS = ("trailing", "leading", "linspace", "karras", "quadratic")
 def sample_times(steps, schedule, objective="v", spacing="trailing"):
     """Times of `steps` steps, strictly descending: float64 (steps + 1,); on a table all but karras fall on entries.
 
-    trailing   equal steps from t_max to 0 (Lin et al. 2024, table 2)
+    trailing   equal steps from t_max to 0 (Lin et al. 2024, table 2), rounded to entries, halves up
     leading    Stable Diffusion's: multiples of T / steps, rounded down, plus 1, and an end at entry 0, not at t = 0
     linspace   equal steps from t_max to entry 0, then 0 (Nichol & Dhariwal 2021)
     karras     equal steps in (sigma / alpha)^(1/7) from t_max to entry 0, then 0 (Karras et al. 2022, eq. 5);
