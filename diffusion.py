@@ -511,6 +511,7 @@ def make_denoiser(
         x_in = torch.cat([x, x]) if twice else x
         t_in = torch.full((len(x_in),), unet_time(schedule, at).item(), device=x.device, dtype=torch.float32)
         prediction = model(x_in.to(dtype=dtype), t_in, **(both if twice else alone))
+        prediction = prediction[0] if isinstance(prediction, tuple) else prediction  # of a Denoiser in training mode
         prediction = prediction.to(x.dtype, copy=True)  # what a CUDA graph returns, its next replay overwrites
         denoise.evaluations += 2 if twice else 1
         if not guided_now:
