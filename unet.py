@@ -68,7 +68,10 @@ class Attention(nn.Module):
 
 
 def use_attention(model, backend):
-    """Sets the backend of every attention in a model, one of attention.BACKENDS; no checkpoint remembers it."""
+    """Sets the backend of every attention in a model, one of attention.BACKENDS; no checkpoint remembers it.
+
+    Of U-Nets and text encoders, and not where it is `linear`; the autoencoder's own class stays with "sdpa".
+    """
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     for module in model.modules():
