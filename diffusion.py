@@ -506,6 +506,9 @@ def make_denoiser(
     def denoise(x, t):
         at = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         t, alpha, sigma = at.item(), schedule.alpha(at).item(), schedule.sigma(at).item()
+        if objective == "eps" and alpha == 0:
+            remedy = "take sample_times(..., objective='eps')"
+            raise ValueError(f"alpha is 0 at t = {t}, where eps tells nothing of x0: {remedy}")
         guided_now = guided and low <= t <= high
         twice = guided_now and guide is None
         x_in = torch.cat([x, x]) if twice else x

@@ -321,6 +321,16 @@ def test_denoiser_of_a_network_that_learns_its_uncertainty():
     assert torch.equal(*outs) and outs[0].shape == x.shape
 
 
+@pytest.mark.parametrize("name", ("cosine", "flow"))
+def test_eps_is_refused_where_it_tells_nothing(name):
+    """Not of times that are made for another objective comes NaN, but what to do; of its own all is well."""
+    schedule, x = make_schedule(name), normal(1, 1, 2, 2)
+    denoise = make_denoiser(lambda x, t: 0.9 * x, schedule, "eps", {})
+    with pytest.raises(ValueError, match=r"alpha is 0 at t = 1.0, .*: take sample_times\(.*, objective=.eps.\)"):
+        samplers["euler"](denoise, x, sample_times(5, schedule), schedule)
+    assert samplers["euler"](denoise, x, sample_times(5, schedule, "eps"), schedule).isfinite().all()
+
+
 def test_denoiser_of_a_plain_function():
     schedule = make_schedule("linear")
     shift = make_denoiser(lambda x, t, shift: x + shift, schedule, "x0", {"shift": torch.ones(2, 1)})
