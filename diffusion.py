@@ -171,7 +171,7 @@ SPACINGS = ("trailing", "leading", "linspace", "karras", "quadratic")
 def sample_times(steps, schedule, objective="v", spacing="trailing"):
     """Times of `steps` steps, strictly descending: float64 (steps + 1,); on a table all but karras fall on entries.
 
-    trailing   equal steps from t_max to 0 (Lin et al. 2024, table 2)
+    trailing   equal steps from t_max to 0 (Lin et al. 2024, table 2), rounded to entries, halves up
     leading    Stable Diffusion's: multiples of T / steps, rounded down, plus 1, and an end at entry 0, not at t = 0
     linspace   equal steps from t_max to entry 0, then 0 (Nichol & Dhariwal 2021)
     karras     equal steps in (sigma / alpha)^(1/7) from t_max to entry 0, then 0 (Karras et al. 2022, eq. 5);
@@ -506,11 +506,15 @@ def make_denoiser(
     def denoise(x, t):
         at = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         t, alpha, sigma = at.item(), schedule.alpha(at).item(), schedule.sigma(at).item()
+        if objective == "eps" and alpha == 0:
+            remedy = "take sample_times(..., objective='eps')"
+            raise ValueError(f"alpha is 0 at t = {t}, where eps tells nothing of x0: {remedy}")
         guided_now = guided and low <= t <= high
         twice = guided_now and guide is None
         x_in = torch.cat([x, x]) if twice else x
         t_in = torch.full((len(x_in),), unet_time(schedule, at).item(), device=x.device, dtype=torch.float32)
         prediction = model(x_in.to(dtype=dtype), t_in, **(both if twice else alone))
+        prediction = prediction[0] if isinstance(prediction, tuple) else prediction  # of a Denoiser in training mode
         prediction = prediction.to(x.dtype, copy=True)  # what a CUDA graph returns, its next replay overwrites
         denoise.evaluations += 2 if twice else 1
         if not guided_now:

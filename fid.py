@@ -11,6 +11,7 @@ and favour what was trained on LPIPS of that trunk. Most depend on the number of
 (FID is commonly told of 50,000 drawn ones).
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -258,7 +259,10 @@ def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze
     a, drawn = open_pictures(samples, "samples", image_size or 1)
     if not len(drawn):
         raise ValueError("samples has 0 pictures: draw some")
-    a.image_size = image_size or min(a.rgb(drawn[0]).size)
+    for i in drawn if not image_size else ():
+        with contextlib.suppress(BadImage):
+            a.image_size = min(a.rgb(i).size)
+            break
     b, real = open_pictures(reference, "reference", a.image_size, split)
     f = features(extract, a, drawn, "samples", not image_size, batch_size, device)
     g = features(extract, b, real, "reference", not image_size and isinstance(b, Array), batch_size, device)

@@ -278,7 +278,7 @@ class LPIPS(nn.Module):
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_SIDE[self.net]:
             wanted = f"two batches (B,3,H,W) of sides >= {MIN_SIDE[self.net]}"
             raise ValueError(f"LPIPS ({self.net}) compares {wanted}, got {tuple(x.shape)} and {tuple(y.shape)}: resize")
-        if check and not torch.compiler.is_compiling():
+        if check and x.numel() and not torch.compiler.is_compiling():
             reach = torch.maximum(x.detach().abs().amax(), y.detach().abs().amax()).item()
             if not reach <= 1.001:  # NaN too; the rest is rounding
                 raise ValueError(f"LPIPS got values up to +-{reach:.4g}, images are in [-1,1]: rescale or clamp them")
@@ -630,12 +630,12 @@ def plot_log(out_dir):
     plt.close(figure)
 
 
-def count_tflop(cfg):
+def count_tflop(cfg, side):
     """TFLOP of one judgement: three images forward, and back too where the trunk is trained, operator by operator."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        make_trunk(cfg["net"])(torch.zeros(3, 3, 64, 64))
+        make_trunk(cfg["net"])(torch.zeros(3, 3, side, side))
     return (3 if cfg["train_trunk"] else 1) * counter.get_total_flops() / 1e12
 
 
@@ -804,7 +804,7 @@ if __name__ == "__main__":
     git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=here)
     git_revision = git.stdout.strip() or "unknown"  # no git, no repository
     about = {"format": 1, "stage": "lpips", "model": model.settings, "config": config, "git": git_revision}
-    tflop = count_tflop(config)
+    tflop = count_tflop(config, (train or validation["2afc"]).size)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in hardware), 0)
     if master:

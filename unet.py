@@ -1,11 +1,12 @@
 """The denoiser: a U-Net with attention on noisy latents, and the text encoder that it listens to.
 
-By settings it is every U-Net of the reference systems (Ho et al. 2020; Dhariwal & Nichol 2021; Rombach et al. 2022):
+By settings it is every U-Net of the reference systems (Ho et al. 2020; Dhariwal & Nichol 2021; Rombach et al. 2022),
+SD being Stable Diffusion, and LDM's below with in_channels=3 and out_channels=3 besides:
 
-    Stable Diffusion 1   channels=320 channel_mult=(1,2,4,4) attention_ds=(1,2,4) num_heads=8 context_dim=768
-    Stable Diffusion 2   the same with num_heads=0 head_dim=64 context_dim=1024 linear_proj=True
-    LDM class (cin-v2)   channels=192 channel_mult=(1,2,3,5) attention_ds=(8,4,2) num_heads=1 context_dim=512
-    LDM unconditional    channels=224 channel_mult=(1,2,3,4) attention_ds=(8,4,2) head_dim=32 transformer_depth=0
+    SD 1           channels=320 channel_mult=(1,2,4,4) attention_ds=(1,2,4) num_heads=8 context_dim=768
+    SD 2           the same with num_heads=0 head_dim=64 context_dim=1024 linear_proj=True
+    LDM cin256-v2  channels=192 channel_mult=(1,2,3,5) attention_ds=(8,4,2) num_heads=1 context_dim=512
+    LDM celebahq   channels=224 channel_mult=(1,2,3,4) attention_ds=(8,4,2) num_heads=0 head_dim=32 transformer_depth=0
 
     unet = UNet(channels=64, channel_mult=(1,2), context_dim=128)
     text = TextEncoder(text_width=128)
@@ -67,7 +68,10 @@ class Attention(nn.Module):
 
 
 def use_attention(model, backend):
-    """Sets the backend of every attention in a model, one of attention.BACKENDS; no checkpoint remembers it."""
+    """Sets the backend of every attention in a model, one of attention.BACKENDS; no checkpoint remembers it.
+
+    Of U-Nets and text encoders, and not where it is `linear`; the autoencoder's own class stays with "sdpa".
+    """
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     for module in model.modules():
@@ -86,7 +90,10 @@ def zeros(module):
 
 
 def timestep_embedding(t, dim, max_period=10000.0):
-    """Sinusoids of t (B,) in [0, 1000] -> (B, dim) float32: cosines, then sines (Ho et al. 2020)."""
+    """Sinusoids of t (B,) in [0, 1000] -> (B, dim) float32: cosines, then sines, as Dhariwal & Nichol 2021 have them.
+
+    Of the frequencies max_period^(-i / half), i = 0 to half - 1; Ho et al. 2020 have sines first and half - 1 for half.
+    """
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * freqs[None]
@@ -285,7 +292,8 @@ class UNet(nn.Module):
         transformer_depth: blocks of each spatial transformer; 0 uses plain self-attention blocks instead.
         context_dim: width of the context for cross-attention; 0 is no context.
         context_pool: the context's mean, projected, joins the time embedding too (GLIDE, Imagen).
-        self_attention: False, or one value for each level, lets the transformer's first attention look at the context.
+        self_attention: False, or one value for each level, lets the transformer's first attention look at the context;
+            the middle's looks at the pixels in any case, as in Stable Diffusion's x4 upscaler.
         num_classes: size of the class embedding that is added to the time's (count the null class too); 0 is none.
         resample: conv | pool, how levels change size unless resblock_updown does it.
         unet_patch: p > 1 folds p x p latents (or pixels) into channels first: all work is then at a p-th of the side.
@@ -379,6 +387,9 @@ class UNet(nn.Module):
                 raise ValueError(
                     f"this U-Net takes {'a' if wanted else 'no'} {name} and was given {'none' if wanted else 'one'}"
                 )
+        for name, given in (("t", t), ("y", y)):
+            if given is not None and given.ndim != 1:
+                raise ValueError(f"{name} has shape {tuple(given.shape)}: give one number for each image, (B,)")
         for side in x.shape[-2:]:
             if side % self.side_multiple:
                 raise ValueError(
@@ -580,6 +591,8 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, prompts):
         """List of B strings -> token ids (B, length), cut or padded."""
+        if isinstance(prompts, str):  # would be as many prompts as it has letters
+            raise ValueError(f"one string, {prompts[:40]!r}, where a list of them is wanted: put it in brackets")
         rows = torch.full((len(prompts), self.length), self.pad)
         whole = getattr(self.tokenizer, "whole", 1)  # tokens that mean something together only
         room = (self.length - 1) // whole * whole
@@ -786,6 +799,8 @@ class CLIPTextEncoder(nn.Module):
 
     def tokenize(self, prompts):
         """List of B strings -> token ids (B, length), cut or padded."""
+        if isinstance(prompts, str):  # would be as many prompts as it has letters
+            raise ValueError(f"one string, {prompts[:40]!r}, where a list of them is wanted: put it in brackets")
         rows = torch.full((len(prompts), self.length), self.pad)
         for row, prompt in zip(rows, prompts):
             ids = [self.start, *self.tokenizer.encode_ordinary(prompt)[: self.length - 2], self.end]
@@ -811,8 +826,8 @@ class Rescaler(nn.Module):
         self.conv = Conv2d(map_classes, out_channels, 1, bias=False)
 
     def forward(self, x):
-        x = F.interpolate(x, scale_factor=1 / self.factor, mode="area") if self.factor > 1 else x
-        return self.conv(x.to(self.conv.weight.dtype))
+        x = x.to(self.conv.weight.dtype)  # one_hot gives integers
+        return self.conv(F.interpolate(x, scale_factor=1 / self.factor, mode="area") if self.factor > 1 else x)
 
 
 class Denoiser(nn.Module):
@@ -834,10 +849,12 @@ class Denoiser(nn.Module):
         one-hot maps for the rescaler.  context: (B,L,D) of a tower that is not part of this module.
         """
         if tokens is not None:
+            if self.text is None:
+                raise ValueError("this denoiser has no text encoder of its own for tokens: give it a context")
             context = self.text(tokens)
-        if self.class_tokens is not None:
+        if self.class_tokens is not None and y is not None:
             context, y = self.class_tokens(y)[:, None], None
-        if self.rescaler is not None:
+        if self.rescaler is not None and concat is not None:  # what is missing, the U-Net names
             concat = self.rescaler(concat)
         given = {"context": context, "y": y, "concat": concat}
         return {name: value for name, value in given.items() if value is not None}

@@ -282,14 +282,11 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z):
-        """(B,D,h,w) -> (B,h,w), the index of the code at the least Euclidean distance, in float32 or more."""
-        tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-        with torch.autocast(z.device.type, enabled=False):
-            codes = self.embedding.weight
-            rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(codes.dtype)
-            # |z - e|^2 without |z|^2, which is the same for every code; in parts, as K x B h w can be large
-            parts = [(codes.square().sum(1) - 2 * part @ codes.T).argmin(1) for part in rows.split(16384)]
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        """(B,D,h,w) -> (B,h,w), the index of the code at the least Euclidean distance, in float64."""
+        codes = self.embedding.weight.double()  # which autocast, TF32 and a module in bfloat16 leave alone
+        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).double()
+        # |z - e|^2 without |z|^2, which is the same for every code; in parts, as K x B h w can be large
+        parts = [(codes.square().sum(1) - 2 * part @ codes.T).argmin(1) for part in rows.split(8192)]
         return torch.cat(parts).reshape(z.shape[0], *z.shape[2:])
 
     def lookup(self, indices):
@@ -353,6 +350,8 @@ class VAE(nn.Module):
         _check_choice("activation", activation, ("silu", "swiglu"))
         _check_choice("downsample", downsample, ("conv", "avg", "max"))
         _check_choice("upsample", upsample, ("nearest", "bilinear", "bicubic"))
+        if num_res_blocks < 1:
+            raise ValueError(f"num_res_blocks={num_res_blocks}: each level of the encoder needs 1 or more")
         for width in [ch] + [ch * m for m in ch_mult]:
             if width % norm_groups:
                 raise ValueError(f"{width} channels (ch * ch_mult) do not divide into norm_groups={norm_groups} groups")
@@ -391,7 +390,8 @@ class VAE(nn.Module):
         VQ: latents before quantisation, which this does.
         """
         if self.quantize is not None:
-            z = self.quantize.lookup(self.quantize.nearest(z)).to(z.dtype)
+            z = self.quantize.lookup(self.quantize.nearest(z))
+        z = z.to(self.decoder.norm_out.weight.dtype)  # encode gives float32, a module in bfloat16 too
         return self.decoder(self.post_quant_conv(z))
 
     def decode_tiled(self, z, tile=64, overlap=16):
@@ -447,7 +447,7 @@ class VAE(nn.Module):
         z = turn_and_scale(posterior.sample(noise), turns, side)
         if self.quantize is not None:
             z, posterior.loss, posterior.indices = self.quantize(z)
-        return self.decoder(self.post_quant_conv(z)), posterior
+        return self.decoder(self.post_quant_conv(z.to(self.decoder.norm_out.weight.dtype))), posterior
 
     @classmethod
     def from_pretrained(cls, path, **settings):
@@ -515,8 +515,15 @@ def _check_choice(name, value, choices):
         raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
 
+def _check_pairs(x, y):
+    if x.shape != y.shape or not (x.is_floating_point() and y.is_floating_point()):
+        given = f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
+        raise ValueError(f"psnr and ssim compare images of equal shape as floats in [-1,1], got {given}")
+
+
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of images (B,3,H,W) in [-1,1] (clamped), one for each pair: (B,)."""
+    _check_pairs(x, y)
     mse = ((x.clamp(-1, 1) - y.clamp(-1, 1)).double() ** 2).mean(dim=(1, 2, 3))
     return 10.0 * torch.log10(4.0 / mse.clamp_min(1e-12))
 
@@ -526,6 +533,7 @@ def ssim(x, y):
 
     Gaussian window of 11 pixels and sigma 1.5, K = 0.01, 0.03, on RGB channel by channel, no padding.
     """
+    _check_pairs(x, y)
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"ssim looks through an 11x11 window; images of {tuple(x.shape[-2:])} are smaller")
     x, y = x.clamp(-1, 1).double(), y.clamp(-1, 1).double()  # which autocast and TF32 leave alone

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import fill
 
 from diffusion import (
     OBJECTIVES,
@@ -18,6 +19,7 @@ from diffusion import (
     to_x0,
     unet_time,
 )
+from unet import Denoiser, UNet
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "flow")
 FINE = torch.linspace(0, 1, 4001, dtype=torch.float64)
@@ -309,6 +311,24 @@ def test_denoiser_runs_in_the_dtype_of_the_network():
     _, t, dtype, context_dtype = net.calls[0]
     assert dtype == context_dtype == torch.bfloat16
     assert t.dtype == torch.float32 and t.tolist() == [1000, 1000]
+
+
+def test_denoiser_of_a_network_that_learns_its_uncertainty():
+    """Which in training gives its log-variances beside what it predicts."""
+    settings = dict(channels=8, channel_mult=(1,), num_res_blocks=1, attention_ds=(), num_heads=1, norm_groups=4)
+    model, x = fill(Denoiser(UNet(**settings), uncertainty=True)), torch.randn(2, 4, 8, 8)
+    outs = [make_denoiser(model.train(on), make_schedule("flow"), "flow", {})(x, 0.5) for on in (True, False)]
+    assert torch.equal(*outs) and outs[0].shape == x.shape
+
+
+@pytest.mark.parametrize("name", ("cosine", "flow"))
+def test_eps_is_refused_where_it_tells_nothing(name):
+    """Not of times that are made for another objective comes NaN, but what to do; of its own all is well."""
+    schedule, x = make_schedule(name), normal(1, 1, 2, 2)
+    denoise = make_denoiser(lambda x, t: 0.9 * x, schedule, "eps", {})
+    with pytest.raises(ValueError, match=r"alpha is 0 at t = 1.0, .*: take sample_times\(.*, objective=.eps.\)"):
+        samplers["euler"](denoise, x, sample_times(5, schedule), schedule)
+    assert samplers["euler"](denoise, x, sample_times(5, schedule, "eps"), schedule).isfinite().all()
 
 
 def test_denoiser_of_a_plain_function():

@@ -165,6 +165,10 @@ def test_both_sets_are_cropped_and_resized_alike(tmp_path, squeeze, capsys):
     turned = score(small, folder, trunk_weights=squeeze)  # a reference on disk may be of any size
     assert turned["squeeze_precision"] == wanted["squeeze_recall"]
     assert turned["squeeze_frechet"] == pytest.approx(wanted["squeeze_frechet"], rel=1e-6)
+    first = save_pngs(tmp_path / "first", small, [f"b{i}" for i in range(6)])
+    (tmp_path / "first/a.png").write_bytes(b"nothing")  # the side is then that of the first that decodes
+    assert score(first, folder, trunk_weights=squeeze) == turned
+    assert capsys.readouterr().out.count("skipped a bad picture of samples: a.png: not an image") == 1
     (tmp_path / "wide/zz.png").write_bytes(b"nothing")
     assert score(small, folder, trunk_weights=squeeze) == turned and turned["reference"] == 6
     assert "skipped a bad picture of reference: zz.png: not an image" in capsys.readouterr().out

@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_same, read
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import lpips_train
 import train_vae
@@ -147,6 +148,11 @@ def test_distances_stay_float32_in_autocast(trunks):
         distance = lpips(x, y)
     assert distance.dtype == torch.float32
     torch.testing.assert_close(distance, lpips(x, y), rtol=0.03, atol=0)
+
+
+def test_no_images_have_no_distances(trunks):
+    x = torch.zeros(0, 3, 20, 20)
+    assert LPIPS("squeeze", trunks["squeeze"], "uniform")(x, x).shape == (0,)
 
 
 def test_images_out_of_range_or_shape(trunks):
@@ -349,6 +355,10 @@ def test_a_judgement_that_is_no_number_is_named(ranks, start, tmp_path):
 
 def test_what_a_run_leaves(finished, trunks, start):
     run = finished[1]
+    # three patches of 20 pixels
+    with FlopCounterMode(display=False) as counter:
+        make_trunk("squeeze")(torch.zeros(3, 3, 20, 20))
+    assert f"{counter.get_total_flops() / 1e12:.4g} TFLOP per trained image" in run.stdout
     fields = list(run.log[0])
     assert all(list(record) == fields for record in run.log)
     assert [r["step"] for r in run.log if r["loss"] is not None] == [1, 2, 3, 4, 5, 6]

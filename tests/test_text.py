@@ -222,6 +222,11 @@ def test_rows_are_open_clips(merges, reference, captions):
     assert torch.equal(end.tokenize(texts), theirs.masked_fill(padded, 49407))
 
 
+def test_one_string_is_no_list_of_prompts(tower):
+    with pytest.raises(ValueError, match="one string, 'a red star', where a list of them is wanted"):
+        tower("a red star")
+
+
 def test_rows_are_cut_and_padded():
     kinds = {"end": CLIPTextEncoder(**SMALL, pad="end"), "zero": CLIPTextEncoder(**SMALL, pad="zero")}
     for name, tower in kinds.items():

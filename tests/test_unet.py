@@ -1,8 +1,10 @@
 """The denoiser against published parameter counts and written-out formulas, every option once; tokenizers and text."""
 
+import ast
 import base64
 import copy
 import math
+import re
 
 import pytest
 import tiktoken
@@ -11,12 +13,14 @@ import torch.nn.functional as F
 from conftest import fill
 
 import train_ldm
+import unet
 from unet import (
     Attention,
     AttentionBlock,
     Denoiser,
     Downsample,
     ResBlock,
+    Rescaler,
     SpatialTransformer,
     TextEncoder,
     TransformerBlock,
@@ -123,6 +127,19 @@ def test_published_parameter_counts(name):
     with torch.device("meta"):
         unet = UNet(**settings)
     assert sum(p.numel() for p in unet.parameters()) == expected
+
+
+def test_models_of_the_docstring():
+    """The settings that stand there, taken as they stand, make the published models."""
+    found, last = {}, {}
+    for name, text in re.findall(r"^    (\S.*?)  +(.*num_heads=.*)$", unet.__doc__, re.M):
+        given = {key: ast.literal_eval(value) for key, value in re.findall(r"(\w+)=(\S+)", text)}
+        last = last | given if text.startswith("the same with") else given
+        latents = dict(in_channels=3, out_channels=3) if name.startswith("LDM") else {}  # as the line above them says
+        with torch.device("meta"):
+            found[name] = sum(p.numel() for p in UNet(**latents, **last).parameters())
+    wanted = {"SD 1": "SD1", "SD 2": "SD2", "LDM cin256-v2": "cin256-v2", "LDM celebahq": "celebahq"}
+    assert found == {name: PUBLISHED[ours][0] for name, ours in wanted.items()}
 
 
 # --- attention ---
@@ -444,6 +461,37 @@ def test_conditions_missing_or_superfluous(name):
         UNet(**TINY)(**extra)
 
 
+def test_what_a_denoiser_needs_is_named():
+    x, t = torch.zeros(2, 3, 8, 8), torch.zeros(2)
+    with pytest.raises(ValueError, match="takes a context and was given none"):
+        Denoiser(UNet(**TINY, context_dim=12), class_tokens=torch.nn.Embedding(3, 12))(x, t)
+    with pytest.raises(ValueError, match="takes a concat and was given none"):
+        Denoiser(UNet(**TINY, concat_channels=3), rescaler=Rescaler(5, 4))(x, t)
+    with pytest.raises(ValueError, match="no text encoder of its own for tokens: give it a context"):
+        Denoiser(UNet(**TINY, context_dim=12))(x, t, tokens=torch.zeros(2, 4, dtype=torch.long))
+
+
+def test_one_time_and_one_class_for_each_image():
+    x, t, y = torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)
+    unet = UNet(**TINY, num_classes=3)
+    for name, inputs, shape in (
+        ("t", (t[0], y), "()"),
+        ("t", (t[:, None], y), "(2, 1)"),
+        ("y", (t, y[:, None]), "(2, 1)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{name} has shape {shape}: give one number for each image")):
+            unet(x, inputs[0], y=inputs[1])
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.uint8, torch.bool, torch.float32))
+def test_maps_of_any_type_are_rescaled(dtype):
+    maps = torch.nn.functional.one_hot(torch.arange(64).view(1, 8, 8) % 5, 5).permute(0, 3, 1, 2)
+    rescaler = Rescaler(5, 4)
+    means = maps.double().unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))  # of 4 x 4 pixels
+    wanted = torch.einsum("bkhw,ck->bchw", means, rescaler.conv.weight[:, :, 0, 0].double())
+    torch.testing.assert_close(rescaler(maps.to(dtype)).double(), wanted, rtol=0, atol=1e-6)
+
+
 def test_sides_that_do_not_divide():
     unet = UNet(**TINY | dict(channel_mult=(1, 2, 2)))
     assert unet.side_multiple == 4
@@ -593,6 +641,11 @@ def test_tokenize_pads_and_cuts(text):
     assert rows[2].tolist() == [*b"abcdefghijk", end]
     assert rows[3].tolist() == [*b"abcdefghijk", end], "cut, and ended all the same"
     assert text.tokenize([]).shape == (0, 12)
+
+
+def test_one_string_is_no_list_of_prompts(text):
+    with pytest.raises(ValueError, match="one string, 'a red star', where a list of them is wanted"):
+        text("a red star")
 
 
 def test_count_tokens(text):

@@ -1,5 +1,6 @@
 """The autoencoder against the published parameter counts, torch.distributions and plain numpy; every option once."""
 
+import copy
 import math
 
 import numpy as np
@@ -264,6 +265,7 @@ def test_dropout_is_for_training_only():
         (dict(activation="relu"), "activation='relu' is not one of silu, swiglu"),
         (dict(downsample="stride"), "downsample='stride' is not one of conv, avg, max"),
         (dict(upsample="linear"), "upsample='linear' is not one of nearest, bilinear, bicubic"),
+        (dict(num_res_blocks=0), "num_res_blocks=0: each level of the encoder needs 1 or more"),
         (dict(norm_groups=32), r"8 channels \(ch \* ch_mult\) do not divide into norm_groups=32 groups"),
         (dict(ch=12, ch_mult=(2, 4), norm_groups=8), "12 channels .* norm_groups=8"),
     ],
@@ -362,6 +364,15 @@ def test_ssim_is_exact_under_autocast():
     assert got.item() == pytest.approx(slow_ssim(x[0].double().numpy(), y[0].double().numpy()), abs=1e-6)
 
 
+@pytest.mark.parametrize("metric", (psnr, ssim))
+def test_metrics_refuse_what_they_would_judge_wrongly(metric):
+    """Bytes, all but two of which are beyond [-1,1] and so alike, and one picture beside several."""
+    x = images(2, 3, 16, 16)
+    for a, b in (((127 * x + 128).byte(), (127 - 127 * x).byte()), (x, x[:1])):
+        with pytest.raises(ValueError, match="equal shape as floats in .-1,1., got"):
+            metric(a, b)
+
+
 def test_ssim_wants_a_whole_window():
     with pytest.raises(ValueError, match=r"11x11 window; images of \(10, 32\) are smaller"):
         ssim(images(1, 3, 10, 32), images(1, 3, 10, 32))
@@ -429,8 +440,35 @@ def test_vq_autoencoder():
     ((reconstruction - x).abs().mean() + trained.loss).backward()
     for name, p in vae.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
-    with torch.autocast("cpu", torch.bfloat16):  # the search is in float32
+    with torch.autocast("cpu", torch.bfloat16):  # the search is in float64
         assert torch.equal(vae.quantize.nearest(posterior.mean), trained.indices)
+
+
+def test_nearest_code_whatever_the_module_is_in():
+    """In bfloat16 too it is the nearest to what was given, and TF32 may be asked for in PyTorch's new way."""
+    generator = torch.Generator().manual_seed(0)
+    quantizer, z = Quantizer(1024, 4, 0.25, False).bfloat16(), torch.randn(2, 4, 16, 16, generator=generator).bfloat16()
+    torch.nn.init.normal_(quantizer.embedding.weight, generator=generator)
+    rows, codes = z.double().permute(0, 2, 3, 1).reshape(-1, 1, 4), quantizer.embedding.weight.detach().double()
+    wanted, matmul = (rows - codes).square().sum(-1).argmin(1), torch.backends.cuda.matmul
+    assert torch.equal(quantizer.nearest(z).flatten(), wanted)
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert torch.equal(quantizer.nearest(z).flatten(), wanted)
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("option", [{}, dict(VQ), dict(latent_proj=False)], ids=["kl", "vq", "bare"])
+def test_a_module_in_bfloat16_decodes_what_it_encodes(option):
+    """Latents are float32, statistics may be, and images come in the type of the weights."""
+    vae, x = fill(VAE(**TINY | option)), images(2, 3, 16, 24)
+    half = copy.deepcopy(vae).bfloat16()
+    z = half.encode(x.bfloat16()).mode().float()
+    for decoded in (half.decode(z), half(x.bfloat16(), torch.zeros_like(z))[0], half.decode_tiled(z, 64)):
+        assert decoded.dtype == torch.bfloat16
+        torch.testing.assert_close(decoded.float(), vae.decode(z), rtol=0.1, atol=0.1)
 
 
 # --- what training asks of the autoencoder ---
