@@ -253,7 +253,7 @@ def randn(shape, generators=None, device=None, dtype=None):
 
 
 def sample_ddpm(denoise, x, times, schedule, generators=None, noise_scale=1.0, variance="small"):
-    """Ancestral sampling from the posterior q(x_s | x_t, x0_hat) (Ho et al. 2020, eq. 7; Kingma et al. 2021, eq. 25).
+    """Ancestral sampling from the posterior q(x_s | x_t, x0_hat) (Ho et al. 2020, eq. 7; Kingma et al. 2021, app. A).
 
     `noise_scale` multiplies the noise put in at each step: below 1 for smoother samples. Its `variance` is "small", the
     posterior's, right for data in one point, or "large", that of q(x_t | x_s), beta, right for data N(0, 1) (Ho et al.,

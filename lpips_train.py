@@ -815,6 +815,10 @@ if __name__ == "__main__":
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tflop:.4g} TFLOP per trained image")
         print(f"{images_per_step} images per step: {world} processes x {batch_size} x {grad_accum} accumulated")
         print(f"resumed from {latest} at step {step}" if resumed else f"a new run in {out_dir}", flush=True)
+        if resumed:
+            now, then = json.loads(json.dumps(config)), meta["config"]
+            others = [f"{name}={now[name]} was {then[name]}" for name in now if now[name] != then.get(name, now[name])]
+            print(f"other settings than before: {', '.join(others) or 'none'}", flush=True)
     watch = Watch(rank, world, hang_timeout)
     for metric in metrics.values():
         if isinstance(metric, LPIPS):

@@ -65,6 +65,7 @@ cfg_to = 1.0  # to here
 cfg_rescale = 0.0  # share of the guided standard deviation that is set back to the unguided one, 0 to 1
 guide_ckpt = ""  # guide away from this worse model, not from the empty condition (autoguidance)
 ema_std = 0.0  # width of a post-hoc EMA made from the run's snapshots, relative to its length; 0 is the stored EMA
+first_stage = ""  # draw by the decoder of this autoencoder, which was trained on from the checkpoint's own
 tower_weights = ""  # of a frozen text encoder, if they are not where training found them
 clip_vocab = ""  # likewise, of its tokenizer
 objective = ""  # what the network predicts, eps or v, if another's file does not tell: Stable Diffusion 2 as one file
@@ -152,10 +153,11 @@ class Pipeline(NamedTuple):
 
 
 @convert.says_what_is_wrong
-def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab="", objective="", **settings):
+def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab="", objective="", first_stage="", **settings):
     """The pipeline in a stage-2 checkpoint, on the CPU: its EMA weights, or a post-hoc EMA of that relative width.
 
     tower_weights, clip_vocab: of a frozen text encoder, if they are not where training found them.
+    first_stage: an autoencoder whose decoder is to draw, see `with_decoder`.
     path may also be another's pipeline: a folder of diffusers, a file of CompVis or Stability, a Hugging Face id.
     objective, settings: eps or v, num_heads or head_dim, and so on, if another's file does not tell.
     """
@@ -178,6 +180,8 @@ def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab="", objective=
         denoiser, vae, tower, meta = convert.load_foreign(
             convert.find_checkpoint(path), clip_vocab, objective, **settings
         )
+    if first_stage:
+        vae = with_decoder(vae, first_stage)
     model = meta["model"]
     side = model["image_size"] // (vae.factor if vae else 1)
     task = model.get("task", "none")  # files of the time before tasks do not say
@@ -193,6 +197,26 @@ def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab="", objective=
         {"task": task} | {name: model[name] for name in TASK_SETTINGS if name in model},
         tower,
     )
+
+
+def with_decoder(vae, path):
+    """The autoencoder at path, which decodes the latents of `vae`, in its place: its decoder was trained on, no more.
+
+    ValueError where its encoder or codebook differs by more than 1 %, far above what half precision does to weights.
+    """
+    if vae is None:
+        raise ValueError(f"first_stage={path} has no place in a checkpoint that draws pixels: leave it out")
+    new, decoding = VAE.from_pretrained(path), ("decoder.", "post_quant_conv.", "latent_")
+    a, b = ({n: t for n, t in v.state_dict().items() if not n.startswith(decoding)} for v in (vae, new))
+    same = {n: t.shape for n, t in a.items()} == {n: t.shape for n, t in b.items()}
+    if not same or sum((a[n] - b[n]).square().sum() for n in a) > 1e-4 * sum(a[n].square().sum() for n in a):
+        raise ValueError(
+            f"first_stage={path} makes other latents than the checkpoint's autoencoder: it may differ in its decoder "
+            f"alone, as train_vae.py --train=decoder leaves it"
+        )
+    new.latent_mean.copy_(vae.latent_mean)
+    new.latent_std.copy_(vae.latent_std)
+    return new
 
 
 def latent_sides(pipeline, size):
@@ -895,9 +919,10 @@ if __name__ == "__main__":
         sys.exit(0)
 
     # models
-    pipeline = load_pipeline(file, ema_std, tower_weights, clip_vocab, objective)
+    parts = dict(tower_weights=tower_weights, clip_vocab=clip_vocab, first_stage=first_stage)
+    pipeline = load_pipeline(file, ema_std, objective=objective, **parts)
     check_settings(config, pipeline)
-    guide = load_pipeline(guide_ckpt, 0.0, tower_weights, clip_vocab) if guide_ckpt else None
+    guide = load_pipeline(guide_ckpt, **parts) if guide_ckpt else None
     for part in (pipeline, guide):
         for net in (part.denoiser, part.vae, part.tower) if part else ():
             if net is not None:
@@ -950,7 +975,8 @@ if __name__ == "__main__":
         )
         settings = {name: value for name, value in config.items() if name not in elsewhere} | {"dtype": dtype}
         inputs = {"checkpoint": convert.describe(file), "conditions": conditions}
-        inputs["guide"] = convert.describe(guide_ckpt) if guide_ckpt else None
+        others = {"guide": guide_ckpt, "first stage": first_stage}
+        inputs |= {name: convert.describe(path) if path else None for name, path in others.items()}
         settings |= {f"crc32 of {name}": zlib.crc32(json.dumps(value).encode()) for name, value in inputs.items()}
         labels = conditions if pipeline.num_classes else None
         barrier = dist.barrier if world > 1 else None

@@ -915,6 +915,10 @@ if __name__ == "__main__":
             print(f"grad_accum={config['grad_accum']} is not taken: the run keeps {images_per_step} images per step")
         start = f"a new run in {out_dir}" + (f", from the weights of {init_from}" if init_from else "")
         print(f"resumed from {latest} at step {step}" if resumed else start, flush=True)
+        if resumed:
+            now, then = json.loads(json.dumps(config)), meta["config"]
+            others = [f"{name}={now[name]} was {then[name]}" for name in now if now[name] != then.get(name, now[name])]
+            print(f"other settings than before: {', '.join(others) or 'none'}", flush=True)
         if resumed and os.path.exists(f"{out_dir}/log.jsonl"):
             rewind_log(f"{out_dir}/log.jsonl", step, max_steps)
         elif os.path.exists(f"{out_dir}/log.jsonl"):

@@ -834,7 +834,7 @@ class Denoiser(nn.Module):
     """A U-Net with what is trained beside it, as one module for DDP, EMA and the checkpoint.
 
     text: a TextEncoder.  class_tokens: an nn.Embedding, whose row of a class is a context of one token (LDM's cin256).
-    rescaler: for semantic maps.  uncertainty: a log-variance for each noise level (EDM2, arXiv 2312.02696, eq. 21-22).
+    rescaler: for semantic maps.  uncertainty: a log-variance for each noise level (EDM2, arXiv 2312.02696, eq. 21).
     """
 
     def __init__(self, unet, text=None, class_tokens=None, rescaler=None, uncertainty=False):

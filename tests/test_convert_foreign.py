@@ -485,6 +485,24 @@ def test_ten_steps_of_ddim(stable, kind):
     assert ((sample.finish(pipeline, last) + 1) / 2 - picture).abs().max() < 1e-3
 
 
+def test_the_decoder_of_another_autoencoder(stable, tmp_path):
+    """As sd-vae-ft-mse is one: a folder of its own, the same encoder, here in half precision."""
+    pipe, folder = stable["sd1"]
+    vae = copy.deepcopy(pipe.vae)
+    fill(vae.decoder, 5)
+    fill(vae.post_quant_conv, 5)
+    copy.deepcopy(vae).half().save_pretrained(tmp_path)
+    pipeline, latents = sample.load_pipeline(folder, first_stage=str(tmp_path)), noise(1, 4, 16, 16)
+    with torch.no_grad():
+        theirs = vae.decode(latents / vae.config.scaling_factor).sample
+    ours, own = (sample.finish(p, latents) for p in (pipeline, sample.load_pipeline(folder)))
+    assert close(ours, theirs.clamp(-1, 1), 1e-2) and (ours - own).abs().max() > 0.1
+    fill(vae.encoder, 5)
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="makes other latents than the checkpoint's autoencoder"):
+        sample.load_pipeline(folder, first_stage=str(tmp_path))
+
+
 def lightning(path, state):
     """A checkpoint as Lightning pickles it: its callbacks are objects of a package that is not there."""
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")

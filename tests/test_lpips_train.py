@@ -308,7 +308,7 @@ def test_a_killed_run_resumes_bit_for_bit(ranks, start, finished, tmp_path):
     assert run.wait()[0] == -signal.SIGKILL  # the others are killed too, or notice first that they are alone
     assert run.checkpoint[1]["step"] == 3
     resumed = start(*args, ranks=ranks, folder=tmp_path).finish()
-    assert "resumed from out/latest.safetensors at step 3" in resumed.stdout
+    assert "resumed from out/latest.safetensors at step 3\nother settings than before: none" in resumed.stdout
     assert_same(resumed.checkpoint[0], finished[ranks].checkpoint[0])
     assert numbers(resumed.log) == numbers(finished[ranks].log)
 

@@ -1,5 +1,6 @@
 """What the command draws beyond pictures from noise: from pictures, between two, many, in tiles."""
 
+import copy
 import math
 import os
 import re
@@ -96,6 +97,48 @@ def test_the_whole_denoiser_is_loaded(runs, pipelines, name):
 def test_an_autoencoder_is_no_denoiser(runs):
     with pytest.raises(ValueError, match="is an autoencoder"):
         convert.load_denoiser(runs["vae"].path)
+
+
+def test_another_decoder(runs, pipelines, command, tmp_path):  # noqa: F811
+    """first_stage: its decoder draws, with the checkpoint's own statistics; another encoder is refused."""
+    vae = copy.deepcopy(runs["vae"].vae)
+    fill(vae.decoder, 9)
+    vae.latent_mean.fill_(7)  # measured anew, on other pictures
+    _, about = convert.read_checkpoint(runs["vae"].path)
+
+    def save(name, vae):
+        train_ldm.save_checkpoint(f"{tmp_path}/{name}", train_ldm.with_prefix("ema", vae.state_dict()), about)
+
+    save("tuned.safetensors", vae)
+    with torch.no_grad():
+        for t in vae.encoder.parameters():
+            t.mul_(1.005)  # as far as no rounding goes
+    save("near.safetensors", vae)
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(1.5)
+    save("far.safetensors", vae)
+
+    pipeline = load_pipeline(runs["text"].path, first_stage="tuned.safetensors")
+    x = torch.randn(2, 3, 8, 8)
+    vae.latent_mean.copy_(runs["vae"].vae.latent_mean)
+    near(sample.finish(pipeline, x), sample.finish(pipelines["text"]._replace(vae=vae), x))
+    assert (sample.finish(pipeline, x) - sample.finish(pipelines["text"], x)).abs().max() > 0.1
+    near(sample.finish(load_pipeline(runs["text"].path, first_stage="near.safetensors"), x), sample.finish(pipeline, x))
+    with pytest.raises(ValueError, match="first_stage=far.safetensors makes other latents than the checkpoint's"):
+        load_pipeline(runs["text"].path, first_stage="far.safetensors")
+    with pytest.raises(ValueError, match="first_stage=far.safetensors has no place in a checkpoint that draws pixels"):
+        load_pipeline(runs["pixels"].path, first_stage="far.safetensors")
+
+    args = (f"--ckpt={runs['text'].path}", *FAST, "--prompt=a", "--n=1", "--first_stage=tuned.safetensors")
+    guide = f"--guide_ckpt={runs['text'].path}"
+    assert command(*args, "--out_dir=a")[0] == command(*args, "--out_dir=b", guide)[0] == 0
+    a, b = (records(tmp_path / folder)[1][0][0].astype(int) for folder in "ab")
+    for drawn, cfg in ((a, 3.0), (b, 1.0)):  # guided away from itself it stays
+        assert abs(drawn - np.array(to_pil(generate(pipeline, ["a"], [0], 2, cfg, "unipc")[0]))).max() <= 1
+    bulk = (*args[:4], "--num_samples=2")
+    assert command(*bulk, "--out=a.npz")[0] == command(*bulk, args[-1], "--out=b.npz")[0] == 0
+    told = [sample.settings_of(f"{name}.npz")["crc32 of first stage"] for name in "ab"]
+    assert told[0] != told[1] and abs(np.load("b.npz")["arr_0"][0].astype(int) - a).max() <= 1
 
 
 def test_a_class_as_a_token(runs, pipelines):

@@ -64,14 +64,18 @@ def test_a_killed_run_resumes_bit_for_bit(stage, ranks, start, finished, killed,
     assert_same(resumed.checkpoint[0], tensors)
     assert resumed.checkpoint[1]["step"] == meta["step"] == 6 and meta["images_seen"] == 24
     assert numbers(resumed.log) == numbers(finished(stage, ranks).log)
+    assert "other settings than before: none" in resumed.stdout
 
 
 @both_stages
 def test_images_per_step_stay_on_resume_and_it_says_so(stage, start, finished, tmp_path):
-    run = start(stage, "--grad_accum=3", "--max_steps=7", folder=continued(finished(stage), tmp_path)).finish()
+    changed = "--grad_accum=3", "--max_steps=7", "--seed=4"
+    run = start(stage, *changed, folder=continued(finished(stage), tmp_path)).finish()
     assert run.checkpoint[1]["images_per_step"] == 4
     assert "grad_accum=3 is not taken: the run keeps 4 images per step" in run.stdout
-    assert "is not taken" not in finished(stage).stdout
+    settings = re.search("other settings than before: (.*)", run.stdout)[1]
+    assert {"grad_accum=3 was 1", "max_steps=7 was 6", "seed=4 was 0"} <= set(settings.split(", "))
+    assert not re.search("is not taken|other settings", finished(stage).stdout)
 
 
 @both_stages
