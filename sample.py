@@ -697,6 +697,7 @@ def check_settings(config, pipeline):
         ("seed", -(2**62), 2**62, "choose one of at most 62 bits"),
         ("seed_to", -1, 2**62, "choose one of at most 62 bits, or -1"),
         ("batch_size", 1, math.inf, "choose 1 or more pictures"),
+        ("noise_scale", 0, math.inf, "choose 0 or more"),
         ("decode_tile", 0, math.inf, "choose a tile's side in latents, such as 64, or 0"),
         ("decode_batch", 0, math.inf, "choose 1 or more pictures, or 0 for all"),
     ]

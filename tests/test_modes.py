@@ -853,6 +853,8 @@ def test_tiles_and_guide_through_the_command(runs, command, tmp_path):  # noqa: 
         ("none", ["--guide_ckpt=x", "--cfg=1"], "guide_ckpt=x needs a cfg above 1"),
         ("none", ["--noise_scale=0.5"], "noise_scale=0.5 is for sampler=ddpm, not unipc"),
         ("none", ["--order=3", "--sampler=ddim"], "order=3 is for sampler=unipc, not ddim"),
+        ("none", ["--noise_scale=-1", "--sampler=ddpm"], "noise_scale=-1.0: choose 0 or more"),
+        ("pixels", ["--first_stage=x"], "first_stage=x has no place in a checkpoint that draws pixels: leave it out"),
         ("none", ["--spacing=even"], "unknown spacing 'even'.*"),
         ("none", ["--tower_weights=x"], "tower_weights=x is for checkpoints with a frozen text encoder"),
         ("none", ["--decode_tile=-1"], "decode_tile=-1: choose a tile's side in latents, such as 64, or 0"),
