@@ -1,4 +1,4 @@
-# CIFAR-10 at 32 px, f4, 4 channels: 25.4 dB after 1500 of the steps, 3 minutes on 2 CPU cores.
+# CIFAR-10 at 32 px, f4, 4 channels: 25.4 dB after 1500 of the steps, 3 minutes on 2 CPU cores; 26.8 after all.
 dataset = "data/cifar10"  # the parquet files that Hugging Face has, wherever they are: --dataset=DIR
 image_size = 32
 crop = "center"
