@@ -382,7 +382,7 @@ def generate(
     times = sample_times(steps, schedule, objective, spacing)
     if strength < 1:
         times = times[-1 - max(1, round(steps * strength)) :]
-    weight, pictures = next(denoiser.parameters()), []
+    weight, pictures = next(denoiser.parameters()), []  # any weight: it tells device and dtype
     kind = torch.promote_types(weight.dtype, torch.float32)  # of all but the network's inputs
     for start in range(0, len(conditions), batch_size):
         rows = slice(start, start + batch_size)
@@ -390,11 +390,11 @@ def generate(
         now = {name: t.to(kind) if t.is_floating_point() else t for name, t in now.items()}
         noise, generators = seeded_noise(seeds[rows], (shape[0], *sides))
         noise = noise.to(weight.device, kind, memory_format=torch.channels_last)
-        shown = task_inputs(pipeline, now, sides, generators)
+        extra = task_inputs(pipeline, now, sides, generators)
         network = guided(
-            pipeline, some, shown, cfg, negative, guide, cfg_interval=cfg_interval, cfg_rescale=cfg_rescale
+            pipeline, some, extra, cfg, negative, guide, cfg_interval=cfg_interval, cfg_rescale=cfg_rescale
         )
-        denoise = network
+        denoise = network  # which may be wrapped below; the network itself counts its evaluations
         if "image" in now and (strength < 1 or source is not None or pipeline.task.get("task") != "inpaint"):
             latents = now["image"] if vae is None else vae.normalize(vae.encode(now["image"]).mode())
         if "mask" in now and pipeline.task.get("task") != "inpaint":
@@ -409,7 +409,7 @@ def generate(
         eager = len(some) < batch_size and getattr(denoiser.unet, "is_compiled", False)  # no second compilation
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             if source is not None:
-                back = guided(pipeline, source[rows], shown, 1.0)
+                back = guided(pipeline, source[rows], extra, 1.0)
                 x = ddim_invert(back, latents, times, schedule)
                 generate.evaluations = back.evaluations
             x = samplers[sampler](denoise, x, times, schedule, generators, **options)
@@ -421,15 +421,15 @@ def generate(
     return pictures
 
 
-def guided(pipeline, conditions, shown, cfg, negative="", guide=None, **guidance):
-    """make_denoiser of the pipeline for these conditions and `shown` pictures, away from `guide` or no condition."""
-    cond, null, weaker = unet_inputs(pipeline, conditions, **shown), None, None
+def guided(pipeline, conditions, extra, cfg, negative="", guide=None, **guidance):
+    """make_denoiser of the pipeline for these conditions, away from `guide` or no condition; extra: of task_inputs."""
+    cond, null, weaker = unet_inputs(pipeline, conditions, **extra), None, None
     if guide is not None:
-        weaker = guided(guide, conditions, shown, 1.0)
+        weaker = guided(guide, conditions, extra, 1.0)
     elif pipeline.text is not None:
-        null = unet_inputs(pipeline, [negative] * len(conditions), **shown)
+        null = unet_inputs(pipeline, [negative] * len(conditions), **extra)
     elif pipeline.num_classes:
-        null = unet_inputs(pipeline, [pipeline.num_classes] * len(conditions), **shown)
+        null = unet_inputs(pipeline, [pipeline.num_classes] * len(conditions), **extra)
     else:
         cfg = 1.0  # there is nothing to guide away from
     network, schedule, objective = pipeline.denoiser.unet, pipeline.schedule, pipeline.objective
@@ -904,7 +904,7 @@ if __name__ == "__main__":
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-    file = convert.find_checkpoint(ckpt)
+    file = convert.find_checkpoint(ckpt)  # or a folder of diffusers'
     out_dir = out_dir or os.path.join(file if os.path.isdir(file) else os.path.dirname(file), "samples")
 
     if reconstruct:
@@ -964,17 +964,9 @@ if __name__ == "__main__":
             return np.stack([np.array(to_pil(picture)) for picture in pictures])
 
         started = time.time()
-        elsewhere = (
-            "out",
-            "device",
-            "fid_ref",
-            "inception_weights",
-            "trunk",
-            "trunk_weights",
-            "compile",
-            "decode_batch",
-        )
-        settings = {name: value for name, value in config.items() if name not in elsewhere} | {"dtype": dtype}
+        # what makes the pictures: a run that goes on must have the same of all but these
+        free = "out device fid_ref inception_weights trunk trunk_weights compile decode_batch".split()
+        settings = {name: value for name, value in config.items() if name not in free} | {"dtype": dtype}
         inputs = {"checkpoint": convert.describe(file), "conditions": conditions}
         others = {"guide": guide_ckpt, "first stage": first_stage}
         inputs |= {name: convert.describe(path) if path else None for name, path in others.items()}
