@@ -1076,7 +1076,8 @@ if __name__ == "__main__":
                 grid += [show_condition(task, {name: t[i] for name, t in given.items()}, image_size)]
                 names += ["shown"]
             grid, names = [*grid, picture], [*names, pipeline.caption(condition)]
-        save_grid(f"{out_dir}/samples_{step:08d}.png", torch.stack(grid), names)
+        even = 0 if task == "none" else 2 * math.ceil(len(grid) ** 0.5 / 2)  # columns that keep what belongs together
+        save_grid(f"{out_dir}/samples_{step:08d}.png", torch.stack(grid), names, columns=even)
         batch = validation_examples(range(min(6, val_count)))
         eps = torch.randn(batch["x0"].shape, generator=torch.Generator().manual_seed(0)).to(batch["x0"])
         seen = example_predictions(ema, vae, batch, eps, config, autocast)
