@@ -69,6 +69,8 @@ first_stage = ""  # draw by the decoder of this autoencoder, which was trained o
 tower_weights = ""  # of a frozen text encoder, if they are not where training found them
 clip_vocab = ""  # likewise, of its tokenizer
 objective = ""  # what the network predicts, eps or v, if another's file does not tell: Stable Diffusion 2 as one file
+num_heads = 0  # of every attention, if another's file does not tell, or
+head_dim = 0  # channels of each head
 batch_size = 16  # pictures at a time
 decode_batch = 8  # of them decoded at a time, which takes more memory than drawing does; 0 is all
 decode_tile = 0  # decode in tiles of so many latents a side; 0 is whole pictures
@@ -163,9 +165,8 @@ def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab="", objective=
     """
     if convert.is_ours(convert.find_checkpoint(path)):
         if objective or settings:
-            raise ValueError(
-                f"{path} is of this repository and tells all: leave out {', '.join(['objective', *settings])}"
-            )
+            told = ["objective"] * bool(objective) + [*settings]
+            raise ValueError(f"{path} is of this repository and tells all: leave out {', '.join(told)}")
         _, meta = convert.read_checkpoint(path)
         if meta["stage"] != "ldm":
             raise ValueError(
@@ -921,7 +922,8 @@ if __name__ == "__main__":
 
     # models
     parts = dict(tower_weights=tower_weights, clip_vocab=clip_vocab, first_stage=first_stage)
-    pipeline = load_pipeline(file, ema_std, objective=objective, **parts)
+    heads = {name: config[name] for name in ("num_heads", "head_dim") if config[name]}
+    pipeline = load_pipeline(file, ema_std, objective=objective, **parts, **heads)
     check_settings(config, pipeline)
     guide = load_pipeline(guide_ckpt, **parts) if guide_ckpt else None
     for part in (pipeline, guide):
