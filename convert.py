@@ -1294,12 +1294,16 @@ UNET_LIMITS = (
     ("compvis", lambda s: s["norm_groups"] != 32, "the U-Net's norm_groups, which are 32 there"),
 )
 MODEL_LIMITS = (
-    ("diffusers compvis", lambda m: m["objective"] == "flow", "objective=flow"),
-    ("diffusers compvis", lambda m: m["schedule"] == "flow", "schedule=flow, where alpha^2 + sigma^2 is not 1"),
+    ("diffusers compvis", lambda m: m["objective"] not in ("eps", "v", "x0"), "objective={objective}"),
     (
         "diffusers compvis",
-        lambda m: m["objective"] == "eps" and m["schedule"] == "cosine",
-        "objective=eps on schedule=cosine, which starts at t = 0.995",
+        lambda m: not preserves_variance(m),
+        "schedule={schedule}, where alpha^2 + sigma^2 is not 1",
+    ),
+    (
+        "diffusers compvis",
+        lambda m: m["objective"] == "eps" and table_of(m)[0][-1] == 0,
+        "objective=eps on schedule={schedule}, which starts at t = 0.995",
     ),
     ("diffusers", lambda m: m["cond"] == "class" and m.get("class_embed") == "token", "class_embed=token"),
     ("diffusers", lambda m: m.get("task") == "semantic", "task=semantic, whose maps go through a rescaler"),
@@ -1334,7 +1338,7 @@ def check_expressible(path, to, vae, model=None):
     """ValueError naming all that a layout cannot express; vae: the autoencoder's settings or None, model: meta's."""
     found = [(VAE_LIMITS, vae)] if vae else []
     found += [(UNET_LIMITS, tuples(model["unet"])), (MODEL_LIMITS, model)] if model else []
-    names = [name for limits, s in found for layouts, has, name in limits if to in layouts.split() and has(s)]
+    names = [name.format(**s) for limits, s in found for places, has, name in limits if to in places.split() and has(s)]
     if names:
         raise ValueError(f"{path} cannot become {to}, which has no place for {'; '.join(names)}")
 
@@ -1402,6 +1406,15 @@ def table_of(model):
     process = make_schedule(model["schedule"], *ends, zero_snr=model.get("zero_snr", False))
     T = process.discrete or 1000
     return process.alpha(torch.arange(1, T + 1, dtype=torch.float64) / T) ** 2, not process.discrete
+
+
+def preserves_variance(model):
+    """Whether alpha^2 + sigma^2 is 1 all along a checkpoint's schedule, as a table of betas has it."""
+    from diffusion import make_schedule
+
+    process = make_schedule(model["schedule"], model["beta_start"], model["beta_end"])
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    return torch.allclose(process.alpha(t) ** 2 + process.sigma(t) ** 2, torch.ones_like(t), atol=1e-6)
 
 
 def betas_of(alpha_bar):

@@ -69,6 +69,8 @@ first_stage = ""  # draw by the decoder of this autoencoder, which was trained o
 tower_weights = ""  # of a frozen text encoder, if they are not where training found them
 clip_vocab = ""  # likewise, of its tokenizer
 objective = ""  # what the network predicts, eps or v, if another's file does not tell: Stable Diffusion 2 as one file
+num_heads = 0  # of every attention, if another's file does not tell, or
+head_dim = 0  # channels of each head
 batch_size = 16  # pictures at a time
 decode_batch = 8  # of them decoded at a time, which takes more memory than drawing does; 0 is all
 decode_tile = 0  # decode in tiles of so many latents a side; 0 is whole pictures
@@ -163,9 +165,8 @@ def load_pipeline(path, ema_std=0.0, tower_weights="", clip_vocab="", objective=
     """
     if convert.is_ours(convert.find_checkpoint(path)):
         if objective or settings:
-            raise ValueError(
-                f"{path} is of this repository and tells all: leave out {', '.join(['objective', *settings])}"
-            )
+            told = ["objective"] * bool(objective) + [*settings]
+            raise ValueError(f"{path} is of this repository and tells all: leave out {', '.join(told)}")
         _, meta = convert.read_checkpoint(path)
         if meta["stage"] != "ldm":
             raise ValueError(
@@ -382,7 +383,7 @@ def generate(
     times = sample_times(steps, schedule, objective, spacing)
     if strength < 1:
         times = times[-1 - max(1, round(steps * strength)) :]
-    weight, pictures = next(denoiser.parameters()), []
+    weight, pictures = next(denoiser.parameters()), []  # any weight: it tells device and dtype
     kind = torch.promote_types(weight.dtype, torch.float32)  # of all but the network's inputs
     for start in range(0, len(conditions), batch_size):
         rows = slice(start, start + batch_size)
@@ -390,11 +391,11 @@ def generate(
         now = {name: t.to(kind) if t.is_floating_point() else t for name, t in now.items()}
         noise, generators = seeded_noise(seeds[rows], (shape[0], *sides))
         noise = noise.to(weight.device, kind, memory_format=torch.channels_last)
-        shown = task_inputs(pipeline, now, sides, generators)
+        extra = task_inputs(pipeline, now, sides, generators)
         network = guided(
-            pipeline, some, shown, cfg, negative, guide, cfg_interval=cfg_interval, cfg_rescale=cfg_rescale
+            pipeline, some, extra, cfg, negative, guide, cfg_interval=cfg_interval, cfg_rescale=cfg_rescale
         )
-        denoise = network
+        denoise = network  # which may be wrapped below; the network itself counts its evaluations
         if "image" in now and (strength < 1 or source is not None or pipeline.task.get("task") != "inpaint"):
             latents = now["image"] if vae is None else vae.normalize(vae.encode(now["image"]).mode())
         if "mask" in now and pipeline.task.get("task") != "inpaint":
@@ -409,7 +410,7 @@ def generate(
         eager = len(some) < batch_size and getattr(denoiser.unet, "is_compiled", False)  # no second compilation
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             if source is not None:
-                back = guided(pipeline, source[rows], shown, 1.0)
+                back = guided(pipeline, source[rows], extra, 1.0)
                 x = ddim_invert(back, latents, times, schedule)
                 generate.evaluations = back.evaluations
             x = samplers[sampler](denoise, x, times, schedule, generators, **options)
@@ -421,15 +422,15 @@ def generate(
     return pictures
 
 
-def guided(pipeline, conditions, shown, cfg, negative="", guide=None, **guidance):
-    """make_denoiser of the pipeline for these conditions and `shown` pictures, away from `guide` or no condition."""
-    cond, null, weaker = unet_inputs(pipeline, conditions, **shown), None, None
+def guided(pipeline, conditions, extra, cfg, negative="", guide=None, **guidance):
+    """make_denoiser of the pipeline for these conditions, away from `guide` or no condition; extra: of task_inputs."""
+    cond, null, weaker = unet_inputs(pipeline, conditions, **extra), None, None
     if guide is not None:
-        weaker = guided(guide, conditions, shown, 1.0)
+        weaker = guided(guide, conditions, extra, 1.0)
     elif pipeline.text is not None:
-        null = unet_inputs(pipeline, [negative] * len(conditions), **shown)
+        null = unet_inputs(pipeline, [negative] * len(conditions), **extra)
     elif pipeline.num_classes:
-        null = unet_inputs(pipeline, [pipeline.num_classes] * len(conditions), **shown)
+        null = unet_inputs(pipeline, [pipeline.num_classes] * len(conditions), **extra)
     else:
         cfg = 1.0  # there is nothing to guide away from
     network, schedule, objective = pipeline.denoiser.unet, pipeline.schedule, pipeline.objective
@@ -670,7 +671,8 @@ def check_settings(config, pipeline):
         ("semantic_map", task == "semantic", other_task),
         ("noise_level", pipeline.task.get("sr_noise"), "is for super-resolution checkpoints trained with sr_noise"),
         ("mask strength invert", bool(c.init_image), "needs init_image"),
-        ("mask strength size", task != "sr", other_task),
+        ("mask strength", task in ("none", "inpaint"), other_task),
+        ("size", task != "sr", other_task),
         ("invert num_samples interpolate", task == "none", other_task),
         ("strength n seed", not c.invert, "is not for --invert, which goes all the way, once, without a seed"),
         ("source_prompt", c.invert, "is for --invert"),
@@ -904,7 +906,7 @@ if __name__ == "__main__":
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-    file = convert.find_checkpoint(ckpt)
+    file = convert.find_checkpoint(ckpt)  # or a folder of diffusers'
     out_dir = out_dir or os.path.join(file if os.path.isdir(file) else os.path.dirname(file), "samples")
 
     if reconstruct:
@@ -921,7 +923,8 @@ if __name__ == "__main__":
 
     # models
     parts = dict(tower_weights=tower_weights, clip_vocab=clip_vocab, first_stage=first_stage)
-    pipeline = load_pipeline(file, ema_std, objective=objective, **parts)
+    heads = {name: config[name] for name in ("num_heads", "head_dim") if config[name]}
+    pipeline = load_pipeline(file, ema_std, objective=objective, **parts, **heads)
     check_settings(config, pipeline)
     guide = load_pipeline(guide_ckpt, **parts) if guide_ckpt else None
     for part in (pipeline, guide):
@@ -964,17 +967,9 @@ if __name__ == "__main__":
             return np.stack([np.array(to_pil(picture)) for picture in pictures])
 
         started = time.time()
-        elsewhere = (
-            "out",
-            "device",
-            "fid_ref",
-            "inception_weights",
-            "trunk",
-            "trunk_weights",
-            "compile",
-            "decode_batch",
-        )
-        settings = {name: value for name, value in config.items() if name not in elsewhere} | {"dtype": dtype}
+        # what makes the pictures: a run that goes on must have the same of all but these
+        free = "out device fid_ref inception_weights trunk trunk_weights compile decode_batch".split()
+        settings = {name: value for name, value in config.items() if name not in free} | {"dtype": dtype}
         inputs = {"checkpoint": convert.describe(file), "conditions": conditions}
         others = {"guide": guide_ckpt, "first stage": first_stage}
         inputs |= {name: convert.describe(path) if path else None for name, path in others.items()}

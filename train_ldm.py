@@ -142,7 +142,7 @@ prompts = ""  # file with a prompt a line for the sample grids; else captions of
 n_samples = 16  # pictures of a grid
 sampler = "unipc"  # of the grids: see diffusion.py
 sample_steps = 20  # of the sampler
-cfg = 3.0  # guidance scale of the grids
+cfg = 3.0  # guidance scale of the grids; the functions below call all the settings, a dict, cfg
 save_every = 1000  # steps between checkpoints
 snapshot_every = 0  # steps between kept EMA snapshots ema_STEP.safetensors; 0 keeps none
 log_every = 50  # steps between progress lines
@@ -208,9 +208,11 @@ def prediction_error(models, batch, noise, cfg):
         error = F.huber_loss(prediction, wanted, reduction="none", delta=cfg["huber_delta"])
     weight = torch.ones_like(t, dtype=x0.dtype)
     if cfg["loss_weight"] == "min_snr":
-        snr = (alpha / sigma.clamp(min=1e-12)).square()  # x0's error counts min(snr, gamma) (Hang et al. 2023);
-        one = to_x0(cfg["objective"], torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma)
-        weight = (snr.clamp(max=cfg["min_snr_gamma"]) * one.square()).flatten()  # so much is that of the prediction's
+        # x0's squared error is to count min(snr, gamma) (Hang et al. 2023). to_x0 is linear: what it makes of a
+        # prediction of 1 at x = 0 is how much larger x0's error is than the prediction's
+        snr = (alpha / sigma.clamp(min=1e-12)).square()
+        times = to_x0(cfg["objective"], torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma)
+        weight = (snr.clamp(max=cfg["min_snr_gamma"]) * times.square()).flatten()
     return error.mean(dim=(1, 2, 3)), weight, log_variance
 
 
@@ -236,7 +238,8 @@ def evaluate(denoiser, examples, count, cfg, rank, world, device, autocast):
         like, shape = batch["x0"], batch["x0"].shape[1:]
         eps = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("val", i))) for i in rows]
         t = (0.5 + torch.tensor(rows, dtype=torch.float64) * 0.6180339887498949) % 1.0  # golden ratio: evenly spread
-        noise = {"eps": torch.stack(eps).to(like), "t": t.to(like), "drop": torch.ones(len(rows), device=device)}
+        keep = torch.ones(len(rows), device=device)  # above any cond_drop: all keep their condition
+        noise = {"eps": torch.stack(eps).to(like), "t": t.to(like), "drop": keep}
         with autocast():
             losses, _, _ = prediction_error({"denoiser": denoiser}, batch, noise, cfg | {"timesteps": "uniform"})
         for k, values in enumerate((losses.double(), torch.ones_like(losses).double())):
@@ -645,7 +648,8 @@ if __name__ == "__main__":
             if not resumed and meta["vae"] is not None:
                 brought["first_stage"] = source
         else:
-            told = {"objective": config.given.get("objective", ""), "otherwise": objective}
+            told = {name: config.given[name] for name in ("num_heads", "head_dim") if name in config.given}
+            told |= {"objective": config.given.get("objective", ""), "otherwise": objective}
             weights, autoencoder, frozen_text, meta = load_foreign(source, clip_vocab, **told)
             brought = {"first_stage": "none" if autoencoder is None else source}
             brought |= {"tower_weights": source} if frozen_text is not None else {}
@@ -700,16 +704,16 @@ if __name__ == "__main__":
     if cond == "class" and not num_classes:
         raise ValueError(f"cond=class, but the images in {dataset} have no labels: use cond=none or cond=text")
     check_task(images, task, sr_scale, sr_kind, cond == "layout")
-    shown_count = min(len(validation), val_images)  # spread over all, which may be sorted by class
+    val_count = min(len(validation), val_images)  # images spread over all, which may be sorted by class
 
     def told_of(images, i):
         """The captions of image i, or its layout as one."""
         return [layout_string(images.boxes(i), object_names)] if cond == "layout" else images.meta(i)["text"]
 
     object_names, captions = images.object_classes if cond == "layout" else None, []
-    for i in range(shown_count if cond in ("text", "layout") else 0):
+    for i in range(val_count if cond in ("text", "layout") else 0):
         with contextlib.suppress(BadImage):  # a caption that does not read; training names and counts them
-            captions += told_of(validation, i * len(validation) // shown_count)[:1]
+            captions += told_of(validation, i * len(validation) // val_count)[:1]
     if cond == "text" and not captions:
         where = f"the validation images in {dataset}" if validation is not images else f"the images in {dataset}"
         raise ValueError(f"cond=text, but {where} have no captions: add them, or use cond=none or cond=class")
@@ -749,6 +753,7 @@ if __name__ == "__main__":
 
     # model
     torch.manual_seed(seed_of(seed, "init"))
+    # text: an encoder trained here, part of the model; tower: a frozen one beside it; rescaler: shrinks label maps
     text, tower, tower_hash, class_tokens, rescaler, context_dim, unet_classes = None, None, None, None, None, 0, 0
     if cond == "layout":
         source = bytes(tensors["text.bpe"].tolist()) if resumed else "layout " + json.dumps({"names": object_names})
@@ -832,6 +837,7 @@ if __name__ == "__main__":
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     for group in groups:
         group["params"] = [p for p in group["params"] if owner.get(p, rank) == rank]
+    # fused: of AdamW's kinds the one that heeds found_inf, by which a bad step is left out without waiting for it
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
 
     # as lists, once: to walk through all modules for them takes a millisecond, which a step would spend four times
@@ -943,7 +949,7 @@ if __name__ == "__main__":
                 wandb_client.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
 
     watch = Watch(rank, world, hang_timeout)
-    ema.unet.register_forward_hook(watch.progress)
+    ema.unet.register_forward_hook(watch.progress)  # called while evaluating and drawing, the next ones while caching
     for net in (vae and vae.encoder, tower):
         if net is not None:
             net.register_forward_hook(watch.progress)
@@ -966,7 +972,7 @@ if __name__ == "__main__":
     if tower is not None:
         with torch.no_grad(), autocast():
             null_context = tower([""]).to(param_dtype)
-    grid_count = min(n_samples, shown_count)  # of a task's grid, whose pictures are validation's
+    grid_count = min(n_samples, val_count)  # of a task's grid, whose pictures are validation's
     if cache_text:  # the tower is not needed any more, but for what the grids ask for
         stream, validation_stream = (
             TextCache(s, tower, tower_hash, cache_dir, dtype) for s in (stream, validation_stream)
@@ -977,7 +983,7 @@ if __name__ == "__main__":
             cache.build(tower, device, autocast, workers, rank, world)
         asked = shown
         if task != "none":
-            asked = [validation_stream[i * len(validation) // shown_count]["text"] for i in range(grid_count)]
+            asked = [validation_stream[i * len(validation) // val_count]["text"] for i in range(grid_count)]
         with torch.no_grad(), autocast():
             tower = Remembered(tower, ["", *asked])
     resident = None  # all training latents, on the device
@@ -1045,7 +1051,7 @@ if __name__ == "__main__":
         return out
 
     def validation_examples(rows):
-        batch = collate([validation_stream[i * len(validation) // shown_count] for i in rows])
+        batch = collate([validation_stream[i * len(validation) // val_count] for i in rows])
         noise = {"posterior": torch.zeros((), device=device)}
         if sr_noise:  # as clean as it comes
             noise |= {name: torch.zeros(len(rows), 1, 1, 1, device=device) for name in ("level", "low")}
@@ -1058,7 +1064,7 @@ if __name__ == "__main__":
         pipeline = pipeline._replace(task=task_settings, tower=tower)
         wanted, given, grid, names = shown, None, [], []
         if task != "none":  # of validation images, which bring their own text and class
-            batch = collate([validation_stream[i * len(validation) // shown_count] for i in range(grid_count)])
+            batch = collate([validation_stream[i * len(validation) // val_count] for i in range(grid_count)])
             given, wanted = batch["condition"], [None] * grid_count
             if text is not None or tower is not None:
                 wanted = batch["text"]
@@ -1071,8 +1077,9 @@ if __name__ == "__main__":
                 grid += [show_condition(task, {name: t[i] for name, t in given.items()}, image_size)]
                 names += ["shown"]
             grid, names = [*grid, picture], [*names, pipeline.caption(condition)]
-        save_grid(f"{out_dir}/samples_{step:08d}.png", torch.stack(grid), names)
-        batch = validation_examples(range(min(6, shown_count)))
+        even = 0 if task == "none" else 2 * math.ceil(len(grid) ** 0.5 / 2)  # columns that keep what belongs together
+        save_grid(f"{out_dir}/samples_{step:08d}.png", torch.stack(grid), names, columns=even)
+        batch = validation_examples(range(min(6, val_count)))
         eps = torch.randn(batch["x0"].shape, generator=torch.Generator().manual_seed(0)).to(batch["x0"])
         seen = example_predictions(ema, vae, batch, eps, config, autocast)
         names = ["truth", *(f"x0_hat at t={t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9))]
@@ -1147,7 +1154,7 @@ if __name__ == "__main__":
             stop, pending = settle(pending) or stop, None
         if (step % eval_every == 0 and step > start_step) or finished:
             watch.at("evaluating", step)
-            scores = evaluate(ema, validation_examples, shown_count, config, rank, world, device, autocast)
+            scores = evaluate(ema, validation_examples, val_count, config, rank, world, device, autocast)
             log(**scores)
             watch.at("drawing")
             if master:
@@ -1171,6 +1178,7 @@ if __name__ == "__main__":
         slots, draw = (grad_accum, world, batch_size), dict(generator=generator, device=device)
         noise = {name: torch.randn((*slots, *latent_shape), **draw) for name in ("posterior", "eps")}
         noise |= {name: torch.rand(slots, **draw) for name in ("t", "drop", *(("level",) if sr_noise else ()))}
+        # "t" is uniform here: draw_times makes times of it
         if offset_noise:
             noise["offset"] = torch.randn((*slots, latent_shape[0], 1, 1), **draw)
         if sr_noise:

@@ -840,6 +840,7 @@ if __name__ == "__main__":
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     for group in groups:
         group["params"] = [p for p in group["params"] if owner.get(p, rank) == rank]
+    # fused: of AdamW's kinds the one that heeds found_inf, by which a bad step is left out without waiting for it
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
     if disc:
         disc_owner = share_out(disc.parameters(), world) if owner else {}
@@ -892,7 +893,7 @@ if __name__ == "__main__":
                 pass
         if train == "all":
             for statistics in (model.latent_mean, model.latent_std, ema.latent_mean, ema.latent_std):
-                statistics.fill_(math.nan)
+                statistics.fill_(math.nan)  # not measured yet: stage 2 refuses it
     disc_tensors = without_prefix("disc", tensors)  # a kept EMA snapshot has none
     if disc and disc_tensors:
         check_same_model(latest if resumed else init_from, meta["disc"], disc.settings)
@@ -967,7 +968,7 @@ if __name__ == "__main__":
             wandb_client.init(project="latent-diffusion", name=out_dir, config=dict(config))
 
     watch = Watch(rank, world, hang_timeout)
-    ema.encoder.register_forward_hook(watch.progress)
+    ema.encoder.register_forward_hook(watch.progress)  # called while evaluating and measuring
     if measure_latents:  # all else in the file stays as it is
         measure()
         if master:
@@ -987,7 +988,7 @@ if __name__ == "__main__":
     terms = ("loss", "recon") + ("perceptual",) * bool(perceptual_weight)  # what train_step gives, and is summed up
     terms += ("codebook",) if model.quantize else ("kl",)
     terms += gan_terms if disc else ()
-    terms_logged = terms + code_terms * bool(model.quantize) + norms[disc is None :]
+    terms_logged = terms + code_terms * bool(model.quantize) + norms[disc is None :]  # without one grad_norm alone
     fields += ("val_l1", "val_psnr", "val_ssim", "val_lpips", "val_kl", "val_kl_per_channel", "val_codes_used")
     fields += ("val_perplexity", "val_latent_mean", "val_latent_std", "val_latent_farthest")
     fields += ("val_largest_activation", "val_posterior_std")
@@ -1067,7 +1068,7 @@ if __name__ == "__main__":
     def judge(pending):
         """Warns when the discriminator's running averages begin to look as if it had collapsed, or won."""
         at = terms_logged.index("disc_loss")
-        values = pending[1][at : at + 3].double()
+        values = pending[1][at : at + 3].double()  # and the logits, which follow it in gan_terms
         usual["count"] += 1
         usual["values"] = usual["values"] + (values - usual["values"]) * max(0.002, 1 / usual["count"])
         said = verdict(*usual["values"].tolist(), disc_loss) if usual["count"] >= 500 else ""
@@ -1184,7 +1185,7 @@ if __name__ == "__main__":
             if restart:
                 dist.all_reduce(candidates)  # each row is one rank's, the others have zeros there
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
-        measured = [*code_use(counts)] if model.quantize else []
+        measured = [*code_use(counts)] if model.quantize else []  # in the order of terms_logged, after terms
         if disc:
             grads = [p.grad for p in disc_parameters if p.grad is not None]
             measured.append(torch.nn.utils.get_total_norm(grads) if grads else zero)
@@ -1205,6 +1206,7 @@ if __name__ == "__main__":
                 p.grad = None
             at = terms.index("logits_real")  # and logits_fake after it; a list of indices would wait for the GPU
             logits = sums[at : at + 2].to(disc.usual_logits.dtype)
+            # what LeCam pulls the logits to, from the next step on
             disc.usual_logits.lerp_(torch.where(taken, logits, disc.usual_logits), 0.01)
         if share is not None and adaptive_weight:
             state["adaptive"].copy_(torch.where(taken, adaptive_ratio(gradients, config), state["adaptive"]))

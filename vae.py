@@ -391,7 +391,7 @@ class VAE(nn.Module):
         """
         if self.quantize is not None:
             z = self.quantize.lookup(self.quantize.nearest(z))
-        z = z.to(self.decoder.norm_out.weight.dtype)  # encode gives float32, a module in bfloat16 too
+        z = z.to(self.decoder.conv_out.weight.dtype)  # encode gives float32, a module in bfloat16 too
         return self.decoder(self.post_quant_conv(z))
 
     def decode_tiled(self, z, tile=64, overlap=16):
@@ -447,7 +447,7 @@ class VAE(nn.Module):
         z = turn_and_scale(posterior.sample(noise), turns, side)
         if self.quantize is not None:
             z, posterior.loss, posterior.indices = self.quantize(z)
-        return self.decoder(self.post_quant_conv(z.to(self.decoder.norm_out.weight.dtype))), posterior
+        return self.decoder(self.post_quant_conv(z.to(self.decoder.conv_out.weight.dtype))), posterior
 
     @classmethod
     def from_pretrained(cls, path, **settings):

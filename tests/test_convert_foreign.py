@@ -13,7 +13,9 @@ import helpers
 import pytest
 import torch
 from conftest import ROOT, fill
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_sample import command  # noqa: F401
 
 import convert
 import diffusion
@@ -568,6 +570,26 @@ def test_classes_as_tokens(tmp_path):
     assert sample.generate(pipeline, [3], [0], 2, cfg=3.0, size=(16,)).shape == (1, 3, 16, 16)
 
 
+def test_heads_told_on_the_command_line(small_data, command, tmp_path, monkeypatch):  # noqa: F811
+    """A file of no published model does not tell its heads: both commands take what the error asks for."""
+    unet = fill(UNet(3, 3, channels=32, channel_mult=(1,), attention_ds=(1,), num_heads=2, transformer_depth=0))
+    state = {f"model.diffusion_model.{name}": t for name, t in compvis(unet).items()}
+    save_file(state | {"betas": torch.linspace(1e-4, 0.02, 1000)}, tmp_path / "mine.safetensors")
+    told = ("--ckpt=mine.safetensors", "--objective=eps", "--steps=1", "--n=1", "--size=16", "--device=cpu")
+    _, _, error = command(*told)
+    assert "does not tell its number of heads: give num_heads=N or head_dim=N" in error
+    for heads in ("--num_heads=2", "--head_dim=16"):
+        status, _, error = command(*told, heads, f"--out_dir={heads}")
+        assert (status, error) == (0, "")
+    first, second = ((tmp_path / heads / "00000.png") for heads in ("--num_heads=2", "--head_dim=16"))
+    assert Image.open(first).tobytes() == Image.open(second).tobytes()
+    monkeypatch.setitem(helpers.ARGS, "ldm", f"{helpers.RUN_ARGS} --out_dir=out")
+    args = [f"--dataset={small_data}", "--init_from=mine.safetensors", "--image_size=16", "--batch_size=1"]
+    args += ["--val_images=1", "--n_samples=1", "--sample_steps=1", "--objective=eps", "--num_heads=2"]
+    run = helpers.Run("ldm", tmp_path, *args, "--max_steps=1").finish()
+    assert sample.load_pipeline(str(run.out)).denoiser.unet.settings["num_heads"] == 2
+
+
 def test_unconditional(diffusers, tmp_path):
     """LDMPipeline's folder: U-Net and VQModel, and its pictures."""
     vqvae = make_vae(diffusers, "VQModel", WIDTHS[:3], num_vq_embeddings=64, latent_channels=3, scaling_factor=1.0)
@@ -625,7 +647,7 @@ def test_upscaler(diffusers, stable, tmp_path):
 
 def test_the_command(stable, tmp_path):
     _, folder = stable["sd1"]
-    command = [
+    line = [
         sys.executable,
         "sample.py",
         f"--ckpt={folder}",
@@ -634,7 +656,7 @@ def test_the_command(stable, tmp_path):
         "--steps=1",
         "--spacing=leading",
     ]
-    run = subprocess.run([*command, f"--out_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([*line, f"--out_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "grid.png").exists() and (tmp_path / "00000.png").exists()
 

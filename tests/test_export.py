@@ -11,9 +11,11 @@ from conftest import ROOT, fill
 from safetensors.torch import load_file, save_file
 
 import convert
+import diffusion
 import sample
 import train_ldm
 import train_vae
+from diffusion import Schedule
 from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet
 from vae import VAE
 
@@ -396,7 +398,8 @@ def test_classes_by_hand_from_components(diffusers, tmp_path):
 )
 def test_refused_by_name(vae, unet, model, to, words):
     vae = VAE(**KL | vae).settings
-    model = dict(cond="none", objective="v", schedule="cosine", unet=UNet(**PLAIN | unet).settings) | model
+    ends = dict(beta_start=0.00085, beta_end=0.012)
+    model = dict(cond="none", objective="v", schedule="cosine", unet=UNet(**PLAIN | unet).settings) | ends | model
     for layout in ("diffusers", "compvis"):
         if to in ("both", layout):
             with pytest.raises(ValueError, match=f"run cannot become {layout}, which has no place for ") as error:
@@ -407,6 +410,22 @@ def test_refused_by_name(vae, unet, model, to, words):
                 convert.check_expressible("run", layout, vae, model)
             except ValueError as e:
                 assert words not in str(e)
+
+
+def test_schedules_and_objectives_of_ones_own(monkeypatch):
+    """They are judged by what they are: others know tables where alpha^2 + sigma^2 is 1, and eps, v and x0."""
+    own = {"bent": Schedule("bent", lambda t: 1 - t**2, lambda t: t, 0)}
+    own |= {"root": Schedule("root", lambda t: (1 - t) ** 0.5, lambda t: t**0.5, 0)}
+    monkeypatch.setattr(diffusion, "make_schedule", lambda name, *ends, **more: own[name])
+    model = dict(cond="none", beta_start=0.00085, beta_end=0.012, unet=UNet(**PLAIN).settings)
+    for schedule, objective, words in (
+        ("bent", "v", "schedule=bent, where alpha"),
+        ("root", "eps", "objective=eps on schedule=root, which starts at t = 0.995"),
+        ("root", "lean", "objective=lean"),
+    ):
+        with pytest.raises(ValueError, match=f"has no place for {words}"):
+            convert.check_expressible("run", "diffusers", None, model | dict(schedule=schedule, objective=objective))
+    convert.check_expressible("run", "diffusers", None, model | dict(schedule="root", objective="v"))
 
 
 def test_what_is_refused_leaves_nothing_behind(tmp_path):

@@ -21,6 +21,7 @@ import convert
 import sample
 import train_ldm
 import unet
+from configurator import configure
 from data.dataset import Dataset
 from data.tasks import augment_low, image_condition
 from diffusion import ddim_invert, keep_known, make_denoiser, make_schedule, randn, sample_times, samplers
@@ -918,6 +919,14 @@ def test_settings_that_do_not_fit_are_refused(runs, command, files, name, args, 
     assert (status, out) == (1, "")
     assert re.fullmatch(f"sample.py: {message}\n", err), err
     assert not (files / "out").exists() and not (files / "samples.npz").exists()
+
+
+@pytest.mark.parametrize("arg", [MASK, "--strength=0.5"])
+def test_a_task_of_ones_own_takes_no_mask(runs, arg):  # noqa: F811
+    """A task that the script does not know yet, a depth map say: what it cannot use is refused, not ignored."""
+    pipeline = sample.load_pipeline(str(runs["none"].path))._replace(task={"task": "depth"})
+    with pytest.raises(ValueError, match="is not for this checkpoint, of task=depth"):
+        sample.check_settings(configure(dict(vars(sample)), [PHOTO, arg]), pipeline)
 
 
 def test_torchrun_is_for_many(runs, command, monkeypatch):  # noqa: F811
