@@ -328,11 +328,14 @@ def convert(image, record, how):
             orientation = picture.getexif().get(0x0112, 1)
         except Exception:  # damaged EXIF is none, as in to_rgb
             orientation = 1
-        keep = picture.format == "JPEG" and picture.mode == "RGB" and orientation in (0, 1)
-        if picture.format == "JPEG":
+        is_jpeg = picture.format == "JPEG"
+        keep = is_jpeg and picture.mode == "RGB" and orientation in (0, 1)
+        if is_jpeg:
             picture.draft(None, (2 * how["size"], 2 * how["size"]))  # decodes huge ones at 1/2, 1/4 or 1/8
         picture = to_rgb(picture)
-        if orientation in (5, 6, 7, 8):
+        if not is_jpeg:  # of a TIFF Pillow tells the upright size from the start
+            width, height = picture.size
+        elif orientation in (5, 6, 7, 8):
             width, height = height, width
         x, y, w, h = 0, 0, width, height
         if how["crop"] == "center":

@@ -167,6 +167,20 @@ def test_a_small_jpeg_stays_as_it_is_others_turn_upright_and_lose_no_boxes(tmp_p
     assert ds.boxes(0) == [("cat", 0.5, 0.5, 1.0, 0.75)]
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_turned_image_keeps_its_shape(form, tmp_path):
+    """Pillow gives the size of a TIFF as it is shown, of the others as it is stored."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = encoded(7, form, width=80, height=40, exif=exif)
+    boxes = dict(bbox=[[0, 40, 20, 40]], categories=["cat"])
+    make([dict(key="a", image=stored, objects=boxes)], tmp_path / "out", crop="none", size=20)
+    _, record, data = records(tmp_path / "out")["a"]
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (20, 40)
+    assert (record["width"], record["height"]) == (40, 80) and record["objects"]["bbox"] == [[0, 20, 10, 20]]
+
+
 def bomb(width=30000, height=30000):
     """A PNG that says it is huge, in 100 bytes."""
 
