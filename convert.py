@@ -1030,11 +1030,13 @@ def read_unet_config(config, path, inferred):
             out |= dict(num_heads=0, head_dim=given)
     elif isinstance(given, int) or len(set(given)) == 1:
         out |= dict(num_heads=given if isinstance(given, int) else given[0], head_dim=0)
-    else:
-        dims = {width / heads for width, heads in zip(widths, given)}
+    else:  # levels without attention have a number too, of no meaning
+        used = [i for i in range(len(widths)) if 2**i in inferred["attention_ds"]]
+        used += [len(widths) - 1] if inferred["middle_attention"] else []
+        dims = {widths[i] / given[i] for i in used}
         if len(dims) > 1:
             raise ValueError(f"{path} has attention_head_dim={given}: neither its heads nor their width are the same")
-        out |= dict(num_heads=0, head_dim=int(dims.pop()))
+        out |= dict(num_heads=0, head_dim=int(dims.pop())) if dims else {}
     only_cross = config.get("only_cross_attention", False)
     if only_cross is True:
         raise ValueError(f"{path} has only_cross_attention=True: only one value for each level is supported")

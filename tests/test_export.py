@@ -475,6 +475,20 @@ def test_pipeline_there_and_back(kind, tmp_path, monkeypatch):
     near(draw(f"{tmp_path}/out", prompts, 5, cfg), draw(file, prompts, 5, cfg), atol=1e-3)
 
 
+def test_levels_without_attention_do_not_count_for_the_heads(diffusers, tmp_path):
+    """Heads of 16 beside a level of 24 channels without any: there it says 1, for 8 channels 0, which mean nothing."""
+    for ch, mults in ((24, (1, 2)), (8, (1, 4))):
+        unet = make_unet(LISTENS | dict(channels=ch, channel_mult=mults, attention_ds=(2,), head_dim=16))
+        folder = tmp_path / str(ch)
+        folder.mkdir()
+        convert.to_diffusers(save_ldm(folder, make_vae(), unet), f"{folder}/out")
+        back = UNet.from_pretrained(f"{folder}/out/unet")
+        theirs = diffusers.UNet2DConditionModel.from_pretrained(f"{folder}/out/unet")
+        x, t, context = noise(2, 3, 8, 8), torch.tensor([999.0, 20.0]), noise(2, 12, 32)
+        near(back(x, t, context), theirs(x, t, context).sample)
+        near(back(x, t, context), unet(x, t + 1, context))  # cosine: its clock is set back by one
+
+
 # --- CompVis' file ---
 
 WIDE_VAE = dict(ch=32, norm_groups=32)
