@@ -853,7 +853,8 @@ def read_part(path, part):
         everything = read_tensors(path)
         state, config = select_part(everything, part, path), {}
         beside = os.path.join(os.path.dirname(path), "config.json")
-        if os.path.exists(beside) and any("down_blocks.0.resnets.0.conv1" in name for name in state):
+        diffusers, transformers = "down_blocks.0.resnets.0.conv1", ("text_model.", "embeddings.token_embedding")
+        if os.path.exists(beside) and any(diffusers in name or name.startswith(transformers) for name in state):
             config = read_json(beside)
     if any("lora_" in name or ".lora." in name or "hada_" in name for name in everything):
         raise ValueError(f"{path} is a LoRA, an addition to a model's weights: merge it into them first")

@@ -371,6 +371,10 @@ def test_text_of_transformers(transformers, tmp_path, activation):
         assert torch.equal(ours.tokenize(texts), rows)
         with torch.no_grad():
             assert close(ours(texts), theirs(input_ids=rows).last_hidden_state)
+    weights = str(tmp_path / "text_encoder" / "model.safetensors")  # heads and activation stand in the config beside it
+    ours = CLIPTextEncoder.from_pretrained(weights, merges=TINY)
+    with torch.no_grad():
+        assert close(ours(texts), theirs(input_ids=rows).last_hidden_state)
     (tmp_path / "tokenizer" / "merges.txt").unlink()  # transformers 5 writes tokenizer.json alone
     assert torch.equal(CLIPTextEncoder.from_pretrained(str(tmp_path)).tokenize(texts), rows)
     with pytest.raises(ValueError, match="does not hold clip_l's weights but other of 3 blocks of width 64"):
