@@ -53,6 +53,8 @@ def read_checkpoint(path, *prefixes):
     """(tensors below any of `prefixes`, meta) of a checkpoint of ours; ValueError says what is wrong with it."""
     file = find_checkpoint(path)
     try:
+        if os.path.isdir(file):
+            raise ValueError(f"{file} is another's folder, not a checkpoint of this repository")
         with safe_open(file, framework="pt") as f:
             stored = f.metadata() or {}
             text = stored.get("latent_diffusion")
@@ -1143,8 +1145,11 @@ def read_process(path, told):
     table = {} if betas is None else schedule_of(torch.tensor(betas, dtype=torch.float64))
     if table is None or (not table and config.get("beta_schedule", "linear") not in names):
         raise ValueError(f"{path}: its {config.get('_class_name')} has a noise schedule that is not known here")
-    refuse(config, path, num_train_timesteps=1000)
-    objective = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[config.get("prediction_type", "epsilon")]
+    refuse(config, path, num_train_timesteps=1000, use_flow_sigmas=False)
+    kind, predicts = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
+    objective = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(predicts)
+    if objective is None or kind.startswith(("FlowMatch", "EDM", "KarrasVe", "ScoreSde")):  # these have no betas at all
+        raise ValueError(f"{path} is drawn from by {kind} with prediction_type={predicts}, which is not supported")
     if told not in ("", objective):
         raise ValueError(f"{path} predicts {objective} by its scheduler's config: leave objective={told} out")
     process = {"objective": objective, "schedule": names.get(config.get("beta_schedule", "linear"))}

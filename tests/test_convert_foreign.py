@@ -806,6 +806,20 @@ def test_pipelines_that_are_not_supported(diffusers, stable, tmp_path):
         sample.load_pipeline(folder, objective="eps")
     with pytest.raises(ValueError, match="for checkpoints of this repository, which .* is not"):
         sample.load_pipeline(folder, ema_std=0.1)
+    with pytest.raises(ValueError, match="is another's folder, not a checkpoint of this repository"):
+        convert.to_diffusers(folder, f"{tmp_path}/out")
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    os.remove(tmp_path / "scheduler")
+    (tmp_path / "scheduler").mkdir()
+    for changed, message in (
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "drawn from by FlowMatchEulerDiscreteScheduler"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type=flow_prediction, which is not supported"),
+        ({"use_flow_sigmas": True}, "has use_flow_sigmas=True: only"),
+    ):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=message):
+            sample.load_pipeline(folder)
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     os.remove(tmp_path / "text_encoder")
     with pytest.raises(ValueError, match="listens to a text encoder that is not there"):
         sample.load_pipeline(folder)
