@@ -646,6 +646,7 @@ if __name__ == "__main__":
                 brought["first_stage"] = source
         else:
             told = {"objective": config.given.get("objective", ""), "otherwise": objective}
+            told |= {name: config.given[name] for name in ("num_heads", "head_dim") if name in config.given}
             weights, autoencoder, frozen_text, meta = load_foreign(source, clip_vocab, **told)
             brought = {"first_stage": "none" if autoencoder is None else source}
             brought |= {"tower_weights": source} if frozen_text is not None else {}
