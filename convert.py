@@ -1700,6 +1700,11 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
     sync(f"{file}.tmp")
     rename(f"{file}.tmp", file)
     without = "; its own text encoder has no place there" if denoiser and denoiser.text is not None else ""
+    s = denoiser.unet.settings if model else {}
+    untold = [f"objective={model['objective']}"] if model else []
+    untold += [f"{name}={s[name]}" for name in ("num_heads", "head_dim") if s.get(name)]
+    untold += ["tanh_out=True of the autoencoder"] if vae is not None and vae.settings["tanh_out"] else []
+    without += f"; not in the file: {', '.join(untold)}" if untold else ""
     return f"{file}: {', '.join(parts)}{without}"
 
 

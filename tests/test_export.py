@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -512,6 +513,7 @@ def test_compvis_names(tmp_path):
     assert (
         words
         == f"{tmp_path}/out/model.safetensors: the autoencoder, scale_factor 1, the U-Net, its table of 1000 betas"
+        "; not in the file: objective=v, head_dim=16"
     )
     block, res = "norm1,conv1,norm2,conv2", "in_layers.0,in_layers.2,emb_layers.1,out_layers.0,out_layers.3"
     first = f"""quant_conv: post_quant_conv: encoder:conv_in,norm_out,conv_out decoder:conv_in,norm_out,conv_out
@@ -585,7 +587,8 @@ def test_compvis_autoencoder_alone_and_maps(tmp_path):
     vae = make_vae(**WIDE_VAE | dict(latent_proj=False, tanh_out=True, attn_resolutions=(128,)))
     words = convert.to_compvis(save_vae(tmp_path, vae), f"{tmp_path}/a.safetensors")
     state = load_file(tmp_path / "a.safetensors")
-    assert words.endswith("a.safetensors: the autoencoder, scale_factor 1") and "decoder.up.1.attn.0.q.weight" in state
+    assert "a.safetensors: the autoencoder, scale_factor 1; not in the file: tanh_out=True of" in words
+    assert "decoder.up.1.attn.0.q.weight" in state
     assert state["quant_conv.weight"].shape == (6, 6, 1, 1) and "scale_factor" not in state
     unet = make_unet(PLAIN, **WIDE, concat_channels=3)
     denoiser = Denoiser(unet, rescaler=Rescaler(5, 2))
@@ -593,6 +596,20 @@ def test_compvis_autoencoder_alone_and_maps(tmp_path):
     assert "the maps' rescaler" in convert.to_compvis(file, f"{tmp_path}/b.safetensors")
     weight = load_file(tmp_path / "b.safetensors")["cond_stage_model.channel_mapper.weight"]
     assert torch.equal(weight, denoiser.rescaler.conv.weight)
+
+
+def test_training_goes_on_from_it(small_data, tmp_path, monkeypatch):
+    """The file tells no heads: they are asked for, and taken where they are given."""
+    monkeypatch.setitem(helpers.ARGS, "ldm", f"{helpers.RUN_ARGS} --out_dir=out")
+    file = save_ldm(tmp_path, make_vae((0.0,), (5.5,), **WIDE_VAE), make_unet(PLAIN, **WIDE))
+    convert.to_compvis(file, f"{tmp_path}/theirs.safetensors")
+    args = [f"--dataset={small_data}", f"--init_from={tmp_path}/theirs.safetensors", "--image_size=16", "--lr=1e-9"]
+    args += ["--objective=v", "--batch_size=1", "--val_images=1", "--n_samples=1", "--sample_steps=1"]
+    args += ["--warmup_steps=0", "--cache_latents=false", "--max_steps=1"]
+    message = helpers.Run("ldm", tmp_path / "untold", *args).fail()
+    assert "does not tell its number of heads: give num_heads=N or head_dim=N" in message
+    run = helpers.Run("ldm", tmp_path / "told", *args, "--head_dim=16").finish()
+    assert UNet.from_pretrained(str(run.out)).settings["head_dim"] == 16
 
 
 # --- the command ---
