@@ -893,6 +893,17 @@ def test_laion400m(tmp_path, monkeypatch, capsys):
     assert len(Dataset(out / ".fetched", "all", 32)) == 16  # unless it is asked for
     _, record, _ = records(out)["000010003"]
     assert record["text"] == ["a caption, number 1 3"] and record["url"] == "http://x/000010003"
+    # whoever starts anew with another size or list would get what was fetched with the old one
+    for path in [*out.glob("*.tar"), out / "meta.json"]:
+        path.rename(tmp_path / path.name)
+    (tmp_path / "more").mkdir()
+    for changed, said in (({"size": 64}, "size=32, now it is 64"), ({"urls": str(tmp_path / "more")}, "urls=.*lists")):
+        with pytest.raises(
+            ValueError, match=rf"\.fetched was fetched with {said}.*: remove it, or set another out_dir"
+        ):
+            prepare("laion400m", out, **dict(urls=str(tmp_path / "lists"), size=32, vocab_size=300) | changed)
+    for name in ("train-00000.tar", "meta.json"):
+        (tmp_path / name).rename(out / name)
     shutil.rmtree(out / ".fetched")
     prepare("laion400m", out, urls=str(tmp_path / "lists"), size=32, vocab_size=300, min_similarity=0.32)
     assert len(asked) == 1 and "already there" in capsys.readouterr().out
