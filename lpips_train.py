@@ -721,6 +721,8 @@ if __name__ == "__main__":
     # model
     param_dtype = torch.float64 if dtype == "float64" else torch.float32
     torch.manual_seed(seed_of(seed, "init"))
+    if head_weights and load_heads(net, head_weights)[1] and not (train_trunk or eval_only):
+        raise ValueError(f"head_weights={head_weights} brings a network of its own, kept only with train_trunk=True")
     lpips = LPIPS(net, trunk_weights, head_weights or "uniform")
     if not head_weights:
         for weight in lpips.heads:
