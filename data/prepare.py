@@ -766,6 +766,8 @@ def finish(cfg, settings, shards, count, last, classes, about):
         names = {
             label: classes[int(label)] if label.isdigit() and int(label) < len(classes) else label for label in labels
         }
+        twice = {name for name, n in collections.Counter(names.values()).items() if n > 1}  # ImageNet has two cranes
+        names = {label: f"{name} ({label})" if name in twice else name for label, name in names.items()}
         meta["images_of_class"] = {names[label]: labels[label] for label in sorted(labels, key=lambda i: (len(i), i))}
     if captions:
         meta["captions"] = describe_captions(captions)

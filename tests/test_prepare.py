@@ -227,6 +227,11 @@ def test_only_bad_images_or_none_is_an_error(tmp_path):
         make([], tmp_path / "b")
 
 
+def test_classes_of_one_name_are_counted_apart(items, tmp_path):
+    meta = room.make(iter(items), types.SimpleNamespace(**COMMON | dict(out_dir=str(tmp_path))), ["crane", "heron"] * 2)
+    assert meta["images_of_class"] == {"crane (0)": 74, "heron": 73, "crane (2)": 73}
+
+
 def test_workers_do_not_change_a_byte(items, tmp_path):
     mixed = [*items, dict(key="bad", image=b"bad"), dict(key="twin", image=items[7]["image"])]
     make(mixed, tmp_path / "a", shard_mb=0.05, vocab_size=300)
@@ -520,6 +525,15 @@ def test_folder_of_captions(form, tmp_path):
             assert raw.meta(i)["text"] == made.meta(i)["text"] and len(raw.boxes(i)) == 1
             assert np.allclose(raw.boxes(i)[0][1:], made.boxes(i)[0][1:], atol=0.02)
     assert (tmp_path / "out" / "bpe.tiktoken").exists()
+
+
+def test_folder_says_that_maps_are_left_out(tmp_path, capsys):
+    (tmp_path / "src").mkdir()
+    for i in range(3):
+        (tmp_path / "src" / f"{i}.jpg").write_bytes(encoded(i))
+        Image.new("L", (48, 40), i).save(tmp_path / "src" / f"{i}.map.png")
+    assert prepare("folder", tmp_path / "out", source=str(tmp_path / "src"), size=32)["count"] == 3
+    assert "the semantic maps in " in capsys.readouterr().out
 
 
 def test_folder_drops_an_image_whose_caption_does_not_read(tmp_path):
