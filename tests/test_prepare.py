@@ -853,6 +853,9 @@ def test_openimages(tmp_path, monkeypatch):
         ("open-images-v7", "train", both | dict(max_samples=4)),
         ("open-images-v7", "validation", both | dict(max_samples=2)),
     ]
+    # the zoo's folder keeps the photos of other classes that an earlier call fetched
+    meta = prepare("openimages", tmp_path / "dogs", download=True, size=32, n_train=4, n_val=2, only="Dog")
+    assert meta["splits"] == {"train": 1, "val": 1} and list(records(tmp_path / "dogs")) == ["0a", "1a"]
     with pytest.raises(ValueError, match="has neither train/data nor validation/data"):
         prepare("openimages", tmp_path / "no", source=str(tmp_path / "out"))
 
