@@ -297,6 +297,10 @@ def load_tower(path, weights="", merges=""):
     from unet import CLIPTextEncoder
 
     weights, merges = weights or meta["config"]["tower_weights"], merges or meta["config"]["clip_vocab"]
+    try:
+        weights = local(weights)  # training takes the id of a Hugging Face repository, too
+    except FileNotFoundError:
+        pass
     if not os.path.exists(weights):
         raise ValueError(f"{path} listens to {name}, whose weights are not at {weights}: set tower_weights=FILE")
     tower = CLIPTextEncoder.from_pretrained(weights, name=name, merges=merges)

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import types
 
 import helpers
 import numpy as np
@@ -488,6 +489,22 @@ def test_levels_without_attention_do_not_count_for_the_heads(diffusers, tmp_path
         x, t, context = noise(2, 3, 8, 8), torch.tensor([999.0, 20.0]), noise(2, 12, 32)
         near(back(x, t, context), theirs(x, t, context).sample)
         near(back(x, t, context), unet(x, t + 1, context))  # cosine: its clock is set back by one
+
+
+def test_a_tower_that_training_named_by_its_hugging_face_id(tmp_path, monkeypatch):
+    monkeypatch.setattr(CLIPTextEncoder, "towers", TOWERS)
+    tower = fill(CLIPTextEncoder.named("clip_l", TINY)).eval()
+    file = save_ldm(
+        tmp_path, make_vae(), make_unet(LISTENS | dict(context_dim=64)), "text", tower, text_encoder="clip_l"
+    )
+    convert.to_diffusers(file, f"{tmp_path}/out")
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, **options: {"some/tower": f"{tmp_path}/out/text_encoder"}[name]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    found = convert.load_tower(file, "some/tower", f"{tmp_path}/merges.txt")
+    assert convert.hash_weights(found) == convert.hash_weights(tower)
+    with pytest.raises(ValueError, match="listens to clip_l, whose weights are not at nowhere: set tower_weights=FILE"):
+        convert.load_tower(file, "nowhere")
 
 
 # --- CompVis' file ---
