@@ -56,7 +56,7 @@ from data.shards import rename
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, the limit of data/dataset.py too: more is taken for a bomb
-START_ANEW = "to start anew, remove *.tar, meta.json and .prepare there"
+START_ANEW = "to start anew, remove *.tar, *.json, bpe.tiktoken and .prepare there"
 STATE = ".prepare"  # folder in out_dir with what is known of finished shards, until meta.json says it all
 BATCH = 16  # images that a worker gets at a time
 BPE_CAPTIONS = 2_000_000  # most captions that the tokenizer is trained on

@@ -354,6 +354,17 @@ def test_other_settings_another_source_and_foreign_shards_are_errors(items, tmp_
         make(items[:5], out, shard_mb=0.05)
 
 
+def test_who_starts_anew_as_told_keeps_nothing_of_before(items, tmp_path):
+    """A classes.json or tokenizer of other settings would count for the new images."""
+    out = tmp_path / "out"
+    room.make(iter(items), types.SimpleNamespace(**COMMON | dict(out_dir=str(out), vocab_size=300)), ["a", "b", "c"])
+    for pattern in re.findall(r"[\w*.]+", room.START_ANEW.removeprefix("to start anew, remove ")):
+        for path in out.glob(pattern):
+            path.unlink()
+    make([{name: item[name] for name in ("key", "image", "label")} for item in items[:50]], out)
+    assert Dataset(out, "all", 32).classes == [] and not (out / "bpe.tiktoken").exists()
+
+
 def test_settings_that_make_no_sense_are_errors(tmp_path):
     for wrong in (dict(crop="middle"), dict(quality=101), dict(shard_mb=0), dict(size=0), dict(vocab_size=100)):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*set "):
