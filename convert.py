@@ -1081,7 +1081,8 @@ def load_foreign_clip(cls, path, name="", merges=None):
     (vocab, width), length = state[table].shape, len(state[position])
     if layout == "open_clip" and not own and not name and width == 768:  # OpenAI's has QuickGELU, LAION's GELU
         raise ValueError(f"{path} may be OpenAI's ViT-L/14 or another's: give name=clip_l, or name=other")
-    openai = layout == "transformers" or name == "clip_l" or (own and width == 768)
+    gelu = {known["width"] for known in cls.towers.values() if known["activation"] == "gelu"}
+    openai = (layout == "transformers" and width not in gelu) or name == "clip_l" or (own and width == 768)
     s = dict(width=width, layers=blocks, heads=max(1, width // 64), length=length, vocab=vocab, layer="last")
     s |= dict(activation="quick_gelu", pad="end") if openai else dict(activation="gelu", pad="zero")
     if config:

@@ -507,6 +507,18 @@ def test_a_tower_that_training_named_by_its_hugging_face_id(tmp_path, monkeypatc
         convert.load_tower(file, "nowhere")
 
 
+@pytest.mark.parametrize("name", ["clip_l", "openclip_h"])
+def test_a_towers_file_without_its_config(name, tmp_path, monkeypatch):
+    """What its names and widths are of is a published tower, in transformers' names too."""
+    monkeypatch.setattr(CLIPTextEncoder, "towers", TOWERS)
+    tower = fill(CLIPTextEncoder.named(name, TINY)).eval()
+    theirs = convert.to_theirs(tower.state_dict(), convert.text_keys(len(tower.blocks), "transformers"))
+    save_file({f"text_model.{key}": t.contiguous() for key, t in theirs.items()}, tmp_path / "tower.safetensors")
+    for told in ("", name):
+        back = CLIPTextEncoder.from_pretrained(str(tmp_path / "tower.safetensors"), name=told, merges=TINY)
+        assert back.settings == tower.settings and torch.equal(back(["low low! Slow"]), tower(["low low! Slow"]))
+
+
 # --- CompVis' file ---
 
 WIDE_VAE = dict(ch=32, norm_groups=32)
