@@ -715,6 +715,8 @@ if __name__ == "__main__":
     side = min(judgements.size for judgements in (train or validation["2afc"], *validation.values()))
     if side < MIN_SIDE[net]:
         raise ValueError(f"{dataset} has patches of {side} pixels, {net} needs {MIN_SIDE[net]}: choose another net")
+    if not os.path.exists(f"{dataset}/meta.json"):
+        raise FileNotFoundError(f"{dataset}/meta.json is not there: run data/bapps/prepare.py to its end")
     with open(f"{dataset}/meta.json") as f:
         what = json.load(f)["what"]
 

@@ -460,6 +460,12 @@ def test_bad_input_is_one_line(args, said, start):
     assert said in start(*args).fail()
 
 
+def test_a_set_that_is_half_made_is_refused(tmp_path, start):
+    (make_judgements(tmp_path / "set") / "meta.json").unlink()
+    message = start(f"--dataset={tmp_path}/set").fail()
+    assert message.endswith("set/meta.json is not there: run data/bapps/prepare.py to its end")
+
+
 def test_a_damaged_set_is_named(tmp_path):
     path = make_judgements(tmp_path / "set")
     np.save(path / "2afc/train/more/judge.npy", np.zeros(3, np.float32))
