@@ -52,7 +52,7 @@ from PIL import Image, ImageDraw
 
 from configurator import configure
 from data.dataset import IMAGES, captions_of, crop_square, hub_names, is_lack, list_files, open_parquet, to_rgb
-from data.shards import rename
+from data.shards import fcntl, rename
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, the limit of data/dataset.py too: more is taken for a bomb
@@ -541,7 +541,15 @@ class Shards:
     def add(self, position, item, data, ending, record, code):
         """Writes one image; a shard that is full gets its name."""
         if self.tar is None:
-            self.file = open(f"{self.out_dir}/{self.name}.tmp", "wb")
+            self.file = open(f"{self.out_dir}/{self.name}.tmp", "ab")
+            try:
+                if fcntl:  # not flock, which the workers would have too
+                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"another process writes to {self.out_dir}: let it, or set another out_dir") from None
+            except OSError:  # a file system without locks
+                pass
+            self.file.seek(self.file.truncate(0))  # what a killed run left
             self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.GNU_FORMAT)
         text = json.dumps({"key": item["key"], **record}, ensure_ascii=False).encode(errors="replace")
         for name, content in ((f"{position:09d}{ending}", data), (f"{position:09d}.json", text)):

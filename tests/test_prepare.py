@@ -326,6 +326,21 @@ def test_killed_by_the_system_it_continues_to_the_same_bytes(tmp_path):
     assert a.keys() == b.keys() and all(a[name] == b[name] for name in a)
 
 
+def test_two_at_once_are_told_apart(items, tmp_path):
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    code = "import fcntl, sys; f = open('out/train-00000.tar.tmp', 'wb'); f.write(b'begun'); f.flush()"
+    code += "; fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process writes to .*out: let it, or set another out_dir"):
+            make(items[:5], tmp_path / "out")
+        assert (tmp_path / "out/train-00000.tar.tmp").read_bytes() == b"begun"
+        other.stdin.close()
+    assert make(items[:5], tmp_path / "out") == make(items[:5], tmp_path / "alone")
+    assert content(tmp_path / "out") == content(tmp_path / "alone")
+
+
 def test_other_settings_another_source_and_foreign_shards_are_errors(items, tmp_path, capsys):
     out = tmp_path / "out"
     make(items[:30], out)
