@@ -553,6 +553,16 @@ def test_folder_of_captions(form, tmp_path):
     assert (tmp_path / "out" / "bpe.tiktoken").exists()
 
 
+@pytest.mark.parametrize("splits", [("train", "val", "test"), ("train", "test"), ("train", "validation")])
+def test_folder_keeps_every_split(splits, tmp_path):
+    for k, split in enumerate(splits):
+        (tmp_path / "src" / split).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "src" / split / f"{i}.jpg").write_bytes(encoded(3 * k + i))
+    meta = prepare("folder", tmp_path / "out", source=str(tmp_path / "src"), size=32)
+    assert meta["splits"] == dict.fromkeys(["train", "val", "test"][: len(splits)], 3)
+
+
 def test_folder_says_that_maps_are_left_out(tmp_path, capsys):
     (tmp_path / "src").mkdir()
     for i in range(3):

@@ -9,8 +9,9 @@ parquet. It needs no preparing to be read; this makes it small and fast, and lea
 and semantic maps.
 Source and licence: yours. Size: about 45 KB an image at 256 pixels and quality 95. Time: 200 JPEG
 of 500 x 375 a second and core, 50 of 1024 x 768, 26 PNG of 1024 x 1024.
-On disk: train-*.tar, val-*.tar (the images that data/dataset.py would hold out of DIR), classes.json where there
-are classes, bpe.tiktoken where there are captions, meta.json, dropped.jsonl, sheet.png.
+On disk: train-*.tar, val-*.tar (the images that data/dataset.py would hold out of DIR), test-*.tar where DIR has test/
+beside val/, classes.json where there are classes, bpe.tiktoken where there are captions, meta.json, dropped.jsonl,
+sheet.png.
 """
 
 import functools
@@ -66,8 +67,11 @@ def prepare(cfg):
         raise ValueError(f"{source} holds images.npy: train on it as it is")
     if splits["train"].has_maps:
         print(f"the semantic maps in {source} are left out: for task=semantic train on it as it is")
-    if len(Dataset(source, "all")) == 1:
+    whole = len(Dataset(source, "all"))
+    if whole == 1:
         del splits["val"]
+    elif sum(map(len, splits.values())) < whole:  # test/ beside val/
+        splits["test"] = Dataset(source, "test")
     make(items(splits), cfg, splits["train"].classes, sum(map(len, splits.values())))
 
 
