@@ -820,11 +820,11 @@ def read_folder(folder):
         raise ValueError(f"{folder} holds neither config.json nor model_index.json: name the model's own folder")
     stems, kinds = ("diffusion_pytorch_model", "model", "pytorch_model"), (".safetensors", ".bin")
     names = [f"{stem}{kind}{index}" for kind in kinds for index in ("", ".index.json") for stem in stems]
-    names += [f"{stem}.fp16{kind}" for kind in kinds for stem in stems]
+    names += [f"{stem}{end}" for kind in kinds for end in (f".fp16{kind}", f"{kind}.index.fp16.json") for stem in stems]
     name = next((name for name in names if os.path.exists(f"{folder}/{name}")), None)
     if name is None:
         raise ValueError(f"{folder} holds no weights: {names[0]} or the like is missing, fetch it again")
-    if not name.endswith(".index.json"):
+    if not name.endswith(".json"):
         return read_tensors(f"{folder}/{name}"), read_json(f"{folder}/config.json")
     state, told = {}, read_json(f"{folder}/{name}").get("weight_map", {})
     for shard in sorted(set(told.values())):

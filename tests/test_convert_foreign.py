@@ -114,10 +114,12 @@ def test_vae_containers(diffusers, tmp_path):
         ours = VAE.from_pretrained(str(tmp_path / path))
         with torch.no_grad():
             assert close(ours.encode(x).mean, expected), path
-    copy.deepcopy(theirs).half().save_pretrained(tmp_path / "half", variant="fp16")
-    ours = VAE.from_pretrained(str(tmp_path / "half"))
-    assert ours.quant_conv.weight.dtype == torch.float32
-    assert close(ours.encode(x).mean, expected, 1e-2)
+    for name, options in (("half", {}), ("half_sharded", {"max_shard_size": "200KB"})):
+        copy.deepcopy(theirs).half().save_pretrained(tmp_path / name, variant="fp16", **options)
+        ours = VAE.from_pretrained(str(tmp_path / name))
+        assert ours.quant_conv.weight.dtype == torch.float32
+        assert close(ours.encode(x).mean, expected, 1e-2)
+    assert (tmp_path / "half_sharded" / "diffusion_pytorch_model.safetensors.index.fp16.json").exists()
 
 
 # CompVis' names and shapes of what was published (there are 248 tensors in KL-f8, 686 in Stable Diffusion 1's U-Net)
