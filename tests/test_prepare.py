@@ -705,6 +705,16 @@ def test_imagenet_parquet(tmp_path):
     assert found["train-00001-of-00002/000007"][1]["label"] == 0 and "train-00001-of-00002/000006" not in found
 
 
+def test_imagenet_parquet_without_names_or_labels(tmp_path):
+    rows = [dict(image=image_cell(i), label=(0, None, 2)[i % 3]) for i in range(6)]
+    write_parquet(tmp_path / "gaps" / "train-0.parquet", rows)
+    meta = prepare("imagenet", tmp_path / "out", source=str(tmp_path / "gaps"), size=32)
+    assert meta["count"] == 4 and meta["images_of_class"] == {"0": 2, "2": 2}
+    write_parquet(tmp_path / "words" / "train-0.parquet", [dict(image=image_cell(0), label="cat")])
+    with pytest.raises(ValueError, match="words has no numbers for labels: take the hub's own files"):
+        prepare("imagenet", tmp_path / "no", source=str(tmp_path / "words"))
+
+
 def celeba_lists(folder, kind="txt"):
     folder.mkdir(parents=True, exist_ok=True)
     names, comma = ["Male", "Smiling", "Wavy_Hair"], "," if kind == "csv" else " "
@@ -739,6 +749,10 @@ def test_celeba(kind, tmp_path):
         ValueError, match="attribute 'Tall' is not known: list_attr_celeba has Male, Smiling, Wavy_Hair"
     ):
         prepare("celeba", tmp_path / "no", source=str(source), attribute="Tall")
+    for path in (source / "Anno").glob("list_eval_partition.*"):
+        path.write_text("".join(f"{i:06d}.jpg {i - 2}\n" for i in range(1, 9)))
+    with pytest.raises(ValueError, match="list_eval_partition has 000001.jpg in no part of 0, 1, 2: fetch that again"):
+        prepare("celeba", tmp_path / "bad", source=str(source))
 
 
 def test_celebahq(tmp_path):
@@ -960,6 +974,17 @@ def test_laion400m(tmp_path, monkeypatch, capsys):
     shutil.rmtree(out / ".fetched")
     prepare("laion400m", out, urls=str(tmp_path / "lists"), size=32, vocab_size=300, min_similarity=0.32)
     assert len(asked) == 1 and "already there" in capsys.readouterr().out
+
+
+def test_laion400m_records_of_another_kind(tmp_path):
+    (tmp_path / "fetched").mkdir()
+    with tarfile.open(tmp_path / "fetched" / "00000.tar", "w") as tar:
+        for i, text in enumerate((b"[]", b"5", b"{bad", b'{"caption": ["a", null], "similarity": "0.3"}')):
+            add(tar, f"{i:05d}.jpg", encoded(i, width=80, height=70))
+            add(tar, f"{i:05d}.json", text)
+    prepare("laion400m", tmp_path / "out", fetched=str(tmp_path / "fetched"), size=32, vocab_size=0)
+    texts = [record["text"] for _, record, _ in records(tmp_path / "out").values()]
+    assert texts == [[], [], [], ["a"]]
 
 
 @pytest.mark.parametrize("line", ["a caption\thttp://x/a.jpg", "http://x/a.jpg\ta caption"])

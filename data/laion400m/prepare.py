@@ -109,6 +109,7 @@ def items(shards, unwanted=lambda record: ""):
                 at, size = sample.get(".json", (0, 0))
                 f.seek(at)
                 record = parse(f.read(size)) if size else {}
+                record = record if isinstance(record, dict) else {}  # a damaged file's
                 texts = captions_of(record)
                 if not texts and ".txt" in sample:
                     f.seek(sample[".txt"][0])
@@ -141,7 +142,7 @@ def prepare(cfg):
         if record.get("NSFW") not in (None, *allowed):
             return f"unsafe: {record['NSFW']}"
         similarity = record.get("similarity")
-        unlike = similarity is not None and similarity < cfg.min_similarity
+        unlike = isinstance(similarity, int | float) and similarity < cfg.min_similarity
         return f"unlike: similarity {similarity:.3f}" if unlike else ""
 
     columns = dict(input_format="parquet", url_col="URL", caption_col="TEXT")
