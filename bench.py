@@ -747,6 +747,8 @@ def table(config):
                 gc.collect()
                 if on_gpu:
                     torch.cuda.empty_cache()
+    if config["profile"] and not os.path.exists(config["profile"]):
+        print(f"no trace in {config['profile']}: no row ran")
     hardware = torch.cuda.get_device_name() if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=here)

@@ -53,6 +53,8 @@ def read_checkpoint(path, *prefixes):
     """(tensors below any of `prefixes`, meta) of a checkpoint of ours; ValueError says what is wrong with it."""
     file = find_checkpoint(path)
     try:
+        if os.path.isdir(file):
+            raise ValueError(f"{file} is another's folder, not a checkpoint of this repository")
         with safe_open(file, framework="pt") as f:
             stored = f.metadata() or {}
             text = stored.get("latent_diffusion")
@@ -295,6 +297,10 @@ def load_tower(path, weights="", merges=""):
     from unet import CLIPTextEncoder
 
     weights, merges = weights or meta["config"]["tower_weights"], merges or meta["config"]["clip_vocab"]
+    try:
+        weights = local(weights)  # training takes the id of a Hugging Face repository, too
+    except FileNotFoundError:
+        pass
     if not os.path.exists(weights):
         raise ValueError(f"{path} listens to {name}, whose weights are not at {weights}: set tower_weights=FILE")
     tower = CLIPTextEncoder.from_pretrained(weights, name=name, merges=merges)
@@ -814,11 +820,11 @@ def read_folder(folder):
         raise ValueError(f"{folder} holds neither config.json nor model_index.json: name the model's own folder")
     stems, kinds = ("diffusion_pytorch_model", "model", "pytorch_model"), (".safetensors", ".bin")
     names = [f"{stem}{kind}{index}" for kind in kinds for index in ("", ".index.json") for stem in stems]
-    names += [f"{stem}.fp16{kind}" for kind in kinds for stem in stems]
+    names += [f"{stem}{end}" for kind in kinds for end in (f".fp16{kind}", f"{kind}.index.fp16.json") for stem in stems]
     name = next((name for name in names if os.path.exists(f"{folder}/{name}")), None)
     if name is None:
         raise ValueError(f"{folder} holds no weights: {names[0]} or the like is missing, fetch it again")
-    if not name.endswith(".index.json"):
+    if not name.endswith(".json"):
         return read_tensors(f"{folder}/{name}"), read_json(f"{folder}/config.json")
     state, told = {}, read_json(f"{folder}/{name}").get("weight_map", {})
     for shard in sorted(set(told.values())):
@@ -853,7 +859,8 @@ def read_part(path, part):
         everything = read_tensors(path)
         state, config = select_part(everything, part, path), {}
         beside = os.path.join(os.path.dirname(path), "config.json")
-        if os.path.exists(beside) and any("down_blocks.0.resnets.0.conv1" in name for name in state):
+        diffusers, transformers = "down_blocks.0.resnets.0.conv1", ("text_model.", "embeddings.token_embedding")
+        if os.path.exists(beside) and any(diffusers in name or name.startswith(transformers) for name in state):
             config = read_json(beside)
     if any("lora_" in name or ".lora." in name or "hada_" in name for name in everything):
         raise ValueError(f"{path} is a LoRA, an addition to a model's weights: merge it into them first")
@@ -1030,11 +1037,13 @@ def read_unet_config(config, path, inferred):
             out |= dict(num_heads=0, head_dim=given)
     elif isinstance(given, int) or len(set(given)) == 1:
         out |= dict(num_heads=given if isinstance(given, int) else given[0], head_dim=0)
-    else:
-        dims = {width / heads for width, heads in zip(widths, given)}
+    else:  # levels without attention have a number too, of no meaning
+        used = [i for i in range(len(widths)) if 2**i in inferred["attention_ds"]]
+        used += [len(widths) - 1] if inferred["middle_attention"] else []
+        dims = {widths[i] / given[i] for i in used}
         if len(dims) > 1:
             raise ValueError(f"{path} has attention_head_dim={given}: neither its heads nor their width are the same")
-        out |= dict(num_heads=0, head_dim=int(dims.pop()))
+        out |= dict(num_heads=0, head_dim=int(dims.pop())) if dims else {}
     only_cross = config.get("only_cross_attention", False)
     if only_cross is True:
         raise ValueError(f"{path} has only_cross_attention=True: only one value for each level is supported")
@@ -1072,7 +1081,8 @@ def load_foreign_clip(cls, path, name="", merges=None):
     (vocab, width), length = state[table].shape, len(state[position])
     if layout == "open_clip" and not own and not name and width == 768:  # OpenAI's has QuickGELU, LAION's GELU
         raise ValueError(f"{path} may be OpenAI's ViT-L/14 or another's: give name=clip_l, or name=other")
-    openai = layout == "transformers" or name == "clip_l" or (own and width == 768)
+    gelu = {known["width"] for known in cls.towers.values() if known["activation"] == "gelu"}
+    openai = (layout == "transformers" and width not in gelu) or name == "clip_l" or (own and width == 768)
     s = dict(width=width, layers=blocks, heads=max(1, width // 64), length=length, vocab=vocab, layer="last")
     s |= dict(activation="quick_gelu", pad="end") if openai else dict(activation="gelu", pad="zero")
     if config:
@@ -1140,8 +1150,11 @@ def read_process(path, told):
     table = {} if betas is None else schedule_of(torch.tensor(betas, dtype=torch.float64))
     if table is None or (not table and config.get("beta_schedule", "linear") not in names):
         raise ValueError(f"{path}: its {config.get('_class_name')} has a noise schedule that is not known here")
-    refuse(config, path, num_train_timesteps=1000)
-    objective = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[config.get("prediction_type", "epsilon")]
+    refuse(config, path, num_train_timesteps=1000, use_flow_sigmas=False)
+    kind, predicts = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
+    objective = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(predicts)
+    if objective is None or kind.startswith(("FlowMatch", "EDM", "KarrasVe", "ScoreSde")):  # these have no betas at all
+        raise ValueError(f"{path} is drawn from by {kind} with prediction_type={predicts}, which is not supported")
     if told not in ("", objective):
         raise ValueError(f"{path} predicts {objective} by its scheduler's config: leave objective={told} out")
     process = {"objective": objective, "schedule": names.get(config.get("beta_schedule", "linear"))}
@@ -1705,6 +1718,11 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
     sync(f"{file}.tmp")
     rename(f"{file}.tmp", file)
     without = "; its own text encoder has no place there" if denoiser and denoiser.text is not None else ""
+    s = denoiser.unet.settings if model else {}
+    untold = [f"objective={model['objective']}"] if model else []
+    untold += [f"{name}={s[name]}" for name in ("num_heads", "head_dim") if s.get(name)]
+    untold += ["tanh_out=True of the autoencoder"] if vae is not None and vae.settings["tanh_out"] else []
+    without += f"; not in the file: {', '.join(untold)}" if untold else ""
     return f"{file}: {', '.join(parts)}{without}"
 
 

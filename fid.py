@@ -122,6 +122,8 @@ class Array:
 
 def open_pictures(source, name, image_size, split="all"):
     """(pictures with pixels(i), rgb(i), key(i); which of them count) of an array, an .npz or what Dataset opens."""
+    if split != "all" and (isinstance(source, np.ndarray) or str(source).endswith(".npz")):
+        raise ValueError(f"split={split} is of a data set, and {name} is an array: leave it out")
     if isinstance(source, np.ndarray):
         pictures = Array(source, name, image_size)
     elif not source or not os.path.exists(source):
@@ -288,6 +290,8 @@ def one_line_error(kind, error, trace):
 if __name__ == "__main__":
     config = configure(globals())
     sys.excepthook = one_line_error
+    if inception_weights and "trunk" in config.given:
+        raise ValueError(f"trunk={trunk} is for trunk_weights, not for inception_weights: leave one of them out")
     result = score(**config)
     sets = f"{result['samples']} drawn, {result['reference']} real ({split})"
     pictures = f"{result['image_size']} px, centre crop, Lanczos, uint8"

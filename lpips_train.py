@@ -715,12 +715,16 @@ if __name__ == "__main__":
     side = min(judgements.size for judgements in (train or validation["2afc"], *validation.values()))
     if side < MIN_SIDE[net]:
         raise ValueError(f"{dataset} has patches of {side} pixels, {net} needs {MIN_SIDE[net]}: choose another net")
+    if not os.path.exists(f"{dataset}/meta.json"):
+        raise FileNotFoundError(f"{dataset}/meta.json is not there: run data/bapps/prepare.py to its end")
     with open(f"{dataset}/meta.json") as f:
         what = json.load(f)["what"]
 
     # model
     param_dtype = torch.float64 if dtype == "float64" else torch.float32
     torch.manual_seed(seed_of(seed, "init"))
+    if head_weights and load_heads(net, head_weights)[1] and not (train_trunk or eval_only):
+        raise ValueError(f"head_weights={head_weights} brings a network of its own, kept only with train_trunk=True")
     lpips = LPIPS(net, trunk_weights, head_weights or "uniform")
     if not head_weights:
         for weight in lpips.heads:

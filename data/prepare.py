@@ -52,11 +52,11 @@ from PIL import Image, ImageDraw
 
 from configurator import configure
 from data.dataset import IMAGES, captions_of, crop_square, hub_names, is_lack, list_files, open_parquet, to_rgb
-from data.shards import rename
+from data.shards import fcntl, rename
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, the limit of data/dataset.py too: more is taken for a bomb
-START_ANEW = "to start anew, remove *.tar, meta.json and .prepare there"
+START_ANEW = "to start anew, remove *.tar, *.json, bpe.tiktoken and .prepare there"
 STATE = ".prepare"  # folder in out_dir with what is known of finished shards, until meta.json says it all
 BATCH = 16  # images that a worker gets at a time
 BPE_CAPTIONS = 2_000_000  # most captions that the tokenizer is trained on
@@ -328,11 +328,14 @@ def convert(image, record, how):
             orientation = picture.getexif().get(0x0112, 1)
         except Exception:  # damaged EXIF is none, as in to_rgb
             orientation = 1
-        keep = picture.format == "JPEG" and picture.mode == "RGB" and orientation in (0, 1)
-        if picture.format == "JPEG":
+        is_jpeg = picture.format == "JPEG"
+        keep = is_jpeg and picture.mode == "RGB" and orientation in (0, 1)
+        if is_jpeg:
             picture.draft(None, (2 * how["size"], 2 * how["size"]))  # decodes huge ones at 1/2, 1/4 or 1/8
         picture = to_rgb(picture)
-        if orientation in (5, 6, 7, 8):
+        if not is_jpeg:  # of a TIFF Pillow tells the upright size from the start
+            width, height = picture.size
+        elif orientation in (5, 6, 7, 8):
             width, height = height, width
         x, y, w, h = 0, 0, width, height
         if how["crop"] == "center":
@@ -538,7 +541,15 @@ class Shards:
     def add(self, position, item, data, ending, record, code):
         """Writes one image; a shard that is full gets its name."""
         if self.tar is None:
-            self.file = open(f"{self.out_dir}/{self.name}.tmp", "wb")
+            self.file = open(f"{self.out_dir}/{self.name}.tmp", "ab")
+            try:
+                if fcntl:  # not flock, which the workers would have too
+                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"another process writes to {self.out_dir}: let it, or set another out_dir") from None
+            except OSError:  # a file system without locks
+                pass
+            self.file.seek(self.file.truncate(0))  # what a killed run left
             self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.GNU_FORMAT)
         text = json.dumps({"key": item["key"], **record}, ensure_ascii=False).encode(errors="replace")
         for name, content in ((f"{position:09d}{ending}", data), (f"{position:09d}.json", text)):
@@ -763,6 +774,8 @@ def finish(cfg, settings, shards, count, last, classes, about):
         names = {
             label: classes[int(label)] if label.isdigit() and int(label) < len(classes) else label for label in labels
         }
+        twice = {name for name, n in collections.Counter(names.values()).items() if n > 1}  # ImageNet has two cranes
+        names = {label: f"{name} ({label})" if name in twice else name for label, name in names.items()}
         meta["images_of_class"] = {names[label]: labels[label] for label in sorted(labels, key=lambda i: (len(i), i))}
     if captions:
         meta["captions"] = describe_captions(captions)

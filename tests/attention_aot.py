@@ -90,7 +90,7 @@ if __name__ == "__main__":
     parser.add_argument("--first", action="store_true", help="only the tiling taken where nothing is measured")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--norm", action="store_true", help="with QK-norm")
-    parser.add_argument("--ptx", help="folder to write the PTX into")
+    parser.add_argument("--ptx", help="folder to write the PTX into; of several tilings the last stays")
     parser.add_argument("--tilings", help="JSON list of keyword arguments to try instead of those that ship")
     args = parser.parse_args()
     lists = args.archs, args.kernels, args.dims, args.dtypes

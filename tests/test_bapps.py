@@ -91,6 +91,15 @@ def test_rerun_makes_only_what_is_missing_or_different(source, tmp_path, capsys)
     assert "train/cnn is of another source: remove it" in refused(other, tmp_path / "out")
 
 
+def test_an_interrupted_rerun_is_not_taken_for_a_whole_set(source, tmp_path):
+    """New pictures may lie beside old judgements: the mark of the whole set goes first, and comes last."""
+    out = tmp_path / "out"
+    bapps.prepare(str(source), str(out), 64, "a test")
+    (source / "2afc/train/mix/judge/000001.npy").write_text("cut")
+    assert "000001.npy does not load" in refused(source, out)
+    assert not (out / "meta.json").exists() and (out / "2afc/train/mix/images.npy").exists()
+
+
 CATEGORY = "2afc/train/cnn"
 
 

@@ -248,7 +248,8 @@ def test_other_numbers_of_parameters_are_noticed(diffusers, monkeypatch):
 
 
 def test_what_would_take_too_much_is_left_out(run, monkeypatch):
-    found, out = run(rows="decode", patience=1e-6)
+    found, out = run(rows="decode", patience=1e-6, profile="trace.json")
+    assert "no trace in trace.json: no row ran" in out
     assert all("see patience" in values["why"] for values in found.values()) and out.count("not measured here") == 1
     monkeypatch.setattr(bench, "free_memory", lambda place: 0.0)
     found, _ = run(rows="unet,loop")

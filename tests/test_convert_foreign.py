@@ -116,10 +116,12 @@ def test_vae_containers(diffusers, tmp_path):
         ours = VAE.from_pretrained(str(tmp_path / path))
         with torch.no_grad():
             assert close(ours.encode(x).mean, expected), path
-    copy.deepcopy(theirs).half().save_pretrained(tmp_path / "half", variant="fp16")
-    ours = VAE.from_pretrained(str(tmp_path / "half"))
-    assert ours.quant_conv.weight.dtype == torch.float32
-    assert close(ours.encode(x).mean, expected, 1e-2)
+    for name, options in (("half", {}), ("half_sharded", {"max_shard_size": "200KB"})):
+        copy.deepcopy(theirs).half().save_pretrained(tmp_path / name, variant="fp16", **options)
+        ours = VAE.from_pretrained(str(tmp_path / name))
+        assert ours.quant_conv.weight.dtype == torch.float32
+        assert close(ours.encode(x).mean, expected, 1e-2)
+    assert (tmp_path / "half_sharded" / "diffusion_pytorch_model.safetensors.index.fp16.json").exists()
 
 
 # CompVis' names and shapes of what was published (there are 248 tensors in KL-f8, 686 in Stable Diffusion 1's U-Net)
@@ -373,6 +375,10 @@ def test_text_of_transformers(transformers, tmp_path, activation):
         assert torch.equal(ours.tokenize(texts), rows)
         with torch.no_grad():
             assert close(ours(texts), theirs(input_ids=rows).last_hidden_state)
+    weights = str(tmp_path / "text_encoder" / "model.safetensors")  # heads and activation stand in the config beside it
+    ours = CLIPTextEncoder.from_pretrained(weights, merges=TINY)
+    with torch.no_grad():
+        assert close(ours(texts), theirs(input_ids=rows).last_hidden_state)
     (tmp_path / "tokenizer" / "merges.txt").unlink()  # transformers 5 writes tokenizer.json alone
     assert torch.equal(CLIPTextEncoder.from_pretrained(str(tmp_path)).tokenize(texts), rows)
     with pytest.raises(ValueError, match="does not hold clip_l's weights but other of 3 blocks of width 64"):
@@ -824,6 +830,20 @@ def test_pipelines_that_are_not_supported(diffusers, stable, tmp_path):
         sample.load_pipeline(folder, objective="eps")
     with pytest.raises(ValueError, match="for checkpoints of this repository, which .* is not"):
         sample.load_pipeline(folder, ema_std=0.1)
+    with pytest.raises(ValueError, match="is another's folder, not a checkpoint of this repository"):
+        convert.to_diffusers(folder, f"{tmp_path}/out")
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    os.remove(tmp_path / "scheduler")
+    (tmp_path / "scheduler").mkdir()
+    for changed, message in (
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "drawn from by FlowMatchEulerDiscreteScheduler"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type=flow_prediction, which is not supported"),
+        ({"use_flow_sigmas": True}, "has use_flow_sigmas=True: only"),
+    ):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=message):
+            sample.load_pipeline(folder)
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     os.remove(tmp_path / "text_encoder")
     with pytest.raises(ValueError, match="listens to a text encoder that is not there"):
         sample.load_pipeline(folder)

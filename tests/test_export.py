@@ -3,7 +3,9 @@
 import json
 import runpy
 import sys
+import types
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -494,6 +496,48 @@ def test_pipeline_there_and_back(kind, tmp_path, monkeypatch):
     near(draw(f"{tmp_path}/out", prompts, 5, cfg), draw(file, prompts, 5, cfg), atol=1e-3)
 
 
+def test_levels_without_attention_do_not_count_for_the_heads(diffusers, tmp_path):
+    """Heads of 16 beside a level of 24 channels without any: there it says 1, for 8 channels 0, which mean nothing."""
+    for ch, mults in ((24, (1, 2)), (8, (1, 4))):
+        unet = make_unet(LISTENS | dict(channels=ch, channel_mult=mults, attention_ds=(2,), head_dim=16))
+        folder = tmp_path / str(ch)
+        folder.mkdir()
+        convert.to_diffusers(save_ldm(folder, make_vae(), unet), f"{folder}/out")
+        back = UNet.from_pretrained(f"{folder}/out/unet")
+        theirs = diffusers.UNet2DConditionModel.from_pretrained(f"{folder}/out/unet")
+        x, t, context = noise(2, 3, 8, 8), torch.tensor([999.0, 20.0]), noise(2, 12, 32)
+        near(back(x, t, context), theirs(x, t, context).sample)
+        near(back(x, t, context), unet(x, t + 1, context))  # cosine: its clock is set back by one
+
+
+def test_a_tower_that_training_named_by_its_hugging_face_id(tmp_path, monkeypatch):
+    monkeypatch.setattr(CLIPTextEncoder, "towers", TOWERS)
+    tower = fill(CLIPTextEncoder.named("clip_l", TINY)).eval()
+    file = save_ldm(
+        tmp_path, make_vae(), make_unet(LISTENS | dict(context_dim=64)), "text", tower, text_encoder="clip_l"
+    )
+    convert.to_diffusers(file, f"{tmp_path}/out")
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, **options: {"some/tower": f"{tmp_path}/out/text_encoder"}[name]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    found = convert.load_tower(file, "some/tower", f"{tmp_path}/merges.txt")
+    assert convert.hash_weights(found) == convert.hash_weights(tower)
+    with pytest.raises(ValueError, match="listens to clip_l, whose weights are not at nowhere: set tower_weights=FILE"):
+        convert.load_tower(file, "nowhere")
+
+
+@pytest.mark.parametrize("name", ["clip_l", "openclip_h"])
+def test_a_towers_file_without_its_config(name, tmp_path, monkeypatch):
+    """What its names and widths are of is a published tower, in transformers' names too."""
+    monkeypatch.setattr(CLIPTextEncoder, "towers", TOWERS)
+    tower = fill(CLIPTextEncoder.named(name, TINY)).eval()
+    theirs = convert.to_theirs(tower.state_dict(), convert.text_keys(len(tower.blocks), "transformers"))
+    save_file({f"text_model.{key}": t.contiguous() for key, t in theirs.items()}, tmp_path / "tower.safetensors")
+    for told in ("", name):
+        back = CLIPTextEncoder.from_pretrained(str(tmp_path / "tower.safetensors"), name=told, merges=TINY)
+        assert back.settings == tower.settings and torch.equal(back(["low low! Slow"]), tower(["low low! Slow"]))
+
+
 # --- CompVis' file ---
 
 WIDE_VAE = dict(ch=32, norm_groups=32)
@@ -517,6 +561,7 @@ def test_compvis_names(tmp_path):
     assert (
         words
         == f"{tmp_path}/out/model.safetensors: the autoencoder, scale_factor 1, the U-Net, its table of 1000 betas"
+        "; not in the file: objective=v, head_dim=16"
     )
     block, res = "norm1,conv1,norm2,conv2", "in_layers.0,in_layers.2,emb_layers.1,out_layers.0,out_layers.3"
     first = f"""quant_conv: post_quant_conv: encoder:conv_in,norm_out,conv_out decoder:conv_in,norm_out,conv_out
@@ -590,7 +635,8 @@ def test_compvis_autoencoder_alone_and_maps(tmp_path):
     vae = make_vae(**WIDE_VAE | dict(latent_proj=False, tanh_out=True, attn_resolutions=(128,)))
     words = convert.to_compvis(save_vae(tmp_path, vae), f"{tmp_path}/a.safetensors")
     state = load_file(tmp_path / "a.safetensors")
-    assert words.endswith("a.safetensors: the autoencoder, scale_factor 1") and "decoder.up.1.attn.0.q.weight" in state
+    assert "a.safetensors: the autoencoder, scale_factor 1; not in the file: tanh_out=True of" in words
+    assert "decoder.up.1.attn.0.q.weight" in state
     assert state["quant_conv.weight"].shape == (6, 6, 1, 1) and "scale_factor" not in state
     unet = make_unet(PLAIN, **WIDE, concat_channels=3)
     denoiser = Denoiser(unet, rescaler=Rescaler(5, 2))
@@ -598,6 +644,20 @@ def test_compvis_autoencoder_alone_and_maps(tmp_path):
     assert "the maps' rescaler" in convert.to_compvis(file, f"{tmp_path}/b.safetensors")
     weight = load_file(tmp_path / "b.safetensors")["cond_stage_model.channel_mapper.weight"]
     assert torch.equal(weight, denoiser.rescaler.conv.weight)
+
+
+def test_training_goes_on_from_it(small_data, tmp_path, monkeypatch):
+    """The file tells no heads: they are asked for, and taken where they are given."""
+    monkeypatch.setitem(helpers.ARGS, "ldm", f"{helpers.RUN_ARGS} --out_dir=out")
+    file = save_ldm(tmp_path, make_vae((0.0,), (5.5,), **WIDE_VAE), make_unet(PLAIN, **WIDE))
+    convert.to_compvis(file, f"{tmp_path}/theirs.safetensors")
+    args = [f"--dataset={small_data}", f"--init_from={tmp_path}/theirs.safetensors", "--image_size=16", "--lr=1e-9"]
+    args += ["--objective=v", "--batch_size=1", "--val_images=1", "--n_samples=1", "--sample_steps=1"]
+    args += ["--warmup_steps=0", "--cache_latents=false", "--max_steps=1"]
+    message = helpers.Run("ldm", tmp_path / "untold", *args).fail()
+    assert "does not tell its number of heads: give num_heads=N or head_dim=N" in message
+    run = helpers.Run("ldm", tmp_path / "told", *args, "--head_dim=16").finish()
+    assert UNet.from_pretrained(str(run.out)).settings["head_dim"] == 16
 
 
 # --- the command ---

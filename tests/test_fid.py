@@ -302,6 +302,7 @@ def test_errors(tmp_path, squeeze):
         ((images, tmp_path / "named.npz"), {}, "reference=.*named.npz has images: call the pictures arr_0"),
         ((images, tmp_path / "none"), {}, "reference=.*none is not there"),
         ((images, folder), dict(split="val2"), "split 'val2' is not known"),
+        ((images, images), dict(split="val"), "split=val is of a data set, and reference is an array: leave it out"),
     ):
         given = {} if "empty" in message else {"trunk_weights": squeeze}
         with pytest.raises((ValueError, OSError), match=message) as caught:
@@ -331,6 +332,8 @@ def test_command(tmp_path, squeeze, monkeypatch, capsys):
     about = "  # 5 drawn, 7 real (all); 24 px, centre crop, Lanczos, uint8; squeeze layer 12, unit length"
     assert all(about in line and line.endswith(f"sha256 {wanted['sha256'][:16]}") for line in lines)
     assert "few pictures" in note and "fid" not in out.lower()
+    with pytest.raises(ValueError, match="trunk=vgg is for trunk_weights, not for inception_weights"):
+        command(f"--samples={drawn}", f"--reference={real}", "--inception_weights=x.pth", "--trunk=vgg")
     with pytest.raises(FileNotFoundError) as caught:
         command(f"--reference={real}", f"--trunk_weights={squeeze}")
     capsys.readouterr()

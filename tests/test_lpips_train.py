@@ -409,6 +409,11 @@ def test_a_trained_trunk_comes_with_its_heads(start, trunks):
     for name, t in torch.load(trunks["squeeze"], weights_only=True).items():
         assert not torch.equal(lpips.trunk.state_dict()[name], t)
     assert not any(p.requires_grad for p in lpips.parameters())
+    # heads trained further on it would be of a network that is nowhere
+    message = start(f"--head_weights={run.out}").fail()
+    assert "brings a network of its own, kept only with train_trunk=True" in message
+    start(f"--head_weights={run.out}", "--train_trunk=True", "--max_steps=1").finish()
+    start(f"--head_weights={run.out}", "--eval_only=True").finish()
 
 
 def test_a_bad_loss_never_reaches_the_weights(start):
@@ -453,6 +458,12 @@ def test_it_says_the_same_as_train_vae_in_the_same_words():
 )
 def test_bad_input_is_one_line(args, said, start):
     assert said in start(*args).fail()
+
+
+def test_a_set_that_is_half_made_is_refused(tmp_path, start):
+    (make_judgements(tmp_path / "set") / "meta.json").unlink()
+    message = start(f"--dataset={tmp_path}/set").fail()
+    assert message.endswith("set/meta.json is not there: run data/bapps/prepare.py to its end")
 
 
 def test_a_damaged_set_is_named(tmp_path):

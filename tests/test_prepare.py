@@ -167,6 +167,20 @@ def test_a_small_jpeg_stays_as_it_is_others_turn_upright_and_lose_no_boxes(tmp_p
     assert ds.boxes(0) == [("cat", 0.5, 0.5, 1.0, 0.75)]
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_turned_image_keeps_its_shape(form, tmp_path):
+    """Pillow gives the size of a TIFF as it is shown, of the others as it is stored."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = encoded(7, form, width=80, height=40, exif=exif)
+    boxes = dict(bbox=[[0, 40, 20, 40]], categories=["cat"])
+    make([dict(key="a", image=stored, objects=boxes)], tmp_path / "out", crop="none", size=20)
+    _, record, data = records(tmp_path / "out")["a"]
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (20, 40)
+    assert (record["width"], record["height"]) == (40, 80) and record["objects"]["bbox"] == [[0, 20, 10, 20]]
+
+
 def bomb(width=30000, height=30000):
     """A PNG that says it is huge, in 100 bytes."""
 
@@ -211,6 +225,11 @@ def test_only_bad_images_or_none_is_an_error(tmp_path):
         make([dict(key=str(i), image=b"no") for i in range(2)], tmp_path / "a")
     with pytest.raises(ValueError, match="none found"):
         make([], tmp_path / "b")
+
+
+def test_classes_of_one_name_are_counted_apart(items, tmp_path):
+    meta = room.make(iter(items), types.SimpleNamespace(**COMMON | dict(out_dir=str(tmp_path))), ["crane", "heron"] * 2)
+    assert meta["images_of_class"] == {"crane (0)": 74, "heron": 73, "crane (2)": 73}
 
 
 def test_workers_do_not_change_a_byte(items, tmp_path):
@@ -307,6 +326,21 @@ def test_killed_by_the_system_it_continues_to_the_same_bytes(tmp_path):
     assert a.keys() == b.keys() and all(a[name] == b[name] for name in a)
 
 
+def test_two_at_once_are_told_apart(items, tmp_path):
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    code = "import fcntl, sys; f = open('out/train-00000.tar.tmp', 'wb'); f.write(b'begun'); f.flush()"
+    code += "; fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process writes to .*out: let it, or set another out_dir"):
+            make(items[:5], tmp_path / "out")
+        assert (tmp_path / "out/train-00000.tar.tmp").read_bytes() == b"begun"
+        other.stdin.close()
+    assert make(items[:5], tmp_path / "out") == make(items[:5], tmp_path / "alone")
+    assert content(tmp_path / "out") == content(tmp_path / "alone")
+
+
 def test_other_settings_another_source_and_foreign_shards_are_errors(items, tmp_path, capsys):
     out = tmp_path / "out"
     make(items[:30], out)
@@ -333,6 +367,17 @@ def test_other_settings_another_source_and_foreign_shards_are_errors(items, tmp_
         make(items[1:], out, shard_mb=0.05)
     with pytest.raises(ValueError, match="fewer images"):
         make(items[:5], out, shard_mb=0.05)
+
+
+def test_who_starts_anew_as_told_keeps_nothing_of_before(items, tmp_path):
+    """A classes.json or tokenizer of other settings would count for the new images."""
+    out = tmp_path / "out"
+    room.make(iter(items), types.SimpleNamespace(**COMMON | dict(out_dir=str(out), vocab_size=300)), ["a", "b", "c"])
+    for pattern in re.findall(r"[\w*.]+", room.START_ANEW.removeprefix("to start anew, remove ")):
+        for path in out.glob(pattern):
+            path.unlink()
+    make([{name: item[name] for name in ("key", "image", "label")} for item in items[:50]], out)
+    assert Dataset(out, "all", 32).classes == [] and not (out / "bpe.tiktoken").exists()
 
 
 def test_settings_that_make_no_sense_are_errors(tmp_path):
@@ -508,6 +553,25 @@ def test_folder_of_captions(form, tmp_path):
     assert (tmp_path / "out" / "bpe.tiktoken").exists()
 
 
+@pytest.mark.parametrize("splits", [("train", "val", "test"), ("train", "test"), ("train", "validation")])
+def test_folder_keeps_every_split(splits, tmp_path):
+    for k, split in enumerate(splits):
+        (tmp_path / "src" / split).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "src" / split / f"{i}.jpg").write_bytes(encoded(3 * k + i))
+    meta = prepare("folder", tmp_path / "out", source=str(tmp_path / "src"), size=32)
+    assert meta["splits"] == dict.fromkeys(["train", "val", "test"][: len(splits)], 3)
+
+
+def test_folder_says_that_maps_are_left_out(tmp_path, capsys):
+    (tmp_path / "src").mkdir()
+    for i in range(3):
+        (tmp_path / "src" / f"{i}.jpg").write_bytes(encoded(i))
+        Image.new("L", (48, 40), i).save(tmp_path / "src" / f"{i}.map.png")
+    assert prepare("folder", tmp_path / "out", source=str(tmp_path / "src"), size=32)["count"] == 3
+    assert "the semantic maps in " in capsys.readouterr().out
+
+
 def test_folder_drops_an_image_whose_caption_does_not_read(tmp_path):
     (tmp_path / "photos").mkdir()
     with tarfile.open(tmp_path / "photos" / "a.tar", "w") as tar:
@@ -641,6 +705,16 @@ def test_imagenet_parquet(tmp_path):
     assert found["train-00001-of-00002/000007"][1]["label"] == 0 and "train-00001-of-00002/000006" not in found
 
 
+def test_imagenet_parquet_without_names_or_labels(tmp_path):
+    rows = [dict(image=image_cell(i), label=(0, None, 2)[i % 3]) for i in range(6)]
+    write_parquet(tmp_path / "gaps" / "train-0.parquet", rows)
+    meta = prepare("imagenet", tmp_path / "out", source=str(tmp_path / "gaps"), size=32)
+    assert meta["count"] == 4 and meta["images_of_class"] == {"0": 2, "2": 2}
+    write_parquet(tmp_path / "words" / "train-0.parquet", [dict(image=image_cell(0), label="cat")])
+    with pytest.raises(ValueError, match="words has no numbers for labels: take the hub's own files"):
+        prepare("imagenet", tmp_path / "no", source=str(tmp_path / "words"))
+
+
 def celeba_lists(folder, kind="txt"):
     folder.mkdir(parents=True, exist_ok=True)
     names, comma = ["Male", "Smiling", "Wavy_Hair"], "," if kind == "csv" else " "
@@ -675,6 +749,10 @@ def test_celeba(kind, tmp_path):
         ValueError, match="attribute 'Tall' is not known: list_attr_celeba has Male, Smiling, Wavy_Hair"
     ):
         prepare("celeba", tmp_path / "no", source=str(source), attribute="Tall")
+    for path in (source / "Anno").glob("list_eval_partition.*"):
+        path.write_text("".join(f"{i:06d}.jpg {i - 2}\n" for i in range(1, 9)))
+    with pytest.raises(ValueError, match="list_eval_partition has 000001.jpg in no part of 0, 1, 2: fetch that again"):
+        prepare("celeba", tmp_path / "bad", source=str(source))
 
 
 def test_celebahq(tmp_path):
@@ -825,6 +903,9 @@ def test_openimages(tmp_path, monkeypatch):
         ("open-images-v7", "train", both | dict(max_samples=4)),
         ("open-images-v7", "validation", both | dict(max_samples=2)),
     ]
+    # the zoo's folder keeps the photos of other classes that an earlier call fetched
+    meta = prepare("openimages", tmp_path / "dogs", download=True, size=32, n_train=4, n_val=2, only="Dog")
+    assert meta["splits"] == {"train": 1, "val": 1} and list(records(tmp_path / "dogs")) == ["0a", "1a"]
     with pytest.raises(ValueError, match="has neither train/data nor validation/data"):
         prepare("openimages", tmp_path / "no", source=str(tmp_path / "out"))
 
@@ -879,9 +960,31 @@ def test_laion400m(tmp_path, monkeypatch, capsys):
     assert len(Dataset(out / ".fetched", "all", 32)) == 16  # unless it is asked for
     _, record, _ = records(out)["000010003"]
     assert record["text"] == ["a caption, number 1 3"] and record["url"] == "http://x/000010003"
+    # whoever starts anew with another size or list would get what was fetched with the old one
+    for path in [*out.glob("*.tar"), out / "meta.json"]:
+        path.rename(tmp_path / path.name)
+    (tmp_path / "more").mkdir()
+    for changed, said in (({"size": 64}, "size=32, now it is 64"), ({"urls": str(tmp_path / "more")}, "urls=.*lists")):
+        with pytest.raises(
+            ValueError, match=rf"\.fetched was fetched with {said}.*: remove it, or set another out_dir"
+        ):
+            prepare("laion400m", out, **dict(urls=str(tmp_path / "lists"), size=32, vocab_size=300) | changed)
+    for name in ("train-00000.tar", "meta.json"):
+        (tmp_path / name).rename(out / name)
     shutil.rmtree(out / ".fetched")
     prepare("laion400m", out, urls=str(tmp_path / "lists"), size=32, vocab_size=300, min_similarity=0.32)
     assert len(asked) == 1 and "already there" in capsys.readouterr().out
+
+
+def test_laion400m_records_of_another_kind(tmp_path):
+    (tmp_path / "fetched").mkdir()
+    with tarfile.open(tmp_path / "fetched" / "00000.tar", "w") as tar:
+        for i, text in enumerate((b"[]", b"5", b"{bad", b'{"caption": ["a", null], "similarity": "0.3"}')):
+            add(tar, f"{i:05d}.jpg", encoded(i, width=80, height=70))
+            add(tar, f"{i:05d}.json", text)
+    prepare("laion400m", tmp_path / "out", fetched=str(tmp_path / "fetched"), size=32, vocab_size=0)
+    texts = [record["text"] for _, record, _ in records(tmp_path / "out").values()]
+    assert texts == [[], [], [], ["a"]]
 
 
 @pytest.mark.parametrize("line", ["a caption\thttp://x/a.jpg", "http://x/a.jpg\ta caption"])

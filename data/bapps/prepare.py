@@ -121,6 +121,8 @@ def prepare(source, out_dir, size, what):
         meta = {"count": len(items), "size": size, "crc32": zlib.crc32(repr(state).encode())}
         if is_made(target, meta):
             continue
+        if os.path.exists(f"{out_dir}/meta.json"):  # until all is made again: lpips_train.py asks for it
+            os.remove(f"{out_dir}/meta.json")
         shape = (len(items), len(items[0]) - 1, size, size, 3)
         images = np.lib.format.open_memmap(f"{target}/images.npy.tmp", "w+", np.uint8, shape)  # may not fit in memory
         judge = np.zeros(len(items), np.float32)

@@ -58,6 +58,8 @@ def items(images, splits, attributes, attribute):
         if splits:
             if name not in splits:
                 raise ValueError(f"{name} is not in list_eval_partition: fetch that again")
+            if splits[name][0] not in ("0", "1", "2"):
+                raise ValueError(f"list_eval_partition has {name} in no part of 0, 1, 2: fetch that again")
             item["split"] = ("train", "val", "test")[int(splits[name][0])]
         if name in attributes:
             item["attributes"] = attributes[name]

@@ -4,7 +4,7 @@
     python data/celebahq/prepare.py --source=DIR --size=512
 
 DIR holds what CelebAMask-HQ.zip of https://github.com/switchablenorms/CelebAMask-HQ unpacks to (CelebA-HQ-img/0.jpg,
-CelebA-HQ-to-CelebA-mapping.txt, CelebAMask-HQ-attribute-anno.txt), the zip itself, or any folder with the images.
+CelebA-HQ-to-CelebA-mapping.txt, CelebAMask-HQ-attribute-anno.txt) or the images alone, or it is the zip itself.
 With the mapping and, beside it, CelebA's list_eval_partition.txt the split is CelebA's; otherwise one in a hundred is
 held out. Licence: non-commercial research only. Size: 3 GB fetched, 1.5 GB made at 256 pixels
 (estimate). Time: minutes (estimate).

@@ -5,11 +5,13 @@
 
 DIR is all that data/dataset.py reads: images in folders (sub-folders are classes; train/ and val/ are splits;
 metadata.jsonl {file_name, text, label, objects} if wanted), tar shards of KEY.jpg with KEY.json, .txt or .cls, or
-parquet. It needs no preparing to be read; this makes it small and fast, and leaves out what is broken or there twice.
+parquet. It needs no preparing to be read; this makes it small and fast, and leaves out what is broken or there twice,
+and semantic maps.
 Source and licence: yours. Size: about 45 KB an image at 256 pixels and quality 95. Time: 200 JPEG
 of 500 x 375 a second and core, 50 of 1024 x 768, 26 PNG of 1024 x 1024.
-On disk: train-*.tar, val-*.tar (the images that data/dataset.py would hold out of DIR), classes.json where there
-are classes, bpe.tiktoken where there are captions, meta.json, dropped.jsonl, sheet.png.
+On disk: train-*.tar, val-*.tar (the images that data/dataset.py would hold out of DIR), test-*.tar where DIR has test/
+beside val/, classes.json where there are classes, bpe.tiktoken where there are captions, meta.json, dropped.jsonl,
+sheet.png.
 """
 
 import functools
@@ -63,8 +65,13 @@ def prepare(cfg):
     splits = {split: Dataset(source, split) for split in ("train", "val")}
     if splits["train"].form == "npy":
         raise ValueError(f"{source} holds images.npy: train on it as it is")
-    if len(Dataset(source, "all")) == 1:
+    if splits["train"].has_maps:
+        print(f"the semantic maps in {source} are left out: for task=semantic train on it as it is")
+    whole = len(Dataset(source, "all"))
+    if whole == 1:
         del splits["val"]
+    elif sum(map(len, splits.values())) < whole:  # test/ beside val/
+        splits["test"] = Dataset(source, "test")
     make(items(splits), cfg, splits["train"].classes, sum(map(len, splits.values())))
 
 

@@ -135,7 +135,10 @@ def prepare(cfg):
     if files := parquet_files(source):
         names = parquet_names(files[0], "label")
         if not names:
-            highest = max(r["label"] for path in files for *_, r in parquet_rows(path, PIXELS, ["label"]))
+            labels = (r["label"] for path in files for *_, r in parquet_rows(path, PIXELS, ["label"]))
+            highest = max((label for label in labels if isinstance(label, int)), default=-1)
+            if highest < 0:
+                raise ValueError(f"{source} has no numbers for labels: take the hub's own files")
             names = [str(i) for i in range(highest + 1)]
         synsets = names
     elif os.path.exists(f"{source}/{TRAIN}"):

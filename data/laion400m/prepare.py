@@ -16,12 +16,13 @@ are there, .fetched may go.
 
 import collections
 import glob
+import json
 import os
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from data.dataset import IMAGES, captions_of, field, parse
-from data.prepare import make, need, run, tar_samples
+from data.prepare import make, need, run, tar_samples, write
 
 urls = ""  # folder of parquet files with URL and TEXT, or one such file
 fetched = ""  # img2dataset's output; out_dir/.fetched without
@@ -48,6 +49,14 @@ def fetch_urls(cfg, folder, **options):
     if not os.path.exists(cfg.urls):
         raise ValueError(f"urls {cfg.urls} is not there: set it to the lists, as the top of this file says")
     os.makedirs(folder, exist_ok=True)
+    now, mark = {"urls": cfg.urls, "size": cfg.size, "quality": cfg.quality}, f"{folder}/.settings"
+    if os.path.exists(mark):  # img2dataset would take the shards of another list or size for done
+        with open(mark) as f:
+            before = json.load(f)
+        if changed := [name for name in now if before.get(name) != now[name]]:
+            told = f"{changed[0]}={before.get(changed[0])}, now it is {now[changed[0]]}"
+            raise ValueError(f"{folder} was fetched with {told}: remove it, or set another out_dir")
+    write(mark, json.dumps(now))
     img2dataset.download(
         output_folder=folder,
         output_format="webdataset",
@@ -100,6 +109,7 @@ def items(shards, unwanted=lambda record: ""):
                 at, size = sample.get(".json", (0, 0))
                 f.seek(at)
                 record = parse(f.read(size)) if size else {}
+                record = record if isinstance(record, dict) else {}  # a damaged file's
                 texts = captions_of(record)
                 if not texts and ".txt" in sample:
                     f.seek(sample[".txt"][0])
@@ -132,7 +142,7 @@ def prepare(cfg):
         if record.get("NSFW") not in (None, *allowed):
             return f"unsafe: {record['NSFW']}"
         similarity = record.get("similarity")
-        unlike = similarity is not None and similarity < cfg.min_similarity
+        unlike = isinstance(similarity, int | float) and similarity < cfg.min_similarity
         return f"unlike: similarity {similarity:.3f}" if unlike else ""
 
     columns = dict(input_format="parquet", url_col="URL", caption_col="TEXT")

@@ -28,7 +28,7 @@ source = ""  # folder with train/ and validation/, as the zoo lays them out
 download = False  # fetch with FiftyOne what is not there yet
 n_train = 100000  # most training photos to fetch and use; 0: all
 n_val = 5000  # most validation photos; 0: all
-only = ""  # fetch only photos with these classes, with commas between: Cat,Dog
+only = ""  # only photos with one of these classes, with commas between: Cat,Dog
 out_dir = "data/openimages"  # where the shards go
 size = 256  # short side in pixels; smaller images stay as they are
 crop = "none"  # keeps the ratio of the sides; center: the middle square
@@ -115,14 +115,18 @@ def prepare(cfg):
     if cfg.download and not cfg.source:
         cfg.source = fetch_zoo(cfg)
     source = need_source(cfg, "a folder with train/data/*.jpg, or add --download=True")
-    splits = []
+    splits, names, only = [], read_names(source), {name.strip() for name in cfg.only.split(",") if name.strip()}
     for (folder, split), n in zip(SPLITS, (cfg.n_train, cfg.n_val)):
         if os.path.isdir(f"{source}/{folder}/data"):
             images = list_images(f"{source}/{folder}/data")
+            if only:  # others may lie there, of an earlier call
+                ids = {os.path.splitext(path)[0] for path, _ in images}
+                boxes = read_boxes(f"{source}/{folder}/labels/detections.csv", ids, names)
+                having = {key for key, found in boxes.items() if only & {name for name, *_ in found}}
+                images = [(path, image) for path, image in images if os.path.splitext(path)[0] in having]
             splits.append((folder, split, images[:n] if n else images))
     if not splits:
         raise ValueError(f"{source} has neither train/data nor validation/data: set source to open-images-v7")
-    names = read_names(source)
     os.makedirs(cfg.out_dir, exist_ok=True)
     if names:
         write(f"{cfg.out_dir}/object_classes.json", json.dumps(sorted(set(names.values())), ensure_ascii=False) + "\n")
