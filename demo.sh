@@ -2,7 +2,7 @@
 # From nothing to pictures from a prompt: prepare, train both stages, draw 256 prompts, score them.
 set -ex
 cd "$(dirname "$0")"
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}  # a thread that waits gives its core away soon: others may want it
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000}  # a waiting thread gives its core away: others may want it
 python data/shapes/prepare.py
 python train_vae.py config/shapes_vae.py
 python train_ldm.py config/shapes_ldm.py
