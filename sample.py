@@ -768,8 +768,7 @@ def draw_many(path, count, chunk, draw, labels, settings, rank=0, world=1, barri
     draw(range) -> (n,H,W,3) uint8, asked for chunks of so many by number, chunk k on rank k % world. Chunks lie in
     PATH.parts until all are there; those of an earlier run with the same `settings` (of JSON) are taken as they are.
     """
-    folder, settings = f"{path}.parts", json.loads(json.dumps(settings))
-    whole = os.path.exists(path)
+    folder, whole = f"{path}.parts", os.path.exists(path)
     if whole and not os.path.isdir(folder):
         raise ValueError(f"{path} is there already: remove it, or choose another out")
     os.makedirs(folder, exist_ok=True)
@@ -807,9 +806,10 @@ def settings_of(path):
 
 
 def check_drawn(path, before, settings):
-    """ValueError where what lies at path was drawn with other settings than these."""
+    """ValueError where what lies at path was drawn with other settings, as JSON has them, than these."""
     if before is None:
         raise ValueError(f"{path} does not tell how it was drawn: remove it, or choose another out")
+    settings = json.loads(json.dumps(settings))
     rows = [f"{k}: {before.get(k)} there, {v} here" for k, v in settings.items() if before.get(k) != v]
     if rows:
         raise ValueError(f"{path} was drawn with other settings ({'; '.join(rows)}): take those, or remove it")
@@ -977,7 +977,7 @@ if __name__ == "__main__":
         labels = conditions if pipeline.num_classes else None
         barrier = dist.barrier if world > 1 else None
         if fid_ref and os.path.exists(out) and not os.path.isdir(f"{out}.parts"):  # drawn before, by the same command
-            check_drawn(out, settings_of(out), json.loads(json.dumps(settings)))
+            check_drawn(out, settings_of(out), settings)
             print(f"{out} is there already: compared as it is")
         else:
             draw_many(out, num_samples, batch_size, draw, labels, settings, rank, world, barrier)

@@ -555,6 +555,11 @@ class LayoutTokenizer:
         return ids
 
 
+def _check_list(prompts):
+    if isinstance(prompts, str):  # would be as many prompts as it has letters
+        raise ValueError(f"one string, {prompts[:40]!r}, where a list of them is wanted: put it in brackets")
+
+
 class TextEncoder(nn.Module):
     """Strings -> (B, length, width): a transformer trained together with the U-Net, as in LDM's text-to-image model.
 
@@ -591,8 +596,7 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, prompts):
         """List of B strings -> token ids (B, length), cut or padded."""
-        if isinstance(prompts, str):  # would be as many prompts as it has letters
-            raise ValueError(f"one string, {prompts[:40]!r}, where a list of them is wanted: put it in brackets")
+        _check_list(prompts)
         rows = torch.full((len(prompts), self.length), self.pad)
         whole = getattr(self.tokenizer, "whole", 1)  # tokens that mean something together only
         room = (self.length - 1) // whole * whole
@@ -799,8 +803,7 @@ class CLIPTextEncoder(nn.Module):
 
     def tokenize(self, prompts):
         """List of B strings -> token ids (B, length), cut or padded."""
-        if isinstance(prompts, str):  # would be as many prompts as it has letters
-            raise ValueError(f"one string, {prompts[:40]!r}, where a list of them is wanted: put it in brackets")
+        _check_list(prompts)
         rows = torch.full((len(prompts), self.length), self.pad)
         for row, prompt in zip(rows, prompts):
             ids = [self.start, *self.tokenizer.encode_ordinary(prompt)[: self.length - 2], self.end]
