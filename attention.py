@@ -3,7 +3,7 @@
     out = attention(q, k, v)                        # (B,L,heads,d) each; the fastest measured on this GPU
     out = attention(q, k, v, backend="triton")      # the kernels below (FlashAttention-2, Dao 2023, arXiv 2307.08691)
     out = attention(q, k, v, qk_norm=(wq, wk, eps)) # of RMS-normalised q and k
-    unet.use_attention(model, "sdpa_cudnn")         # from now on, in every attention of a model
+    use_attention(model, "sdpa_cudnn")         # from now on, in every attention of a model
     TRITON_INTERPRET=1 python ...                   # runs the kernels on the CPU, slowly: to look at what they do
 
 The README's section "The attention kernel" explains them.
@@ -17,6 +17,7 @@ from operator import index  # an exact int; int() would leave it symbolic where 
 from types import SimpleNamespace
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
@@ -105,6 +106,46 @@ def sdpa_runs(q, k, v, causal=False):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal)  # what scaled_dot_product_attention itself calls
     return next((name for name, value in SDPA.items() if int(value) == choice), f"SDPBackend {choice}")
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x (B,L,dim) to a context (B,M,context_dim), or to x itself.
+
+    With `linear`, self-attention is softmax(q) (softmax(k)^T v), linear in L (Shen et al., arXiv 1812.01243).
+    """
+
+    def __init__(self, dim, context_dim, num_heads, head_dim, qk_norm=False, linear=False, bias=False, causal=False):
+        super().__init__()
+        inner = num_heads * head_dim
+        self.num_heads, self.linear, self.causal = num_heads, linear, causal
+        self.backend = "auto"  # see use_attention
+        self.to_q = nn.Linear(dim, inner, bias=bias)
+        self.to_k = nn.Linear(context_dim, inner, bias=bias)
+        self.to_v = nn.Linear(context_dim, inner, bias=bias)
+        self.to_out = nn.Linear(inner, dim)
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = (
+            h.unflatten(-1, (self.num_heads, -1)) for h in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.linear:
+            summary = torch.einsum("blhd,blhe->bhde", k.softmax(dim=1), v)
+            h = torch.einsum("blhd,bhde->blhe", q.softmax(dim=-1), summary)
+        else:
+            h = attention(q, k, v, causal=self.causal, backend=self.backend)
+        return self.to_out(h.flatten(2))
+
+
+def use_attention(model, backend):
+    """Set the backend, one of BACKENDS, of every `Attention` in a model; `linear` ones have none."""
+    assert backend in BACKENDS, f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}"
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.backend = backend
 
 
 # --- which backend ---

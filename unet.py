@@ -28,56 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from attention import BACKENDS, attention
+from attention import Attention, use_attention  # noqa: F401, use_attention for the scripts
 from conv import Conv2d, upsample_conv
-
-# --- attention ---
-
-
-class Attention(nn.Module):
-    """Multi-head attention from x (B,L,dim) to a context (B,M,context_dim), or to x itself.
-
-    With `linear`, self-attention is softmax(q) (softmax(k)^T v), linear in L (Shen et al., arXiv 1812.01243).
-    """
-
-    def __init__(self, dim, context_dim, num_heads, head_dim, qk_norm=False, linear=False, bias=False, causal=False):
-        super().__init__()
-        inner = num_heads * head_dim
-        self.num_heads, self.linear, self.causal, self.qk_norm = num_heads, linear, causal, qk_norm
-        self.backend = "auto"  # see use_attention
-        self.to_q = nn.Linear(dim, inner, bias=bias)
-        self.to_k = nn.Linear(context_dim, inner, bias=bias)
-        self.to_v = nn.Linear(context_dim, inner, bias=bias)
-        self.to_out = nn.Linear(inner, dim)
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
-
-    def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = (
-            h.unflatten(-1, (self.num_heads, -1)) for h in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        if self.linear:
-            q, k = self.q_norm(q), self.k_norm(k)
-            summary = torch.einsum("blhd,blhe->bhde", k.softmax(dim=1), v)
-            h = torch.einsum("blhd,bhde->blhe", q.softmax(dim=-1), summary)
-        else:
-            norm = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.qk_norm else None
-            h = attention(q, k, v, causal=self.causal, backend=self.backend, qk_norm=norm)
-        return self.to_out(h.flatten(2))
-
-
-def use_attention(model, backend):
-    """Sets the backend of every attention in a model, one of attention.BACKENDS; no checkpoint remembers it.
-
-    Of U-Nets and text encoders, and not where it is `linear`; the autoencoder's own class stays with "sdpa".
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.backend = backend
-
 
 # --- the U-Net's blocks ---
 
