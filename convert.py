@@ -256,7 +256,8 @@ def load_denoiser(path, ema_std=0.0):
 
     ema_std: above 0, a post-hoc EMA of that relative width from the snapshots beside the file; see posthoc_ema.
     """
-    from unet import Denoiser, Rescaler, TextEncoder, UNet
+    from text import TextEncoder
+    from unet import Denoiser, Rescaler, UNet
 
     tensors, meta = read_checkpoint(path, "text", *(() if ema_std else ("ema",)))
     if meta["stage"] != "ldm":
@@ -294,7 +295,7 @@ def load_tower(path, weights="", merges=""):
     name = meta["model"].get("text_encoder", "joint")
     if name == "joint" or meta["model"]["cond"] != "text":
         return None
-    from unet import CLIPTextEncoder
+    from text import CLIPTextEncoder
 
     weights, merges = weights or meta["config"]["tower_weights"], merges or meta["config"]["clip_vocab"]
     try:
@@ -1185,7 +1186,8 @@ def load_foreign(path, clip_vocab="", objective="", otherwise="", **settings):
     there.  objective: eps | v, of a file, which does not tell; otherwise: where it is not known of the published model
     either.  settings: further ones of the U-Net, see load_foreign_unet.  meta: as in a checkpoint of ours.
     """
-    from unet import CLIPTextEncoder, Denoiser, UNet
+    from text import CLIPTextEncoder
+    from unet import Denoiser, UNet
     from vae import VAE
 
     folder = os.path.isdir(path)

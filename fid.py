@@ -13,7 +13,6 @@ and favour what was trained on LPIPS of that trunk. Most depend on the number of
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import sys
@@ -24,7 +23,8 @@ from PIL import Image
 
 from configurator import configure
 from data.dataset import BadImage, Dataset, to_tensor
-from lpips_train import LPIPS, MIN_SIDE, TAPS, TRUNK_FILES, TRUNK_URL, read_pth
+from lpips_train import LPIPS, MIN_SIDE, TAPS, TRUNK_FILES, TRUNK_URL
+from metrics import NEIGHBOURS, frechet, gaussian, load_inception, mmd, precision_recall
 
 samples = ""  # drawn pictures: an .npz (arr_0, uint8 (N,H,W,3)) or a folder, as sample.py leaves it
 reference = ""  # real pictures: a data set as training reads it, or an .npz
@@ -35,66 +35,6 @@ trunk = "squeeze"  # without Inception: squeeze (1.1) | alex | vgg (16)
 trunk_weights = ""  # torchvision's ImageNet weights of it, a .pth
 batch_size = 64  # pictures at once
 device = "auto"  # auto | cpu | cuda
-
-NEIGHBOURS = 3  # k of precision and recall
-ROWS = 512  # of an (N, M) matrix held at once
-
-# -- scores of features ------------------------------------------------------------------------------------------------
-
-
-def gaussian(f):
-    """Mean (D,) and covariance (D,D), of N - 1 degrees of freedom, of features (N,D), in float64."""
-    f = f.double()
-    centred = f - f.mean(dim=0)
-    return f.mean(dim=0), centred.T @ centred / (len(f) - 1)
-
-
-def frechet(mean1, cov1, mean2, cov2):
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians, >= 0 (Heusel et al. 2017, equation 6).
-
-    The trace of (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2). As eigenvalues of a product they
-    would be accurate to the root of the machine's precision only, which shows where there are fewer pictures than D.
-    """
-
-    def root(cov):
-        values, vectors = torch.linalg.eigh(cov.double())
-        values = values.where(values > len(cov) * 1e-15 * values[-1], 0)  # the rest is rounding
-        return vectors * values.sqrt() @ vectors.T
-
-    cross = torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()
-    distance = (mean1 - mean2).double().square().sum() + cov1.double().trace() + cov2.double().trace() - 2 * cross
-    return max(distance.item(), 0.0)
-
-
-def mmd(f, g):
-    """Unbiased squared MMD of features (N,D), (M,D) under the kernel (f.g / D + 1)^3, that of KID; may be below 0.
-
-    Binkowski et al. 2018, equation 4; of all pairs, where KID is usually the mean over subsets.
-    """
-    f, g = f.double(), g.double()
-
-    def total(a, b):
-        return sum(((rows @ b.T / a.shape[1] + 1) ** 3).sum() for rows in a.split(ROWS))
-
-    def within(a):  # without a picture's kernel with itself
-        return (total(a, a) - ((a.square().mean(dim=1) + 1) ** 3).sum()) / (len(a) * (len(a) - 1))
-
-    return (within(f) + within(g) - 2 * total(f, g) / (len(f) * len(g))).item()
-
-
-def precision_recall(f, g, k=NEIGHBOURS):
-    """Share of drawn features f (N,D) among the real g (M,D), and of g among f (Kynkaanniemi et al. 2019).
-
-    Among a set is what is no farther from any of its members than that member's k-th nearest other one.
-    """
-    f, g = f.double(), g.double()
-
-    def share(queries, members):
-        radii = torch.cat([torch.cdist(rows, members).kthvalue(k + 1).values for rows in members.split(ROWS)])
-        inside = torch.cat([(torch.cdist(rows, members) <= radii).any(dim=1) for rows in queries.split(ROWS)])
-        return inside.double().mean().item()
-
-    return share(f, g), share(g, f)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -188,28 +128,6 @@ def load_trunk_features(trunk, weights, device):
         return f.mean(dim=(2, 3)) * f.shape[1] ** 0.5
 
     return extract
-
-
-def load_inception(weights, device):
-    """torch-fidelity's Inception as a function: uint8 (B,3,S,S), any S -> (B,2048); it resizes them to 299 itself."""
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        from torch_fidelity.metric_prc import prc_features_to_metric  # noqa: F401 (version 0.3 has none)
-    except (ImportError, RuntimeError) as e:  # the latter from a torchvision of another torch
-        line = f"inception_weights needs torch-fidelity ({str(e).splitlines()[0]})"
-        raise ImportError(f"{line}: pip install 'torch-fidelity>=0.4', or set trunk_weights") from None
-    file = io.BytesIO()  # torch-fidelity would run what is in a pickle: it gets one of what was read without that
-    torch.save(read_pth(weights), file)
-    file.seek(0)
-    try:
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=file)
-    except Exception as e:  # of a state dict, or of what is none
-        why = (str(e).splitlines() or [type(e).__name__])[0].rstrip(":")
-        raise ValueError(
-            f"{weights} does not fit Inception ({why}): give weights-inception-2015-12-05-6726825d.pth"
-        ) from None
-    net = net.to(device).eval()
-    return lambda x: net(x)[0].cpu()
 
 
 def inception_scores(f, g):

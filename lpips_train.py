@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from data.dataset import loader, open_npy, permute, seed_of
-from vae import ssim
+from metrics import ssim
 from watch import Watch, fresh_store
 
 # data

@@ -32,13 +32,13 @@ from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import convert
-from attention import BACKENDS
+from attention import BACKENDS, use_attention
 from configurator import configure
 from data.shards import write_whole
 from data.tasks import augment_low, image_condition
 from diffusion import Schedule, ddim_invert, keep_known, make_denoiser, make_schedule, randn, sample_times, samplers
-from unet import use_attention
-from vae import VAE, psnr, ssim
+from metrics import psnr, ssim
+from vae import VAE
 
 # --- the command ---
 

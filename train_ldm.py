@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from attention import BACKENDS, choose_backend
+from attention import BACKENDS, choose_backend, use_attention
 from configurator import configure
 from convert import find_checkpoint, hash_weights, is_ours, load_denoiser, load_foreign, power_exponent, read_checkpoint
 from data.cache import LatentCache, Remembered, TextCache, check_shared
@@ -48,7 +48,8 @@ from data.tasks import (
 )
 from diffusion import OBJECTIVES, make_schedule, sample_times, samplers, t_max, target, to_x0, unet_time
 from sample import Pipeline, generate, read_prompts, save_grid
-from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet, make_tokenizer, use_attention
+from text import CLIPTextEncoder, TextEncoder, make_tokenizer
+from unet import Denoiser, Rescaler, UNet
 from vae import VAE
 from watch import Watch, fresh_store
 

@@ -36,9 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from convert import find_checkpoint
 from data.dataset import Dataset, Stream, loader, seed_of, uniform
-from fid import frechet, load_inception
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
-from vae import VAE, Attention, Discriminator, ResBlock, psnr, ssim, turn_and_scale
+from metrics import frechet, load_inception, psnr, ssim
+from vae import VAE, Attention, Discriminator, ResBlock, turn_and_scale
 from watch import Watch, fresh_store
 
 # data

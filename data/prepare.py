@@ -481,7 +481,7 @@ def train_bpe(captions, vocab_size):
         raise ValueError(f"vocab_size={vocab_size} does not hold the 256 bytes: set it to 256 or more")
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    from unet import SPLIT_PATTERN
+    from text import SPLIT_PATTERN
 
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")

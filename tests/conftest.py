@@ -132,7 +132,8 @@ def make_ldm_run(
     Without any of the last three the file is as those were before there were tasks.
     """
     import train_ldm
-    from unet import Denoiser, Rescaler, TextEncoder, UNet
+    from text import TextEncoder
+    from unet import Denoiser, Rescaler, UNet
 
     text = TextEncoder(16, 1, 2, 16) if cond == "text" else None
     tokens = torch.nn.Embedding(len(classes) + 1, 16) if class_embed == "token" else None

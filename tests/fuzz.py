@@ -52,6 +52,7 @@ import unet  # noqa: E402
 from data import dataset, prepare  # noqa: E402
 from data.bapps import prepare as bapps  # noqa: E402
 from data.mnist import prepare as mnist  # noqa: E402
+from text import CLIPTokenizer, TextEncoder, make_tokenizer  # noqa: E402
 from vae import VAE  # noqa: E402
 
 targets = "checkpoint,pickle,tar,parquet,images,captions,settings,prompts,arrays,archives"  # kinds of files, of those
@@ -293,7 +294,7 @@ def checkpoints():
     ema = train_vae.with_prefix("ema", vae.state_dict())
     about = {"format": 1, "stage": "vae", "model": vae.settings, "config": {"seed": 0}, "step": 1, "git": ""}
     about |= {"images_seen": 1, "images_per_step": 1}
-    text = unet.TextEncoder(8, 1, 2, 4)
+    text = TextEncoder(8, 1, 2, 4)
     net = dict(in_channels=4, out_channels=4, channels=4, channel_mult=(1,), num_res_blocks=1, attention_ds=())
     net |= dict(num_heads=1, norm_groups=2, context_dim=8, num_classes=0)
     denoiser = unet.Denoiser(unet.UNet(**net), text, None, None, False)
@@ -688,17 +689,17 @@ def read_texts(folder):
     content = Path(path).read_bytes()
 
     def encoder(source):
-        made = unet.TextEncoder(8, 1, 2, 6, source)
+        made = TextEncoder(8, 1, 2, 6, source)
         if made.tokenizer.n_vocab < 10**5:
             made.tokenize(["a b", "é", ""])
 
     tolerate(
         lambda: sample.read_prompts(path),
-        lambda: unet.make_tokenizer(path),
-        lambda: unet.make_tokenizer(content),
+        lambda: make_tokenizer(path),
+        lambda: make_tokenizer(content),
         lambda: encoder(content),
-        lambda: unet.CLIPTokenizer(path),
-        lambda: unet.CLIPTokenizer(content),
+        lambda: CLIPTokenizer(path),
+        lambda: CLIPTokenizer(content),
         lambda: dataset.read_classes(path),
         lambda: bapps.read_judgement(path),
     )

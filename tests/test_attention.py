@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention as room
-from attention import BACKENDS, attention, choose_backend, sdpa_runs
-from unet import Attention, TextBlock, UNet, use_attention
+from attention import BACKENDS, Attention, attention, choose_backend, sdpa_runs, use_attention
+from text import TextBlock
+from unet import UNet
 from vae import VAE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -31,7 +31,7 @@ from data import cache as cache_files
 from data.cache import LatentCache, TextCache
 from data.dataset import Dataset, Stream
 from data.tasks import WithCondition
-from unet import CLIPTextEncoder
+from text import CLIPTextEncoder
 from vae import VAE
 
 MERGES = b"#version: 0.2\nb l\nr e\n"  # a vocabulary of 516: 512 bytes, these two, start and end

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import convert
 import diffusion
 import sample
-from unet import TextEncoder, UNet
+from text import TextEncoder
+from unet import UNet
 from vae import VAE
 
 

@@ -20,7 +20,8 @@ from test_sample import command  # noqa: F401
 import convert
 import diffusion
 import sample
-from unet import CLIPTextEncoder, UNet
+from text import CLIPTextEncoder
+from unet import UNet
 from vae import VAE
 
 TINY = b"#version: 0.2\nl o\nlo w</w>\n! !</w>\n"  # as in test_text.py: 517 tokens

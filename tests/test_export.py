@@ -18,7 +18,8 @@ import sample
 import train_ldm
 import train_vae
 from diffusion import Schedule
-from unet import CLIPTextEncoder, Denoiser, Rescaler, TextEncoder, UNet
+from text import CLIPTextEncoder, TextEncoder
+from unet import Denoiser, Rescaler, UNet
 from vae import VAE
 
 TINY = b"#version: 0.2\nl o\nlo w</w>\n! !</w>\n"  # merges of a CLIP tokenizer of 517 tokens

@@ -15,8 +15,10 @@ from helpers import ROOT
 from PIL import Image
 
 import fid
-from fid import frechet, gaussian, mmd, precision_recall, score
+import metrics
+from fid import score
 from lpips_train import make_trunk
+from metrics import frechet, gaussian, mmd, precision_recall
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +81,7 @@ def test_frechet_where_pictures_are_fewer_than_features_and_where_not(n):
 
 
 def test_mmd_is_that_of_all_pairs_and_unbiased(monkeypatch):
-    monkeypatch.setattr(fid, "ROWS", 5)
+    monkeypatch.setattr(metrics, "ROWS", 5)
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(13, 3, generator=g), torch.randn(8, 3, generator=g) + 0.5
 
@@ -96,7 +98,7 @@ def test_mmd_is_that_of_all_pairs_and_unbiased(monkeypatch):
 
 
 def test_precision_and_recall(monkeypatch):
-    monkeypatch.setattr(fid, "ROWS", 7)
+    monkeypatch.setattr(metrics, "ROWS", 7)
     g = torch.Generator().manual_seed(0)
     ball = torch.nn.functional.normalize(torch.randn(400, 3, generator=g)) * torch.rand(400, 1, generator=g)
     centres = torch.tensor([[0.0, 0, 0], [100, 0, 0], [0, 100, 0], [0, 0, 100]])

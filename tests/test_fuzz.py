@@ -25,13 +25,13 @@ import lpips_train
 import sample
 import train_ldm
 import train_vae
-import unet
 from configurator import SettingError, parse
 from data import prepare
 from data.celeba import prepare as celeba
 from data.dataset import BadImage, Dataset, read_classes
 from data.laion400m.prepare import lost_links
 from data.openimages import prepare as openimages
+from text import CLIPTokenizer, LayoutTokenizer, make_tokenizer
 from vae import VAE
 
 
@@ -80,7 +80,7 @@ def test_json_that_nests_too_deep(content, tmp_path):
     (tmp_path / "stats").mkdir()
     (tmp_path / "stats/0_stats.json").write_text(content)
     assert lost_links(str(tmp_path / "stats"))["links"] == 0
-    says("does not read", unet.LayoutTokenizer.from_json, content)
+    says("does not read", LayoutTokenizer.from_json, content)
 
 
 def test_classes_that_are_no_names(tmp_path):
@@ -323,11 +323,11 @@ def test_pickles_that_are_damaged(tmp_path):
 
 
 def test_merges_and_layouts_that_would_fill_the_memory(tmp_path):
-    says("unpack to more than 64 MB", unet.CLIPTokenizer, gzip.compress(b"\0" * 2**27))
+    says("unpack to more than 64 MB", CLIPTokenizer, gzip.compress(b"\0" * 2**27))
     packed = bytearray(gzip.compress(os.urandom(1000) + b"a" * 1000))
     packed[700] ^= 255
-    says("CLIP's merges cannot be read", unet.CLIPTokenizer, bytes(packed[:-8]))
-    says("layout grid 1000000000", unet.make_tokenizer, 'layout {"names": ["a"], "grid": 1000000000}')
+    says("CLIP's merges cannot be read", CLIPTokenizer, bytes(packed[:-8]))
+    says("layout grid 1000000000", make_tokenizer, 'layout {"names": ["a"], "grid": 1000000000}')
 
 
 # -- what is not the file's fault --

@@ -19,8 +19,8 @@ from test_sample import FAST, command, records, seeded  # noqa: F401
 
 import convert
 import sample
+import text
 import train_ldm
-import unet
 from configurator import configure
 from data.dataset import Dataset
 from data.tasks import augment_low, image_condition
@@ -202,7 +202,7 @@ class Tower(torch.nn.Module):
 
 def test_a_frozen_text_encoder(runs, tmp_path, monkeypatch):
     """Its weights lie outside of the checkpoint, which knows their hash."""
-    monkeypatch.setattr(unet, "CLIPTextEncoder", Tower, raising=False)
+    monkeypatch.setattr(text, "CLIPTextEncoder", Tower, raising=False)
     (tmp_path / "seven").write_text("7")
     (tmp_path / "eight").write_text("8")
     tensors, meta = convert.read_checkpoint(runs["text"].path, "ema.unet", "vae")

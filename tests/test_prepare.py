@@ -400,7 +400,7 @@ def test_seen_is_a_set(monkeypatch):
 
 
 def test_captions_are_counted_and_a_tokenizer_is_trained(tmp_path):
-    from unet import make_tokenizer
+    from text import make_tokenizer
 
     texts = ["a cat on a mat", "кот на коврике", "猫がマットの上にいる", "12 34", "a cat"]
     items = [dict(key=str(i), image=encoded(i), split="train", text=texts[: i + 1]) for i in range(5)]

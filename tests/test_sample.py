@@ -18,6 +18,7 @@ from diffusion import (
     sample_times,
     samplers,
 )
+from metrics import psnr, ssim
 from sample import (
     choose_conditions,
     compile_unet,
@@ -29,7 +30,6 @@ from sample import (
     save_grid,
     to_pil,
 )
-from vae import psnr, ssim
 
 
 def seeded(seeds):

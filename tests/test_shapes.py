@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 
 from data.dataset import Dataset
 from data.shapes import prepare as shapes
-from unet import SPLIT_PATTERN
+from text import SPLIT_PATTERN
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ["data/shapes/prepare.py"]

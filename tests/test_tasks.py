@@ -17,7 +17,7 @@ from data import tasks
 from data.cache import LatentCache
 from data.dataset import Dataset, Stream, collate, loader
 from data.tasks import WithCondition, degrade, layout_string, random_mask
-from unet import LayoutTokenizer, TextEncoder, make_tokenizer
+from text import LayoutTokenizer, TextEncoder, make_tokenizer
 from vae import VAE
 
 COLORS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)  # class -> color

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import fill
 
-import unet
-from unet import CLIPTextEncoder, CLIPTokenizer, TextEncoder
+from text import CLIPTextEncoder, CLIPTokenizer, QuickGELU, TextEncoder
 
 TINY = b"#version: 0.2\nl o\nlo w</w>\n! !</w>\n"  # 512 lo, 513 low</w>, 514 !!</w>; 515 start, 516 end
 SMALL = dict(width=32, layers=3, heads=4, length=12, vocab=517, merges=TINY)
@@ -324,8 +323,8 @@ def test_activations_are_not_the_same(tower):
     with torch.no_grad():
         assert (other(TEXTS) - tower(TEXTS)).abs().max() > 1e-3
     x = torch.linspace(-8, 8, 1001)
-    torch.testing.assert_close(unet.QuickGELU()(x), x / (1 + torch.exp(-1.702 * x)))
-    assert (unet.QuickGELU()(x) - F.gelu(x)).abs().max() < 0.021
+    torch.testing.assert_close(QuickGELU()(x), x / (1 + torch.exp(-1.702 * x)))
+    assert (QuickGELU()(x) - F.gelu(x)).abs().max() < 0.021
 
 
 def test_named_towers(merges):

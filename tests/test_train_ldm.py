@@ -34,8 +34,9 @@ import train_ldm
 from data import cache as cache_files
 from data.cache import LatentCache
 from data.dataset import Dataset, Stream, seed_of
+from text import CLIPTextEncoder
 from train_ldm import prediction_error, train_step
-from unet import CLIPTextEncoder, Denoiser, UNet
+from unet import Denoiser, UNet
 from vae import VAE
 
 OBJECTIVES, SCHEDULES = ("eps", "v", "x0", "flow"), ("cosine", "flow", "linear", "scaled_linear")

@@ -31,7 +31,8 @@ import train_vae
 from configurator import configure
 from data.dataset import Dataset, Stream, seed_of
 from lpips_train import LPIPS, make_trunk
-from unet import Denoiser, TextEncoder, UNet
+from text import TextEncoder
+from unet import Denoiser, UNet
 from vae import VAE, Discriminator, Posterior, turn_and_scale
 
 SCRIPTS = {"vae": train_vae, "ldm": train_ldm}

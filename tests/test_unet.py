@@ -14,20 +14,18 @@ from conftest import fill
 
 import train_ldm
 import unet
+from attention import Attention, attention
+from text import TextEncoder, make_tokenizer
 from unet import (
-    Attention,
     AttentionBlock,
     Denoiser,
     Downsample,
     ResBlock,
     Rescaler,
     SpatialTransformer,
-    TextEncoder,
     TransformerBlock,
     UNet,
     Upsample,
-    attention,
-    make_tokenizer,
     timestep_embedding,
 )
 

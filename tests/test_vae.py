@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import fill
 
+from metrics import psnr, ssim
 from vae import (
     VAE,
     Attention,
@@ -19,8 +20,6 @@ from vae import (
     Quantizer,
     ResBlock,
     Upsample,
-    psnr,
-    ssim,
     turn_and_scale,
 )
 
