@@ -79,38 +79,33 @@ def fill(model, seed=0):
     return model
 
 
-# --- tiny runs, filled with noise, saved by the training scripts' own functions ---
+# --- tiny runs, filled with noise ---
 
 
 class Saved(NamedTuple):
     path: str  # its out_dir
     vae: torch.nn.Module | None  # the autoencoder in it (EMA)
     denoiser: torch.nn.Module | None  # stage 2: the EMA unet.Denoiser
-    shown: list  # what it draws by default
+    examples: list  # what it samples by default
 
 
-def with_optimizer(script, model, ema):
-    """The tensors of a checkpoint after a step, as `checkpoint()` in both scripts collects them."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    tensors = script.with_prefix("model", model.state_dict()) | script.with_prefix("ema", ema.state_dict())
-    return tensors | script.optimizer_tensors(optimizer, model, "optim")
+def meta(stage, model, **more):
+    """The meta of a checkpoint after one step."""
+    about = {"stage": stage, "model": model, "config": {"seed": 0}, "git": "unknown", "run": 1}
+    return about | {"step": 1, "images_seen": 4, "images_per_step": 4} | more
 
 
 def make_vae_run(path):
-    import train_vae
+    import checkpoint
     from vae import VAE
 
     vae = VAE(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=4, patch_size=2, mid_attention=False)
     vae.latent_mean.copy_(torch.tensor([0.1, -0.2, 0.3]))
     vae.latent_std.copy_(torch.tensor([0.5, 1.0, 1.5]))
     model, ema = fill(copy.deepcopy(vae), 1), fill(vae, 2).requires_grad_(False).eval()
-    about = {"format": 1, "stage": "vae", "model": vae.settings, "config": {"seed": 0}, "git": "unknown"}
-    about |= {"step": 1, "images_seen": 4, "images_per_step": 4}
+    tensors = checkpoint.with_prefix("model", model.state_dict()) | checkpoint.with_prefix("ema", ema.state_dict())
     path.mkdir()
-    train_vae.save_checkpoint(f"{path}/latest.safetensors", with_optimizer(train_vae, model, ema), about)
+    checkpoint.write(f"{path}/latest.safetensors", tensors, meta("vae", vae.settings))
     return Saved(str(path), ema, None, [])
 
 
@@ -119,19 +114,16 @@ def make_ldm_run(
     vae,
     cond,
     classes=(),
-    shown=None,
+    examples=None,
     objective="v",
     schedule="cosine",
     class_embed="add",
-    task=None,
+    task="none",
     uncertainty=False,
+    sr_noise=0,
     **unet_settings,
 ):
-    """task: None, or the checkpoint's: {"task": ..., "sr_scale": ..., "sr_noise": ..., "map_classes": ...}.
-
-    Without any of the last three the file is as those were before there were tasks.
-    """
-    import train_ldm
+    import checkpoint
     from text import TextEncoder
     from unet import Denoiser, Rescaler, UNet
 
@@ -139,32 +131,26 @@ def make_ldm_run(
     tokens = torch.nn.Embedding(len(classes) + 1, 16) if class_embed == "token" else None
     settings = dict(in_channels=3, out_channels=3, channels=16, channel_mult=(1, 2), num_res_blocks=1)
     settings |= dict(attention_ds=(2,), num_heads=2, norm_groups=4, context_dim=16 if text or tokens else 0)
-    settings |= dict(num_classes=len(classes) + 1 if cond == "class" and not tokens else 0)
-    rescaler = None
-    if task and task["task"] == "inpaint":
-        settings |= dict(concat_channels=4)
-    elif task and task["task"] == "sr":
-        settings |= dict(concat_channels=3, num_classes=1000 if task["sr_noise"] else 0)
-    elif task and task["task"] == "semantic":
-        settings |= dict(concat_channels=3)
-        rescaler = Rescaler(task["map_classes"], vae.factor if vae else 1)
-    denoiser = Denoiser(UNet(**settings | unet_settings), text, tokens, rescaler, uncertainty)
+    num_classes = 1000 if sr_noise else len(classes) + 1 if cond == "class" and not tokens else 0
+    concat_channels = {"none": 0, "inpaint": 4, "sr": 12, "semantic": 3}[task]
+    settings |= dict(num_classes=num_classes, concat_channels=concat_channels) | unet_settings
+    rescaler = Rescaler(5, vae.factor) if task == "semantic" else None
+    denoiser = Denoiser(UNet(**settings), text, tokens, rescaler, uncertainty)
     model, ema = fill(copy.deepcopy(denoiser), 1), fill(denoiser, 2).requires_grad_(False).eval()
-    tensors = with_optimizer(train_ldm, model, ema)
-    tensors |= train_ldm.with_prefix("vae", vae.state_dict()) if vae else {}
+    tensors = checkpoint.with_prefix("model", model.state_dict()) | checkpoint.with_prefix("ema", ema.state_dict())
+    tensors |= checkpoint.with_prefix("vae", vae.state_dict()) if vae else {}
     if text:
         tensors["text.bpe"] = torch.tensor(list(text.bpe()), dtype=torch.uint8)
-    about = {"unet": denoiser.unet.settings, "text": text and text.settings, "cond": cond}
+    about = {"unet": denoiser.unet.settings, "text": text and text.settings, "cond": cond, "class_embed": class_embed}
     about |= {"first_stage": "vae" if vae else "none", "num_classes": len(classes), "image_size": 32 if vae else 8}
-    about |= {"objective": objective, "schedule": schedule, "beta_start": 0.0015, "beta_end": 0.0195}
-    if task or tokens or uncertainty:
-        about |= {"zero_snr": False, "class_embed": class_embed, "text_encoder": "joint"} | (task or {"task": "none"})
-    about = {"format": 1, "stage": "ldm", "model": about, "vae": vae and vae.settings, "shown": shown or [None] * 3}
-    about |= {"classes": list(classes), "config": {"seed": 0}, "git": "unknown"}
-    about |= {"step": 1, "images_seen": 4, "images_per_step": 4}
+    about |= {"objective": objective, "schedule": schedule, "beta_start": 0.0015, "beta_end": 0.0195, "zero_snr": False}
+    about |= {"uncertainty": uncertainty, "ema_stds": [], "text_encoder": "joint", "tower_hash": None, "task": task}
+    about |= {"sr_scale": 2, "sr_noise": sr_noise, "sr_schedule": None, "map_classes": 5 if task == "semantic" else 0}
+    examples = examples or [None] * 3
+    about = meta("ldm", about, vae=vae and vae.settings, examples=examples, classes=list(classes))
     path.mkdir()
-    train_ldm.save_checkpoint(f"{path}/latest.safetensors", tensors, about)
-    return Saved(str(path), vae, ema, about["shown"])
+    checkpoint.write(f"{path}/latest.safetensors", tensors, about)
+    return Saved(str(path), vae, ema, examples)
 
 
 @pytest.fixture(scope="session")
@@ -177,17 +163,15 @@ def runs(tmp_path_factory):
     torch.manual_seed(0)
     made = {"vae": make_vae_run(root / "vae")}
     vae = made["vae"].vae
-    made["text"] = make_ldm_run(root / "text", vae, "text", shown=["a red star", "a blue circle"])
+    made["text"] = make_ldm_run(root / "text", vae, "text", examples=["a red star", "a blue circle"])
     classes, process = ("cat", "dog", "7", "tench, Tinca"), dict(objective="eps", schedule="scaled_linear")
     made["class"] = make_ldm_run(root / "class", vae, "class", classes, [0, 1, 2, 3], **process)
     made["none"] = make_ldm_run(root / "none", vae, "none")
     made["pixels"] = make_ldm_run(root / "pixels", None, "none", channel_mult=(1,), attention_ds=())
     made["tokens"] = make_ldm_run(root / "tokens", vae, "class", ("cat", "dog"), [0, 1], class_embed="token")
-    made["inpaint"] = make_ldm_run(root / "inpaint", vae, "text", shown=["a"], task={"task": "inpaint"})
-    task = {"task": "sr", "sr_scale": 2, "sr_noise": 10}
-    made["sr"] = make_ldm_run(root / "sr", vae, "none", task=task, uncertainty=True, concat_channels=12)
-    task = {"task": "semantic", "map_classes": 5}
-    made["semantic"] = make_ldm_run(root / "semantic", vae, "none", task=task)
+    made["inpaint"] = make_ldm_run(root / "inpaint", vae, "text", examples=["a"], task="inpaint")
+    made["sr"] = make_ldm_run(root / "sr", vae, "none", task="sr", sr_noise=10, uncertainty=True)
+    made["semantic"] = make_ldm_run(root / "semantic", vae, "none", task="semantic")
     return made
 
 
@@ -217,7 +201,7 @@ def small_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def first_stage(tmp_path_factory):
     """An untrained autoencoder with latent statistics, as a checkpoint of stage 1."""
-    import train_vae
+    import checkpoint
     from vae import VAE
 
     torch.manual_seed(0)
@@ -225,8 +209,7 @@ def first_stage(tmp_path_factory):
     vae.latent_mean.copy_(torch.linspace(-0.2, 0.1, 4))
     vae.latent_std.copy_(torch.linspace(0.8, 1.4, 4))
     path = tmp_path_factory.mktemp("first_stage") / "latest.safetensors"
-    meta = {"format": 1, "stage": "vae", "model": vae.settings}
-    train_vae.save_checkpoint(str(path), train_vae.with_prefix("ema", vae.state_dict()), meta)
+    checkpoint.write(str(path), checkpoint.with_prefix("ema", vae.state_dict()), meta("vae", vae.settings))
     return path
 
 
