@@ -1,0 +1,384 @@
+"""What a training run does besides learning: processes, progress log, curves, learning rate, optimizer state, stopping.
+
+The training scripts own their loops; each function here is one thing that all three of them need.
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from checkpoint import UserError, reject
+
+# dense bf16 (V100: fp16)
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}
+
+# --- errors ---
+
+
+def install_excepthook():
+    """Print a UserError as one line on stderr; every other exception keeps its traceback."""
+
+    def hook(kind, error, trace):
+        if not issubclass(kind, UserError):
+            return sys.__excepthook__(kind, error, trace)
+        line = str(error).strip().rsplit("\n", 1)[-1]  # a data worker's error holds its traceback
+        line = line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
+
+    sys.excepthook = hook
+
+
+# --- processes ---
+
+
+class Machine(NamedTuple):
+    """Where a run takes place: this process, its device, its precision."""
+
+    rank: int
+    world: int  # number of processes
+    device: torch.device
+    precision: str  # float32 | bfloat16 (by autocast) | float64
+    param_dtype: torch.dtype  # of parameters and losses
+    compile: bool
+
+
+def setup(cfg):
+    """Choose the device and join the process group that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK)."""
+    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device=cuda, but PyTorch finds no GPU: check its installation, or set --device=cpu")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else None)
+    if world > 1:
+        timeout = datetime.timedelta(minutes=cfg.dist_timeout)
+        options = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")
+        dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout, **options)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.deterministic
+    torch.backends.cudnn.benchmark = not cfg.deterministic
+    if cfg.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+    precision = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    param_dtype = torch.float64 if precision == "float64" else torch.float32
+    compiled = cfg.compile == "true" or (cfg.compile == "auto" and kind == "cuda")
+    return Machine(rank, world, device, precision, param_dtype, compiled)
+
+
+def fresh_store(timeout):
+    """The store in which the processes meet, without what the processes before a restart left in it.
+
+    torchrun hands the same store to all restarts of a node, where they would find the addresses of dead processes.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 has just made it
+        return store
+    if os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        remedy = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, with --rdzv_backend=c10d"
+        raise UserError(f"torchrun --max_restarts on several nodes needs a new store at each restart: {remedy}")
+    return dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def assert_same_on_all_ranks(**values):
+    """Fail on all ranks where one has other values than rank 0: nodes that do not share out_dir or the dataset."""
+    if dist.is_initialized():
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, values)
+        assert all(other == ranks[0] for other in ranks), f"ranks differ: {ranks}; out_dir and dataset must be shared"
+
+
+class Stop:
+    """SIGTERM and SIGINT ask a run to save and end; all ranks end at the same step.
+
+    Asked once a step, in host memory, so that nothing waits for a GPU.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def _ask(self, number, frame):
+        self.signal = number
+
+    def agreed(self):
+        if self.group is not None:
+            number = torch.tensor(self.signal)
+            dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
+            self.signal = number.item()
+        return self.signal > 0
+
+
+def all_finite(*values):
+    """() bool on the device, the same on all ranks: whether every value of these tensors is finite."""
+    finite = torch.stack([v.detach().isfinite().all() for v in values]).all()
+    if dist.is_initialized():
+        finite = finite.to(torch.int32)
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return finite.bool()
+
+
+# --- optimizer ---
+
+
+def learning_rate(step, cfg):
+    """The learning rate of optimizer step `step`, counted from 0."""
+    if step < cfg.warmup_steps and cfg.lr_schedule != "onecycle":
+        return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
+    if cfg.lr_schedule == "multistep":
+        return cfg.lr * cfg.lr_decay ** sum(step >= m * cfg.max_steps for m in cfg.lr_milestones)
+    if cfg.lr_schedule == "linear":  # constant for the first half
+        return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * min(1.0, 2.0 * (1 - step / cfg.max_steps)))
+    if cfg.lr_schedule == "onecycle" and step < cfg.warmup_steps:  # up from lr / 25 (Smith & Topin 2017)
+        return cfg.lr * (1 / 25 + (1 - 1 / 25) * 0.5 * (1 - math.cos(math.pi * step / cfg.warmup_steps)))
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+    return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def inner(optimizer):
+    """The optimizer that holds state and heeds `found_inf`: of a ZeroRedundancyOptimizer, this rank's part."""
+    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+
+
+def optimizer_state(optimizer, model, prefix):
+    """{PREFIX.PARAMETER.exp_avg: tensor, ...} on rank 0; every rank must call it where the state is sharded."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)
+        if dist.get_rank() > 0:
+            return {}
+    names = {p: name for name, p in model.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}.{names[parameters[i]]}.{key}": t for i, s in state.items() for key, t in s.items()}
+
+
+def load_optimizer_state(optimizer, model, prefix, tensors):
+    """The inverse, on every rank; parameters without saved state start anew."""
+    optimizer = inner(optimizer)
+    mine = {p for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p in mine and f"{prefix}.{name}.step" in tensors:
+            moments = {key: tensors[f"{prefix}.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+            state = {key: torch.empty_like(p).copy_(t) for key, t in moments.items()}
+            optimizer.state[p] = state | {"step": tensors[f"{prefix}.{name}.step"].to(p.device)}
+
+
+# --- resuming ---
+
+
+def check_same_settings(path, saved, now):
+    """Raise UserError with both values where a model's settings differ from its checkpoint's."""
+
+    def flat(settings):
+        parts = (flat(value) if isinstance(value, dict) else {name: value} for name, value in settings.items())
+        return {name: value for part in parts for name, value in part.items()}
+
+    saved, now = flat(saved), flat(json.loads(json.dumps(now)))  # tuples as lists, as they were saved
+    rows = [f"{k}={saved.get(k)} in the checkpoint, {now[k]} now" for k in now if saved.get(k) != now[k]]
+    if rows:
+        reject(path, f"has other settings: {', '.join(rows)}", "use those, or another out_dir")
+
+
+def accumulation(cfg, world, images_per_step, path):
+    """Micro-steps that keep a resumed run's images per step with this batch_size and number of processes."""
+    grad_accum, rest = divmod(images_per_step, cfg.batch_size * world)
+    if rest:
+        have = f"{images_per_step} images per step, not a multiple of batch_size={cfg.batch_size} x {world} processes"
+        reject(path, have, "change batch_size")
+    return grad_accum
+
+
+# --- log ---
+
+
+def git_revision():
+    """What `git describe` says of this repository, or "unknown"."""
+    here, command = os.path.dirname(os.path.abspath(__file__)), ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip() or "unknown"
+    except OSError:  # git is not installed
+        return "unknown"
+
+
+class Log:
+    """Progress of a run: a line on stdout and in OUT_DIR/log.jsonl every log_every steps, and each evaluation.
+
+    Logged terms are means over the steps since the last line and over all ranks; until then they stay on the device.
+    """
+
+    def __init__(self, cfg, machine, step, images_per_step, tflop=0.0, resume_from=""):
+        """step: the steps done so far.  tflop: of training on one image.  resume_from: checkpoint of a resumed run."""
+        self.cfg, self.machine, self.images_per_step, self.tflop = cfg, machine, images_per_step, tflop
+        self.path, self.wandb, self.pending = f"{cfg.out_dir}/log.jsonl", None, []
+        self.last_step = step
+        self.restart_clock()
+        on_gpu = machine.device.type == "cuda"
+        hardware = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+        self.peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in hardware), 0)
+        if machine.rank > 0:
+            return
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        self.print(f"command: {' '.join(sys.argv)}")
+        self.print(f"git {git_revision()}, python {platform.python_version()}, torch {torch.__version__}")
+        self.print(f"{machine.world} x {hardware}, {machine.precision}; settings not default: {cfg.changed}")
+        start = f"resumed from {resume_from} at step {step}" if resume_from else f"a new run in {cfg.out_dir}"
+        self.print(f"{start}; {images_per_step} images per step on {machine.world} processes")
+        if not resume_from and os.path.exists(self.path):
+            os.remove(self.path)
+        if cfg.wandb:
+            import wandb
+
+            wandb.init(project="latent-diffusion", name=cfg.out_dir, config=dict(cfg))
+            self.wandb = wandb
+
+    def print(self, text):
+        """On rank 0."""
+        if self.machine.rank == 0:
+            print(text, flush=True)
+
+    def step(self, step, terms, grad_norm, ok, lr, keys=()):
+        """After optimizer step number `step` (from 1).
+
+        terms: {name: () tensor} of this rank.  ok: of `all_finite`.  keys: of this step's images.
+        """
+        terms = terms | {"grad_norm": grad_norm}
+        self.pending.append((step, list(terms), torch.stack([t.detach() for t in terms.values()]), ok, list(keys)))
+        self.last_step = step
+        if step % self.cfg.log_every == 0 or step == self.cfg.max_steps:
+            self.check()
+            self.progress(step, lr)
+
+    def progress(self, step, lr):
+        values = {}
+        for _, names, numbers, _, _ in self.pending:
+            for name, number in zip(names, numbers):
+                values.setdefault(name, []).append(number)
+        means = torch.stack([torch.stack(numbers).mean() for numbers in values.values()])
+        if self.machine.world > 1:
+            dist.all_reduce(means)
+            means /= self.machine.world
+        record = dict(zip(values, means.tolist()))
+        text = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+        speed = (step - self.clock_step) * self.images_per_step / max(time.time() - self.clock, 1e-9)
+        record |= {"lr": lr, "images_per_s": float(f"{speed:.6g}")}
+        text += f", lr {lr:.2e}, {speed:.1f} images/s"
+        if self.peak:
+            record["mfu"] = speed * self.tflop / (self.machine.world * self.peak)
+            text += f", MFU {record['mfu']:.1%}"
+        if self.machine.device.type == "cuda":
+            record["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            text += f", {record['memory_gb']:.1f} GiB"
+        left = int((self.cfg.max_steps - step) * self.images_per_step / max(speed, 1e-9))
+        self.write(step, record)
+        self.print(
+            f"step {step}, {step * self.images_per_step} images: {text}, {datetime.timedelta(seconds=left)} left"
+        )
+        self.pending = []
+        self.restart_clock()
+
+    def evaluation(self, step, scores):
+        """After an evaluation: numbers, or lists of numbers, by name. The time that it took is not training time."""
+        self.write(step, scores)
+        text = ", ".join(f"{name.removeprefix('val_')} {brief(value)}" for name, value in scores.items())
+        self.print(f"evaluation at step {step}: {text}")
+        self.restart_clock()
+
+    def restart_clock(self):
+        self.clock, self.clock_step = time.time(), self.last_step
+
+    def write(self, step, record):
+        """Append one line to log.jsonl. A resumed run repeats steps: the last record of a step counts."""
+        if self.machine.rank > 0:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, "images_seen": step * self.images_per_step} | record) + "\n")
+        if self.wandb:
+            self.wandb.log(record, step=step)
+
+    def check(self):
+        """End the run if a step since the last line was not finite; all ranks call it, before anything is saved."""
+        bad = [entry for entry in self.pending if not entry[3]]
+        if not bad:
+            return
+        step, names, numbers, _, keys = bad[0]
+        names = [name for name, number in zip(names, numbers.tolist()) if not math.isfinite(number)]
+        what = f"{', '.join(names) or 'a term of another rank'} not finite at step {step}; the weights were not updated"
+        latest = f"{self.cfg.out_dir}/latest.safetensors"
+        saved = f"last checkpoint: {latest}" if os.path.exists(latest) else "no checkpoint yet"
+        images = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+        raise UserError(
+            f"{what}; {saved}; try a lower lr, grad_clip or more warmup_steps; images of the step: {images}"
+        )
+
+
+def brief(value):
+    if isinstance(value, (list, tuple)):
+        return " ".join(brief(v) for v in value)
+    return "-" if value is None else f"{value:.4f}"
+
+
+def read_log(out_dir):
+    """[{step, ...}, ...] of log.jsonl, one record for each step in order; of a repeated step the last values."""
+    records = {}
+    with open(f"{out_dir}/log.jsonl") as file:
+        for line in file:
+            if line.endswith("\n"):  # a kill may leave half a line
+                record = json.loads(line)
+                records[record["step"]] = records.get(record["step"], {}) | record
+    return [records[step] for step in sorted(records)]
+
+
+def plot_log(out_dir, panels):
+    """Draw OUT_DIR/loss.png: a panel for each of {title: names in log.jsonl}; a list gives several curves."""
+    try:
+        import matplotlib
+    except ImportError:  # optional
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_log(out_dir)
+    logged = {name for record in records for name, value in record.items() if value is not None}
+    panels = {title: [n for n in names if n in logged] for title, names in panels.items() if logged & set(names)}
+    columns = min(4, max(1, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.5 * rows), squeeze=False)
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        for name in names:
+            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            steps, values = zip(*points)
+            values = [
+                [math.nan if v is None else v for v in value] if isinstance(value, list) else value for value in values
+            ]
+            axis.plot(steps, values, marker="." if len(points) < 30 else None, label=name)
+        positive = all(line.get_ydata().min() > 0 for line in axis.lines)
+        axis.set_yscale("log" if positive and any(word in title for word in ("loss", "norm")) else "linear")
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        if len(names) > 1:
+            axis.legend()
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(f"{out_dir}/loss.png", dpi=80)
+    plt.close(figure)
