@@ -317,10 +317,10 @@ class Log:
 
     def check(self):
         """End the run if a step since the last line was not finite; all ranks call it, before anything is saved."""
-        bad = [entry for entry in self.pending if not entry[3]]
-        if not bad:
+        fine = torch.stack([entry[3] for entry in self.pending]).tolist() if self.pending else []
+        if all(fine):
             return
-        step, names, numbers, _, keys = bad[0]
+        step, names, numbers, _, keys = self.pending[fine.index(False)]
         names = [name for name, number in zip(names, numbers.tolist()) if not math.isfinite(number)]
         what = f"{', '.join(names) or 'a term of another rank'} not finite at step {step}; the weights were not updated"
         latest = f"{self.cfg.out_dir}/latest.safetensors"
