@@ -1,4 +1,7 @@
-"""Image and feature metrics: PSNR and SSIM of pairs, Frechet distance, MMD, precision and recall of two sets."""
+"""Image metrics (PSNR, SSIM) and distances between two sets of features (Frechet, MMD, precision and recall).
+
+Features are (N,D), one row for each image; images are (B,3,H,W) in [-1,1]. Everything is computed in float64.
+"""
 
 import io
 
@@ -6,58 +9,62 @@ import torch
 import torch.nn.functional as F
 
 NEIGHBOURS = 3  # k of precision and recall
-ROWS = 512  # of an (N, M) matrix held at once
+ROWS = 512  # rows of an (N,M) matrix in memory at once
 
-
-def _check_pairs(x, y):
-    if x.shape != y.shape or not (x.is_floating_point() and y.is_floating_point()):
-        given = f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
-        raise ValueError(f"psnr and ssim compare images of equal shape as floats in [-1,1], got {given}")
+# --- pairs of images ---
 
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB of images (B,3,H,W) in [-1,1] (clamped), one for each pair: (B,)."""
-    _check_pairs(x, y)
-    mse = ((x.clamp(-1, 1) - y.clamp(-1, 1)).double() ** 2).mean(dim=(1, 2, 3))
-    return 10.0 * torch.log10(4.0 / mse.clamp_min(1e-12))
+    """Peak signal-to-noise ratio in dB of each pair of images, clamped to [-1,1]: (B,)."""
+    check_pairs(x, y)
+    mse = (x.clamp(-1, 1) - y.clamp(-1, 1)).double().square().mean(dim=(1, 2, 3))
+    return 10.0 * torch.log10(4.0 / mse.clamp_min(1e-12))  # the peak is 2
 
 
 def ssim(x, y):
-    """Structural similarity (Wang et al. 2004) of images (B,3,H,W) in [-1,1] (clamped), sides >= 11: (B,).
+    """Structural similarity of each pair of images, clamped to [-1,1], sides >= 11: (B,).
 
-    Gaussian window of 11 pixels and sigma 1.5, K = 0.01, 0.03, on RGB channel by channel, no padding.
+    Wang et al. 2004, equation 13: Gaussian window of 11 pixels and sigma 1.5, no padding, mean over RGB.
     """
-    _check_pairs(x, y)
-    if min(x.shape[-2:]) < 11:
-        raise ValueError(f"ssim looks through an 11x11 window; images of {tuple(x.shape[-2:])} are smaller")
-    x, y = x.clamp(-1, 1).double(), y.clamp(-1, 1).double()  # which autocast and TF32 leave alone
+    check_pairs(x, y)
+    assert min(x.shape[-2:]) >= 11, f"ssim needs images of 11 x 11 pixels or more, got {tuple(x.shape[-2:])}"
+    x, y = x.clamp(-1, 1).double(), y.clamp(-1, 1).double()  # not affected by autocast or TF32
     C = x.shape[1]
-    g = torch.exp(-((torch.arange(11, device=x.device, dtype=x.dtype) - 5) ** 2) / (2 * 1.5**2))
+    g = torch.exp(-(torch.arange(-5, 6, device=x.device, dtype=x.dtype) ** 2) / (2 * 1.5**2))
     g = g / g.sum()
 
     def blur(a):
         a = F.conv2d(a, g.view(1, 1, 11, 1).expand(C, 1, 11, 1), groups=C)
         return F.conv2d(a, g.view(1, 1, 1, 11).expand(C, 1, 1, 11), groups=C)
 
-    c1, c2 = (0.01 * 2.0) ** 2, (0.03 * 2.0) ** 2  # 2.0 is the range of [-1, 1]
+    c1, c2 = (0.01 * 2.0) ** 2, (0.03 * 2.0) ** 2  # the range of [-1,1] is 2
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     s = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return s.mean(dim=(1, 2, 3))
 
 
+def check_pairs(x, y):
+    floats = x.is_floating_point() and y.is_floating_point()
+    found = f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
+    assert x.shape == y.shape and floats, f"two float tensors of one shape in [-1,1] are needed, got {found}"
+
+
+# --- two sets of features ---
+
+
 def gaussian(f):
-    """Mean (D,) and covariance (D,D), of N - 1 degrees of freedom, of features (N,D), in float64."""
+    """Mean (D,) and covariance (D,D), with N - 1 degrees of freedom, of features (N,D)."""
     f = f.double()
     centred = f - f.mean(dim=0)
     return f.mean(dim=0), centred.T @ centred / (len(f) - 1)
 
 
 def frechet(mean1, cov1, mean2, cov2):
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians, >= 0 (Heusel et al. 2017, equation 6).
+    """Squared Frechet (2-Wasserstein) distance between two Gaussians, >= 0 (Heusel et al. 2017, equation 6).
 
-    The trace of (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2). As eigenvalues of a product they
-    would be accurate to the root of the machine's precision only, which shows where there are fewer pictures than D.
+    The trace of (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2). Eigenvalues of the product would
+    be accurate only to the square root of the machine precision, which shows with fewer images than features.
     """
 
     def root(cov):
@@ -71,25 +78,26 @@ def frechet(mean1, cov1, mean2, cov2):
 
 
 def mmd(f, g):
-    """Unbiased squared MMD of features (N,D), (M,D) under the kernel (f.g / D + 1)^3, that of KID; may be below 0.
+    """Unbiased squared MMD between features (N,D) and (M,D), kernel (f.g / D + 1)^3; can be negative.
 
-    Binkowski et al. 2018, equation 4; of all pairs, where KID is usually the mean over subsets.
+    Binkowski et al. 2018, equation 4, over all pairs; KID is the mean of the same over random subsets.
     """
     f, g = f.double(), g.double()
 
     def total(a, b):
         return sum(((rows @ b.T / a.shape[1] + 1) ** 3).sum() for rows in a.split(ROWS))
 
-    def within(a):  # without a picture's kernel with itself
+    def within(a):  # without the pairs of an image with itself
         return (total(a, a) - ((a.square().mean(dim=1) + 1) ** 3).sum()) / (len(a) * (len(a) - 1))
 
     return (within(f) + within(g) - 2 * total(f, g) / (len(f) * len(g))).item()
 
 
 def precision_recall(f, g, k=NEIGHBOURS):
-    """Share of drawn features f (N,D) among the real g (M,D), and of g among f (Kynkaanniemi et al. 2019).
+    """(precision, recall) of generated features f (N,D) and real ones g (M,D) (Kynkaanniemi et al. 2019).
 
-    Among a set is what is no farther from any of its members than that member's k-th nearest other one.
+    Precision is the share of f inside the manifold of g, recall the share of g inside that of f. A manifold is the
+    union of balls around a set's members, each with the distance to the k-th nearest other member as its radius.
     """
     f, g = f.double(), g.double()
 
@@ -102,22 +110,25 @@ def precision_recall(f, g, k=NEIGHBOURS):
 
 
 def load_inception(weights, device):
-    """torch-fidelity's Inception as a function: uint8 (B,3,S,S), any S -> (B,2048); it resizes them to 299 itself."""
+    """The Inception-v3 of FID, as a function: images uint8 (B,3,S,S), any S -> features (B,2048) on the CPU.
+
+    weights: torch-fidelity's weights-inception-2015-12-05-6726825d.pth. Raises ImportError without torch-fidelity and
+    ValueError if the file does not hold these weights. The network resizes images to 299 x 299 itself.
+    """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         from torch_fidelity.metric_prc import prc_features_to_metric  # noqa: F401 (version 0.3 has none)
-    except (ImportError, RuntimeError) as e:  # the latter from a torchvision of another torch
-        line = f"inception_weights needs torch-fidelity ({str(e).splitlines()[0]})"
-        raise ImportError(f"{line}: pip install 'torch-fidelity>=0.4', or set trunk_weights") from None
-    file = io.BytesIO()  # torch-fidelity would run what is in a pickle: it gets one of what was read without that
-    torch.save(torch.load(weights, map_location="cpu", weights_only=True), file)
-    file.seek(0)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        reason = str(error).splitlines()[0]
+        raise ImportError(f"inception_weights needs torch-fidelity ({reason}); pip install 'torch-fidelity>=0.4'") from None
     try:
+        file = io.BytesIO()  # torch-fidelity unpickles without weights_only: give it tensors that are read already
+        torch.save(torch.load(weights, map_location="cpu", weights_only=True), file)
+        file.seek(0)
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=file)
-    except Exception as e:  # of a state dict, or of what is none
-        why = (str(e).splitlines() or [type(e).__name__])[0].rstrip(":")
-        raise ValueError(
-            f"{weights} does not fit Inception ({why}): give weights-inception-2015-12-05-6726825d.pth"
-        ) from None
+    except Exception as error:  # a damaged or foreign file can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "use torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+        raise ValueError(f"{weights}: not the weights of Inception-v3 ({reason}); {remedy}") from None
     net = net.to(device).eval()
     return lambda x: net(x)[0].cpu()

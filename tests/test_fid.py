@@ -243,7 +243,7 @@ def test_inception_scores_are_torch_fidelitys(tmp_path, monkeypatch):
     assert [float(found[name]) for name in ("fid", "kid", "kid_std", "precision", "recall")] == pytest.approx(wanted)
     assert found["features"] == "torch-fidelity 0.9: inception-v3-compat 2048, KID 100 x 6"
     torch.save(fid.Array, weights)  # not tensors: never handed to the library, which would run it
-    with pytest.raises(ValueError, match="inception.pth does not load"):
+    with pytest.raises(ValueError, match="inception.pth: not the weights of Inception-v3"):
         score(drawn, real, inception_weights=weights)
 
 
