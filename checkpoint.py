@@ -165,6 +165,24 @@ def _read(path, starts):
         reject(path, f"truncated or damaged ({error})", "delete it, or restore a good copy")
 
 
+def read_vae(path):
+    """(settings, state dict) of the autoencoder in a checkpoint: the EMA of stage 1, or the first stage of stage 2.
+
+    A snapshot holds none: it is read from the latest.safetensors of the same run, in the same folder.
+    """
+    path = find(path)
+    meta = read_meta(path)
+    if meta.get("snapshot"):
+        latest = os.path.join(os.path.dirname(path), "latest.safetensors")
+        if not os.path.exists(latest) or read_meta(latest).get("run") != meta.get("run"):
+            reject(path, "a snapshot, without the autoencoder", "put the latest.safetensors of its run beside it")
+        path = latest
+    settings, prefix = (meta["model"], "ema") if meta["stage"] == "vae" else (meta["vae"], "vae")
+    if settings is None:
+        reject(path, "trained on pixels, without an autoencoder", "give another checkpoint")
+    return settings, part(read(path, prefix)[0], prefix)
+
+
 def with_prefix(prefix, state):
     return {f"{prefix}.{name}": t for name, t in state.items()}
 
