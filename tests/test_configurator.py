@@ -1,27 +1,14 @@
 import importlib
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from configurator import SettingError, configure, find_settings, help_text, parse
+from configurator import SettingError, configure, contract, find_settings, help_text, parse
 
 ROOT = Path(__file__).resolve().parent.parent
-
-DEFAULTS = {
-    "batch_size": 12,
-    "lr": 1e-4,
-    "compile": False,
-    "flip": True,
-    "out_dir": "out",
-    "ch_mult": (1, 2),
-    "betas": (0.9, 0.95),
-    "extra": (),
-    "kinds": ("a", "b"),
-}
 
 SCRIPT = '''"""Train a thing.
 
@@ -29,48 +16,56 @@ SCRIPT = '''"""Train a thing.
 """
 
 import math
-from pathlib import Path
 
 # data
 data = "a # b"  # folder of images
-batch_size = 12  # images per process and step
+batch_size = 12  # >= 1: images per process and step
 
 # optimizer
 # (absolute)
-lr = 1e-4  # learning rate
+lr = 1e-4  # > 0: learning rate
+flip = True  # mirror half of the images
+compile = "auto"  # auto | true | false: torch.compile
+tokenizer = "bytes"  # bytes | gpt2 | ...: or a file
+objective = ""  # "" | eps | v: of the prediction
+drop = 0.1  # in [0, 1): share without condition
+eta = -1.0  # -1 or in [0, 1]: noise
 ch_mult = (
     1,
     2,
-)  # widths
+)  # each >= 1: widths
+betas = (0.9, 0.95)
+extra = ()
+names = ("a", "b")
 MAX = 3
 _private = 4
 table = {"not": "a setting"}
 
 from configurator import configure
 
-
-def train():
-    local = 1
-
-
 if __name__ == "__main__":
-    config = configure(globals())
-    print(sorted(config), batch_size, config.changed)
+    cfg = configure(globals())
+    print(sorted(cfg.changed), batch_size, cfg.batch_size)
 '''
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(text, name="config.py"):
-        (tmp_path / name).write_text(text)
-        return str(tmp_path / name)
-
-    return write
+def script(tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
 
 
-def error(*argv, **defaults):
+@pytest.fixture
+def settings(script):
+    scope = {"__file__": str(script), "__name__": "train"}
+    exec(compile(SCRIPT, str(script), "exec"), scope)
+    return find_settings(scope | {"late": 1})  # not in the source
+
+
+def error(settings, *argv):
     with pytest.raises(SettingError) as caught:
-        parse(argv, defaults or DEFAULTS)
+        parse(argv, settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -78,163 +73,160 @@ def error(*argv, **defaults):
 @pytest.mark.parametrize(
     "argument, value",
     [
-        ("--batch_size=8", 8),
-        ("--batch_size=1_000", 1000),
-        ("--batch_size=1e5", 100_000),
-        ("--batch_size=-1", -1),
-        ("--lr=3", 3.0),
-        ("--lr=1e-4", 1e-4),
-        ("--lr=-.5", -0.5),
-        ("--flip=FALSE", False),
-        ("--compile=True", True),
-        ("--compile", True),
-        ("--out_dir=a=b, c", "a=b, c"),
-        ("--out_dir=1", "1"),
-        ("--out_dir=", ""),
-        ("--ch_mult=1,2,4,4", (1, 2, 4, 4)),
-        ("--ch_mult=(1, 2,)", (1, 2)),
-        ("--ch_mult=[3]", (3,)),
-        ("--ch_mult=", ()),
-        ("--ch_mult=()", ()),
-        ("--betas=0,.99", (0.0, 0.99)),
-        ("--extra=1,2.5", (1, 2.5)),
-        ("--kinds=c,d", ("c", "d")),
+        ("batch_size=1_000", 1000),
+        ("batch_size=1e5", 100_000),
+        ("lr=3", 3.0),
+        ("flip=FALSE", False),
+        ("flip", True),
+        ("data=a=b, c", "a=b, c"),
+        ("data=1", "1"),
+        ("data=", ""),
+        ("ch_mult=1,2,4,4", (1, 2, 4, 4)),
+        ("ch_mult=(1, 2,)", (1, 2)),
+        ("ch_mult=[3]", (3,)),
+        ("ch_mult=()", ()),
+        ("betas=0,.99", (0.0, 0.99)),
+        ("extra=1,2.5", (1, 2.5)),
+        ("names=c,d", ("c", "d")),
+        ("compile=True", "true"),
+        ("tokenizer=my/file.tiktoken", "my/file.tiktoken"),
+        ("objective=", ""),
+        ("objective=v", "v"),
+        ("eta=-1", -1.0),
+        ("eta=1", 1.0),
+        ("drop=0", 0.0),
     ],
 )
-def test_arguments(argument, value):
-    ((name, got),) = parse([argument], DEFAULTS).items()
-    assert argument.startswith(f"--{name}")
+def test_arguments(settings, argument, value):
+    (got,) = parse([f"--{argument}"], settings).values()
     assert got == value and type(got) is type(value)
     if isinstance(value, tuple):
         assert [type(element) for element in got] == [type(element) for element in value]
 
 
 @pytest.mark.parametrize(
-    "argument, wanted, got",
+    "argument, message",
     [
-        ("--batch_size=8.5", "int", 8.5),
-        ("--batch_size=nan", "int", "nan"),
-        ("--batch_size=many", "int", "many"),
-        ("--batch_size=", "int", ""),
-        ("--batch_size=True", "int", True),
-        ("--lr=fast", "float", "fast"),
-        ("--flip=1", "bool", 1),
-        ("--flip=yes", "bool", "yes"),
-        ("--ch_mult=1,,2", "tuple of int", "1,,2"),
-        ("--ch_mult=1,2.5", "tuple of int", [1, 2.5]),
-        ("--betas=a", "tuple of float", "a"),
-        ("--extra=a", "tuple of numbers", "a"),
-        ("--extra=None", "tuple of numbers", [None]),
+        ("--batch_size=8.5", "--batch_size must be int (default 12), got 8.5"),
+        ("--batch_size=many", "--batch_size must be int (default 12), got 'many'"),
+        ("--lr=fast", "--lr must be float (default 0.0001), got 'fast'"),
+        ("--flip=1", "--flip must be bool (default True), got 1"),
+        ("--ch_mult=1,2.5", "--ch_mult must be tuple of int (default 1,2), got [1, 2.5]"),
+        ("--extra=a", "--extra must be tuple of numbers (default ), got 'a'"),
+        ("--batch_size=0", "--batch_size=0 must be >= 1 (default 12)"),
+        ("--lr=0", "--lr=0.0 must be > 0 (default 0.0001)"),
+        ("--drop=1", "--drop=1.0 must be in [0, 1) (default 0.1)"),
+        ("--eta=-0.5", "--eta=-0.5 must be -1 or in [0, 1] (default -1.0)"),
+        ("--compile=yes", "--compile=yes must be one of auto | true | false (default auto)"),
+        ("--objective=x", '--objective=x must be one of "" | eps | v (default )'),
+        ("--ch_mult=1,0", "--ch_mult=1,0 must be each >= 1 (default 1,2)"),
+        ("--bach_size=3", "unknown setting 'bach_size': did you mean 'batch_size'? (--help lists all)"),
+        ("--lr", "--lr has no value: write --lr=value (default 0.0001)"),
+        ("3", "cannot read '3': write --name=value, or the path of a config file (.py)"),
+        ("config/none.py", "config file config/none.py does not exist"),
     ],
 )
-def test_wrong_types_name_setting_type_default_and_value(argument, wanted, got):
-    name = argument.removeprefix("--").partition("=")[0]
-    default = str(DEFAULTS[name]).strip("()").replace(", ", ",")
-    assert error(argument) == f"{name} wants {wanted} (default {default}), got {got!r}"
+def test_errors_name_setting_value_and_what_is_allowed(settings, argument, message):
+    assert error(settings, argument) == message
 
 
-def test_other_wrong_arguments():
-    assert "unknown setting 'bach_size': did you mean 'batch_size'?" in error("--bach_size=3")
-    assert "did you mean" in error("--bach_size")
-    assert "write --lr=value" in error("--lr")
-    assert "unknown setting '-lr': did you mean 'lr'?" in error("-lr=3")
-    assert "write --name=value" in error("3")
-    assert error("config/none.py") == "config file config/none.py does not exist"
+@pytest.mark.parametrize("comment", ["side in pixels: of crops", "a file, or a name: either", "model: what", "> x: y"])
+def test_prose_is_no_contract(comment):
+    assert contract(comment) is None
 
 
-def test_config_file(write):
-    path = write(
-        '"""A run."""\n# why\nlr = 1  # an int\nch_mult = [1, 2]\nbatch_size = 1e3\nout_dir = "x"\nflip = False\n'
-    )
-    values = {"lr": 1.0, "ch_mult": (1, 2), "batch_size": 1000, "out_dir": "x", "flip": False}
-    assert parse([path], DEFAULTS) == values
-    assert type(parse([path], DEFAULTS)["lr"]) is float
-    assert parse([path, "--lr=2"], DEFAULTS)["lr"] == 2.0
-    assert parse(["--lr=2", path], DEFAULTS)["lr"] == 1.0, "later arguments win"
+def test_nan_breaks_every_range():
+    for comment in ("> 0", "in [0, 1]", "<= 1", ">= 0"):
+        text, check = contract(comment)
+        assert not check(float("nan")) and text == comment
+
+
+def test_config_file(settings, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text('"""A run."""\n# why\nlr = 1  # an int\nch_mult = [1, 2]\nbatch_size = 1e3\n')
+    assert parse([str(path)], settings) == {"lr": 1.0, "ch_mult": (1, 2), "batch_size": 1000}
+    assert parse([str(path), "--lr=2"], settings)["lr"] == 2.0
+    assert parse(["--lr=2", str(path)], settings)["lr"] == 1.0, "later arguments win"
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("import os", "not an assignment"),
-        ("a = b = 1", "not an assignment"),
-        ("lr += 1", "not an assignment"),
-        ("'text'", "not an assignment"),
-        ("lr = 2 * 3", "lr is not a literal"),
-        ("lr = print('executed')", "lr is not a literal"),
-        ("rl = 1", "unknown setting 'rl': did you mean 'lr'?"),
-        ("lr = '1'", "lr wants float (default 0.0001), got '1'"),
-        ("batch_size = True", "batch_size wants int"),
-        ("flip = 1", "flip wants bool"),
-        ("out_dir = 1", "out_dir wants str"),
-        ("ch_mult = 1", "ch_mult wants tuple of int"),
-        ("ch_mult = (1, '2')", "ch_mult wants tuple of int"),
-        ("lr = = 1", "invalid syntax"),
+        ("import os", ": not an assignment"),
+        ("lr += 1", ": not an assignment"),
+        ("lr = 2 * 3", ": lr is not a literal"),
+        ("lr = print('executed')", ": lr is not a literal"),
+        ("rl = 1", ": unknown setting 'rl': did you mean 'lr'?"),
+        ("lr = '1'", ": --lr must be float"),
+        ("lr = -1", ": --lr=-1.0 must be > 0"),
+        ("lr = = 1", " is not Python (invalid syntax)"),
     ],
 )
-def test_config_file_errors_name_file_and_line(write, line, message, capsys):
-    path = write(f'"""A run."""\n\n{line}\n')
-    assert error(path).startswith(f"{path}:3: {message}")
+def test_config_file_errors_name_file_and_line(settings, tmp_path, line, message, capsys):
+    path = tmp_path / "config.py"
+    path.write_text(f'"""A run."""\n\n{line}\n')
+    assert error(settings, str(path)).startswith(f"{path}:3{message}")
     assert capsys.readouterr().out == ""
 
 
-def test_configure_sets_the_scope_and_tells_what_changed():
-    scope = dict(DEFAULTS, UPPER=1, _hidden=2, table={}, nothing=None)
-    config = configure(scope, ["--lr=1", "--batch_size=12"])
-    assert config == DEFAULTS | {"lr": 1.0} and scope["lr"] == 1.0 and scope["UPPER"] == 1
-    assert config.changed == {"lr": 1.0} and config.given == {"lr": 1.0, "batch_size": 12}
-    assert configure(dict(DEFAULTS), []).changed == {}
-
-
-def test_configure_ends_the_program_with_one_line(capsys):
-    with pytest.raises(SystemExit) as caught:
-        configure(dict(DEFAULTS), ["--lr=fast"])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == "settings: lr wants float (default 0.0001), got 'fast'\n"
-
-
-def test_settings_comments_and_headings_come_from_the_source(write):
-    scope = runpy.run_path(write(SCRIPT, "train.py"), run_name="train")
-    scope["late"] = 1  # not in the source: no setting
-    settings = find_settings(scope)
-    assert list(settings) == ["data", "batch_size", "lr", "ch_mult"]
+def test_settings_comments_and_headings_come_from_the_source(settings):
+    assert list(settings)[:4] == ["data", "batch_size", "lr", "flip"] and "late" not in settings
     assert settings["data"] == ("a # b", "folder of images", "data")
-    assert settings["batch_size"] == (12, "images per process and step", "")
-    assert settings["lr"] == (1e-4, "learning rate", "optimizer (absolute)")
-    assert settings["ch_mult"].comment == "widths"
-    text = help_text(scope["__doc__"], settings)
-    assert text.startswith("Train a thing.")
-    assert "\noptimizer (absolute)\n  --lr=0.0001  " in text and "  --ch_mult=1,2  " in text and "widths" in text
+    assert settings["lr"] == (1e-4, "> 0: learning rate", "optimizer (absolute)")
+    assert settings["ch_mult"].comment == "each >= 1: widths"
+    text = help_text("Train a thing.", settings)
+    assert text.startswith("Train a thing.") and "\noptimizer (absolute)\n  --lr=0.0001  " in text
 
 
-def test_a_script(write):
-    path = write(SCRIPT, "train.py")
-    root = str(Path(__file__).parent.parent)
-
+def test_a_script(script):
     def run(*command):
-        return subprocess.run(
-            [sys.executable, *command],
-            capture_output=True,
-            check=False,
-            text=True,
-            env={"PYTHONPATH": f"{root}:{Path(path).parent}"},
-        )
+        environment = {"PYTHONPATH": f"{ROOT}:{script.parent}"}
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
 
-    done = run(path, "--batch_size=4")
-    assert done.stdout == "['batch_size', 'ch_mult', 'data', 'lr'] 4 {'batch_size': 4}\n"
-    done = run(path, "--batch_siz=4")
+    done = run(str(script), "--batch_size=4")
+    assert done.stdout == "['batch_size'] 4 4\n"
+    done = run(str(script), "--batch_size=0")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "train.py: unknown setting 'batch_siz': did you mean 'batch_size'? (--help lists all)\n"
-    done = run(path, "--help")
-    assert done.returncode == 0 and "images per process and step" in done.stdout
-    done = run("-c", "import train; print(train.batch_size)", "--batch_size=4")
-    assert done.stdout == "12\n" and done.stderr == "", "importing parses nothing"
+    assert done.stderr == "train.py: --batch_size=0 must be >= 1 (default 12)\n"
+    done = run(str(script), "--help")
+    assert done.returncode == 0 and ">= 1: images per process and step" in done.stdout
+    assert run("-c", "import train; print(train.batch_size)", "--batch_size=4").stdout == "12\n", (
+        "imports parse nothing"
+    )
+
+
+def test_config_is_a_dict_with_attributes():
+    cfg = configure({"lr": 1.0, "steps": 3}, ["--lr=2", "--steps=3"])
+    assert cfg == {"lr": 2.0, "steps": 3} and cfg.lr == 2.0
+    assert cfg.given == {"lr": 2.0, "steps": 3} and cfg.changed == {"lr": 2.0}
+    other = cfg.replace(lr=3.0)
+    assert other.lr == 3.0 and cfg.lr == 2.0 and other.given == cfg.given
+    with pytest.raises(AttributeError, match="no setting 'rl'"):
+        cfg.rl  # noqa: B018
+
+
+SCRIPTS = ("train_vae", "train_ldm", "lpips_train", "sample", "fid", "bench", "convert")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_default_keeps_its_contract_and_no_number_is_without_one(name):
+    """Printed with -s: the contract of every setting."""
+    module = importlib.import_module(name)
+    settings = find_settings(vars(module))
+    for setting, (default, comment, _) in settings.items():
+        found = contract(comment)
+        print(f"{name}.{setting}: {found[0] if found else '-'}")
+        assert comment, f"{setting} has no comment"
+        assert found is None or found[1](default), f"{setting}={default} breaks {found[0]}"
+        is_number = type(default) in (int, float)
+        assert found or not is_number or setting in ("seed",), f"{setting} is a number without a range"
+        looks_like_one = comment.startswith((">", "<", "in [", "in (", "each ")) or " | " in comment.split(":")[0]
+        assert found or not looks_like_one, f"{setting}: {comment!r} is prose by accident"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.stem)
 def test_shipped_configs_fit_their_script(path):
     names = set(re.findall(r"^([a-z]\w*) =", path.read_text(), re.M))
-    scripts = ("train_vae", "train_ldm")  # its own is the one that knows every name in it
-    script = next(s for s in scripts if names <= vars(importlib.import_module(s)).keys())
-    config = configure(vars(importlib.import_module(script)).copy(), [str(path)])
-    assert config.changed["out_dir"] == f"out/{path.stem}", "every named run leaves its files in its own folder"
+    script = next(s for s in SCRIPTS if names <= vars(importlib.import_module(s)).keys())
+    cfg = configure(vars(importlib.import_module(script)).copy(), [str(path)])
+    assert cfg.out_dir == f"out/{path.stem}", "every run leaves its files in its own folder"
