@@ -3,6 +3,7 @@
 The training scripts own their loops; each function here is one thing that all three of them need.
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -16,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from checkpoint import UserError, reject
 
@@ -157,12 +157,12 @@ def set_lr(optimizer, lr):
 
 def inner(optimizer):
     """The optimizer that holds state and heeds `found_inf`: of a ZeroRedundancyOptimizer, this rank's part."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    return getattr(optimizer, "optim", optimizer)
 
 
 def optimizer_state(optimizer, model, prefix):
     """{PREFIX.PARAMETER.exp_avg: tensor, ...} on rank 0; every rank must call it where the state is sharded."""
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
+    if hasattr(optimizer, "consolidate_state_dict"):
         optimizer.consolidate_state_dict(to=0)
         if dist.get_rank() > 0:
             return {}
@@ -243,8 +243,8 @@ class Log:
         self.print(f"{machine.world} x {hardware}, {machine.precision}; settings not default: {cfg.changed}")
         start = f"resumed from {resume_from} at step {step}" if resume_from else f"a new run in {cfg.out_dir}"
         self.print(f"{start}; {images_per_step} images per step on {machine.world} processes")
-        if not resume_from and os.path.exists(self.path):
-            os.remove(self.path)
+        with open(self.path, "a" if resume_from else "w") as file:
+            file.write("\n" if resume_from else "")  # ends a line that a kill cut short
         if cfg.wandb:
             import wandb
 
@@ -342,7 +342,7 @@ def read_log(out_dir):
     records = {}
     with open(f"{out_dir}/log.jsonl") as file:
         for line in file:
-            if line.endswith("\n"):  # a kill may leave half a line
+            with contextlib.suppress(ValueError):  # a kill may cut a line short
                 record = json.loads(line)
                 records[record["step"]] = records.get(record["step"], {}) | record
     return [records[step] for step in sorted(records)]

@@ -194,7 +194,7 @@ def test_posthoc_ema_is_the_average_that_was_not_kept(tmp_path):
     checkpoint.write(f"{tmp_path}/latest.safetensors", {}, {"run": 7, "step": T, "model": {"ema_stds": stds[:2]}})
     assert checkpoint.posthoc_ema(str(tmp_path), 0.1)["ema.w"].item() == pytest.approx(averages[0.1], abs=1e-3)
     early = checkpoint.posthoc_ema(f"{tmp_path}/ema_00000200.safetensors", 0.1)["ema.w"].item()
-    assert early == pytest.approx(averages[0.1] / 2, abs=2e-3)
+    assert early == pytest.approx(averages[0.1] / 2, abs=4e-3)
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     with pytest.raises(UserError, match="no averages to combine; train with --ema_stds"):

@@ -1,0 +1,199 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from checkpoint import UserError
+from configurator import configure
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = dict(lr=1.0, lr_schedule="constant", lr_end=0.1, lr_milestones=(0.5, 0.8), lr_decay=0.1, warmup_steps=4)
+SETTINGS |= dict(max_steps=20, log_every=2, batch_size=4, wandb=False)
+CPU = common.Machine(0, 1, torch.device("cpu"), "float32", torch.float32, False)
+
+
+def config(**values):
+    return configure(SETTINGS | values, [])
+
+
+@pytest.mark.parametrize(
+    "schedule, values",
+    [
+        ("constant", {0: 0.2, 3: 0.8, 4: 1.0, 20: 1.0}),
+        ("cosine", {0: 0.2, 4: 1.0, 12: 0.55, 20: 0.1}),
+        ("multistep", {0: 0.2, 9: 1.0, 10: 0.1, 16: 0.01}),
+        ("onecycle", {0: 0.04, 2: 0.52, 4: 1.0, 12: 0.55, 20: 0.1}),
+        ("linear", {0: 0.2, 5: 1.0, 10: 1.0, 15: 0.55, 20: 0.1}),
+    ],
+)
+def test_learning_rate(schedule, values):
+    for step, lr in values.items():
+        assert common.learning_rate(step, config(lr_schedule=schedule)) == pytest.approx(lr)
+
+
+def test_all_finite():
+    assert common.all_finite(torch.ones(3), torch.zeros(()))
+    for bad in (math.nan, math.inf):
+        assert not common.all_finite(torch.ones(3), torch.tensor([1.0, bad]))
+
+
+def run_steps(log, losses, start=1):
+    for step, loss in enumerate(losses, start):
+        loss = torch.tensor(loss)
+        log.step(step, {"loss": loss}, 2 * loss, loss.isfinite(), lr=0.5, keys=[f"image {step}"])
+
+
+def test_log_writes_means_since_the_last_line(tmp_path, capsys):
+    log = common.Log(config(out_dir=str(tmp_path)), CPU, 0, 8)
+    run_steps(log, [1.0, 2.0, 3.0, 6.0, 5.0])
+    log.evaluation(4, {"val_loss": 0.25, "val_loss_by_t": [1.0, None]})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["images_seen"], r.get("loss"), r.get("grad_norm")) for r in lines] == [
+        (2, 16, 1.5, 3.0),
+        (4, 32, 4.5, 9.0),
+        (4, 32, None, None),
+    ]
+    assert lines[0]["lr"] == 0.5 and lines[0]["images_per_s"] > 0
+    printed = capsys.readouterr().out
+    assert "a new run in" in printed and "step 4, 32 images: loss 4.5, grad_norm 9, lr 5.00e-01" in printed
+    assert "evaluation at step 4: loss 0.2500, loss_by_t 1.0000 -" in printed
+
+
+def test_a_resumed_log_counts_the_last_record_of_a_step(tmp_path):
+    cfg = config(out_dir=str(tmp_path))
+    run_steps(common.Log(cfg, CPU, 0, 8), [1.0, 1.0, 1.0, 1.0])
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # killed
+    assert [r["loss"] for r in common.read_log(tmp_path)] == [1.0, 1.0]
+    run_steps(common.Log(cfg, CPU, 2, 8, resume_from="latest"), [3.0, 3.0, 3.0, 3.0], start=3)
+    assert [(r["step"], r["loss"]) for r in common.read_log(tmp_path)] == [(2, 1.0), (4, 3.0), (6, 3.0)]
+    common.Log(cfg, CPU, 0, 8)
+    assert common.read_log(tmp_path) == [], "a new run begins a new log"
+
+
+def test_a_step_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    log = common.Log(config(out_dir=str(tmp_path), log_every=10), CPU, 0, 8)
+    run_steps(log, [1.0, math.nan, math.inf])
+    with pytest.raises(UserError) as caught:
+        log.check()
+    assert "loss, grad_norm not finite at step 2; the weights were not updated; no checkpoint yet" in str(caught.value)
+    assert str(caught.value).endswith("images of the step: image 2")
+    (tmp_path / "latest.safetensors").touch()
+    with pytest.raises(UserError, match=f"last checkpoint: {tmp_path}/latest.safetensors; try a lower lr"):
+        run_steps(log, [1.0] * 7, start=4)  # noticed at the next line
+    assert common.read_log(tmp_path) == []
+
+
+def test_plot(tmp_path):
+    log = common.Log(config(out_dir=str(tmp_path)), CPU, 0, 8)
+    run_steps(log, [1.0, 2.0, 3.0, 4.0])
+    for step in (2, 4):
+        log.evaluation(step, {"val_loss": 1.0, "val_by_t": [1.0, None, 3.0]})
+    common.plot_log(tmp_path, {"loss": ("loss", "val_loss"), "by t": ("val_by_t",), "absent": ("kl",)})
+    image = np.asarray(Image.open(tmp_path / "loss.png").convert("L"))
+    assert image.shape[1] / image.shape[0] > 2 and (image < 128).any(), "two panels side by side"
+
+
+def test_settings_of_a_checkpoint_and_of_now(tmp_path):
+    common.check_same_settings("file", {"unet": {"channels": [1, 2]}, "cond": "text"}, {"unet": {"channels": (1, 2)}})
+    with pytest.raises(
+        UserError, match="file: has other settings: cond=text in the checkpoint, none now; use those, or"
+    ):
+        common.check_same_settings("file", {"unet": {}, "cond": "text"}, {"cond": "none"})
+    assert common.accumulation(config(), 2, 24, "file") == 3
+    with pytest.raises(UserError, match="25 images per step, not a multiple of batch_size=4 x 2 processes; change"):
+        common.accumulation(config(), 2, 25, "file")
+
+
+def test_only_user_errors_are_one_line(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import common, checkpoint, sys\ncommon.install_excepthook()\nraise eval(sys.argv[1])('no; file')\n"
+    )
+
+    def stderr(kind):
+        command = [sys.executable, str(script), kind]
+        return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}).stderr
+
+    assert stderr("checkpoint.UserError") == "train.py: no; file\n"
+    assert stderr("ValueError").startswith("Traceback")
+
+
+PROCESSES = """
+import os, signal, sys
+import torch, torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+import common
+from configurator import configure
+
+cfg = dict(device="cpu", dtype="float64", compile="auto", deterministic=False, dist_timeout=1.0)
+machine = common.setup(configure(cfg, []))
+rank = machine.rank
+assert machine.world == 2 and machine.param_dtype == torch.float64
+if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)  # torchrun starts both again
+
+assert common.all_finite(torch.ones(1)) and not common.all_finite(torch.tensor([1.0, float("nan") if rank else 1.0]))
+common.assert_same_on_all_ranks(step=3)
+try:
+    common.assert_same_on_all_ranks(step=rank)
+    raise SystemExit("ranks that differ were not noticed")
+except AssertionError as error:
+    assert "ranks differ" in str(error)
+stop = common.Stop()
+assert not stop.agreed()
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+assert stop.agreed() and stop.signal == signal.SIGTERM, "one signal stops both"
+
+def train(sharded, steps, saved=None):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).double()
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1}]
+    groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    if sharded:
+        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=0.1, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=0.1, fused=True)
+    if saved:
+        model.load_state_dict(saved[0])
+        common.load_optimizer_state(optimizer, model, "optim", saved[1])
+    for step in steps:
+        common.set_lr(optimizer, 0.1 / (step + 1))
+        model(torch.full((5, 3), step - 1.5).double()).square().mean().backward()
+        common.inner(optimizer).found_inf = torch.tensor(float(step == 1))  # this step changes nothing
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict(), common.optimizer_state(optimizer, model, "optim")
+
+whole, state = train(False, range(5))
+half, saved = train(True, range(3))
+box = [saved]
+dist.broadcast_object_list(box, 0)
+assert rank == 0 or saved == {}
+resumed, resumed_state = train(True, range(3, 5), (half, box[0]))
+assert all(torch.equal(resumed[name], t) for name, t in whole.items())
+if rank == 0:
+    assert resumed_state.keys() == state.keys() and len(state) == 12
+    assert all(torch.equal(resumed_state[name], t) for name, t in state.items())
+print(f"rank {rank} is done", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_under_torchrun(tmp_path):
+    """A killed rank is restarted; ranks agree; a sharded optimizer equals the plain one bit for bit, also resumed."""
+    script = tmp_path / "processes.py"
+    script.write_text(PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0 is done", "rank 1 is done"]
