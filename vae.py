@@ -504,7 +504,7 @@ class Discriminator(nn.Module):
             ]
         self.main = nn.Sequential(*layers)
         # running means of the logits of real images and of reconstructions, which LeCam regularisation pulls towards
-        self.register_buffer("usual_logits", torch.zeros(2))
+        self.register_buffer("mean_logits", torch.zeros(2))
 
     def forward(self, x):
         return self.main(x)
