@@ -31,26 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
+import common
 from checkpoint import UserError, reject
-from common import (
-    Log,
-    Stop,
-    accumulation,
-    all_finite,
-    assert_same_on_all_ranks,
-    check_same_settings,
-    git_revision,
-    inner,
-    install_excepthook,
-    learning_rate,
-    leave,
-    load_optimizer_state,
-    optimizer_state,
-    plot_log,
-    progress_bar,
-    set_lr,
-    setup,
-)
 from configurator import configure
 from data.dataset import loader, open_npy, permute, seed_of
 from metrics import ssim
@@ -164,7 +146,11 @@ def load_trunk(net, path=None):
         try:
             tensors = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
-            reject(path, f"could not be fetched ({error})", "download it and give the file as trunk weights")
+            reject(
+                path,
+                f"could not be fetched ({error})",
+                "download it and set trunk_weights (train_vae.py: lpips_trunk) to the file",
+            )
     tensors = {name.removeprefix("features."): t for name, t in tensors.items()}
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in make_trunk(net).state_dict().items()}
@@ -368,7 +354,7 @@ def evaluate(metrics, judgements, cfg, machine, autocast):
     """{metric: {category: score}} of functions of two batches: 2AFC agreement, or for JND average precision."""
     count, others = len(judgements), judgements.per_item - 1
     distances = torch.zeros(len(metrics), count, others, dtype=torch.float64, device=machine.device)
-    for start in progress_bar(
+    for start in common.progress_bar(
         range(machine.rank * cfg.batch_size, count, machine.world * cfg.batch_size), "evaluation"
     ):
         end = min(start + cfg.batch_size, count)
@@ -442,9 +428,9 @@ def count_tflop(cfg, side):
 
 
 if __name__ == "__main__":
-    install_excepthook()
+    common.install_excepthook()
     cfg = configure(globals())
-    machine = setup(cfg)
+    machine = common.setup(cfg)
     rank, world = machine.rank, machine.world
     autocast = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16")
 
@@ -487,32 +473,32 @@ if __name__ == "__main__":
     images_per_step = cfg.batch_size * cfg.grad_accum * world
     if resumed:
         tensors, meta = checkpoint.read(latest)
-        check_same_settings(latest, {"stage": meta["stage"]} | meta["model"], {"stage": "lpips"} | model.settings)
+        common.check_same_settings(latest, {"stage": meta["stage"]} | meta["model"], {"stage": "lpips"} | model.settings)
         model.load_state_dict(checkpoint.part(tensors, "model"))
-        load_optimizer_state(optimizer, model, "optim", tensors)
+        common.load_optimizer_state(optimizer, model, "optim", tensors)
         step, images_per_step = meta["step"], meta["images_per_step"]
     evaluation = Evaluation(
         lpips if cfg.head_weights or resumed or not cfg.eval_only else None, validation, cfg, machine, autocast
     )
     if cfg.eval_only:
         evaluation()
-        leave()
+        common.leave()
     if resumed:
-        micro_steps = accumulation(cfg, world, images_per_step, latest)
-    assert_same_on_all_ranks(step=step, images=len(images))
+        micro_steps = common.accumulation(cfg, world, images_per_step, latest)
+    common.assert_same_on_all_ranks(step=step, images=len(images))
 
     # log
-    about = {"stage": "lpips", "model": model.settings, "config": cfg, "git": git_revision()}
+    about = {"stage": "lpips", "model": model.settings, "config": cfg, "git": common.git_revision()}
     about |= {"images_per_step": images_per_step, "run": meta["run"] if resumed else time.time_ns()}
     tflop = count_tflop(cfg, images.size)
-    log = Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
+    log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
     counts = f"{len(images)} training and {len(validation['2afc'])} validation judgements"
     log.print(f"{counts} in {cfg.dataset}: {description}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
 
     # saving: every rank calls it, rank 0 writes
     def save(path=latest):
-        tensors = optimizer_state(optimizer, model, "optim") | checkpoint.with_prefix("model", model.state_dict())
+        tensors = common.optimizer_state(optimizer, model, "optim") | checkpoint.with_prefix("model", model.state_dict())
         if rank == 0:
             checkpoint.write(path, tensors, about | {"step": step, "images_seen": step * images_per_step})
 
@@ -528,23 +514,23 @@ if __name__ == "__main__":
     model.train()
 
     # training loop
-    stop, start_step, started = Stop(), step, time.time()
+    stop, start_step, started = common.Stop(), step, time.time()
     while True:
         # learning rate
-        lr_now = learning_rate(step, cfg)
-        set_lr(optimizer, lr_now)
+        lr_now = common.learning_rate(step, cfg)
+        common.set_lr(optimizer, lr_now)
 
         # evaluate, save, stop
-        finished, stopping = step >= cfg.max_steps, stop.agreed()
-        if finished or due(cfg.eval_every):
+        last, stopping = step >= cfg.max_steps, stop.agreed()
+        if last or due(cfg.eval_every):
             log.check()
             log.evaluation(step, evaluation())
             if rank == 0:
-                plot_log(cfg.out_dir, PANELS)
-        if finished or stopping or due(cfg.save_every):
+                common.plot_log(cfg.out_dir, PANELS)
+        if last or stopping or due(cfg.save_every):
             log.check()  # nothing is saved after a step that was not finite
             save()
-        if finished or stopping:
+        if last or stopping:
             break
 
         # forward and backward
@@ -564,8 +550,8 @@ if __name__ == "__main__":
 
         # optimizer step, heads >= 0
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-        ok = all_finite(grad_norm, *totals.values())
-        inner(optimizer).found_inf = (~ok).float()  # AdamW leaves weights and moments alone where this is 1
+        ok = common.all_finite(grad_norm, *totals.values())
+        common.inner(optimizer).found_inf = (~ok).float()  # AdamW leaves weights and moments alone where this is 1
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -576,5 +562,5 @@ if __name__ == "__main__":
         log.step(step, totals, grad_norm, ok, lr_now, keys)
 
     seconds = time.time() - started
-    log.print(f"{'finished' if finished else 'stopped'} at step {step} after {seconds:.0f} s: {latest}")
-    leave(0 if finished else 128 + stop.signal)
+    log.print(f"{'finished' if last else 'stopped'} at step {step} after {seconds:.0f} s: {latest}")
+    common.leave(0 if last else 128 + stop.signal)

@@ -26,26 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
+import common
 from checkpoint import UserError
-from common import (
-    Log,
-    Stop,
-    accumulation,
-    all_finite,
-    assert_same_on_all_ranks,
-    check_same_settings,
-    git_revision,
-    inner,
-    install_excepthook,
-    learning_rate,
-    leave,
-    load_optimizer_state,
-    optimizer_state,
-    plot_log,
-    progress_bar,
-    set_lr,
-    setup,
-)
 from configurator import configure
 from data.dataset import BadImage, Dataset, Stream, loader, seed_of, uniform
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
@@ -152,21 +134,18 @@ wandb = False  # send the log to Weights & Biases too
 
 def check_settings(cfg, machine):
     """What involves several settings."""
-    eval_settings = [name for name in ("ckpt", "eval_split", "inception_weights") if name in cfg.changed]
-    interpolated = cfg.upsample != "nearest" or cfg.equivariance_prob > 0
-    lpips_side = MIN_SIDE[cfg.lpips_net] if cfg.lpips_trunk else 1  # measured without a weight too
-    side = max(min_side(cfg), lpips_side)
-    parts = f"SSIM, LPIPS ({cfg.lpips_net}) and the discriminator; lower disc_layers or disable one of them"
+    eval_settings = " ".join(f"--{name}" for name in ("ckpt", "eval_split", "inception_weights") if name in cfg.changed)
+    side = max(min_side(cfg), MIN_SIDE[cfg.lpips_net] if cfg.lpips_trunk else 1)  # measured without a weight too
+    needs = f"SSIM, LPIPS ({cfg.lpips_net}) and the discriminator need {side}; lower disc_layers or disable one of them"
+    interpolates = machine.device.type == "cuda" and (cfg.upsample != "nearest" or cfg.equivariance_prob > 0)
     problems = {
         f"adaptive_min={cfg.adaptive_min} is above adaptive_max={cfg.adaptive_max}": cfg.adaptive_min
         > cfg.adaptive_max,
-        f"--{', --'.join(eval_settings)} is only used with --eval_only=True": eval_settings and not cfg.eval_only,
-        "--train=decoder starts from a trained autoencoder: set init_from": cfg.train == "decoder"
+        f"{eval_settings} is only used with --eval_only=True": eval_settings and not cfg.eval_only,
+        "--train=decoder starts from a trained autoencoder; set init_from": cfg.train == "decoder"
         and not cfg.init_from,
-        f"image_size={cfg.image_size} is below {side}, the least of {parts}": cfg.image_size < side,
-        "--deterministic=True on CUDA needs --upsample=nearest and --equivariance_prob=0": cfg.deterministic
-        and machine.device.type == "cuda"
-        and interpolated,
+        f"image_size={cfg.image_size} is too small: {needs}": cfg.image_size < side,
+        "--deterministic needs --upsample=nearest --equivariance_prob=0 on CUDA": cfg.deterministic and interpolates,
     }
     for problem, found in problems.items():
         if found:
@@ -327,7 +306,7 @@ def restart_codes(model, ema, optimizer, unused, candidates):
     codes = model.quantize.embedding.weight
     for weight in (codes, ema.quantize.embedding.weight):
         weight.copy_(torch.where(unused[:, None], candidates.to(weight.dtype), weight))
-    state = inner(optimizer).state.get(codes, {})  # {} on a rank that does not hold it
+    state = common.inner(optimizer).state.get(codes, {})  # {} on a rank that does not hold it
     for name in state.keys() & {"exp_avg", "exp_avg_sq"}:
         state[name].masked_fill_(unused[:, None], 0.0)
 
@@ -369,27 +348,27 @@ def make_optimizer(groups, cfg, machine):
 
 @torch.no_grad()
 def evaluate(vae, stream, cfg, machine, autocast, lpips=None, inception=None):
-    """({name: score}, (originals, reconstructions)) on the validation images; the images are up to 8 of rank 0's.
+    """({name: score}, (originals, reconstructions)) on the validation images; the images are up to 8 of this rank's.
 
     Scores are means over images; lists by channel: KL, and mean, deviation and farthest value of the latents; the
     largest activation of any block; for VQ the use of the codebook; with inception the rFID.
     """
-    C, device, dtype, examples = vae.latent_channels, machine.device, vae.latent_mean.dtype, None
+    C, dtype, rows, features, examples = vae.latent_channels, vae.latent_mean.dtype, [], ([], []), None
     names = ["val_l1", "val_psnr", "val_ssim", "val_kl", "val_posterior_std"] + ["val_lpips"] * (lpips is not None)
-    sums = torch.zeros(1 + len(names) + 3 * C, dtype=torch.float64, device=device)  # the first counts images
-    largest = torch.zeros(1 + 2 * C, dtype=torch.float64, device=device) - math.inf  # activation, latents, -latents
-    codes = torch.zeros(len(vae.quantize.embedding.weight) if vae.quantize else 0, dtype=torch.float64, device=device)
-    features = ([], [])  # of images and of reconstructions
-
-    def watch(module, inputs, output):
-        largest[0] = torch.maximum(largest[0], output.abs().amax())
-
-    hooks = [m.register_forward_hook(watch) for m in vae.modules() if isinstance(m, (ResBlock, Attention))]
+    codes = torch.zeros(len(vae.quantize.embedding.weight) if vae.quantize else 0, device=machine.device).double()
+    activations = []  # the largest of each block in this batch
+    hooks = [
+        block.register_forward_hook(lambda module, inputs, output: activations.append(output.abs().amax()))
+        for block in vae.modules()
+        if isinstance(block, (ResBlock, Attention))
+    ]
     count = min(len(stream.dataset), cfg.val_images)
-    for start in progress_bar(range(machine.rank, count, machine.world * cfg.batch_size), "evaluation"):
-        spread = len(stream.dataset) / count  # over all of them, which may be sorted by class
-        rows = range(start, min(start + machine.world * cfg.batch_size, count), machine.world)
-        x = torch.stack([stream[int(i * spread)]["image"] for i in rows]).to(device)
+    spread = len(stream.dataset) / count  # over all of them, which may be sorted by class
+    stride = machine.world * cfg.batch_size
+    for start in common.progress_bar(range(machine.rank, count, stride), "evaluation"):
+        positions = range(start, min(start + stride, count), machine.world)
+        x = torch.stack([stream[int(i * spread)]["image"] for i in positions]).to(machine.device)
+        activations.clear()
         with autocast:
             posterior = vae.encode(x.to(dtype))
             y = vae.decode(posterior.mode()).float()
@@ -397,11 +376,10 @@ def evaluate(vae, stream, cfg, machine, autocast, lpips=None, inception=None):
             perceptual = [lpips(*pair)] if lpips is not None else []
         mean, std, kl = posterior.mean.double(), posterior.std.double(), posterior.kl()
         by_image = [(y - x).abs().mean(dim=(1, 2, 3)), psnr(y, x), ssim(y, x), kl.sum(dim=(1, 2, 3)) / x[0].numel()]
-        by_image += [posterior.std.mean(dim=(1, 2, 3)), *perceptual]
+        by_image += [std.mean(dim=(1, 2, 3)), *perceptual, torch.stack(activations).max().expand(len(x))]
         by_channel = [kl.sum(dim=(2, 3)), mean.mean(dim=(2, 3)), (mean**2 + std**2).mean(dim=(2, 3))]
-        singles = torch.stack([t.double() for t in (torch.ones_like(by_image[0]), *by_image)], dim=1)
-        sums += torch.cat([singles, *(t.double() for t in by_channel)], dim=1).sum(dim=0)
-        largest[1:] = torch.maximum(largest[1:], torch.cat([mean, -mean], dim=1).amax(dim=(0, 2, 3)))
+        by_channel += [mean.amax(dim=(2, 3)), mean.amin(dim=(2, 3))]
+        rows.append(torch.cat([t.double().view(len(x), -1) for t in (*by_image, *by_channel)], dim=1).cpu())
         if vae.quantize:
             codes += torch.bincount(vae.quantize.nearest(posterior.mean).flatten(), minlength=len(codes))
         for images, f in zip((x, y), features if inception else ()):
@@ -409,27 +387,25 @@ def evaluate(vae, stream, cfg, machine, autocast, lpips=None, inception=None):
         examples = examples or (x[:8].cpu(), y[:8].cpu())
     for hook in hooks:
         hook.remove()
-    if machine.world > 1:
-        for t, operation in ((sums, dist.ReduceOp.SUM), (codes, dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)):
-            dist.all_reduce(t, operation)
-    means = sums[1:] / sums[0]
-    scores = dict(zip(names, means.tolist())) | latent_scores(means[len(names) :].view(3, C), largest)
+    rows = gathered(rows)
+    scores = dict(zip(names, rows.mean(dim=0).tolist())) | {"val_largest_activation": rows[:, len(names)].max().item()}
+    scores |= latent_scores(rows[:, len(names) + 1 :].view(len(rows), 5, C))
     if vae.quantize:
+        if machine.world > 1:
+            dist.all_reduce(codes)
         scores |= dict(zip(("val_codes_used", "val_perplexity"), (t.item() for t in code_use(codes))))
     if inception:
         scores["val_rfid"] = frechet(*gaussian(gathered(features[0])), *gaussian(gathered(features[1])))
     return scores, examples
 
 
-def latent_scores(means, largest):
-    """Lists by channel, from means (3,C) of KL, latents and squares, and maxima (1 + 2C,): activation, +- latents."""
-    kl, mean, square = means
+def latent_scores(rows):
+    """Lists by channel of rows (N,5,C): KL, and mean, mean square, highest and lowest value of the latents."""
+    kl, mean, square = rows[:, :3].mean(dim=0)
     std = (square - mean**2).sqrt()
-    highest, lowest = largest[1:].view(2, -1)
-    farthest = torch.maximum(highest - mean, lowest + mean) / std
+    farthest = torch.maximum(rows[:, 3].amax(dim=0) - mean, mean - rows[:, 4].amin(dim=0)) / std
     lists = {"val_kl_per_channel": kl, "val_latent_mean": mean, "val_latent_std": std, "val_latent_farthest": farthest}
-    scores = {name: [round(v, 5) for v in t.tolist()] for name, t in lists.items()}
-    return {"val_largest_activation": largest[0].item()} | scores
+    return {name: [round(v, 5) for v in t.tolist()] for name, t in lists.items()}
 
 
 def gathered(rows):
@@ -472,7 +448,7 @@ def latent_statistics(vae, images, cfg, machine, autocast):
     sums = torch.zeros(3, vae.latent_channels, dtype=torch.float64, device=machine.device)  # of 1, z, z^2
     count = min(len(images), cfg.latent_images)
     picks = [i * len(images) // count for i in range(count)]  # spread over the dataset
-    for start in progress_bar(range(machine.rank, count, machine.world * cfg.batch_size), "latent statistics"):
+    for start in common.progress_bar(range(machine.rank, count, machine.world * cfg.batch_size), "latent statistics"):
         rows = []
         for i in picks[start : start + machine.world * cfg.batch_size : machine.world]:
             try:
@@ -524,31 +500,20 @@ def count_tflop(vae, cfg):
     return total / 1e12
 
 
-def load_lpips(cfg, machine):
-    """The metric of the perceptual loss, or None; an evaluation does not fail where its weights cannot be fetched."""
-    if not (cfg.perceptual_weight or cfg.lpips_trunk) or cfg.measure_latents:
-        return None
-    try:
-        lpips = LPIPS(cfg.lpips_net, cfg.lpips_trunk, cfg.lpips_heads)
-    except UserError as error:
-        if not cfg.eval_only or cfg.lpips_trunk:
-            raise
-        print(f"no LPIPS: {error}")
-        return None
-    return lpips.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
-
-
 if __name__ == "__main__":
-    install_excepthook()
+    common.install_excepthook()
     cfg = configure(globals())
-    machine = setup(cfg)
+    machine = common.setup(cfg)
     check_settings(cfg, machine)
     rank, world = machine.rank, machine.world
     autocast = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16")
-    lpips = load_lpips(cfg, machine)
+    lpips = None
+    if (cfg.perceptual_weight or cfg.lpips_trunk) and not cfg.measure_latents:
+        lpips = LPIPS(cfg.lpips_net, cfg.lpips_trunk, cfg.lpips_heads)
+        lpips.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     if cfg.eval_only:
         evaluate_checkpoint(cfg, machine, autocast, lpips)
-        leave()
+        common.leave()
 
     # data
     images = Dataset(cfg.dataset, "train", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
@@ -576,7 +541,7 @@ if __name__ == "__main__":
         if source.state_dict().keys() == model.state_dict().keys():  # attention at the same levels
             free.append("resolution")
         wanted = source.settings | {name: model.settings[name] for name in free}
-        check_same_settings(cfg.init_from, json.loads(json.dumps(wanted)), model.settings)
+        common.check_same_settings(cfg.init_from, json.loads(json.dumps(wanted)), model.settings)
         model.load_state_dict(source.state_dict())
     model.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     model.encoder.checkpointing = model.decoder.checkpointing = cfg.checkpointing
@@ -609,14 +574,14 @@ if __name__ == "__main__":
         tensors, meta = checkpoint.read(latest)
         saved = {"stage": meta["stage"]} | {name: meta["config"].get(name) for name in ("train", "init_from")}
         now = {"stage": "vae", "train": cfg.train, "init_from": cfg.init_from} | model.settings
-        check_same_settings(latest, saved | meta["model"], now)
+        common.check_same_settings(latest, saved | meta["model"], now)
         model.load_state_dict(checkpoint.part(tensors, "model"))
         ema.load_state_dict(checkpoint.part(tensors, "ema"))
-        load_optimizer_state(optimizer, model, "optim", tensors)
+        common.load_optimizer_state(optimizer, model, "optim", tensors)
         for name, t in checkpoint.part(tensors, "state").items():
             state[name].copy_(t)
         step, images_per_step = meta["step"], meta["images_per_step"]
-        micro_steps = accumulation(cfg, world, images_per_step, latest)
+        micro_steps = common.accumulation(cfg, world, images_per_step, latest)
     elif cfg.measure_latents:
         checkpoint.reject(latest, "no such checkpoint, which --measure_latents needs", "set out_dir")
     elif cfg.init_from and checkpoint.is_ours(checkpoint.find(cfg.init_from)):
@@ -626,19 +591,19 @@ if __name__ == "__main__":
             buffer.fill_(math.nan)  # measured at the end; those of an earlier end do not hold for what follows
     old_disc = checkpoint.part(tensors, "disc")
     if disc and old_disc:
-        check_same_settings(latest if resumed else cfg.init_from, meta["disc"], disc.settings)
+        common.check_same_settings(latest if resumed else cfg.init_from, meta["disc"], disc.settings)
         disc.load_state_dict(old_disc)
-        load_optimizer_state(disc_optimizer, disc, "disc_optim", tensors)
+        common.load_optimizer_state(disc_optimizer, disc, "disc_optim", tensors)
     # a discriminator that this run does not train stays in its checkpoint
     resting = {} if disc or not resumed else {k: t for k, t in tensors.items() if k.startswith("disc")}
-    assert_same_on_all_ranks(step=step, images=len(images))
+    common.assert_same_on_all_ranks(step=step, images=len(images))
 
     # log
-    about = {"stage": "vae", "model": model.settings, "config": cfg, "git": git_revision()}
+    about = {"stage": "vae", "model": model.settings, "config": cfg, "git": common.git_revision()}
     about |= {"disc": disc.settings if disc else meta.get("disc"), "images_per_step": images_per_step}
     about["run"] = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
     tflop = count_tflop(model, cfg)
-    log = Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
+    log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
     log.print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {cfg.dataset}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
     if micro_steps != cfg.grad_accum:
@@ -653,8 +618,8 @@ if __name__ == "__main__":
 
     # saving: every rank calls it, rank 0 writes
     def save(path=latest):
-        tensors = optimizer_state(optimizer, model, "optim")
-        tensors |= optimizer_state(disc_optimizer, disc, "disc_optim") if disc else resting
+        tensors = common.optimizer_state(optimizer, model, "optim")
+        tensors |= common.optimizer_state(disc_optimizer, disc, "disc_optim") if disc else resting
         if rank == 0:
             tensors |= checkpoint.with_prefix("disc", disc.state_dict()) if disc else {}
             for prefix, part in (("model", model.state_dict()), ("ema", ema.state_dict()), ("state", state)):
@@ -675,7 +640,7 @@ if __name__ == "__main__":
             for name in ("latent_mean", "latent_std"):
                 tensors |= {f"{prefix}.{name}": getattr(ema, name) for prefix in ("model", "ema")}
             checkpoint.write(latest, tensors, meta)
-        leave()
+        common.leave()
 
     # compile, DDP, loader
     if machine.compile:  # all but the last layer, so that the adaptive weight's gradients do not run all of it again
@@ -695,29 +660,29 @@ if __name__ == "__main__":
         return every > 0 and step % every == 0 and step > start_step
 
     # training loop
-    stop, start_step, started, bad_images = Stop(), step, time.time(), 0
+    stop, start_step, started, bad_images = common.Stop(), step, time.time(), 0
     while True:
         # learning rate; does the discriminator train, and does the autoencoder see it?
-        lr_now = learning_rate(step, cfg)
-        set_lr(optimizer, lr_now)
+        lr_now = common.learning_rate(step, cfg)
+        common.set_lr(optimizer, lr_now)
         ramp = gan_ramp(step + 1, cfg) if disc else None
         disc_trains = disc is not None and step + 1 >= cfg.disc_start - cfg.disc_warmup
         if disc:
-            set_lr(disc_optimizer, cfg.disc_lr * lr_now / cfg.lr)
+            common.set_lr(disc_optimizer, cfg.disc_lr * lr_now / cfg.lr)
 
         # evaluate, save, stop
-        finished, stopping = step >= cfg.max_steps, stop.agreed()
+        last, stopping = step >= cfg.max_steps, stop.agreed()
         before_gan = disc and step == cfg.disc_start - 1 and step > 0
-        saving = finished or stopping or due(cfg.save_every)
+        saving = last or stopping or due(cfg.save_every)
         if saving or before_gan or due(cfg.eval_every) or due(cfg.snapshot_every):
             log.check()  # nothing is saved after a step that was not finite
-        if finished or due(cfg.eval_every):
+        if last or due(cfg.eval_every):
             scores, examples = evaluate(ema, validation_stream, cfg, machine, autocast, lpips)
             log.evaluation(step, scores)
             if rank == 0:
                 save_grid(f"{cfg.out_dir}/recon_{step:08d}.png", examples)
-                plot_log(cfg.out_dir, PANELS)
-        if finished and not (cfg.train == "decoder" and ema.has_latent_statistics):
+                common.plot_log(cfg.out_dir, PANELS)
+        if last and not (cfg.train == "decoder" and ema.has_latent_statistics):
             measure()
         if due(cfg.snapshot_every) and rank == 0:
             snapshot = checkpoint.with_prefix("ema", ema.state_dict())
@@ -727,7 +692,7 @@ if __name__ == "__main__":
             save()
         if before_gan:
             save(f"{cfg.out_dir}/before_gan.safetensors")  # to go back to
-        if finished or stopping:
+        if last or stopping:
             break
 
         # forward and backward
@@ -773,9 +738,9 @@ if __name__ == "__main__":
             if world > 1:
                 average_gradients(disc)
             totals["disc_grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in disc.parameters()])
-        ok = all_finite(grad_norm, *totals.values())  # one for both optimizers, the same on all ranks
+        ok = common.all_finite(grad_norm, *totals.values())  # one for both optimizers, the same on all ranks
         for one in [optimizer] + [disc_optimizer] * disc_trains:
-            inner(one).found_inf = (~ok).float()
+            common.inner(one).found_inf = (~ok).float()
             one.step()
             one.zero_grad()
         step += 1
@@ -806,5 +771,5 @@ if __name__ == "__main__":
                 log.print(f"warning at step {step}: {verdict}")
 
     seconds = time.time() - started
-    log.print(f"{'finished' if finished else 'stopped'} at step {step} after {seconds:.0f} s: {latest}")
-    leave(0 if finished else 128 + stop.signal)
+    log.print(f"{'finished' if last else 'stopped'} at step {step} after {seconds:.0f} s: {latest}")
+    common.leave(0 if last else 128 + stop.signal)
