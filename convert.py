@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shutil
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -130,7 +129,7 @@ def to_ours(state, keys, path="the file"):
     for names, what in ((missing, "missing"), (unknown, "unknown")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            reject(path, f"tensors are {what}: {', '.join(names[:3])}{more}", "it is damaged or of another architecture")
+            reject(path, f"tensors are {what}: {', '.join(names[:3])}{more}", "damaged, or of another architecture")
     out = {}
     for key in keys:
         t = with_dims(state[key.theirs], key.dims[0]) if key.dims else state[key.theirs]
@@ -270,6 +269,7 @@ def text_layers(blocks):
 # Published U-Nets, by the settings that identify them, and what their files do not say: heads, objective, schedule,
 # scale and side of the latents. SOURCE: the configs of CompVis/latent-diffusion, CompVis/stable-diffusion and
 # Stability-AI/stablediffusion.
+EPS = dict(objective="eps")
 SD = dict(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, scale=0.18215, side=64)
 SD_1 = SD | dict(num_heads=8, objective="eps")
 SD_2 = SD | dict(head_dim=64)  # eps at 512 px, v at 768 px: no file says which
@@ -278,8 +278,8 @@ LDM = dict(objective="eps", schedule="scaled_linear", beta_start=0.0015, beta_en
 CHURCHES = LDM | dict(num_heads=8, beta_end=0.0155, side=32, scale=None)
 RELEASES = [
     (dict(channels=320, context_dim=768, linear_proj=False), SD_1),  # Stable Diffusion 1, also inpainting
-    (dict(channels=320, context_dim=1024, linear_proj=True, concat_channels=5), SD_2 | dict(objective="eps")),  # inpaint
-    (dict(channels=320, context_dim=1024, linear_proj=True, concat_channels=1), SD_2 | dict(objective="eps")),  # depth
+    (dict(channels=320, context_dim=1024, linear_proj=True, concat_channels=5), SD_2 | EPS),  # inpainting
+    (dict(channels=320, context_dim=1024, linear_proj=True, concat_channels=1), SD_2 | EPS),  # depth
     (dict(channels=320, context_dim=1024, linear_proj=True), SD_2),
     (dict(channels=256, context_dim=1024, linear_proj=True, num_classes=1000), UPSCALER),
     (dict(channels=320, context_dim=1280), SD_1 | dict(side=32)),  # LDM: text, 1.45 billion parameters
@@ -425,9 +425,7 @@ def infer_attention(state, levels, attentions):
         return s
     s["transformer_depth"] = count(state, f"{first}.transformer_blocks.{{}}.norm1.weight")
     s["linear_proj"] = state[f"{first}.proj_in.weight"].ndim == 2
-    keys = [
-        {at: state[f"{at}.transformer_blocks.0.attn{n}.to_k.weight"].shape[1] for at in attentions} for n in (1, 2)
-    ]
+    keys = [{at: state[f"{at}.transformer_blocks.0.attn{n}.to_k.weight"].shape[1] for at in attentions} for n in (1, 2)]
     no_context = keys[1] == attentions and len(set(attentions.values())) > 1
     s["context_dim"] = 0 if no_context else keys[1][first]
     own = tuple(keys[0].get(level.attention) == attentions.get(level.attention) for level in levels)
@@ -512,8 +510,8 @@ def read_folder(folder):
     if not os.path.exists(f"{folder}/config.json"):
         reject(folder, "neither config.json nor model_index.json in it", "give the model's own folder")
     stems, endings = ("diffusion_pytorch_model", "model", "pytorch_model"), (".safetensors", ".bin")
-    names = [f"{stem}{end}{index}" for end in endings for index in ("", ".index.json") for stem in stems]
-    names += [f"{stem}{half}" for end in endings for half in (f".fp16{end}", f"{end}.index.fp16.json") for stem in stems]
+    names = [stem + end + index for end in endings for index in ("", ".index.json") for stem in stems]
+    names += [stem + half for end in endings for half in (f".fp16{end}", f"{end}.index.fp16.json") for stem in stems]
     name = next((name for name in names if os.path.exists(f"{folder}/{name}")), None)
     if name is None:
         reject(folder, f"no weights ({names[0]} or similar)", "fetch it again")
@@ -899,7 +897,8 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     if vae and not all(vae[1][name].isfinite().all() for name in ("latent_mean", "latent_std")):
         reject(path, "the scale of its latents is unknown", "this pipeline is not supported")
     if vae and latent_channels(vae[0]) != s["in_channels"]:
-        reject(path, f"{s['in_channels']} channels in its U-Net, {latent_channels(vae[0])} in its autoencoder", "fix it")
+        channels = f"{s['in_channels']} channels in its U-Net, {latent_channels(vae[0])} in its autoencoder"
+        reject(path, f"latents of {channels}", "use parts that belong together")
     text, class_tokens, condition = read_condition(path, file or {}, s, "text" in held, clip_vocab)
     factor = 2 ** (len(vae[0]["ch_mult"]) - 1) if vae else 1
     model = {"unet": s, "text": None, "first_stage": "vae" if vae else "none", "tower_hash": None}
@@ -1405,7 +1404,8 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
     if tower:
         # Stable Diffusion 1 has transformers' tower, 2 has open_clip's
         s, state, _ = tower
-        layout, prefix = ("transformers", "transformer.text_model.") if s["layer"] == "last" else ("open_clip", "model.")
+        last = s["layer"] == "last"
+        layout, prefix = ("transformers", "transformer.text_model.") if last else ("open_clip", "model.")
         tensors = to_theirs(state, key_table(text_layers(held_blocks(s)), layout))
         add(PREFIXES["text"] + prefix, tensors, "the text tower")
     names = {"class_tokens": ("embedding.weight", "the class tokens")}
