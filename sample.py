@@ -36,7 +36,7 @@ import checkpoint
 import convert
 from attention import use_attention
 from checkpoint import UserError, reject
-from common import install_excepthook
+from common import install_excepthook, setup
 from configurator import configure
 from data.dataset import IMAGES, to_rgb, to_tensor
 from data.tasks import augment_low, image_condition
@@ -80,7 +80,9 @@ head_dim = 0  # >= 0: or channels per head
 batch_size = 16  # >= 1: images at a time
 decode_batch = 8  # >= 0: images decoded at a time, which takes more memory than sampling; 0 is all
 decode_tile = 0  # >= 0: side in latents of the tiles that are decoded separately; 0 is no tiles
-compile = "auto"  # auto | true | false: torch.compile of the denoiser; auto is false here, in fid.py true on CUDA
+compile = (
+    "false"  # auto | true | false: torch.compile of the denoiser; takes a minute, so for many batches; auto is on CUDA
+)
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto | float32 | bfloat16: auto is bfloat16 on CUDA, else float32
 attention = "auto"  # auto | triton | xformers | sdpa | sdpa_flash | sdpa_cudnn | sdpa_efficient | sdpa_math | reference
@@ -135,7 +137,15 @@ class Pipeline(NamedTuple):
         """Image sides are multiples of this."""
         return self.factor * self.denoiser.unet.side_multiple
 
+    def to(self, device):
+        """Moves all networks."""
+        for network in (self.denoiser, self.vae, self.tower):
+            if network is not None:
+                network.to(device, memory_format=torch.channels_last)
+        return self
+
     def caption(self, condition):
+        """A condition as text."""
         if isinstance(condition, int) and condition == self.num_classes:  # the null class
             return ""
         if isinstance(condition, int):
@@ -163,7 +173,7 @@ def load_pipeline(
             reject(path, "has all its settings", f"leave out {', '.join(['objective'] * bool(objective) + [*known])}")
         model = Denoiser.from_pretrained(path, ema_std, unet_class)
         vae = VAE.from_pretrained(path) if meta["vae"] else None
-        tower = load_tower(path, meta, tower_weights, clip_vocab)
+        tower = build_tower(path, convert.load_tower(path, tower_weights, clip_vocab))
     else:
         if ema_std or tower_weights:
             reject(path, "not a checkpoint of this repository", "leave out ema_std and tower_weights")
@@ -188,30 +198,21 @@ def load_pipeline(
     )
 
 
-def load_tower(path, meta, weights="", merges=""):
-    """The frozen text encoder that a checkpoint was trained with, or None; its weights are not in the checkpoint."""
-    name = meta["model"]["text_encoder"]
-    if name == "joint" or meta["model"]["cond"] != "text":
-        return None
-    weights, merges = weights or meta["config"]["tower_weights"], merges or meta["config"]["clip_vocab"]
-    tower = CLIPTextEncoder.from_pretrained(weights, name=name, merges=merges)
-    if checkpoint.hash_weights(tower) != meta["model"]["tower_hash"]:
-        reject(weights, f"not the {name} that {path} was trained with", "set tower_weights=FILE")
-    return tower.requires_grad_(False).eval()
-
-
 def build_foreign(path, parts):
     """(Denoiser, VAE or None, CLIPTextEncoder or None, meta) of what convert.load_pipeline read."""
-    build, (settings, state) = checkpoint.build, parts["unet"]
     tokens = parts["class_tokens"]
     tokens = None if tokens is None else torch.nn.Embedding.from_pretrained(tokens)
-    model = Denoiser(build(UNet, settings, state, path), class_tokens=tokens).requires_grad_(False).eval()
-    vae = build(VAE, *parts["vae"], path) if parts["vae"] else None
-    tower = None
-    if parts["text"]:
-        settings, state, merges = parts["text"]
-        tower = build(CLIPTextEncoder, settings, state, path, merges=merges)
-    return model, vae, tower, parts["meta"]
+    model = Denoiser(checkpoint.build(UNet, *parts["unet"], path), class_tokens=tokens)
+    vae = checkpoint.build(VAE, *parts["vae"], path) if parts["vae"] else None
+    return model.requires_grad_(False).eval(), vae, build_tower(path, parts["text"]), parts["meta"]
+
+
+def build_tower(path, parts):
+    """The frozen text encoder of (settings, state dict, merges), or None."""
+    if parts is None:
+        return None
+    settings, state, merges = parts
+    return checkpoint.build(CLIPTextEncoder, settings, state, path, merges=merges)
 
 
 def with_decoder(vae, path):
@@ -296,7 +297,9 @@ def generate(
         batch = {name: t[rows] for name, t in inputs.items()}
         full = len(conditions[rows]) == batch_size or not getattr(pipeline.denoiser.unet, "is_compiled", False)
         with contextlib.nullcontext() if full else torch.compiler.set_stance("force_eager"):  # no second compilation
-            x = sample_batch(pipeline, conditions[rows], seeds[rows], batch, sides, times, strength, run, guided, on_step)
+            x = sample_batch(
+                pipeline, conditions[rows], seeds[rows], batch, sides, times, strength, run, guided, on_step
+            )
         images.append(decode(pipeline, x, decode_tile, decode_batch))
         bar.update(len(x) if several else 0)
     bar.close()
@@ -481,8 +484,8 @@ def save_grid(path, images, captions, settings=None, columns=0):
 # --- the command ---
 
 
-def load_from_settings(cfg, device, bfloat16, compiled):
-    """(pipeline on `device`, keyword arguments of `generate`) from the settings of this script or of fid.py."""
+def load_from_settings(cfg, machine):
+    """(pipeline on `machine`, keyword arguments of `generate`) from the settings of this script or of fid.py."""
     module, _, name = cfg.denoiser.partition(":")
     parts = dict(unet_class=getattr(importlib.import_module(module), name) if module else UNet)
     parts |= {name: cfg[name] for name in ("tower_weights", "clip_vocab", "first_stage")}
@@ -490,17 +493,18 @@ def load_from_settings(cfg, device, bfloat16, compiled):
     pipeline = load_pipeline(cfg.ckpt, cfg.ema_std, **parts, **known)
     check_settings(cfg, pipeline)
     guide = load_pipeline(cfg.guide_ckpt, **parts) if cfg.guide_ckpt else None
-    for part in (pipeline, guide):
-        for net in (part.denoiser, part.vae, part.tower) if part else ():
-            if net is not None:
-                net.to(device, memory_format=torch.channels_last)
-                use_attention(net, cfg.attention)
-        if part and bfloat16:
+    for part in (pipeline, guide) if guide else (pipeline,):
+        part.to(machine.device)
+        for network in filter(None, (part.denoiser, part.tower)):
+            use_attention(network, cfg.attention)
+        if machine.precision == "bfloat16":
             round_weights(part)
-        if part and compiled:
+        if machine.compile:
             compile_unet(part)
     if guide and not is_comparable(pipeline, guide):
-        reject(cfg.guide_ckpt, "has other latents, noise or conditions", "use an earlier run like ckpt, or a smaller one")
+        reject(
+            cfg.guide_ckpt, "has other latents, noise or conditions", "use an earlier run like ckpt, or a smaller one"
+        )
     names = "steps sampler spacing size batch_size guidance guidance_rescale negative decode_tile decode_batch".split()
     options = {name: cfg[name] for name in names} | dict(guide=guide)
     options["guidance_interval"] = (cfg.guidance_from, cfg.guidance_to)
@@ -643,3 +647,52 @@ def choose_inputs(pipeline, cfg):
     seeds = list(range(cfg.seed, cfg.seed + len(index)))
     inputs = {name: rows[list(index)] for name, rows in inputs.items()}
     return list(conditions), seeds, [names[i] for i in index], inputs
+
+
+def save_gif(path, frames, seconds=2.0):
+    """PIL images as an animation of `seconds` that repeats after a pause."""
+    durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1000]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def save_samples(folder, images, records, settings):
+    """PNGs with their records, samples.jsonl and grid.png of up to 64 images; returns the grid."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "samples.jsonl"), "w") as file:
+        for image, record in zip(images, records):
+            info = PngInfo()
+            info.add_text("settings", json.dumps(record | {"config": settings}), zip=True)
+            to_pil(image).save(os.path.join(folder, record["file"]), pnginfo=info)
+            file.write(json.dumps(record) + "\n")
+    captions = [record["prompt"] for record in records[:64]]
+    return save_grid(os.path.join(folder, "grid.png"), images[:64], captions, {"config": settings})
+
+
+if __name__ == "__main__":
+    cfg = configure(globals())
+    install_excepthook()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("sample.py runs in one process; for torchrun see fid.py")
+    machine = setup(cfg.replace(deterministic=False))
+    pipeline, options = load_from_settings(cfg, machine)
+    conditions, seeds, names, inputs = choose_inputs(pipeline, cfg)
+    share = strength if strength > 0 else 0.75 if "image" in inputs and "mask" not in inputs else 1.0
+    options["batch_size"] = min(batch_size, len(conditions))
+
+    started = time.time()
+    with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16"):
+        images = generate(pipeline, conditions, seeds, inputs=inputs, strength=share, progress=True, **options)
+    seconds = time.time() - started
+
+    file = checkpoint.find(ckpt)
+    folder = out_dir or os.path.join(file if os.path.isdir(file) else os.path.dirname(file), "samples")
+    records = []
+    for i, condition in enumerate(conditions):
+        records.append({"file": f"{i:05d}.png", "prompt": pipeline.caption(condition), "seed": seeds[i]})
+        if inputs:
+            records[-1] |= {"from": names[i], "strength": share}
+    grid = save_samples(folder, images, records, cfg)
+    speed = f"{len(images) / seconds:.2f} images/s, {generate.evaluations} network evaluations each"
+    print(f"{len(images)} images in {seconds:.1f} s, {speed}: {folder}/grid.png")
+    if show:
+        grid.show()
