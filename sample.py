@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import checkpoint
 import convert
-from attention import use_attention
+from attention import unavailable, use_attention
 from checkpoint import UserError, reject
 from common import install_excepthook, setup
 from configurator import configure
@@ -80,9 +80,7 @@ head_dim = 0  # >= 0: or channels per head
 batch_size = 16  # >= 1: images at a time
 decode_batch = 8  # >= 0: images decoded at a time, which takes more memory than sampling; 0 is all
 decode_tile = 0  # >= 0: side in latents of the tiles that are decoded separately; 0 is no tiles
-compile = (
-    "false"  # auto | true | false: torch.compile of the denoiser; takes a minute, so for many batches; auto is on CUDA
-)
+compile = "false"  # auto | true | false: torch.compile of the denoiser, for many batches; auto is true on CUDA
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto | float32 | bfloat16: auto is bfloat16 on CUDA, else float32
 attention = "auto"  # auto | triton | xformers | sdpa | sdpa_flash | sdpa_cudnn | sdpa_efficient | sdpa_math | reference
@@ -189,7 +187,7 @@ def load_pipeline(
         vae,
         make_schedule(about["schedule"], *ends, zero_snr=about["zero_snr"]),
         about["objective"],
-        (model.unet.settings["in_channels"], side, side),
+        (vae.latent_channels if vae else 3, side, side),
         about["num_classes"] if about["cond"] == "class" else 0,
         meta["classes"],
         meta["examples"],
@@ -490,6 +488,9 @@ def load_from_settings(cfg, machine):
     parts = dict(unet_class=getattr(importlib.import_module(module), name) if module else UNet)
     parts |= {name: cfg[name] for name in ("tower_weights", "clip_vocab", "first_stage")}
     known = {name: cfg[name] for name in ("objective", "num_heads", "head_dim") if cfg[name]}
+    weights = torch.bfloat16 if machine.precision == "bfloat16" else torch.float32
+    if reason := unavailable(cfg.attention, machine.device, weights):
+        raise UserError(f"--attention={cfg.attention}: {reason}")
     pipeline = load_pipeline(cfg.ckpt, cfg.ema_std, **parts, **known)
     check_settings(cfg, pipeline)
     guide = load_pipeline(cfg.guide_ckpt, **parts) if cfg.guide_ckpt else None
