@@ -473,7 +473,9 @@ if __name__ == "__main__":
     images_per_step = cfg.batch_size * cfg.grad_accum * world
     if resumed:
         tensors, meta = checkpoint.read(latest)
-        common.check_same_settings(latest, {"stage": meta["stage"]} | meta["model"], {"stage": "lpips"} | model.settings)
+        common.check_same_settings(
+            latest, {"stage": meta["stage"]} | meta["model"], {"stage": "lpips"} | model.settings
+        )
         model.load_state_dict(checkpoint.part(tensors, "model"))
         common.load_optimizer_state(optimizer, model, "optim", tensors)
         step, images_per_step = meta["step"], meta["images_per_step"]
@@ -498,7 +500,9 @@ if __name__ == "__main__":
 
     # saving: every rank calls it, rank 0 writes
     def save(path=latest):
-        tensors = common.optimizer_state(optimizer, model, "optim") | checkpoint.with_prefix("model", model.state_dict())
+        tensors = common.optimizer_state(optimizer, model, "optim") | checkpoint.with_prefix(
+            "model", model.state_dict()
+        )
         if rank == 0:
             checkpoint.write(path, tensors, about | {"step": step, "images_seen": step * images_per_step})
 

@@ -1072,7 +1072,7 @@ if __name__ == "__main__":
             elif cond == "class":
                 wanted = [label if label >= 0 else num_classes for label in batch["label"].tolist()]
         with autocast():
-            pictures = generate(pipeline, wanted, range(len(wanted)), sample_steps, cfg, sampler, given=given)
+            pictures = generate(pipeline, wanted, range(len(wanted)), sample_steps, cfg, sampler, inputs=given)
         for i, (picture, condition) in enumerate(zip(pictures, wanted)):
             if task != "none":
                 grid += [show_condition(task, {name: t[i] for name, t in given.items()}, image_size)]
