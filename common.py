@@ -139,6 +139,14 @@ def all_finite(*values):
     return finite.bool()
 
 
+def build(model_class, *args, **settings):
+    """model_class(...); settings that do not fit together are the user's mistake, not the caller's."""
+    try:
+        return model_class(*args, **settings)
+    except AssertionError as error:
+        raise UserError(str(error)) from None
+
+
 # --- optimizer ---
 
 
@@ -201,7 +209,7 @@ def check_same_settings(path, saved, now):
         parts = (flat(value) if isinstance(value, dict) else {name: value} for name, value in settings.items())
         return {name: value for part in parts for name, value in part.items()}
 
-    saved, now = flat(saved), flat(json.loads(json.dumps(now)))  # tuples as lists, as they were saved
+    saved, now = (flat(json.loads(json.dumps(settings))) for settings in (saved, now))  # tuples as lists
     rows = [f"{k}={saved.get(k)} in the checkpoint, {now[k]} now" for k in now if saved.get(k) != now[k]]
     if rows:
         reject(path, f"has other settings: {', '.join(rows)}", "use those, or another out_dir")

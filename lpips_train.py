@@ -417,7 +417,7 @@ class Evaluation:
         return record
 
 
-PANELS = {name: (name,) for name in ("loss", "accuracy", "grad_norm", "val_2afc", "val_jnd", "lr")}
+PANELS = {"loss": ("loss",), "accuracy": ("accuracy", "val_2afc", "val_jnd"), "gradient norm": ("grad_norm",)}
 
 
 def count_tflop(cfg, side):
@@ -510,9 +510,9 @@ if __name__ == "__main__":
         return step % every == 0 and step > start_step
 
     # compile, DDP, loader
-    net_step = torch.compile(model) if machine.compile else model
+    judge = torch.compile(model) if machine.compile else model
     if world > 1:
-        net_step = DistributedDataParallel(net_step, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        judge = DistributedDataParallel(judge, gradient_as_bucket_view=True, forward_sync_buffers=False)
     collate = torch.utils.data.default_collate
     batches = loader(images, step, cfg.max_steps, cfg.batch_size, micro_steps, rank, world, cfg.workers, collate)
     model.train()
@@ -545,9 +545,9 @@ if __name__ == "__main__":
             keys += batch["key"]
             names = ("images", "judge")
             batch = {name: batch[name].to(machine.device, machine.param_dtype, non_blocking=True) for name in names}
-            net_step.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
+            judge.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
             with autocast:
-                terms = train_step(net_step, batch, cfg)
+                terms = train_step(judge, batch, cfg)
             (terms["loss"] / micro_steps).backward()
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0.0) + term.detach() / micro_steps

@@ -12,7 +12,6 @@ DIR is a folder of images, of tar or parquet shards, or images.npy. The same com
 
 import copy
 import inspect
-import json
 import math
 import os
 import time
@@ -136,18 +135,19 @@ def check_settings(cfg, machine):
     """What involves several settings."""
     eval_settings = " ".join(f"--{name}" for name in ("ckpt", "eval_split", "inception_weights") if name in cfg.changed)
     side = max(min_side(cfg), MIN_SIDE[cfg.lpips_net] if cfg.lpips_trunk else 1)  # measured without a weight too
-    needs = f"SSIM, LPIPS ({cfg.lpips_net}) and the discriminator need {side}; lower disc_layers or disable one of them"
+    parts = f"SSIM, LPIPS ({cfg.lpips_net}) and the discriminator; lower disc_layers or disable one of them"
     interpolates = machine.device.type == "cuda" and (cfg.upsample != "nearest" or cfg.equivariance_prob > 0)
-    problems = {
-        f"adaptive_min={cfg.adaptive_min} is above adaptive_max={cfg.adaptive_max}": cfg.adaptive_min
-        > cfg.adaptive_max,
-        f"{eval_settings} is only used with --eval_only=True": eval_settings and not cfg.eval_only,
-        "--train=decoder starts from a trained autoencoder; set init_from": cfg.train == "decoder"
-        and not cfg.init_from,
-        f"image_size={cfg.image_size} is too small: {needs}": cfg.image_size < side,
-        "--deterministic needs --upsample=nearest --equivariance_prob=0 on CUDA": cfg.deterministic and interpolates,
-    }
-    for problem, found in problems.items():
+    problems = [
+        (
+            cfg.adaptive_min > cfg.adaptive_max,
+            f"adaptive_min={cfg.adaptive_min} is above adaptive_max={cfg.adaptive_max}",
+        ),
+        (eval_settings and not cfg.eval_only, f"{eval_settings} is only used with --eval_only=True"),
+        (cfg.train == "decoder" and not cfg.init_from, "--train=decoder needs a trained autoencoder; set init_from"),
+        (cfg.image_size < side, f"image_size={cfg.image_size} is below {side}, which is the least of {parts}"),
+        (cfg.deterministic and interpolates, "--deterministic on CUDA needs nearest upsample and no equivariance_prob"),
+    ]
+    for found, problem in problems:
         if found:
             raise UserError(problem)
 
@@ -190,15 +190,14 @@ def train_step(vae, batch, noise, cfg, lpips=None, disc=None, gan_weight=None, t
     transform: (turns, side) of turn_and_scale, applied to the latents and to the images (EQ-VAE).
     The gradient of neither loss reaches the other's parameters.
     """
-    x, terms = batch["image"], {}
+    x, values, terms = batch["image"], batch["image"].numel(), {}
     reconstruction, posterior = vae(x, noise, *transform)
     reconstruction = widened(reconstruction)
-    values = x.numel()
     if transform:
         x = turn_and_scale(x, transform[0], transform[1] and reconstruction.shape[-1])
     error = reconstruction - x
     terms["recon"] = nll = error.abs().mean() if cfg.recon_loss == "l1" else error.square().mean()
-    if lpips is not None:
+    if cfg.perceptual_weight:
         terms["perceptual"] = lpips(reconstruction, x).mean()
         nll = nll + cfg.perceptual_weight * terms["perceptual"]
     if cfg.bottleneck == "vq":
@@ -231,6 +230,17 @@ def discriminator_terms(disc, x, reconstruction, cfg):
         distance = (real - mean_fake).square().mean() + (fake - mean_real).square().mean()
         loss = loss + cfg.lecam_weight * distance
     return {"disc_loss": loss, "logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+
+
+def step_noise(step, shape, cfg, machine, micro_steps):
+    """[(B,C,h,w) for each micro-step]: this rank's slice of the noise of a step, a function of (seed, step).
+
+    The same for the global batch on any number of ranks.  shape: (C,h,w) of the latents.
+    """
+    generator = torch.Generator(machine.device).manual_seed(seed_of(cfg.seed, "vae noise", step))
+    slots = (micro_steps, machine.world, cfg.batch_size)
+    noise = torch.randn(*slots, *shape, generator=generator, device=machine.device)
+    return noise[:, machine.rank].to(machine.param_dtype)
 
 
 def gan_ramp(number, cfg):
@@ -474,10 +484,11 @@ def save_grid(path, rows):
     Image.fromarray(((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
-PANELS = {name: (name,) for name in ("loss", "recon", "perceptual", "kl", "codebook", "codes_used", "gan", "disc_loss")}
-PANELS |= {"logits": ("logits_real", "logits_fake"), "gan_weight": ("gan_weight",), "grad_norm": ("grad_norm",)}
-PANELS |= {name: (name,) for name in ("disc_grad_norm", "val_psnr", "val_ssim", "val_lpips", "val_rfid")}
-PANELS |= {name: (name,) for name in ("val_largest_activation", "val_kl_per_channel")}
+PANELS = {"loss": ("loss", "recon", "perceptual"), "kl": ("kl", "val_kl"), "codebook": ("codebook",)}
+PANELS |= {"codes used": ("codes_used", "val_codes_used"), "gan": ("gan", "disc_loss"), "gan_weight": ("gan_weight",)}
+PANELS |= {"logits": ("logits_real", "logits_fake"), "gradient norm": ("grad_norm", "disc_grad_norm")}
+PANELS |= {name: (name,) for name in ("val_psnr", "val_ssim", "val_lpips", "val_largest_activation")}
+PANELS |= {"val_kl_per_channel": ("val_kl_per_channel",)}  # a line for each channel
 
 
 def count_tflop(vae, cfg):
@@ -533,7 +544,7 @@ if __name__ == "__main__":
 
     # model
     torch.manual_seed(seed_of(cfg.seed, "init"))
-    model = VAE(**{name: cfg[name] for name in inspect.signature(VAE).parameters if name in cfg})
+    model = common.build(VAE, **{name: cfg[name] for name in inspect.signature(VAE).parameters if name in cfg})
     if cfg.image_size % model.factor:
         raise UserError(f"image_size={cfg.image_size} is not a multiple of {model.factor}, the autoencoder's factor")
     if source and not resumed:
@@ -541,7 +552,7 @@ if __name__ == "__main__":
         if source.state_dict().keys() == model.state_dict().keys():  # attention at the same levels
             free.append("resolution")
         wanted = source.settings | {name: model.settings[name] for name in free}
-        common.check_same_settings(cfg.init_from, json.loads(json.dumps(wanted)), model.settings)
+        common.check_same_settings(cfg.init_from, wanted, model.settings)
         model.load_state_dict(source.state_dict())
     model.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     model.encoder.checkpointing = model.decoder.checkpointing = cfg.checkpointing
@@ -552,7 +563,7 @@ if __name__ == "__main__":
     disc = None
     if cfg.disc_weight:
         torch.manual_seed(seed_of(cfg.seed, "disc init"))
-        disc = Discriminator(cfg.disc_layers, cfg.disc_norm, cfg.disc_spectral_norm, cfg.disc_channels)
+        disc = common.build(Discriminator, cfg.disc_layers, cfg.disc_norm, cfg.disc_spectral_norm, cfg.disc_channels)
         disc.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
 
     # optimizers: no weight decay on biases and norms
@@ -600,16 +611,14 @@ if __name__ == "__main__":
 
     # log
     about = {"stage": "vae", "model": model.settings, "config": cfg, "git": common.git_revision()}
-    about |= {"disc": disc.settings if disc else meta.get("disc"), "images_per_step": images_per_step}
+    about |= {"disc": disc.settings if disc else meta["disc"] if resting else None, "images_per_step": images_per_step}
     about["run"] = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
     tflop = count_tflop(model, cfg)
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
     log.print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {cfg.dataset}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
     if micro_steps != cfg.grad_accum:
-        log.print(
-            f"grad_accum={micro_steps} in place of {cfg.grad_accum}: the run keeps {images_per_step} images per step"
-        )
+        log.print(f"grad_accum={micro_steps} in place of {cfg.grad_accum}, to keep {images_per_step} images per step")
     if disc:
         size = f"{sum(p.numel() for p in disc.parameters()):,} parameters{'' if old_disc else ', a new one'}"
         first = f"trains from step {max(1, cfg.disc_start - cfg.disc_warmup)}, GAN loss from step {cfg.disc_start}"
@@ -696,16 +705,14 @@ if __name__ == "__main__":
             break
 
         # forward and backward
-        generator = torch.Generator(machine.device).manual_seed(seed_of(cfg.seed, "vae noise", step))
-        shape = (micro_steps, world, cfg.batch_size, *latent_shape)
-        noise = torch.randn(shape, generator=generator, device=machine.device)[:, rank]  # of the global batch
+        noise = step_noise(step, latent_shape, cfg, machine, micro_steps)
         transform = latent_transform(step, cfg, model.factor)
         if cfg.dropout:
             torch.manual_seed(seed_of(cfg.seed, "dropout", step, rank))
         # the ratio measured in the step before: this step's is known only after all micro-steps and ranks
         adaptive = state["adaptive"] if cfg.adaptive_weight else torch.ones_like(state["adaptive"])
         gan_weight = None if ramp is None else ramp * cfg.disc_weight * adaptive
-        players = {"lpips": lpips if cfg.perceptual_weight else None, "disc": disc if disc_trains else None}
+        opponent = disc if disc_trains else None
         gradients = torch.zeros(2, *last_layer.shape, device=machine.device, dtype=machine.param_dtype)  # nll, GAN
         totals, keys, posteriors = {}, [], []
         for micro in range(micro_steps):
@@ -714,14 +721,11 @@ if __name__ == "__main__":
             for line in batch["bad"]:
                 bad_images += 1
                 print(f"skipped a bad image ({bad_images} so far on rank {rank}): {line}", flush=True)
-            x = batch["image"].to(machine.device, machine.param_dtype, non_blocking=True)
-            x = x.contiguous(memory_format=torch.channels_last)
+            options = dict(non_blocking=True, memory_format=torch.channels_last)
+            batch["image"] = batch["image"].to(machine.device, machine.param_dtype, **options)
             net.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
             with autocast:
-                z_noise = noise[micro].to(x.dtype)
-                terms, posterior = train_step(
-                    net, {"image": x}, z_noise, cfg, **players, gan_weight=gan_weight, transform=transform
-                )
+                terms, posterior = train_step(net, batch, noise[micro], cfg, lpips, opponent, gan_weight, transform)
             if gan_weight is not None and cfg.adaptive_weight:
                 for k, name in enumerate(("nll", "gan")):
                     gradients[k] += torch.autograd.grad(terms[name], last_layer, retain_graph=True)[0] / micro_steps

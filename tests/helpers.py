@@ -146,7 +146,7 @@ class Run:
 
     @property
     def log(self):
-        return [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines() if line]
 
 
 def read(path):
