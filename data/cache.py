@@ -100,7 +100,7 @@ class LatentCache(torch.utils.data.Dataset):
                 x = x.to(device, vae.latent_mean.dtype)
                 pair = []
                 for y in (x, x.flip(-1))[: self.flips]:
-                    with autocast():
+                    with autocast:
                         posterior = vae.encode(y)
                     pair.append(torch.stack([posterior.mean, posterior.std], dim=1))
                 parts.append(torch.stack(pair, dim=1).half().cpu().numpy())  # (32, flips, 2, C, h, w)

@@ -119,8 +119,7 @@ def permute(index, n, seed):
         return (left << k) | right
 
     low, high = (index.min(), index.max()) if isinstance(index, np.ndarray) and index.size else (index, index)
-    if np.size(index) and not 0 <= low <= high < n:
-        raise ValueError(f"index {low}..{high} is outside range({n})")
+    assert not np.size(index) or 0 <= low <= high < n, f"index {low}..{high} is outside range({n})"
     if not isinstance(index, np.ndarray):
         x = feistel(int(index))
         while x >= n:
@@ -153,7 +152,7 @@ def to_rgb(image):
 
 
 def crop_square(width, height, crop="center", u=None):
-    """(x, y, side) of the square that is cut from a picture; see Dataset.pixels."""
+    """(x, y, side) of the square that is cut from an image; see Dataset.pixels."""
     short = min(width, height)
     if crop == "random":
         side = max(round(short * (0.5 + 0.5 * u[0])), 1)

@@ -216,6 +216,7 @@ class Remote:
                     if self.sizes[name] not in (None, size):
                         raise OSError(f"{size} bytes of {self.sizes[name]} came")
                     os.replace(part, path)
+                    break
                 except Exception as e:  # what a network does is not always an OSError
                     if attempt == 3:
                         reject(name, f"of {self.url} could not be fetched ({e!r})", "check the network, run again")
