@@ -25,6 +25,7 @@ any number of processes and workers. To read a tar of images:
 What a folder holds, and how fast it decodes: python -m data.dataset DIR --image_size=256
 """
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -34,8 +35,10 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -224,25 +227,24 @@ class Dataset:
         return dict(image=self.pixels(i), **self.meta(i))
 
     def __str__(self):
-        """One line: what was opened, and what was left out."""
-        headers = self._indexes.headers
-        total = {
-            name: sum(header[name] for header in headers) for name in ("n", "labels", "captions", "maps", "objects")
-        }
-        left = {}
+        """One line: what was opened, and what was left out; of all splits."""
+        headers, left = self._indexes.headers, {}
         for header in headers:
             for reason, (count, example) in header["left"].items():
-                left[reason] = (left.get(reason, (0,))[0] + count, left.get(reason, (0, example))[1])
-        sizes = {name: sum(h["n"] for h in headers if h["split"] == name) for name in SPLITS}
-        if not any(sizes[name] for name in HELD_OUT):
-            sizes = {name: sum(self._choose(name)[2]) for name in ("train", "val")}
-        parts = [f"{self.form}, {total['n']} images"]
-        parts[0] += f" in {len(headers)} shards" if self.form in ("tar", "parquet") else ""
-        sizes = [f"{name or 'elsewhere'} {size}" for name, size in sizes.items() if size]
-        parts[0] += f" ({', '.join(sizes)})"
-        names = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-        parts += [f"{self.num_classes} classes{f' ({names})' if names else ''}"] if self.num_classes else []
-        parts += [f"{name} on {total[name]}" for name in ("labels", "captions", "maps", "objects") if total[name]]
+                before, first = left.get(reason, (0, example))
+                left[reason] = before + count, first
+        sizes = {split: sum(header["n"] for header in headers if header["split"] == split) for split in SPLITS}
+        if not any(sizes[split] for split in HELD_OUT):
+            sizes = {split: sum(self._choose(split)[2]) for split in ("train", "val")}
+        sizes = ", ".join(f"{split or 'elsewhere'} {size}" for split, size in sizes.items() if size)
+        shards = f" in {len(headers)} shards" if self.form in ("tar", "parquet") else ""
+        parts = [f"{self.form}, {sum(header['n'] for header in headers)} images{shards} ({sizes})"]
+        if self.num_classes:
+            names = ", ".join(self.classes[:5] + ["..."] * (len(self.classes) > 5))
+            parts.append(f"{self.num_classes} classes" + (f" ({names})" if names else ""))
+        for name in ("labels", "captions", "maps", "objects"):
+            count = sum(header[name] for header in headers)
+            parts += [f"{name} on {count}"] if count else []
         parts += [f"left out: {count} {reason} ({example})" for reason, (count, example) in left.items()]
         return f"{self.path}: {', '.join(parts)}"
 
@@ -438,16 +440,10 @@ class Dataset:
             height, width = self._item(i)[2]["shape"][:2]
             return width, height
 
-        def head(most):
-            with named(self.key(i)):
-                data = self._stored(i, "image", most)
-                with Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data)) as image:
-                    turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
-                    return image.size[::-1] if turned else image.size
-
-        with contextlib.suppress(BadImage):
-            return head(2**16)  # what is asked for is nearly always at the beginning
-        return head(None)
+        data = self.encoded(i)
+        with named(self.key(i)), Image.open(io.BytesIO(data)) as image:
+            is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
+            return image.size[::-1] if is_turned else image.size
 
     # semantic maps and objects
 
@@ -549,9 +545,8 @@ class Dataset:
     def _open_file(self, name):
         return self.remote.open(name) if self.remote else open(f"{self.root}/{name}", "rb")
 
-    def _stored(self, i, part, most=None):
-        """Bytes of the image, text, record or map of item i, at most the first `most`, or its parquet cell; None if it
-        has none."""
+    def _stored(self, i, part):
+        """Bytes of the image, text, record or map of item i, or its parquet cell; None if it has none."""
         key, _, header, place = self._item(i)
         file, at, size = (place[f"{part}_{name}"] for name in ("file", "at", "size"))
         if self.form == "parquet":
@@ -560,7 +555,6 @@ class Dataset:
         if not size and part != "image":
             return None
         name = header["files"][file] if file >= 0 else key if part == "image" else os.path.splitext(key)[0] + ".map.png"
-        size = size if most is None else min(size, most)
         with self._open_file(name) as f:  # opened each time, so that workers share no file position
             f.seek(at)
             data = f.read(size)
@@ -787,25 +781,20 @@ def begin_worker(number):
 
 
 if __name__ == "__main__":
-    import argparse
-    import sys
-    import time
-
     parser = argparse.ArgumentParser(prog="python -m data.dataset", description="What a data set is, and how fast.")
     parser.add_argument("path")
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=10, help="how long to decode")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        ds = Dataset(asked.path, "all", asked.image_size)
+        ds = Dataset(args.path, "all", args.image_size)
         print(ds)
-        stream, count, bad, began = Stream(ds, 0), 0, 0, (time.perf_counter(), time.process_time())
-        while time.perf_counter() - began[0] < asked.seconds and count < 10 * len(ds):
+        stream, count, bad, began, worked = Stream(ds, 0), 0, 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - began < args.seconds:
             bad += len(stream[count]["bad"])
             count += 1
     except UserError as e:
         sys.exit(f"data.dataset: {e}")
-    took, worked = time.perf_counter() - began[0], time.process_time() - began[1]
-    speed = f"{count / worked:.0f} images/s per core at {ds.image_size} px, {count / took:.0f} with reading"
-    print(f"{speed}; {bad} bad of {count}")
+    per_core, rate = count / (time.process_time() - worked), count / (time.perf_counter() - began)
+    print(f"{per_core:.0f} images/s per core at {args.image_size} px, {rate:.0f} with reading; {bad} bad of {count}")
