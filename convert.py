@@ -500,13 +500,13 @@ def read_folder(folder):
     """(tensors, config) of a model's folder from diffusers or transformers, in one file or in shards."""
     if not os.path.exists(f"{folder}/config.json"):
         reject(folder, "neither config.json nor model_index.json in it", "give the model's own folder")
+    config = read_json(f"{folder}/config.json")
     stems, endings = ("diffusion_pytorch_model", "model", "pytorch_model"), (".safetensors", ".bin")
     names = [stem + end + index for end in endings for index in ("", ".index.json") for stem in stems]
     names += [stem + half for end in endings for half in (f".fp16{end}", f"{end}.index.fp16.json") for stem in stems]
     name = next((name for name in names if os.path.exists(f"{folder}/{name}")), None)
     if name is None:
         reject(folder, f"no weights ({names[0]} or similar)", "fetch it again")
-    config = read_json(f"{folder}/config.json")
     if not name.endswith(".json"):
         return read_tensors(f"{folder}/{name}"), config
     state, shards = {}, read_json(f"{folder}/{name}").get("weight_map", {})
