@@ -252,11 +252,11 @@ def vae_training(bench, side, count, peer):
     return run
 
 
-def random_lpips():
-    """LPIPS by VGG16 with random weights, which is as fast as with the published ones."""
+def random_lpips(net="vgg"):
+    """LPIPS with random weights, which is as fast as with the published ones."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(make_trunk("vgg").state_dict(), f"{folder}/trunk.pth")
-        return LPIPS("vgg", f"{folder}/trunk.pth", "uniform")
+        torch.save(make_trunk(net).state_dict(), f"{folder}/trunk.pth")
+        return LPIPS(net, f"{folder}/trunk.pth", "uniform")
 
 
 def unet_forward(bench, side, count, peer):
