@@ -211,7 +211,7 @@ def train_step(models, batch, noise, cfg, gan_weight=None):
             (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
             terms["disc_loss"] = terms["disc_loss"] + 0.5 * cfg["r1_weight"] * slope.square().mean()
         if cfg["lecam_weight"] > 0:  # Tseng et al. 2021, arXiv 2104.03310, equation 3
-            usual_real, usual_fake = disc.usual_logits
+            usual_real, usual_fake = disc.mean_logits
             apart = (real - usual_fake).square().mean() + (fake - usual_real).square().mean()
             terms["disc_loss"] = terms["disc_loss"] + cfg["lecam_weight"] * apart
         terms |= {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
@@ -1205,9 +1205,9 @@ if __name__ == "__main__":
             for p in disc_parameters:
                 p.grad = None
             at = terms.index("logits_real")  # and logits_fake after it; a list of indices would wait for the GPU
-            logits = sums[at : at + 2].to(disc.usual_logits.dtype)
+            logits = sums[at : at + 2].to(disc.mean_logits.dtype)
             # what LeCam pulls the logits to, from the next step on
-            disc.usual_logits.lerp_(torch.where(taken, logits, disc.usual_logits), 0.01)
+            disc.mean_logits.lerp_(torch.where(taken, logits, disc.mean_logits), 0.01)
         if share is not None and adaptive_weight:
             state["adaptive"].copy_(torch.where(taken, adaptive_ratio(gradients, config), state["adaptive"]))
         step += 1

@@ -1,7 +1,7 @@
-"""The denoiser: a U-Net with attention on noisy latents, and the text encoder that it listens to.
+"""The denoiser: a U-Net with attention, conditioned on text, classes or images; and the modules trained with it.
 
-By settings it is every U-Net of the reference systems (Ho et al. 2020; Dhariwal & Nichol 2021; Rombach et al. 2022),
-SD being Stable Diffusion, and LDM's below with in_channels=3 and out_channels=3 besides:
+Settings cover the U-Nets of the reference systems (Ho et al. 2020; Dhariwal & Nichol 2021; Rombach et al. 2022). SD is
+Stable Diffusion; those of LDM also have in_channels=3 and out_channels=3:
 
     SD 1           channels=320 channel_mult=(1,2,4,4) attention_ds=(1,2,4) num_heads=8 context_dim=768
     SD 2           the same with num_heads=0 head_dim=64 context_dim=1024 linear_proj=True
@@ -10,7 +10,10 @@ SD being Stable Diffusion, and LDM's below with in_channels=3 and out_channels=3
 
     unet = UNet(channels=64, channel_mult=(1,2), context_dim=128)
     text = TextEncoder(text_width=128)
-    prediction = unet(x_t, 1000 * t, context=text(["a red star"]))
+    prediction = unet(x_t, 1000 * t, context=text(["a red star"]))    # (B,4,H,W)
+
+Another architecture can take the U-Net's place: a class with `settings` (the constructor's arguments), `side_multiple`
+and forward(x, t, context=None, y=None, concat=None).
 """
 
 import math
@@ -20,23 +23,26 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+import checkpoint
+import convert
 from attention import Attention
 from conv import Conv2d, upsample_conv
+from text import TextEncoder
 
-# --- the U-Net's blocks ---
+# --- blocks ---
 
 
 def zeros(module):
-    """Zero-initialised, so that a residual branch starts as the identity."""
+    """Set all parameters to zero, so that a residual branch starts as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 def timestep_embedding(t, dim, max_period=10000.0):
-    """Sinusoids of t (B,) in [0, 1000] -> (B, dim) float32: cosines, then sines, as Dhariwal & Nichol 2021 have them.
+    """Sinusoids of t (B,) in [0, 1000] -> (B,dim) float32: cosines, then sines (Dhariwal & Nichol 2021).
 
-    Of the frequencies max_period^(-i / half), i = 0 to half - 1; Ho et al. 2020 have sines first and half - 1 for half.
+    Frequencies are max_period^(-i / half), i from 0; Ho et al. 2020 have the sines first, and half - 1 in place of half.
     """
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -64,9 +70,9 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block told the time: its embedding is added after the first convolution, or scales and shifts (FiLM).
+    """Residual block; the time embedding is added after the first convolution, or with `scale_shift` modulates (FiLM).
 
-    `resample`: "down" and "up" halve or double the sides inside the block (Dhariwal & Nichol 2021).
+    resample: none | down | up. Down and up halve or double the sides inside the block (Dhariwal & Nichol 2021).
     """
 
     def __init__(self, c_in, c_out, emb_dim, scale_shift=False, dropout=0.0, resample="none", groups=32):
@@ -85,7 +91,7 @@ class ResBlock(nn.Module):
         if self.resample == "down":
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         elif self.resample == "up":
-            x, h = (F.interpolate(a, scale_factor=2.0, mode="nearest") for a in (x, h))
+            x, h = F.interpolate(x, scale_factor=2.0), F.interpolate(h, scale_factor=2.0)
         h = self.conv1(h)
         e = self.emb(F.silu(emb))[:, :, None, None]
         if self.scale_shift:
@@ -97,7 +103,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels, residual; what models without a context use."""
+    """Residual self-attention over all positions, for models without a context."""
 
     def __init__(self, c, num_heads, qk_norm=False, linear=False, groups=32):
         super().__init__()
@@ -118,17 +124,16 @@ class GEGLU(nn.Module):
 
     def forward(self, x):
         x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)  # the exact GELU: published weights were trained with it
+        return x * F.gelu(gate)  # the exact GELU, as the published weights require
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm: self-attention, cross-attention to the context, gated feed-forward (Rombach et al. 2022, appendix)."""
+    """Pre-norm: self-attention, cross-attention to the context, gated MLP (Rombach et al. 2022, appendix)."""
 
     def __init__(self, dim, context_dim, num_heads, head_dim, qk_norm, linear, self_attention):
         super().__init__()
         self.self_attention = self_attention
-        # where self-attention is switched off the first attention, too, looks at the context (SD's x4 upscaler)
-        first = dim if self_attention else context_dim
+        first = dim if self_attention else context_dim  # False: both attend to the context (SD's x4 upscaler)
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, first, num_heads, head_dim, qk_norm, linear and self_attention)
         self.norm2 = nn.LayerNorm(dim)
@@ -143,18 +148,15 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """`depth` transformer blocks over the pixels as a sequence, residual."""
+    """`depth` transformer blocks over the positions as a sequence, residual."""
 
     def __init__(self, c, context_dim, num_heads, depth, linear_proj, qk_norm, linear, self_attention, groups=32):
         super().__init__()
         self.linear_proj = linear_proj
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.proj_in = nn.Linear(c, c) if linear_proj else Conv2d(c, c, 1)
-        blocks = (
-            TransformerBlock(c, context_dim, num_heads, c // num_heads, qk_norm, linear, self_attention)
-            for _ in range(depth)
-        )
-        self.blocks = nn.ModuleList(blocks)
+        block = (c, context_dim, num_heads, c // num_heads, qk_norm, linear, self_attention)
+        self.blocks = nn.ModuleList(TransformerBlock(*block) for _ in range(depth))
         self.proj_out = zeros(nn.Linear(c, c) if linear_proj else Conv2d(c, c, 1))
 
     def forward(self, x, context):
@@ -174,10 +176,10 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers called one after the other, each given what it listens to; the first is shown `kept` too."""
+    """Layers in sequence, each with the inputs it takes. `skip` is concatenated to the first layer's input."""
 
-    def forward(self, x, emb, context, kept=None):
-        x = x if kept is None else torch.cat([x, kept], dim=1)
+    def forward(self, x, emb, context, skip=None):
+        x = x if skip is None else torch.cat([x, skip], dim=1)
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -189,16 +191,19 @@ class Stage(nn.ModuleList):
 
 
 def run(stage, checkpointing, *inputs):
-    """stage(*inputs), whose inner activations are computed again in the backward pass instead of kept, if asked."""
+    """stage(*inputs); with `checkpointing` its activations are recomputed in the backward pass instead of stored."""
     if checkpointing and torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(stage, *inputs, use_reentrant=False)
     return stage(*inputs)
 
 
-class UNet(nn.Module):
-    """The denoiser; `unet.settings` holds the arguments it was built with."""
+# --- the U-Net ---
 
-    checkpointing = False  # set to True it saves memory for time: the stages' inner activations are computed twice
+
+class UNet(nn.Module):
+    """The U-Net. `unet.settings` holds the constructor's arguments."""
+
+    checkpointing = False  # True recomputes each stage in the backward pass, which saves memory
 
     def __init__(
         self,
@@ -227,60 +232,52 @@ class UNet(nn.Module):
         norm_groups=32,
         unet_dropout=0.0,
     ):
-        """channels * channel_mult are the widths of the levels, each half the side of the one before.
-
-        concat_channels: channels of image conditioning (masks, low-resolution latents) joined to the input.
-        num_res_blocks: a number, or one for each level.
-        attention_ds: down-sampling factors (1 is the input's own side) whose levels have attention; () is none.
-        num_heads or head_dim: one of them, the other 0.
-        transformer_depth: blocks of each spatial transformer; 0 uses plain self-attention blocks instead.
-        context_dim: width of the context for cross-attention; 0 is no context.
-        context_pool: the context's mean, projected, joins the time embedding too (GLIDE, Imagen).
-        self_attention: False, or one value for each level, lets the transformer's first attention look at the context;
-            the middle's looks at the pixels in any case, as in Stable Diffusion's x4 upscaler.
-        num_classes: size of the class embedding that is added to the time's (count the null class too); 0 is none.
-        resample: conv | pool, how levels change size unless resblock_updown does it.
-        unet_patch: p > 1 folds p x p latents (or pixels) into channels first: all work is then at a p-th of the side.
+        """in_channels, out_channels: of x and of the prediction.
+        concat_channels: channels of `concat` (a mask, low-resolution latents), concatenated to x.
+        channels, channel_mult: level i has channels * channel_mult[i] channels and half the side of level i - 1.
+        num_res_blocks: residual blocks of each level on the way down, a number or one for each level; one more up.
+        attention_ds: downsampling factors whose levels have attention (1: the input's side); () for none.
+        num_heads, head_dim: heads of each attention, or channels of each head; the other must be 0.
+        transformer_depth: blocks of each spatial transformer; 0: plain self-attention blocks.
+        context_dim: channels of the context (B,L,context_dim) for cross-attention; 0: no context.
+        context_pool: the projected mean of the context is added to the time embedding (GLIDE, Imagen).
+        linear_proj: spatial transformers begin and end with linear layers instead of 1x1 convolutions (SD 2).
+        self_attention: False, or one value for each level, makes the first attention of its transformers attend to the
+            context too; the middle's remains self-attention, as in SD's x4 upscaler.
+        middle_attention: attention at the lowest resolution.
+        linear_attention: self-attention in linear time.  qk_norm: RMSNorm on queries and keys.
+        num_classes: rows of the class embedding added to the time embedding, with the null class; 0: no classes.
+        scale_shift: the time embedding scales and shifts instead of being added (FiLM).
+        resblock_updown: residual blocks change the resolution, instead of `resample`, conv | pool.
+        unet_patch: p > 1 folds p x p latents or pixels into channels first.
+        norm_groups: groups of each GroupNorm.  unet_dropout: dropout in the residual blocks.
         """
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.settings = settings
         levels, emb_dim = len(channel_mult), 4 * channels
-        res_blocks, self_attn = (
-            value * levels if len(value) == 1 else value
-            for value in (tuple(v) if isinstance(v, (tuple, list)) else (v,) for v in (num_res_blocks, self_attention))
-        )
-        _check_settings(settings, res_blocks, self_attn)
-        self.side_multiple = unet_patch * 2 ** (levels - 1)
+        res_blocks, self_attn = by_level(num_res_blocks, levels), by_level(self_attention, levels)
+        check_settings(settings, res_blocks, self_attn)
+        self.side_multiple = unet_patch * 2 ** (levels - 1)  # sides of x must be multiples of it
 
         def res_block(c_in, c_out, resampling="none"):
             return ResBlock(c_in, c_out, emb_dim, scale_shift, unet_dropout, resampling, norm_groups)
 
-        def attention_block(c, with_self_attention=True):
+        def attention_block(c, self_attention=True):
             heads = num_heads or c // head_dim
             if transformer_depth == 0:
                 return AttentionBlock(c, heads, qk_norm, linear_attention, norm_groups)
-            return SpatialTransformer(
-                c,
-                context_dim,
-                heads,
-                transformer_depth,
-                linear_proj,
-                qk_norm,
-                linear_attention,
-                with_self_attention,
-                norm_groups,
-            )
+            options = (linear_proj, qk_norm, linear_attention, self_attention, norm_groups)
+            return SpatialTransformer(c, context_dim, heads, transformer_depth, *options)
 
         self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.class_embed = nn.Embedding(num_classes, emb_dim) if num_classes else None
-
         self.context_embed = nn.Linear(context_dim, emb_dim) if context_pool else None
 
-        # the way down: every stage's output is kept for the way up
+        # down: the output of each stage is a skip connection
         conv_in = Conv2d((in_channels + concat_channels) * unet_patch**2, channels, 3, padding=1)
         self.input_blocks = nn.ModuleList([Stage([conv_in])])
-        kept, c, ds = [channels], channels, 1
+        skips, c, ds = [channels], channels, 1
         for level, mult in enumerate(channel_mult):
             for _ in range(res_blocks[level]):
                 stage = Stage([res_block(c, channels * mult)])
@@ -288,22 +285,21 @@ class UNet(nn.Module):
                 if ds in attention_ds:
                     stage.append(attention_block(c, self_attn[level]))
                 self.input_blocks.append(stage)
-                kept.append(c)
+                skips.append(c)
             if level != levels - 1:
-                self.input_blocks.append(
-                    Stage([res_block(c, c, "down") if resblock_updown else Downsample(c, resample)])
-                )
-                kept.append(c)
+                down = res_block(c, c, "down") if resblock_updown else Downsample(c, resample)
+                self.input_blocks.append(Stage([down]))
+                skips.append(c)
                 ds *= 2
 
         middle = [res_block(c, c), attention_block(c), res_block(c, c)]
         self.middle_block = Stage(middle if middle_attention else middle[::2])
 
-        # the way up: one residual block a level more, each fed with one kept output
+        # up: one residual block more in each level, each with one skip connection
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(res_blocks[level] + 1):
-                stage = Stage([res_block(c + kept.pop(), channels * mult)])
+                stage = Stage([res_block(c + skips.pop(), channels * mult)])
                 c = channels * mult
                 if ds in attention_ds:
                     stage.append(attention_block(c, self_attn[level]))
@@ -318,27 +314,10 @@ class UNet(nn.Module):
     def forward(self, x, t, context=None, y=None, concat=None):
         """Noisy latents -> prediction (B,out_channels,H,W).
 
-        x: (B,in_channels,H,W), sides multiples of unet_patch * 2^(levels-1).  t: (B,) floats in [0, 1000].
+        x: (B,in_channels,H,W), sides multiples of side_multiple.  t: (B,) in [0, 1000].
         context: (B,L,context_dim).  y: (B,) class indices.  concat: (B,concat_channels,H,W).
         """
         s = self.settings
-        for name, given, wanted in (
-            ("context", context, s["context_dim"]),
-            ("y", y, s["num_classes"]),
-            ("concat", concat, s["concat_channels"]),
-        ):
-            if (given is not None) != bool(wanted):
-                raise ValueError(
-                    f"this U-Net takes {'a' if wanted else 'no'} {name} and was given {'none' if wanted else 'one'}"
-                )
-        for name, given in (("t", t), ("y", y)):
-            if given is not None and given.ndim != 1:
-                raise ValueError(f"{name} has shape {tuple(given.shape)}: give one number for each image, (B,)")
-        for side in x.shape[-2:]:
-            if side % self.side_multiple:
-                raise ValueError(
-                    f"latent side {side} is not a multiple of {self.side_multiple}: choose another image size"
-                )
         emb = self.time_embed(timestep_embedding(t, s["channels"]).to(self.conv_out.weight.dtype))
         if y is not None:
             emb = emb + self.class_embed(y)
@@ -346,60 +325,68 @@ class UNet(nn.Module):
             emb = emb + self.context_embed(context.mean(dim=1))
         h = x if concat is None else torch.cat([x, concat], dim=1)
         h = F.pixel_unshuffle(h, s["unet_patch"])
-        kept = []
+        skips = []
         for stage in self.input_blocks:
             h = run(stage, self.checkpointing, h, emb, context)
-            kept.append(h)
+            skips.append(h)
         h = run(self.middle_block, self.checkpointing, h, emb, context)
         for stage in self.output_blocks:
-            h = run(stage, self.checkpointing, h, emb, context, kept.pop())
+            h = run(stage, self.checkpointing, h, emb, context, skips.pop())
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), s["unet_patch"])
 
     @classmethod
-    def from_pretrained(cls, path, **settings):
-        """The denoiser (its EMA) in a stage-2 checkpoint of ours, or in another's file or folder, in eval mode.
+    def from_pretrained(cls, path, **known):
+        """Load the EMA U-Net of a stage-2 checkpoint, or another project's; frozen and in eval mode.
 
-        settings: what the file does not tell, such as num_heads or head_dim; see convert.load_foreign_unet.
+        path: see checkpoint.find.  known: settings that another project's file does not hold, such as num_heads.
         """
-        import convert
+        path = checkpoint.find(path)
+        if not checkpoint.is_ours(path):
+            return checkpoint.build(cls, *convert.load_unet(path, **known), path)
+        if known:
+            checkpoint.reject(path, "a checkpoint holds its settings", f"leave out {', '.join(known)}")
+        tensors, meta = checkpoint.read(path, "ema.unet")
+        if meta["stage"] != "ldm":
+            checkpoint.reject(path, f"stage {meta['stage']}, without a U-Net", "give a checkpoint of train_ldm.py")
+        return checkpoint.build(cls, meta["model"]["unet"], checkpoint.part(tensors, "ema.unet"), path)
 
-        return convert.load_unet(cls, path, **settings)
+
+def by_level(value, levels):
+    """A setting as a tuple with one value for each level."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * levels if len(values) == 1 else values
 
 
-def _check_settings(s, res_blocks, self_attn):
-    levels = len(s["channel_mult"])
-    if len(res_blocks) != levels or len(self_attn) != levels:
-        raise ValueError(f"num_res_blocks and self_attention need one value, or one for each of the {levels} levels")
-    if bool(s["num_heads"]) == bool(s["head_dim"]):
-        raise ValueError(f"num_heads={s['num_heads']} and head_dim={s['head_dim']}: set one of them and the other to 0")
-    if s["resample"] not in ("conv", "pool"):
-        raise ValueError(f"resample={s['resample']!r} is not one of conv, pool")
-    if s["context_dim"] and s["transformer_depth"] == 0:
-        raise ValueError("a context needs transformer blocks: set transformer_depth to 1 or more")
-    if s["context_pool"] and not s["context_dim"]:
-        raise ValueError("context_pool=True needs a context: set context_dim")
-    if not all(self_attn) and not s["context_dim"]:
-        raise ValueError("self_attention=False leaves nothing to attend to without a context: set context_dim")
-    reached = [2**level for level in range(levels) if 2**level in s["attention_ds"]]
-    if s["context_dim"] and not reached and not s["middle_attention"]:
-        raise ValueError("a context needs attention that looks at it: set attention_ds or middle_attention")
-    for width in [s["channels"]] + [s["channels"] * mult for mult in s["channel_mult"]]:
-        if width % s["norm_groups"]:
-            raise ValueError(f"{width} channels do not divide into norm_groups={s['norm_groups']} groups")
-    for level, mult in enumerate(s["channel_mult"]):
-        width = s["channels"] * mult
-        has_attention = 2**level in s["attention_ds"] or (level == levels - 1 and s["middle_attention"])
-        if has_attention and width % (s["num_heads"] or s["head_dim"]):
-            raise ValueError(
-                f"{width} channels do not divide into heads: num_heads={s['num_heads']}, head_dim={s['head_dim']}"
-            )
+def check_settings(s, res_blocks, self_attn):
+    """Assert what involves several settings of a U-Net."""
+    levels, context = len(s["channel_mult"]), s["context_dim"]
+    for name, values in (("num_res_blocks", res_blocks), ("self_attention", self_attn)):
+        assert len(values) == levels, f"{name}={s[name]}: must be one value, or one for each of the {levels} levels"
+    heads = f"num_heads={s['num_heads']}, head_dim={s['head_dim']}"
+    assert bool(s["num_heads"]) != bool(s["head_dim"]), f"{heads}: one of them must be 0"
+    assert s["resample"] in ("conv", "pool"), f"resample={s['resample']!r}: must be one of conv, pool"
+    assert not context or s["transformer_depth"], f"context_dim={context}: needs transformer_depth >= 1"
+    assert context or not s["context_pool"], "context_pool=True: needs context_dim > 0"
+    assert context or all(self_attn), f"self_attention={s['self_attention']}: needs context_dim > 0"
+    attends = [2**level in s["attention_ds"] for level in range(levels)]
+    needed = "attention_ds within the levels, or middle_attention=True"
+    assert not context or any(attends) or s["middle_attention"], f"context_dim={context}: needs {needed}"
+    attends[-1] = attends[-1] or s["middle_attention"]
+    widths = [s["channels"] * mult for mult in s["channel_mult"]]
+    for width in [s["channels"], *widths]:
+        assert width % s["norm_groups"] == 0, f"norm_groups={s['norm_groups']}: must divide the {width} channels"
+    for width, has_attention in zip(widths, attends):
+        fits = width % (s["num_heads"] or s["head_dim"]) == 0
+        assert fits or not has_attention, f"{heads}: must divide the {width} channels of a level with attention"
+
+
+# --- the U-Net with what is trained beside it ---
 
 
 class Rescaler(nn.Module):
-    """Semantic maps, one-hot (B,K,H,W), to the latents' side in `out_channels` (the LDM paper's SpatialRescaler)."""
+    """Semantic maps, one-hot (B,K,H,W) -> (B,out_channels,H/factor,W/factor): the LDM paper's SpatialRescaler."""
 
     def __init__(self, map_classes, factor, out_channels=3):
-        """factor: pixels to a latent."""
         super().__init__()
         self.factor = factor
         self.conv = Conv2d(map_classes, out_channels, 1, bias=False)
@@ -410,10 +397,12 @@ class Rescaler(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """A U-Net with what is trained beside it, as one module for DDP, EMA and the checkpoint.
+    """A U-Net and the modules trained with it, as one module for DDP, EMA and the checkpoint.
 
-    text: a TextEncoder.  class_tokens: an nn.Embedding, whose row of a class is a context of one token (LDM's cin256).
-    rescaler: for semantic maps.  uncertainty: a log-variance for each noise level (EDM2, arXiv 2312.02696, eq. 21).
+    unet: a UNet, or another architecture with its interface (see the top of this file).
+    text: a TextEncoder.  class_tokens: an nn.Embedding, which makes a class a context of one token (LDM's cin256).
+    rescaler: for semantic maps.  uncertainty: learn a log-variance of the loss for each noise level (Karras et al.
+    2024, EDM2, arXiv 2312.02696, equation 21).
     """
 
     def __init__(self, unet, text=None, class_tokens=None, rescaler=None, uncertainty=False):
@@ -422,26 +411,52 @@ class Denoiser(nn.Module):
         self.log_variance = zeros(nn.Linear(64, 1)) if uncertainty else None
 
     def condition(self, tokens=None, y=None, concat=None, context=None):
-        """What UNet.forward takes besides x and t; see there.
+        """The U-Net's inputs besides x and t, as a dict; those that are None are left out.
 
-        tokens: (B,length) for the text encoder.  y: (B,) classes.  concat: what is joined to the input, or (B,K,H,W)
-        one-hot maps for the rescaler.  context: (B,L,D) of a tower that is not part of this module.
+        tokens: (B,length) for the text encoder.  y: (B,) class indices.  concat: (B,C,H,W) for the U-Net, or one-hot
+        maps (B,K,H,W) for the rescaler.  context: (B,L,D) of a frozen text encoder.
         """
         if tokens is not None:
-            if self.text is None:
-                raise ValueError("this denoiser has no text encoder of its own for tokens: give it a context")
             context = self.text(tokens)
         if self.class_tokens is not None and y is not None:
             context, y = self.class_tokens(y)[:, None], None
-        if self.rescaler is not None and concat is not None:  # what is missing, the U-Net names
+        if self.rescaler is not None and concat is not None:
             concat = self.rescaler(concat)
-        given = {"context": context, "y": y, "concat": concat}
-        return {name: value for name, value in given.items() if value is not None}
+        inputs = {"context": context, "y": y, "concat": concat}
+        return {name: value for name, value in inputs.items() if value is not None}
 
     def forward(self, x, t, tokens=None, y=None, concat=None, context=None):
-        """Noisy latents -> prediction, and with `uncertainty` the log-variances (B,) too, while training."""
+        """Noisy latents -> prediction; in training with `uncertainty` -> (prediction, log-variances (B,))."""
         prediction = self.unet(x, t, **self.condition(tokens, y, concat, context))
         if self.log_variance is None or not self.training:
             return prediction
-        head = self.log_variance  # not as a matrix product, which autocast would round to bf16's two digits
+        head = self.log_variance  # not called: autocast would round a matrix product to bfloat16
         return prediction, (timestep_embedding(t, 64).to(head.weight.dtype) * head.weight[0]).sum(dim=1) + head.bias
+
+    @classmethod
+    def from_pretrained(cls, path, ema_std=0.0, unet_class=UNet):
+        """Load the EMA denoiser of a stage-2 checkpoint, frozen and in eval mode.
+
+        ema_std: > 0 combines an EMA of that relative length from the run's snapshots, see checkpoint.posthoc_ema.
+        unet_class: the class that the settings in the checkpoint are for.
+        """
+        path = checkpoint.find(path)
+        tensors, meta = checkpoint.read(path, "text", *(() if ema_std else ("ema",)))
+        if meta["stage"] != "ldm":
+            checkpoint.reject(path, f"stage {meta['stage']}, without a denoiser", "give a checkpoint of train_ldm.py")
+        bpe = tensors.get("text.bpe", torch.tensor([]))
+        ema = checkpoint.part(checkpoint.posthoc_ema(path, ema_std) if ema_std else tensors, "ema")
+        model, vae = meta["model"], meta["vae"]
+        unet = checkpoint.build(unet_class, model["unet"], checkpoint.part(ema, "unet"), path)
+        text = class_tokens = rescaler = None
+        if model["text"]:
+            state, tokenizer = checkpoint.part(ema, "text"), bytes(bpe.to(torch.uint8).tolist())
+            text = checkpoint.build(TextEncoder, model["text"], state, path, tokenizer=tokenizer)
+        if "class_tokens.weight" in ema:
+            class_tokens = nn.Embedding(*ema["class_tokens.weight"].shape)
+        if "rescaler.conv.weight" in ema:
+            out_channels, map_classes = ema["rescaler.conv.weight"].shape[:2]
+            factor = vae["patch_size"] * 2 ** (len(vae["ch_mult"]) - 1) if vae else 1  # pixels to a latent
+            rescaler = Rescaler(map_classes, factor, out_channels)
+        uncertainty = "log_variance.weight" in ema
+        return checkpoint.load(cls(unet, text, class_tokens, rescaler, uncertainty), ema, path)

@@ -1,7 +1,7 @@
-"""The autoencoder: images (B,3,H,W) in [-1,1] <-> latents (B,C,H/f,W/f).
+"""The autoencoder: images (B,3,H,W) in [-1,1] <-> latents (B,C,H/f,W/f); and its PatchGAN discriminator.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752). The defaults are
-the published KL-f8 (83,653,863 parameters); the other published shapes are settings away:
+the published KL-f8 (83,653,863 parameters). Settings of the other published models:
 
     kl-f4   ch_mult=(1,2,4)        z_channels=3
     kl-f16  ch_mult=(1,1,2,2,4)    z_channels=16  attn_resolutions=(16,)
@@ -13,10 +13,8 @@ the published KL-f8 (83,653,863 parameters); the other published shapes are sett
 
     vae = VAE()
     posterior = vae.encode(images)            # mean, logvar: (B,4,H/8,W/8)
-    x0 = vae.normalize(posterior.sample())    # unit variance, what the denoiser sees
+    x0 = vae.normalize(posterior.sample())    # unit variance: what the denoiser is trained on
     images = vae.decode(vae.denormalize(x0))
-
-and the PatchGAN discriminator that makes its pictures sharp in training.
 """
 
 import math
@@ -26,15 +24,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+import checkpoint
+import convert
 from conv import Conv2d, upsample_conv
+
+# --- blocks ---
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block: (norm, SiLU, conv) twice; with `gated` the second SiLU is a SwiGLU."""
+    """Pre-activation residual block: (norm, SiLU, conv) twice. `gated`: the second SiLU is a SwiGLU."""
 
     def __init__(self, c_in, c_out, groups, gated=False, dropout=0.0):
         super().__init__()
-        hidden = 2 * c_out if gated else c_out  # a gate halves the channels again
+        hidden = 2 * c_out if gated else c_out  # the gate halves the channels again
         self.gated = gated
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = Conv2d(c_in, hidden, 3, padding=1)
@@ -44,8 +46,7 @@ class ResBlock(nn.Module):
         self.skip = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h)
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
         if self.gated:
             gate, h = h.chunk(2, dim=1)
             h = F.silu(gate) * h
@@ -55,7 +56,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all pixels, scale C^-0.5, residual."""
+    """Residual single-head self-attention over all positions, scale C^-0.5."""
 
     def __init__(self, c, groups):
         super().__init__()
@@ -74,7 +75,7 @@ class Attention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Self-attention in time linear in the pixels: softmax(q) (softmax(k)^T v) (Shen et al., arXiv 1812.01243)."""
+    """Residual self-attention in linear time: softmax(q) (softmax(k)^T v) (Shen et al., arXiv 1812.01243)."""
 
     def __init__(self, c, groups, heads=4):
         super().__init__()
@@ -82,14 +83,14 @@ class LinearAttention(nn.Module):
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.qkv = Conv2d(c, 3 * c, 1, bias=False)
         self.proj_out = Conv2d(c, c, 1)
-        nn.init.zeros_(self.proj_out.weight)  # starts as the identity
+        nn.init.zeros_(self.proj_out.weight)  # the block starts as the identity
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x):
         B, C, H, W = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).unbind(1)  # (B,heads,d,HW)
-        context = k.softmax(dim=-1) @ v.transpose(-1, -2)  # (B,heads,d,d): a summary of the whole picture
-        h = context.transpose(-1, -2) @ q.softmax(dim=-2)
+        context = k.softmax(dim=-1) @ v.transpose(-1, -2)  # (B,heads,d,d)
+        h = context.transpose(-1, -2) @ q.softmax(dim=-2)  # (B,heads,d,HW)
         return x + self.proj_out(h.reshape(B, C, H, W))
 
 
@@ -102,7 +103,7 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         if self.resample == "conv":
-            x = self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and below only, as the published weights want it
+            x = self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and below only, as the published weights require
         else:
             x = F.avg_pool2d(x, 2) if self.resample == "avg" else F.max_pool2d(x, 2)
         return self.attn(x)
@@ -122,7 +123,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the encoder or decoder: residual blocks, each followed by attention if asked, a resampler."""
+    """One resolution of the encoder or decoder: residual blocks, attention after each if asked for, a resampler."""
 
     def __init__(self, channels, groups, gated, dropout, with_attention, resampler):
         super().__init__()
@@ -149,16 +150,19 @@ class Middle(nn.Module):
 
 
 def run(module, x, checkpointing):
-    """module(x), whose inner activations are computed again in the backward pass instead of kept, if asked."""
+    """module(x); with `checkpointing` its activations are recomputed in the backward pass instead of stored."""
     if checkpointing and torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
     return module(x)
 
 
-class Encoder(nn.Module):
-    """Images (B,3,H,W) -> moments (B,2 z_channels,H/f,W/f); with VQ the latents themselves (B,z_channels,H/f,W/f)."""
+# --- encoder and decoder; s is VAE.settings ---
 
-    checkpointing = False  # set to True it saves memory for time: the levels' inner activations are computed twice
+
+class Encoder(nn.Module):
+    """Images (B,3,H,W) -> moments (B,2 z_channels,H/f,W/f), or with VQ latents (B,z_channels,H/f,W/f)."""
+
+    checkpointing = False  # True recomputes each level in the backward pass, which saves memory
 
     def __init__(self, s):
         super().__init__()
@@ -168,11 +172,10 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         c = s["ch"]
         for i, width in enumerate(widths):
-            last = i == len(widths) - 1
             channels = [c] + [width] * s["num_res_blocks"]
             resampler = Downsample(width, s["downsample"], s["norm_groups"], s["linear_attention"])
+            resampler = resampler if i < len(widths) - 1 else nn.Identity()
             with_attention = s["resolution"] // s["patch_size"] // 2**i in s["attn_resolutions"]
-            resampler = nn.Identity() if last else resampler
             self.down.append(Level(channels, s["norm_groups"], gated, s["dropout"], with_attention, resampler))
             c = width
         self.mid = Middle(c, s["norm_groups"], gated, s["dropout"], s["mid_attention"])
@@ -187,7 +190,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B,z_channels,H/f,W/f) -> images (B,3,H,W). One residual block a level more than the encoder."""
+    """Latents (B,z_channels,H/f,W/f) -> images (B,3,H,W). Each level has one residual block more than the encoder's."""
 
     checkpointing = False
 
@@ -205,12 +208,12 @@ class Decoder(nn.Module):
             with_attention = s["resolution"] // s["patch_size"] // 2**i in s["attn_resolutions"]
             levels.append(Level(channels, s["norm_groups"], gated, s["dropout"], with_attention, resampler))
             c = width
-        self.up = nn.ModuleList(reversed(levels))  # up[0] is full resolution, as in the published weights
+        self.up = nn.ModuleList(reversed(levels))  # up[0] is the full resolution, as in the published weights
         self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
         self.conv_out = Conv2d(c, 3 * s["patch_size"] ** 2, 3, padding=1)
 
     def features(self, z):
-        """All but the last layer: what torch.compile gets, so that gradients at the last layer alone stay cheap."""
+        """All but the last layer. Compiled apart from it, gradients at the last layer alone stay cheap."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = run(level, h, self.checkpointing)
@@ -221,11 +224,14 @@ class Decoder(nn.Module):
         return torch.tanh(x) if self.tanh_out else x
 
 
+# --- the bottleneck: KL or VQ ---
+
+
 class Posterior:
-    """A diagonal Gaussian over latents; mean and logvar (B,C,h,w), logvar clamped to [-30, 20]."""
+    """A diagonal Gaussian over latents: mean and logvar (B,C,h,w), logvar clamped to [-30, 20]."""
 
     def __init__(self, moments):
-        moments = moments if moments.dtype == torch.float64 else moments.float()  # out of autocast's bfloat16
+        moments = moments if moments.dtype == torch.float64 else moments.float()  # autocast gives bfloat16
         self.mean, logvar = moments.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
 
@@ -237,21 +243,21 @@ class Posterior:
         return self.mean
 
     def sample(self, noise=None, generator=None):
-        """mean + std * noise; the noise is given, or drawn from `generator` (which lives on the latents' device)."""
+        """mean + std * noise; without `noise` it is sampled, from `generator` if not None (on the latents' device)."""
         if noise is None:
             noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
     def kl(self):
-        """KL(q || N(0, I)) of every latent dimension in nats, (B,C,h,w)."""
+        """KL(q || N(0, I)) of each latent dimension in nats, (B,C,h,w)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar)
 
 
-class Quantized:
-    """What a VQ encoder makes of images, with the parts of a Posterior.
+class Quantized(Posterior):
+    """The output of a VQ encoder, with the interface of a Posterior of zero variance.
 
-    mean: (B,D,h,w), the latents before quantisation, which the denoiser models and `decode` quantises; std: zeros.
-    loss: the codebook's, and indices: (B,h,w) into it, are there after VAE.forward.
+    mean: (B,D,h,w), the latents before quantization, which the denoiser models and `decode` quantizes.
+    loss, indices: the codebook's loss and the codes' indices (B,h,w), set by VAE.forward.
     """
 
     def __init__(self, z):
@@ -261,9 +267,6 @@ class Quantized:
     def std(self):
         return torch.zeros_like(self.mean)
 
-    def mode(self):
-        return self.mean
-
     def sample(self, noise=None, generator=None):
         return self.mean
 
@@ -272,7 +275,7 @@ class Quantized:
 
 
 class Quantizer(nn.Module):
-    """Vector quantisation (van den Oord et al. 2017, arXiv 1711.00937): every latent becomes its nearest code."""
+    """Vector quantization (van den Oord et al. 2017, arXiv 1711.00937): each latent is replaced by its nearest code."""
 
     def __init__(self, codebook_size, dim, beta, legacy):
         super().__init__()
@@ -282,10 +285,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z):
-        """(B,D,h,w) -> (B,h,w), the index of the code at the least Euclidean distance, in float64."""
-        codes = self.embedding.weight.double()  # which autocast, TF32 and a module in bfloat16 leave alone
+        """Index of the code at the smallest Euclidean distance, in float64: (B,D,h,w) -> (B,h,w)."""
+        codes = self.embedding.weight.double()  # not affected by autocast, TF32 or a module in bfloat16
         rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).double()
-        # |z - e|^2 without |z|^2, which is the same for every code; in parts, as K x B h w can be large
+        # |z - e|^2 without |z|^2, which is the same for all codes; in parts, as (B h w, K) can be large
         parts = [(codes.square().sum(1) - 2 * part @ codes.T).argmin(1) for part in rows.split(8192)]
         return torch.cat(parts).reshape(z.shape[0], *z.shape[2:])
 
@@ -294,9 +297,9 @@ class Quantizer(nn.Module):
         return self.embedding(indices).permute(0, 3, 1, 2).contiguous()
 
     def forward(self, z):
-        """(B,D,h,w) -> codes with the gradient passed straight through to z, the loss, indices (B,h,w).
+        """(B,D,h,w) -> (codes with straight-through gradient to z, loss, indices (B,h,w)).
 
-        loss = mean |sg(z) - e|^2 + beta mean |z - sg(e)|^2; `legacy` has beta on the first term, as CompVis trained.
+        loss = mean |sg(z) - e|^2 + beta mean |z - sg(e)|^2; `legacy` moves beta to the first term, as CompVis did.
         """
         indices = self.nearest(z)
         z, codes = z.to(self.embedding.weight.dtype), self.lookup(indices)
@@ -305,8 +308,18 @@ class Quantizer(nn.Module):
         return z + (codes - z).detach(), loss, indices
 
 
+# --- the autoencoder ---
+
+CHOICES = {
+    "bottleneck": ("kl", "vq"),
+    "activation": ("silu", "swiglu"),
+    "downsample": ("conv", "avg", "max"),
+    "upsample": ("nearest", "bilinear", "bicubic"),
+}
+
+
 class VAE(nn.Module):
-    """The autoencoder, with a KL or a VQ bottleneck; `vae.settings` holds the arguments it was built with."""
+    """The autoencoder, with a KL or a VQ bottleneck. `vae.settings` holds the constructor's arguments."""
 
     def __init__(
         self,
@@ -332,40 +345,40 @@ class VAE(nn.Module):
         dropout=0.0,
         tanh_out=False,
     ):
-        """ch * ch_mult are the channels of each level; f = patch_size * 2^(levels - 1) is the down-sampling factor.
-
-        attn_resolutions: sides, in pixels of a `resolution`-sized image (after the patch stem), whose levels have
-            attention too; any size can be encoded whatever `resolution` says.
-        latent_proj: the 1x1 convolutions quant_conv and post_quant_conv around the latents.
-        bottleneck: kl | vq, which quantises with codebook_size codes and vq_beta on the commitment (vq_legacy: on the
-            other term).  embed_dim: channels between those convolutions, the latents that count; 0 is z_channels.
+        """ch, ch_mult: level i has ch * ch_mult[i] channels and half the side of level i - 1. The downsampling factor
+            is f = patch_size * 2^(levels - 1).
+        num_res_blocks: residual blocks of each level of the encoder; the decoder has one more.
+        z_channels: channels of the encoder's output (twice as many with KL: mean and logvar) and the decoder's input.
+        attn_resolutions: the levels of these sides have attention after each block. Sides are those of a `resolution`
+            x `resolution` image after the patch stem; images of any size can be encoded.
+        mid_attention: attention at the lowest resolution.
+        latent_proj: 1x1 convolutions quant_conv and post_quant_conv around the latents.
+        bottleneck: kl | vq. VQ has codebook_size codes and the weight vq_beta on the commitment loss (vq_legacy: on the
+            codebook loss).
+        embed_dim: latent channels C, between the two 1x1 convolutions; 0: z_channels.
         activation: silu | swiglu.  downsample: conv | avg | max.  upsample: nearest | bilinear | bicubic.
-        linear_attention: linear-time attention after every resampler.
-        patch_size: p > 1 folds p x p pixels into channels first (a stem that makes small models fast).
+        linear_attention: linear-time attention after each resampler.
+        patch_size: p > 1 folds p x p pixels into channels first, which makes small models fast.
+        norm_groups: groups of each GroupNorm.  tanh_out: tanh on the decoder's output.
         """
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.settings = settings
-        _check_choice("bottleneck", bottleneck, ("kl", "vq"))
-        _check_choice("activation", activation, ("silu", "swiglu"))
-        _check_choice("downsample", downsample, ("conv", "avg", "max"))
-        _check_choice("upsample", upsample, ("nearest", "bilinear", "bicubic"))
-        if num_res_blocks < 1:
-            raise ValueError(f"num_res_blocks={num_res_blocks}: each level of the encoder needs 1 or more")
+        for name, choices in CHOICES.items():
+            assert settings[name] in choices, f"{name}={settings[name]!r}: must be one of {', '.join(choices)}"
+        assert num_res_blocks >= 1, f"num_res_blocks={num_res_blocks}: must be >= 1"
         for width in [ch] + [ch * m for m in ch_mult]:
-            if width % norm_groups:
-                raise ValueError(f"{width} channels (ch * ch_mult) do not divide into norm_groups={norm_groups} groups")
+            assert width % norm_groups == 0, f"norm_groups={norm_groups}: must divide ch * ch_mult, here {width}"
         self.factor = patch_size * 2 ** (len(ch_mult) - 1)
         self.latent_channels = c = embed_dim or z_channels
-        if c != z_channels and not latent_proj:
-            raise ValueError(f"embed_dim={c} other than z_channels={z_channels} needs latent_proj=True")
+        assert c == z_channels or latent_proj, f"embed_dim={embed_dim}: needs latent_proj=True, or 0"
         moments = 2 if bottleneck == "kl" else 1
         self.encoder = Encoder(settings)
         self.decoder = Decoder(settings)
         self.quant_conv = Conv2d(moments * z_channels, moments * c, 1) if latent_proj else nn.Identity()
         self.post_quant_conv = Conv2d(c, z_channels, 1) if latent_proj else nn.Identity()
         self.quantize = Quantizer(codebook_size, c, vq_beta, vq_legacy) if bottleneck == "vq" else None
-        # measured over the training set at the end of stage 1; NaN says that nobody has yet
+        # measured over the training set at the end of stage 1; NaN until then
         self.register_buffer("latent_mean", torch.full((c,), math.nan))
         self.register_buffer("latent_std", torch.full((c,), math.nan))
 
@@ -374,74 +387,54 @@ class VAE(nn.Module):
         return bool(torch.isfinite(self.latent_mean).all() and torch.isfinite(self.latent_std).all())
 
     def encode(self, x):
-        """Images (B,3,H,W) in [-1,1], sides multiples of f -> Posterior over latents (B,C,H/f,W/f); VQ: Quantized."""
+        """Images (B,3,H,W) in [-1,1], sides multiples of f -> Posterior (VQ: Quantized) over latents (B,C,H/f,W/f)."""
         for side in x.shape[-2:]:
-            if side % self.factor:
-                raise ValueError(
-                    f"image side {side} is not a multiple of {self.factor}: "
-                    f"resize or crop to {max(self.factor, side // self.factor * self.factor)}"
-                )
+            assert side % self.factor == 0, f"image side {side}: must be a multiple of {self.factor}; resize or crop"
         z = self.quant_conv(self.encoder(x))
         return Posterior(z) if self.quantize is None else Quantized(z)
 
     def decode(self, z):
-        """Latents (B,C,h,w) as `encode` gives them (not normalised) -> images (B,3,f h,f w), about [-1,1].
-
-        VQ: latents before quantisation, which this does.
-        """
+        """Latents (B,C,h,w), not normalized, before quantization -> images (B,3,f h,f w), about [-1,1]."""
         if self.quantize is not None:
             z = self.quantize.lookup(self.quantize.nearest(z))
-        z = z.to(self.decoder.conv_out.weight.dtype)  # encode gives float32, a module in bfloat16 too
+        z = z.to(self.decoder.conv_out.weight.dtype)  # `encode` returns float32 even in bfloat16
         return self.decoder(self.post_quant_conv(z))
 
     def decode_tiled(self, z, tile=64, overlap=16):
-        """`decode` in tiles of tile x tile latents, blended linearly where they overlap, for large pictures.
+        """`decode` in tiles of tile x tile latents, blended linearly where they overlap, for large images.
 
-        Away from the seams a purely convolutional decoder gives what `decode` does; norms and attention see one tile
-        only, so keep the tile about as large as the pictures of the training.
+        Group norms and attention see one tile only: choose a tile about as large as the training images' latents.
         """
-        if not 0 <= overlap < tile:
-            raise ValueError(f"overlap={overlap} does not fit tiles of {tile} latents: choose 0 to {tile - 1}")
-        h, w = z.shape[-2:]
+        assert 0 <= overlap < tile, f"overlap={overlap}: must be in [0, {tile})"
+        (h, w), f = z.shape[-2:], self.factor
         if max(h, w) <= tile:
             return self.decode(z)
-        f = self.factor
-
-        def cuts(side):
-            """(start, end, weights of its pixels) of every tile; the last one ends where the picture does."""
-            last = max(side - tile, 0)
-            for start in [*range(0, last, tile - overlap), last]:
-                end = min(start + tile, side)
-                away = torch.arange((end - start) * f, device=z.device) + 0.5  # from the edge, in pixels
-                weight = torch.ones_like(away)
-                if start > 0:
-                    weight = torch.minimum(weight, away / max(overlap * f, 1))
-                if end < side:
-                    weight = torch.minimum(weight, away.flip(0) / max(overlap * f, 1))
-                yield start, end, weight
-
-        like = dict(device=z.device, dtype=torch.promote_types(z.dtype, torch.float32))
-        out, total = torch.zeros(len(z), 3, h * f, w * f, **like), torch.zeros(h * f, w * f, **like)
-        for top, bottom, rows in cuts(h):
-            for left, right, columns in cuts(w):
-                where = slice(top * f, bottom * f), slice(left * f, right * f)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        out = torch.zeros(len(z), 3, h * f, w * f, device=z.device, dtype=dtype)
+        total = torch.zeros(h * f, w * f, device=z.device, dtype=dtype)
+        for top, bottom in tiles(h, tile, overlap):
+            for left, right in tiles(w, tile, overlap):
+                rows = tile_weights(top, bottom, h, overlap, f).to(total)
+                columns = tile_weights(left, right, w, overlap, f).to(total)
                 weight = rows[:, None] * columns
-                out[:, :, *where] += weight * self.decode(z[:, :, top:bottom, left:right])
-                total[where] += weight
+                target = slice(top * f, bottom * f), slice(left * f, right * f)
+                out[:, :, *target] += weight * self.decode(z[:, :, top:bottom, left:right])
+                total[target] += weight
         return out / total
 
     def normalize(self, z):
-        """Latents -> unit variance per channel."""
+        """Latents -> unit variance in each channel."""
         return (z - self.latent_mean.view(1, -1, 1, 1)) / self.latent_std.view(1, -1, 1, 1)
 
     def denormalize(self, x0):
-        """Unit-variance latents -> latents that `decode` takes."""
+        """The inverse of `normalize`."""
         return x0 * self.latent_std.view(1, -1, 1, 1) + self.latent_mean.view(1, -1, 1, 1)
 
     def forward(self, x, noise=None, turns=0, side=0):
-        """Images -> (reconstruction, posterior); noise (B,C,h,w) picks the posterior sample, None draws one.
+        """Images -> (reconstructions, posterior).
 
-        turns, side: the sample goes through turn_and_scale before it is decoded.
+        noise: (B,C,h,w) for the posterior's sample; None samples it.  turns, side: of turn_and_scale, applied to the
+        latents before decoding.
         """
         posterior = self.encode(x)
         z = turn_and_scale(posterior.sample(noise), turns, side)
@@ -450,66 +443,79 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z.to(self.decoder.conv_out.weight.dtype))), posterior
 
     @classmethod
-    def from_pretrained(cls, path, **settings):
-        """The autoencoder in a checkpoint of ours (stage 1: its EMA; stage 2: its first stage) or in another's file.
+    def from_pretrained(cls, path, **known):
+        """Load an autoencoder, frozen and in eval mode, from a checkpoint or from another project's file or folder.
 
-        path: a .safetensors file or the out_dir that holds latest.safetensors; or what convert.py reads besides.
-        settings: tell only what the file does not (our own files tell all); see convert.load_foreign_vae.
+        path: see checkpoint.find. A checkpoint of stage 1 gives its EMA, one of stage 2 its first stage; the first
+        stage of a snapshot is in the latest.safetensors of its run.  known: settings that another project's file does
+        not hold, see convert.load_vae.
         """
-        import convert
+        path = checkpoint.find(path)
+        if not checkpoint.is_ours(path):
+            return checkpoint.build(cls, *convert.load_vae(path, **known), path)
+        if known:
+            checkpoint.reject(path, "it holds its settings itself", f"remove {', '.join(known)}")
+        return checkpoint.build(cls, *checkpoint.read_vae(path), path)
 
-        return convert.load_vae(cls, path, **settings)
+
+def tiles(side, tile, overlap):
+    """(start, end) of each tile along a side; the last tile ends where the side does."""
+    last = max(side - tile, 0)
+    return [(start, min(start + tile, side)) for start in [*range(0, last, tile - overlap), last]]
+
+
+def tile_weights(start, end, side, overlap, factor):
+    """Weight of each pixel of a tile along one side: 1, falling linearly to 0 over an overlap with another tile."""
+    distance = torch.arange((end - start) * factor) + 0.5  # from the tile's edge, in pixels
+    ramp, weight = distance / max(overlap * factor, 1), torch.ones_like(distance)
+    if start > 0:
+        weight = torch.minimum(weight, ramp)
+    if end < side:
+        weight = torch.minimum(weight, ramp.flip(0))
+    return weight
 
 
 def turn_and_scale(x, turns, side):
-    """Images or latents (B,C,H,W), turned by 90 degrees so many times, then resized to side x side (0: not)."""
+    """Images or latents (B,C,H,W), rotated by `turns` * 90 degrees, then resized to side x side (0: not resized)."""
     x = torch.rot90(x, turns, (2, 3)) if turns else x
     return F.interpolate(x, (side, side), mode="bicubic", antialias=True) if side else x
 
 
-class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017, arXiv 1611.07004): images (B,3,H,W) -> logits (B,1,h,w), each of one patch.
+# --- the discriminator ---
 
-    n_layers: 3 sees patches of 70 x 70 pixels, 2 of 34 x 34; image sides are at least 3 * 2^n_layers.
-    norm: group | batch, which is the published one, but whose statistics are those of one process and of one call |
-        none.  spectral_norm: divides every kernel by its largest singular value (Miyato et al. 2018).
+
+class Discriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017, arXiv 1611.07004): images (B,3,H,W) -> logits (B,1,h,w), one for each patch.
+
+    n_layers: 3 has patches of 70 x 70 pixels, 2 of 34 x 34; image sides must be at least 3 * 2^n_layers.
+    norm: group | batch | none. Batch norm is the published one; its statistics are those of one process and one call.
+    spectral_norm: divide each kernel by its largest singular value (Miyato et al. 2018).
     """
 
     def __init__(self, n_layers=3, norm="group", spectral_norm=False, channels=64):
         super().__init__()
         self.settings = {"disc_layers": n_layers, "disc_norm": norm, "disc_spectral_norm": spectral_norm}
         self.settings["disc_channels"] = channels
-        _check_choice("disc_norm", norm, ("group", "batch", "none"))
+        assert norm in ("group", "batch", "none"), f"disc_norm={norm!r}: must be one of group, batch, none"
+        assert norm != "group" or channels % 16 == 0, f"disc_channels={channels}: must be a multiple of 16"  # 32 groups
         widths = [channels * min(2**i, 8) for i in range(n_layers + 1)]
         layers = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (a, b) in enumerate(zip(widths[:-1], widths[1:])):
-            if norm == "group" and b % 32:
-                raise ValueError(
-                    f"disc_channels={channels} is not a multiple of 16, which GroupNorm's 32 groups ask for"
-                )
             layers.append(nn.Conv2d(a, b, 4, 2 if i < n_layers - 1 else 1, 1, bias=norm != "batch"))
             if norm != "none":
                 layers.append(nn.GroupNorm(32, b) if norm == "group" else nn.BatchNorm2d(b))
             layers.append(nn.LeakyReLU(0.2))
         layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
         for layer in layers:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0.0, 0.02)
-            elif not isinstance(layer, nn.LeakyReLU):
-                nn.init.normal_(layer.weight, 1.0, 0.02)
-        if spectral_norm:
-            layers = [
-                nn.utils.parametrizations.spectral_norm(layer) if isinstance(layer, nn.Conv2d) else layer
-                for layer in layers
-            ]
+            if not isinstance(layer, nn.LeakyReLU):
+                nn.init.normal_(layer.weight, 0.0 if isinstance(layer, nn.Conv2d) else 1.0, 0.02)
         self.main = nn.Sequential(*layers)
-        # running means of the logits of real images and of reconstructions, which LeCam regularisation pulls towards
-        self.register_buffer("usual_logits", torch.zeros(2))
+        if spectral_norm:
+            for layer in layers:
+                if isinstance(layer, nn.Conv2d):
+                    nn.utils.parametrizations.spectral_norm(layer)  # in place
+        # running means of the logits of real images and of reconstructions, for LeCam regularization
+        self.register_buffer("mean_logits", torch.zeros(2))
 
     def forward(self, x):
         return self.main(x)
-
-
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")

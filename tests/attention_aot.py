@@ -1,24 +1,20 @@
-"""Compiles the attention kernels for GPUs that need not be there, and prints what each takes of the chip.
+"""Compile the attention kernels ahead of time, without a GPU, and print what each needs of one.
 
-    python tests/attention_aot.py                                   # every kernel, head dim and tiling: most of an hour
-    python tests/attention_aot.py --dims=64 --dtypes=bf16 --archs=90
-    python tests/attention_aot.py --dims=64 --archs=90 --first --ptx=out/ptx   # writes the PTX, to read
-    python tests/attention_aot.py --dims=64 --archs=90 --norm                  # with QK-norm in them
+    python tests/attention_aot.py --dims=40,64 --archs=90
 
-A line is JSON: registers a thread, bytes spilled, bytes of shared memory, and how many wgmma (Hopper's) or mma
-(Ampere's) instructions are in the PTX. Not under TRITON_INTERPRET=1.
+A line is JSON: registers of a thread, bytes spilled, bytes of shared memory, and how often the PTX has Hopper's matrix
+instruction (wgmma), Ampere's (mma) and asynchronous copies of 16 bytes (wide). Not with TRITON_INTERPRET=1.
 """
 
 import argparse
-import itertools
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -26,81 +22,60 @@ from triton.compiler import ASTSource
 
 import attention
 
-DIMS = (24, 32, 40, 48, 64, 80, 96, 128, 160)
-TYPES = {"bf16": ("bf16", 2, "ieee"), "fp16": ("fp16", 2, "ieee"), "fp32": ("fp32", 4, "ieee")}
-TYPES["tf32"] = ("fp32", 4, "tf32")
-NORM = {"RQ", "RK", "W", "DW"}  # pointers that only QK-norm needs
-FLOAT32 = {"LSE", "DELTA"} | NORM  # pointers to float32 whatever the inputs are
+KERNELS = (attention.forward_kernel, attention.backward_q_kernel, attention.backward_kv_kernel)
 
 
-def compile_kernel(name, dim, dtype, arch, tiling, causal=False, norm=False):
-    """triton.compile's result, for tensors as a U-Net has them: rows and data aligned, any lengths."""
-    kernel = attention.KERNELS[name]
-    element, _, precision = TYPES[dtype]
-    D0, D1 = attention.column_tiles(dim)
-    constants = dict(D=dim, D0=D0, D1=D1, CAUSAL=causal, ALIGN=8, PREC=precision, EPS=1e-6) | tiling
-    if not norm:
-        constants |= dict.fromkeys(NORM | {"EPS"})
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    floats = FLOAT32 | ({"DK", "DV"} if name == "_backward_short" else set())
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-            continue
-        pointer = argument.isupper() and argument not in ("H", "ROWS")
-        signature[argument] = "*fp32" if argument in floats else f"*{element}" if pointer else "i32"
-        if argument == "scale":
-            signature[argument] = "fp32"
-        if pointer or argument in ("qb", "ql", "kb", "kl", "vb", "vl", "gb", "gl"):
+def compile_kernel(kernel, config, dim, dtype, arch, causal):
+    """triton.compile's result for aligned rows of any length."""
+    kernel = kernel.fn.fn
+    constants = dict(D=dim, DP=max(16, triton.next_power_of_2(dim)), CAUSAL=causal, ALIGN=8, PREC="ieee", EVEN=False)
+    constants |= config.kwargs
+    signature, attributes = dict.fromkeys(constants, "constexpr"), {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in ("LSE", "DELTA"):
+            signature[name] = "*fp32"
+        elif name.isupper() and name not in constants and name != "H":
+            signature[name] = f"*{dtype}"
+        elif name not in constants:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if signature[name].startswith("*") or name[0] in "qkvogd" and name[1:] in ("b", "l"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    signature = {name: signature[name] for name in kernel.arg_names}
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", arch, 32), options)
 
 
-def measure(name, dim, dtype, arch, tiling, causal=False, norm=False, ptx_folder=None):
-    compiled = compile_kernel(name, dim, dtype, arch, tiling, causal, norm)
+def measure(kernel, config, dim, dtype, arch, causal):
+    compiled = compile_kernel(kernel, config, dim, dtype, arch, causal)
     ptx = compiled.asm["ptx"]
-    about = dict(kernel=name, d=dim, dtype=dtype, sm=arch, causal=causal, norm=norm) | tiling
     with tempfile.TemporaryDirectory() as folder:
-        with open(f"{folder}/kernel.ptx", "w") as f:
-            f.write(ptx)
-        tools = triton.knobs.nvidia
-        ptxas = (tools.ptxas_blackwell if arch >= 100 else tools.ptxas).path
-        command = [ptxas, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", "kernel.ptx", "-o", "kernel.cubin"]
-        told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
-    if ptx_folder:
-        os.makedirs(ptx_folder, exist_ok=True)
-        with open(f"{ptx_folder}/{name}_{dim}_{dtype}_sm{arch}.ptx", "w") as f:
-            f.write(ptx)
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
-    about |= dict(registers=int(re.search(r"Used (\d+) registers", told)[1]), spilled=spilled)
-    about["wide"] = ptx.count("cp.async.cg")  # 16 bytes at a time, into shared memory, while something else is computed
-    about |= dict(shared=compiled.metadata.shared, wgmma=ptx.count("wgmma.mma_async"), mma=ptx.count("mma.sync"))
-    return about
+        Path(folder, "kernel.ptx").write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"]
+        command += ["kernel.ptx", "-o", "kernel.cubin"]
+        report = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+    found = dict(kernel=kernel.fn.fn.__name__, dim=dim, dtype=dtype, arch=arch, config=str(config))
+    found |= dict(registers=int(re.search(r"Used (\d+) registers", report)[1]), spilled=spilled)
+    found |= dict(shared=compiled.metadata.shared, wgmma=ptx.count("wgmma.mma_async"), mma=ptx.count("mma.sync"))
+    return found | dict(wide=ptx.count("cp.async.cg"))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kernels", default=",".join(attention.KERNELS))
-    parser.add_argument("--dims", default=",".join(map(str, DIMS)))
-    parser.add_argument("--dtypes", default="bf16,fp32,tf32")
+    parser.add_argument("--dims", default="32,40,64,80,128")
+    parser.add_argument("--dtypes", default="bf16,fp32")
     parser.add_argument("--archs", default="80,90")
-    parser.add_argument("--first", action="store_true", help="only the tiling taken where nothing is measured")
+    parser.add_argument("--first", action="store_true", help="only the config used without tuning")
     parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--norm", action="store_true", help="with QK-norm")
-    parser.add_argument("--ptx", help="folder to write the PTX into; of several tilings the last stays")
-    parser.add_argument("--tilings", help="JSON list of keyword arguments to try instead of those that ship")
     args = parser.parse_args()
-    lists = args.archs, args.kernels, args.dims, args.dtypes
-    for arch, name, dim, dtype in itertools.product(*(text.split(",") for text in lists)):
-        if int(dim) > max(attention.TILINGS[name, TYPES[dtype][1]], default=0):
-            continue  # a kernel of one tile, which is not used there
-        if args.norm and name == "_backward_short":
-            continue  # without QK-norm only
-        shipped = attention.tilings(name, int(dim), TYPES[dtype][1], int(arch), norm=args.norm)
-        tried = json.loads(args.tilings) if args.tilings else shipped[: 1 if args.first else None]
-        for tiling in tried:
-            measured = measure(name, int(dim), dtype, int(arch), tiling, args.causal, args.norm, args.ptx)
-            print(json.dumps(measured), flush=True)
+    for arch, dim, dtype, kernel in (
+        (int(arch), int(dim), dtype, kernel)
+        for arch in args.archs.split(",")
+        for dim in args.dims.split(",")
+        for dtype in args.dtypes.split(",")
+        for kernel in KERNELS
+    ):
+        example = attention.torch.empty(0, dtype=attention.torch.float32 if dtype == "fp32" else attention.torch.half)
+        configs = kernel.early_config_prune(kernel.configs, {"Q": example})
+        for config in configs[: 1 if args.first else None]:
+            print(json.dumps(measure(kernel, config, dim, dtype, arch, args.causal)), flush=True)

@@ -569,7 +569,7 @@ class Slope(torch.nn.Module):
 
     def __init__(self, w, usual=(0.0, 0.0)):
         super().__init__()
-        self.w, self.usual_logits = torch.nn.Parameter(torch.tensor(w)), torch.tensor(usual)
+        self.w, self.mean_logits = torch.nn.Parameter(torch.tensor(w)), torch.tensor(usual)
 
     def forward(self, x):
         return self.w * x.sum(dim=1, keepdim=True)
@@ -689,9 +689,9 @@ def test_a_run_with_everything_on(adversarial):
     kl = sum(evaluated["val_kl_per_channel"]) / (3 * 24 * 24)
     assert len(evaluated["val_kl_per_channel"]) == 4 and kl == pytest.approx(evaluated["val_kl"], rel=1e-3)
     tensors, meta = run.checkpoint
-    names = {"disc.main.0.weight", "disc_optim.main.0.weight.exp_avg", "state.adaptive", "disc.usual_logits"}
+    names = {"disc.main.0.weight", "disc_optim.main.0.weight.exp_avg", "state.adaptive", "disc.mean_logits"}
     assert names < tensors.keys() and meta["disc"]["disc_layers"] == 1
-    assert tensors["disc.usual_logits"].any()
+    assert tensors["disc.mean_logits"].any()
     # kept from just before the autoencoder saw it
     before, meta = read(run.out / "before_gan.safetensors")
     assert meta["step"] == 2 and before["state.adaptive"] == 0 < tensors["state.adaptive"]
