@@ -26,26 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import common
 import convert
-from attention import use_attention
+from attention import unavailable, use_attention
 from checkpoint import UserError, part, power_exponent, reject, with_prefix
-from common import (
-    Log,
-    Stop,
-    accumulation,
-    all_finite,
-    assert_same_on_all_ranks,
-    check_same_settings,
-    git_revision,
-    inner,
-    install_excepthook,
-    learning_rate,
-    load_optimizer_state,
-    optimizer_state,
-    plot_log,
-    set_lr,
-    setup,
-)
 from configurator import configure
 from data.cache import LatentCache
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
@@ -143,7 +127,7 @@ val_images = 1000  # >= 1: validation images, each with its own noise and t
 prompts = ""  # file of prompts for the sample grids, one a line; "" uses captions of the validation set
 n_samples = 16  # >= 1: images of a grid
 sampler = "unipc"  # ddpm | ddim | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | plms | unipc: of the grids
-sample_steps = 20  # >= 1: of the sampler
+sample_steps = 20  # in [1, 1000]: of the sampler
 guidance = 3.0  # scale of classifier-free guidance of the grids; 1 disables it
 save_every = 1000  # >= 1: steps between checkpoints
 snapshot_every = 0  # >= 0: steps between EMA snapshots ema_STEP.safetensors, which are kept; 0 keeps none
@@ -160,6 +144,9 @@ wandb = False  # also log to Weights & Biases
 CONDITIONS = ("tokens", "context", "y", "concat")  # arguments of Denoiser.forward that `Conditioner` makes
 MODEL_SETTINGS = ("cond", "class_embed", "image_size", "objective", "schedule", "beta_start", "beta_end", "zero_snr",
                   "ema_stds", "text_encoder", "task", "sr_scale", "sr_noise")  # fmt: skip
+USED_WITH = {"text_encoder": "cond=text", "tokenizer": "text_encoder=joint", "class_embed": "cond=class",
+             "prompts": "task=none", "sr_scale": "task=sr", "sr_kind": "task=sr", "sr_noise": "task=sr",
+             "latents_on_device": "cache_latents=True"}  # fmt: skip
 PANELS = {"loss": ("error", "val_loss"), "gradient norm": ("grad_norm",), "val_loss by tenths of t": ("val_loss_by_t",)}
 
 # --- loss ---
@@ -321,9 +308,8 @@ class Conditioner:
             with self.autocast:
                 posterior = self.vae.encode(self.send(batch["image"]).to(self.dtype))
             return self.vae.normalize(posterior.sample(noise["posterior"]))
-        if self.resident is None:
-            moments = self.send(batch["image"])
-        else:
+        moments = self.send(batch["image"])
+        if not moments.numel():  # of training images whose latents are on the device
             moments = self.resident.index_select(0, self.send(batch["index"] * self.flips + batch["flip"]))
         mean, std = moments.to(self.dtype).unbind(1)
         return self.vae.normalize(mean + std * noise["posterior"])
@@ -395,6 +381,19 @@ def evaluate(denoiser, validation, cfg, machine, autocast):
     return {"val_loss": (sums[0].sum() / sums[1].sum()).item(), "val_loss_by_t": bins}
 
 
+def first_captions(images, count, object_names):
+    """The first caption, or the layout, of `count` images of a dataset.  object_names: of layouts, else None."""
+    captions = []
+    for i in range(count):
+        i = i * len(images) // count
+        try:
+            layout = None if object_names is None else layout_string(images.boxes(i), object_names)
+            captions += images.meta(i)["text"][:1] if layout is None else [layout]
+        except BadImage:  # training reports it
+            pass
+    return captions
+
+
 def save_samples(path, pipeline, validation, cfg, autocast):
     """Write a grid of samples; with a task, each beside the condition of a validation image that it was made from."""
     conditions, images, grid, captions = pipeline.examples, None, [], []
@@ -459,6 +458,34 @@ def count_tflop(denoiser, inputs):
 # --- model ---
 
 
+def load_first_stage(cfg, latest):
+    """The frozen autoencoder.  latest: checkpoint of a resumed run, which has it, or ""."""
+    vae = VAE.from_pretrained(latest or cfg.first_stage)
+    if latest and os.path.exists(cfg.first_stage):
+        if checkpoint.hash_weights(VAE.from_pretrained(cfg.first_stage)) != checkpoint.hash_weights(vae):
+            reject(latest, f"was trained on another autoencoder than {cfg.first_stage}", "use another out_dir")
+    if not vae.has_latent_statistics:
+        remedy = "finish its training, or run train_vae.py with its settings and --measure_latents"
+        reject(cfg.first_stage, "has no latent statistics", remedy)
+    if cfg.image_size % vae.factor:
+        raise UserError(f"image_size={cfg.image_size} must be a multiple of {vae.factor}, the autoencoder's factor")
+    return vae
+
+
+def build_text(cfg, object_names, bpe):
+    """The text encoder that is trained with the U-Net.  bpe: its tokenizer if a checkpoint has one, else None."""
+    source, file = cfg.tokenizer, f"{cfg.dataset}/bpe.tiktoken"
+    if cfg.cond == "layout":
+        source = "layout " + json.dumps({"names": object_names})
+    elif source == "auto":
+        source = file if os.path.exists(file) else "bytes"
+    text = TextEncoder(cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.text_length, bpe or source)
+    if bpe and cfg.tokenizer != "auto":
+        if make_tokenizer(source)._mergeable_ranks != text.tokenizer._mergeable_ranks:
+            reject(cfg.tokenizer, "not the tokenizer that the model was trained with", "leave --tokenizer out")
+    return text
+
+
 def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, map_classes=0):
     """The U-Net with what is trained beside it: text encoder, class tokens, rescaler of label maps, uncertainty."""
     side, class_tokens, rescaler, unet_classes, concat_channels = latent_shape[1], None, None, 0, 0
@@ -479,7 +506,10 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
     arguments = {name: cfg[name] for name in inspect.signature(UNet).parameters if name in cfg}
     arguments |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0], concat_channels=concat_channels)
     arguments |= dict(context_dim=context_dim, num_classes=unet_classes)
-    unet = UNet(**arguments)  # another denoiser: its class here, and above in `arguments`
+    try:
+        unet = UNet(**arguments)  # another denoiser: its class here and in `arguments`
+    except AssertionError as error:  # settings that do not fit together
+        raise UserError(error) from None
     if side % unet.side_multiple:
         need = f"latents of side {side}, which must be a multiple of {unet.side_multiple}"
         raise UserError(f"image_size={cfg.image_size} gives {need}: change image_size or channel_mult")
@@ -537,38 +567,27 @@ def inherited(cfg, initial, path):
 
 def check_settings(cfg):
     """What involves several settings; `configure` has checked each by itself."""
-    frozen, joint = cfg.cond == "text" and cfg.text_encoder != "joint", cfg.text_encoder == "joint"
-    guided = cfg.cond != "none" and cfg.guidance != 1 and not cfg.init_from
-    wrong = {
-        "beta_start must be below beta_end": cfg.beta_start >= cfg.beta_end,
-        "zero_snr is for tables, and not for objective=eps": cfg.zero_snr
-        and (cfg.objective == "eps" or cfg.schedule in ("flow", "cosine")),
-        "sr_noise and cond=class both use the class embedding: set one of them to 0 or none": cfg.task == "sr"
-        and cfg.sr_noise > 0
-        and cfg.cond == "class",
-        "a frozen text_encoder needs tower_weights, text_encoder=joint has none": frozen != bool(cfg.tower_weights),
-        "cond_drop=0 trains no empty condition for guidance: set --guidance=1 or --cond_drop=0.1": guided
-        and not cfg.cond_drop,
-        f"sample_steps={cfg.sample_steps} is more than the 1000 times of a schedule": cfg.sample_steps > 1000,
-    }
-    for names, used, only in (
-        ("text_encoder", cfg.cond == "text", "cond=text"),
-        ("clip_vocab", frozen, "a frozen text_encoder"),
-        ("tokenizer", cfg.cond == "text" and joint, "cond=text and text_encoder=joint"),
-        ("prompts", cfg.cond in ("text", "layout") and cfg.task == "none", "cond=text or layout, and no task"),
-        ("class_embed", cfg.cond == "class", "cond=class"),
-        ("sr_scale sr_kind sr_noise", cfg.task == "sr", "task=sr"),
-        ("latents_on_device", cfg.cache_latents and cfg.first_stage != "none", "cached latents"),
+    frozen = cfg.cond == "text" and cfg.text_encoder != "joint"
+    guided = cfg.cond != "none" and cfg.guidance != 1
+    for name, other in USED_WITH.items():
+        setting, _, value = other.partition("=")
+        if name in cfg.changed and str(cfg[setting]) != value:
+            raise UserError(f"--{name} is only used with --{other}")
+    for wrong, message in (
+        (cfg.beta_start >= cfg.beta_end, "beta_start must be below beta_end"),
+        (cfg.zero_snr and cfg.objective == "eps", "zero_snr cannot be used with objective=eps"),
+        (cfg.zero_snr and cfg.schedule in ("flow", "cosine"), "zero_snr is for tables; flow and cosine have zero SNR"),
+        (cfg.sr_noise and cfg.cond == "class", "sr_noise and cond=class both use the class embedding: choose one"),
+        (frozen != bool(cfg.tower_weights), "a frozen text_encoder needs --tower_weights=FILE, a joint one has none"),
+        (guided and not (cfg.cond_drop or cfg.init_from), "guidance needs cond_drop > 0: set it, or --guidance=1"),
     ):
-        wrong |= {f"--{name} is only used with {only}": not used and name in cfg.changed for name in names.split()}
-    for message, applies in wrong.items():
-        if applies:
+        if wrong:
             raise UserError(message)
 
 
 if __name__ == "__main__":
     cfg = configure(globals())
-    install_excepthook()
+    common.install_excepthook()
 
     # a model to start from determines its settings; of a resumed run they are in its checkpoint
     latest, initial = f"{cfg.out_dir}/latest.safetensors", None
@@ -579,7 +598,7 @@ if __name__ == "__main__":
     check_settings(cfg)
 
     # processes, device
-    machine = setup(cfg)
+    machine = common.setup(cfg)
     rank, world = machine.rank, machine.world
     autocast = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16")
 
@@ -597,14 +616,8 @@ if __name__ == "__main__":
         reject(cfg.dataset, "has no labels", "set --cond=none or --cond=text")
     val_count = min(len(validation_images), cfg.val_images)
     captions = []
-    for i in range(val_count if cfg.cond in ("text", "layout") else 0):
-        i = i * len(validation_images) // val_count
-        try:
-            boxes = validation_images.boxes(i) if cfg.cond == "layout" else []
-            layout = [layout_string(boxes, object_names)] if cfg.cond == "layout" else validation_images.meta(i)["text"]
-            captions += layout[:1]
-        except BadImage:  # training reports it
-            pass
+    if cfg.cond in ("text", "layout"):
+        captions = first_captions(validation_images, val_count, object_names)
     if cfg.cond == "text" and not captions:
         reject(cfg.dataset, "its validation images have no captions", "set --cond=none or --cond=class")
 
@@ -616,24 +629,15 @@ if __name__ == "__main__":
             reject(latest, f"a checkpoint of stage {meta['stage']}, not ldm", "use another out_dir")
         now = {name: cfg[name] for name in ("cond", "text_encoder", "task")}
         now["first_stage"] = "none" if cfg.first_stage == "none" else "vae"
-        check_same_settings(latest, meta["model"], now)
-        check_same_settings(latest, meta["config"], {"init_from": cfg.init_from})
+        common.check_same_settings(latest, meta["model"], now)
+        common.check_same_settings(latest, meta["config"], {"init_from": cfg.init_from})
         step, images_per_step = meta["step"], meta["images_per_step"]
-        micro_steps = accumulation(cfg, world, images_per_step, latest)
-    assert_same_on_all_ranks(step=step, images=len(images))
+        micro_steps = common.accumulation(cfg, world, images_per_step, latest)
+    common.assert_same_on_all_ranks(step=step, images=len(images))
 
     # first stage: frozen, or none
-    vae = None
-    if cfg.first_stage != "none":
-        vae = VAE.from_pretrained(latest if resumed else cfg.first_stage)
-        if resumed and os.path.exists(cfg.first_stage):
-            if checkpoint.hash_weights(VAE.from_pretrained(cfg.first_stage)) != checkpoint.hash_weights(vae):
-                reject(latest, f"was trained on another autoencoder than {cfg.first_stage}", "use another out_dir")
-        if not vae.has_latent_statistics:
-            remedy = "finish its training, or run train_vae.py with its settings and --measure_latents"
-            reject(cfg.first_stage, "has no latent statistics", remedy)
-        if cfg.image_size % vae.factor:
-            raise UserError(f"image_size={cfg.image_size} is not a multiple of {vae.factor}, the autoencoder's factor")
+    vae = None if cfg.first_stage == "none" else load_first_stage(cfg, latest if resumed else "")
+    if vae is not None:
         vae.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
 
     # text encoder: trained here, or frozen
@@ -644,16 +648,10 @@ if __name__ == "__main__":
         tower.to(machine.device, machine.param_dtype)
     torch.manual_seed(seed_of(cfg.seed, "init"))
     if cfg.cond == "layout" or (cfg.cond == "text" and tower is None):
-        bpe_file = f"{cfg.dataset}/bpe.tiktoken"
-        source = cfg.tokenizer if cfg.tokenizer != "auto" else bpe_file if os.path.exists(bpe_file) else "bytes"
-        if cfg.cond == "layout":
-            source = "layout " + json.dumps({"names": object_names})
-        saved = tensors.get("text.bpe") if resumed else initial and initial.bpe
-        text_source = source if saved is None else bytes(saved.tolist())
-        text = TextEncoder(cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.text_length, text_source)
-        if saved is not None and cfg.tokenizer != "auto":
-            if make_tokenizer(source)._mergeable_ranks != text.tokenizer._mergeable_ranks:
-                reject(cfg.init_from or latest, f"has another tokenizer than {source}", "leave --tokenizer out")
+        bpe = tensors.get("text.bpe") if resumed else initial and initial.bpe
+        text = build_text(cfg, object_names, None if bpe is None else bytes(bpe.tolist()))
+    if cfg.attention != "auto" and (reason := unavailable(cfg.attention, machine.device, machine.param_dtype)):
+        raise UserError(f"attention={cfg.attention}: {reason}")
 
     # model
     conditions = (vae, text, tower, num_classes, map_classes, initial and initial.model["sr_schedule"])
@@ -662,10 +660,10 @@ if __name__ == "__main__":
     context_dim = (text or tower).width if text or tower else 0
     model = build_denoiser(cfg, latent_shape, text, context_dim, num_classes, map_classes)
     if initial and not resumed:
-        counts = {"num_classes": num_classes, "map_classes": map_classes}
-        check_same_settings(cfg.init_from, initial.model, {name: n for name, n in counts.items() if n})
+        counts = {name: n for name, n in (("num_classes", num_classes), ("map_classes", map_classes)) if n}
+        common.check_same_settings(cfg.init_from, {name: initial.model[name] for name in counts}, counts)
         names = ("in_channels", "concat_channels", "context_dim", "num_classes")
-        check_same_settings(cfg.init_from, initial.model["unet"], {n: model.unet.settings[n] for n in names})
+        common.check_same_settings(cfg.init_from, initial.model["unet"], {n: model.unet.settings[n] for n in names})
         for name, child in model.named_children():
             if state := part(initial.state, name):
                 child.load_state_dict(state)
@@ -675,9 +673,9 @@ if __name__ == "__main__":
     for network in (model, tower) if tower else (model,):
         use_attention(network, cfg.attention)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    power_emas = [copy.deepcopy(ema) for _ in cfg.ema_stds]
-    parameters, averaged = list(model.parameters()), list(ema.parameters())
-    power_averaged = [list(average.parameters()) for average in power_emas]
+    averages = {"ema": ema} | {f"ema_power_{i}": copy.deepcopy(ema) for i in range(len(cfg.ema_stds))}
+    parameters = list(model.parameters())
+    averaged = {name: list(average.parameters()) for name, average in averages.items()}
 
     # optimizer: no weight decay on biases and norms
     decayed = [p for p in parameters if p.ndim >= 2]
@@ -690,16 +688,16 @@ if __name__ == "__main__":
         optimizer = torch.optim.AdamW(groups, **options)
 
     # what a checkpoint holds, and the state of a resumed run
-    about = {name: cfg[name] for name in MODEL_SETTINGS} | {"num_classes": num_classes, "map_classes": map_classes}
-    about |= {"unet": model.unet.settings, "text": text and text.settings, "first_stage": "vae" if vae else "none"}
+    about = {"unet": model.unet.settings, "text": text and text.settings, "first_stage": "vae" if vae else "none"}
+    about |= {name: cfg[name] for name in MODEL_SETTINGS} | {"num_classes": num_classes, "map_classes": map_classes}
     about |= {"uncertainty": cfg.loss_weight == "uncertainty", "tower_hash": tower_hash}
     about |= {"sr_schedule": conditioner.sr_schedule}
     if resumed:
-        check_same_settings(latest, meta["model"], about)
+        common.check_same_settings(latest, meta["model"], about)
         model.load_state_dict(part(tensors, "model"))
-        for name, average in {"ema": ema} | {f"ema_power_{i}": average for i, average in enumerate(power_emas)}.items():
+        for name, average in averages.items():
             average.load_state_dict(part(tensors, name))
-        load_optimizer_state(optimizer, model, "optim", tensors)
+        common.load_optimizer_state(optimizer, model, "optim", tensors)
     tensors = {}
 
     # what the sample grids show: prompts, one class after the other, or nothing
@@ -728,7 +726,7 @@ if __name__ == "__main__":
 
     # log
     tflop = count_tflop(ema, validation.inputs(range(1)))
-    log = Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "")
+    log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "")
     log.print(f"{len(images)} training and {len(validation_images)} validation images in {cfg.dataset}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image; latents {latent_shape}")
     if vae is not None and cfg.cache_latents:
@@ -757,17 +755,17 @@ if __name__ == "__main__":
         "config": cfg,
         "classes": images.classes,
         "examples": examples,
-        "git": git_revision(),
+        "git": common.git_revision(),
         "run": meta["run"] if resumed else started,  # tells its snapshots from those of another run
     }
 
     def save(path, snapshot=False):
         """Write all that resuming and sampling need, or as a snapshot the averages only; every rank must call it."""
-        state = with_prefix("ema", ema.state_dict()) | frozen
-        for i, average in enumerate(power_emas):
-            state |= with_prefix(f"ema_power_{i}", average.state_dict())
+        state = dict(frozen)
+        for name, average in averages.items():
+            state |= with_prefix(name, average.state_dict())
         if not snapshot:
-            state |= optimizer_state(optimizer, model, "optim") | with_prefix("model", model.state_dict())
+            state |= common.optimizer_state(optimizer, model, "optim") | with_prefix("model", model.state_dict())
             state |= with_prefix("vae", vae.state_dict()) if vae else {}
         progress = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
         if rank == 0:
@@ -775,14 +773,14 @@ if __name__ == "__main__":
 
     # training loop
     model.train()
-    stop, start_step = Stop(), step
+    stop, start_step = common.Stop(), step
 
     def due(every):
         return every > 0 and step % every == 0 and step > start_step
 
     while True:
         # learning rate
-        set_lr(optimizer, learning_rate(step, cfg))
+        common.set_lr(optimizer, common.learning_rate(step, cfg))
 
         # evaluate, save, stop
         last, stopping = step >= cfg.max_steps, stop.agreed()
@@ -792,7 +790,7 @@ if __name__ == "__main__":
             if rank == 0:
                 save_samples(f"{cfg.out_dir}/samples_{step:08d}.png", pipeline, validation, cfg, autocast)
                 save_predictions(f"{cfg.out_dir}/predictions_{step:08d}.png", pipeline, validation, cfg, autocast)
-                plot_log(cfg.out_dir, PANELS)
+                common.plot_log(cfg.out_dir, PANELS)
             log.restart_clock()
         if (last and cfg.snapshot_every) or due(cfg.snapshot_every):
             log.check()
@@ -823,17 +821,17 @@ if __name__ == "__main__":
 
         # optimizer step, EMA
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-        ok = all_finite(grad_norm, *totals.values())
-        inner(optimizer).found_inf = (~ok).float()  # AdamW leaves weights and moments alone where this is 1
+        ok = common.all_finite(grad_norm, *totals.values())
+        common.inner(optimizer).found_inf = (~ok).float()  # AdamW leaves weights and moments alone where this is 1
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        update_ema(averaged, parameters, step, cfg.ema_decay)
-        for std, average in zip(cfg.ema_stds, power_averaged):
-            update_power_ema(average, parameters, step, std)
+        update_ema(averaged["ema"], parameters, step, cfg.ema_decay)
+        for i, std in enumerate(cfg.ema_stds):
+            update_power_ema(averaged[f"ema_power_{i}"], parameters, step, std)
 
         # log
-        log.step(step, totals, grad_norm, ok, learning_rate(step - 1, cfg), keys)
+        log.step(step, totals, grad_norm, ok, common.learning_rate(step - 1, cfg), keys)
 
     took = (time.time_ns() - started) / 1e9
     log.print(f"{'finished' if last else 'stopped'} at step {step} after {took:.0f} s: {latest}")
