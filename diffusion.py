@@ -1,13 +1,13 @@
-"""The diffusion process: noise schedules, objectives, samplers, guidance; all pure functions.
+"""The diffusion process: noise schedules, objectives, samplers, guidance. Pure functions.
 
-A noisy sample is x_t = alpha(t) x0 + sigma(t) eps. Time runs from t = 0, data, to t = 1, noise. A schedule is the pair
+A noisy sample is x_t = alpha(t) x0 + sigma(t) eps, from t = 0 (data) to t = 1 (noise). A schedule is the pair
 (alpha, sigma), an objective is a linear combination of x0 and eps, and a sampler sees the network only as
-`denoise(x, t) -> x0_hat`; so every objective goes with every schedule and every sampler. A new schedule is one more
-branch of make_schedule that gives betas or a pair (alpha, sigma); a new sampler is one more function in `samplers`.
+`denoise(x, t) -> x0_hat`, so every objective works with every schedule and every sampler. To add a schedule, add a
+branch to `make_schedule`; to add a sampler, add a function to `samplers`.
 
-    process = make_schedule("flow")
-    denoise = make_denoiser(unet, process, "flow", {"context": text(["a red star"])})
-    x0 = sample_heun(denoise, torch.randn(1, 4, 32, 32), sample_times(20, process), process)
+    schedule = make_schedule("flow")
+    denoise = make_denoiser(unet, schedule, "flow", {"context": text(["a red star"])})
+    x0 = sample_heun(denoise, torch.randn(1, 4, 32, 32), sample_times(20, schedule), schedule)
 """
 
 import functools
@@ -24,40 +24,38 @@ class Schedule(NamedTuple):
     name: str
     alpha: Callable  # of a float tensor t in [0, 1], any shape, dtype and device; alpha(0) = 1
     sigma: Callable  # likewise; sigma(0) = 0
-    discrete: int  # T for a DDPM table, whose index i stands at t = (i + 1) / T; 0 for continuous time
+    discrete: int  # number T of entries of a DDPM table, entry i at t = (i + 1) / T; 0 for continuous time
 
 
 SCHEDULES = ("linear", "scaled_linear", "quadratic", "sqrt", "sigmoid", "squared_cosine", "cosine", "flow")
 
 
-@functools.cache  # a training step may ask for it every time
+@functools.cache  # called at every training step
 def make_schedule(name, beta_start=0.00085, beta_end=0.012, T=1000, zero_snr=False):
-    """The noise schedule of that name: a DDPM table of T entries, index i = 0 to T - 1, or one in continuous time.
+    """The noise schedule `name`: a DDPM table of T entries, i = 0 to T - 1, or one in continuous time.
 
-    linear          beta linear in i (Ho et al. 2020, there 1e-4 to 0.02)
-    scaled_linear   sqrt(beta) linear in i: Stable Diffusion, where CompVis calls it "linear"
-    quadratic       scaled_linear by the name it has elsewhere
-    sqrt            beta^2 linear in i, from beta_start (not its square) to beta_end: CompVis' "sqrt"
+    linear          beta linear in i (Ho et al. 2020, with 1e-4 to 0.02)
+    scaled_linear   sqrt(beta) linear in i (Stable Diffusion; CompVis calls it "linear")
+    quadratic       another name of scaled_linear
+    sqrt            beta^2 linear in i, from beta_start (not its square) to beta_end (CompVis)
     sigmoid         beta from beta_start to beta_end along a sigmoid over [-6, 6]
-    squared_cosine  alpha_bar = cos^2 of i, beta at most 0.999 (Nichol & Dhariwal 2021, eq. 17; the betas' ends play no
-                    part): diffusers' squaredcos_cap_v2
+    squared_cosine  alpha_bar = cos^2 of i, beta at most 0.999 (Nichol & Dhariwal 2021, eq. 17; beta_start and beta_end
+                    are not used); squaredcos_cap_v2 in diffusers
     cosine          continuous: alpha = cos(pi t / 2), sigma = sin(pi t / 2)
     flow            continuous: alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023)
 
-    zero_snr: bring a table's last alpha to 0 (Lin et al. 2024, Algorithm 1), which eps cannot be used with; refused for
-    cosine and flow, which end there by themselves.
+    zero_snr: rescale a table so that its last alpha is 0 (Lin et al. 2024, Algorithm 1). It excludes objective eps.
+        cosine and flow already end at alpha = 0 and do not accept it.
     """
-    if name == "cosine" or name == "flow":
-        if zero_snr:
-            raise ValueError(f"schedule {name!r} ends at zero SNR by itself: leave zero_snr=False")
+    assert name in SCHEDULES, f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}"
+    assert 0 < beta_start <= beta_end < 1, f"need 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}"
+    assert T >= 2, f"T must be >= 2, got {T}"
+    if name in ("cosine", "flow"):
+        assert not zero_snr, f"schedule {name!r} already ends at zero SNR: leave out zero_snr"
         if name == "flow":
             return Schedule(name, lambda t: 1 - t, lambda t: t, 0)
         # the cosine is written as a sine so that alpha(1) is exactly 0
         return Schedule(name, lambda t: torch.sin(math.pi / 2 * (1 - t)), lambda t: torch.sin(math.pi / 2 * t), 0)
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
-    if not 0 < beta_start <= beta_end < 1 or T < 2:
-        raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}, T={T}: need 0 < start <= end < 1 and T >= 2")
 
     def line(start, end):
         return torch.linspace(start, end, T, dtype=torch.float64)
@@ -77,9 +75,10 @@ def make_schedule(name, beta_start=0.00085, beta_end=0.012, T=1000, zero_snr=Fal
 
 
 def table_schedule(name, betas, zero_snr=False):
-    """A DDPM table in continuous time: log-SNR is linear between entries, sigma^2 between the first entry and t = 0.
+    """A DDPM table as a schedule in continuous time.
 
-    With zero_snr, log-SNR falls to -inf at the last entry: alpha is linear between the last two.
+    log-SNR is interpolated linearly between entries, sigma^2 between t = 0 and the first entry. With zero_snr, where
+    the last log-SNR is -inf, alpha is linear between the last two entries.
     """
     T = len(betas)
     alpha_bar = torch.cumprod(1 - betas, dim=0)
@@ -87,7 +86,7 @@ def table_schedule(name, betas, zero_snr=False):
         root = alpha_bar.sqrt()
         alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     log_snr = torch.log(alpha_bar / (1 - alpha_bar))  # sigmoid(-log_snr) is sigma^2, exact where 1 - alpha_bar is not
-    first_variance, last_but_one = float(1 - alpha_bar[0]), float(alpha_bar[-2])
+    first_variance, second_last = float(1 - alpha_bar[0]), float(alpha_bar[-2])
 
     @functools.cache  # one copy per device, not one per step
     def table(device, dtype):
@@ -95,12 +94,12 @@ def table_schedule(name, betas, zero_snr=False):
 
     def variance(t, sign):
         """alpha^2 for sign = 1, sigma^2 for sign = -1."""
-        position = t * T  # entry i stands at i + 1
+        position = t * T  # entry i is at i + 1
         entries, below = table(t.device, t.dtype), position.long().clamp(1, T - 1)
         between = torch.sigmoid(sign * torch.lerp(entries[below - 1], entries[below], position - below))
         start = first_variance * position
         if zero_snr:
-            end = last_but_one * (T - position) ** 2
+            end = second_last * (T - position) ** 2
             between = torch.where(position < T - 1, between, end if sign == 1 else 1 - end)
         return torch.where(position < 1, 1 - start if sign == 1 else start, between)
 
@@ -108,7 +107,7 @@ def table_schedule(name, betas, zero_snr=False):
 
 
 def unet_time(schedule, t):
-    """What the network is told of t: 1000 t, or a table's index (fractional between entries, 0 below the first)."""
+    """The network's time input: 1000 t, or a table's index (fractional between entries, 0 below the first)."""
     return (schedule.discrete * t - 1).clamp(min=0) if schedule.discrete else 1000 * t
 
 
@@ -118,80 +117,67 @@ OBJECTIVES = ("eps", "v", "x0", "flow")
 
 
 def target(objective, x0, eps, alpha, sigma):
-    """What the network should predict at alpha x0 + sigma eps; alpha and sigma broadcast, as (B, 1, 1, 1) does."""
+    """What the network should predict at alpha x0 + sigma eps; alpha and sigma broadcast, for example (B,1,1,1)."""
+    assert objective in OBJECTIVES, f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}"
     if objective == "eps":
         return eps
     if objective == "v":
         return alpha * eps - sigma * x0  # Salimans & Ho 2022, section 4
     if objective == "x0":
         return x0
-    if objective == "flow":
-        return eps - x0
-    raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    return eps - x0  # flow
 
 
 def to_x0(objective, prediction, x, alpha, sigma):
-    """The x0 that a prediction at x = alpha x0 + sigma eps stands for: the inverse of `target`, for any alpha, sigma.
+    """x0 from a prediction at x = alpha x0 + sigma eps: the inverse of `target`, for any alpha and sigma.
 
-    "eps" divides by alpha: at alpha = 0 the noise is all that is seen and says nothing of x0.
+    eps divides by alpha: at alpha = 0 the input is pure noise and contains nothing of x0.
     """
+    assert objective in OBJECTIVES, f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}"
     if objective == "eps":
         return (x - sigma * prediction) / alpha
     if objective == "v":
         return (alpha * x - sigma * prediction) / (alpha**2 + sigma**2)
     if objective == "x0":
         return prediction
-    if objective == "flow":
-        return (x - sigma * prediction) / (alpha + sigma)
-    raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    return (x - sigma * prediction) / (alpha + sigma)  # flow
 
 
-# --- the steps of a sampler ---
+# --- the times of a sampler ---
 
 
 def t_max(objective, schedule):
-    """Where sampling starts (and training ends): 1, or 0.995 where eps would meet alpha = 0 and tell nothing of x0.
+    """Where sampling starts and training ends: 1, or 0.995 for eps where alpha(1) = 0 and eps cannot give x0.
 
-    A table that ends at alpha = 0 is refused with eps: it was made (zero_snr) so that the last entry be trained.
+    A table that ends at alpha = 0 is refused with eps: zero_snr exists to train the last entry.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
-    blind = objective == "eps" and schedule.alpha(torch.ones(1)).item() == 0
-    if blind and schedule.discrete:
-        raise ValueError(
-            f"objective eps cannot be used at zero SNR, where schedule {schedule.name!r} ends: "
-            "choose objective v, or zero_snr=False"
-        )
-    return 0.995 if blind else 1.0
+    assert objective in OBJECTIVES, f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}"
+    if objective != "eps" or schedule.alpha(torch.ones(1)).item() > 0:
+        return 1.0
+    assert not schedule.discrete, f"objective eps cannot be used at zero SNR, where schedule {schedule.name!r} ends"
+    return 0.995
 
 
 SPACINGS = ("trailing", "leading", "linspace", "karras", "quadratic")
 
 
 def sample_times(steps, schedule, objective="v", spacing="trailing"):
-    """Times of `steps` steps, strictly descending: float64 (steps + 1,); on a table all but karras fall on entries.
+    """Times of `steps` steps, strictly descending: float64 (steps + 1,). On a table all but karras are entries.
 
     trailing   equal steps from t_max to 0 (Lin et al. 2024, table 2), rounded to entries, halves up
-    leading    Stable Diffusion's: multiples of T / steps, rounded down, plus 1, and an end at entry 0, not at t = 0
+    leading    Stable Diffusion's: multiples of T / steps, rounded down, plus 1, ending at entry 0 and not at t = 0
     linspace   equal steps from t_max to entry 0, then 0 (Nichol & Dhariwal 2021)
     karras     equal steps in (sigma / alpha)^(1/7) from t_max to entry 0, then 0 (Karras et al. 2022, eq. 5);
                where that ratio is infinite the first step is from t_max to below 0.995
-    quadratic  indices growing as a square up to 0.8 T, plus 1, and an end at entry 0 (Song et al. 2021, appendix D.2)
+    quadratic  indices that grow as a square up to 0.8 T, plus 1, ending at entry 0 (Song et al. 2021, appendix D.2)
 
-    Entry 0 is at 1/T, in continuous time at 1/1000. All T steps of leading and quadratic are the whole table, down to
-    t = 0. The two start below t_max, where there is signal yet: leading at about 1 - 1 / steps. On a table
-    sigma ~ sqrt(t) near 0, so trailing's last step is the large one: second-order samplers gain less there.
+    Entry 0 is at 1/T, in continuous time at 1/1000. With all T steps, leading and quadratic are the complete table,
+    down to t = 0. Both start below t_max, where there is some signal: leading at about 1 - 1 / steps. On a table
+    sigma ~ sqrt(t) near 0, so the last step of trailing is the largest: second-order samplers gain less there.
     """
     T, top = schedule.discrete, t_max(objective, schedule)
-    if steps < 1:
-        raise ValueError(f"steps is {steps}: at least 1 is needed")
-    if steps > (T or 1000):
-        has = (
-            f"schedule {schedule.name!r} has only {T} times" if T else "more than 1000 change nothing that can be seen"
-        )
-        raise ValueError(f"steps is {steps}: {has}")
-    if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
+    assert 1 <= steps <= (T or 1000), f"steps must be in [1, {T or 1000}], got {steps}"
+    assert spacing in SPACINGS, f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}"
     first, end, i, last = 1 / (T or 1000), 0.0, torch.arange(steps), max(steps - 1, 1)  # i in ascending time
     if spacing == "trailing":  # rounded in integers: all distinct
         times = ((2 * T * (i + 1) + steps) // (2 * steps)).double() / T if T else top * (i + 1).double() / steps
@@ -207,17 +193,17 @@ def sample_times(steps, schedule, objective="v", spacing="trailing"):
         times[-1] = top
     elif T:
         index = i * T // steps if spacing == "leading" else 8 * T * i**2 // (10 * last**2)
-        index = (index - i).cummax(0).values + i  # a square's first indices would coincide
+        index = (index - i).cummax(0).values + i  # the first indices of a square would coincide
         offset = 1 if steps < T else 0
         times, end = (index + offset + 1).double() / T, offset / T
     else:
-        part = i.double() / steps if spacing == "leading" else 0.8 * (i.double() / last) ** 2
-        times, end = 2 * first + (top - 2 * first) * part, first
+        share = i.double() / steps if spacing == "leading" else 0.8 * (i.double() / last) ** 2
+        times, end = 2 * first + (top - 2 * first) * share, first
     return torch.cat([torch.tensor([end], dtype=torch.float64), times]).flip(0)
 
 
 def time_of_ratio(schedule, ratio):
-    """The t at which sigma / alpha is `ratio`, a float64 tensor, by bisection to the last bit."""
+    """The times at which sigma / alpha equals `ratio`, a float64 tensor, by bisection to the last bit."""
     low, high = torch.zeros_like(ratio), torch.ones_like(ratio)
     for _ in range(60):
         t = (low + high) / 2
@@ -227,9 +213,9 @@ def time_of_ratio(schedule, ratio):
 
 
 def steps_of(times, schedule):
-    """(t, s, alpha_t, alpha_s, sigma_t, sigma_s) of every step from a time t to the next, s.
+    """[(t, s, alpha_t, alpha_s, sigma_t, sigma_s), ...], one for each step from a time t to the next time s.
 
-    Python floats: samplers weigh in float64 whatever the dtype of x.
+    Python floats, so that samplers compute their coefficients in float64 for any dtype of x.
     """
     times = times.double().cpu()
     t, alpha, sigma = times.tolist(), schedule.alpha(times).tolist(), schedule.sigma(times).tolist()
@@ -237,30 +223,28 @@ def steps_of(times, schedule):
 
 
 def randn(shape, generators=None, device=None, dtype=None):
-    """Standard normal noise; with `generators` (CPU, one per image) an image's noise is its own, whatever the batch."""
+    """Standard normal noise. With `generators` (CPU, one per image) each image's noise is independent of its batch."""
     if generators is None:
         return torch.randn(shape, device=device, dtype=dtype)
-    if len(generators) != shape[0]:
-        raise ValueError(f"{len(generators)} generators for {shape[0]} images: give one each")
-    noise = [torch.randn(shape[1:], generator=generator) for generator in generators]  # float32: the same for any dtype
+    assert len(generators) == shape[0], f"{len(generators)} generators for {shape[0]} images: one per image is needed"
+    noise = [torch.randn(shape[1:], generator=generator) for generator in generators]  # float32: the same in any dtype
     noise, on_gpu = torch.stack(noise), device is not None and torch.device(device).type == "cuda"
-    noise = noise.pin_memory() if on_gpu else noise  # from other memory the copy would wait for the GPU
+    noise = noise.pin_memory() if on_gpu else noise  # a copy from pageable memory would wait for the GPU
     return noise.to(device=device, dtype=dtype, non_blocking=on_gpu)
 
 
 # --- samplers: (denoise, x, times, schedule, generators=None, **options) -> x0 ---
-# x is the sample at times[0], pure noise where that is t = 1; times descend to 0, or to an end with some noise left.
+# x is the sample at times[0]: pure noise at t = 1. The times descend to 0, or to an end with some noise left.
 
 
 def sample_ddpm(denoise, x, times, schedule, generators=None, noise_scale=1.0, variance="small"):
     """Ancestral sampling from the posterior q(x_s | x_t, x0_hat) (Ho et al. 2020, eq. 7; Kingma et al. 2021, app. A).
 
-    `noise_scale` multiplies the noise put in at each step: below 1 for smoother samples. Its `variance` is "small", the
-    posterior's, right for data in one point, or "large", that of q(x_t | x_s), beta, right for data N(0, 1) (Ho et al.,
-    section 3.2).
+    noise_scale: factor of the noise added at each step; below 1 for smoother samples.
+    variance: of that noise: "small", the posterior's, exact for data in one point; or "large", that of q(x_t | x_s),
+        beta, exact for data N(0, 1) (Ho et al., section 3.2).
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f"variance is {variance!r}: choose small or large")
+    assert variance in ("small", "large"), f"variance must be small or large, got {variance!r}"
     for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
         x0 = denoise(x, t)
         alpha_ts = alpha_t / alpha_s  # q(x_t | x_s) = N(alpha_ts x_s, var_ts)
@@ -273,15 +257,14 @@ def sample_ddpm(denoise, x, times, schedule, generators=None, noise_scale=1.0, v
 
 
 def sample_ddim(denoise, x, times, schedule, generators=None, eta=0.0):
-    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic at eta = 0, the very steps of `sample_ddpm` at eta = 1."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}: choose between 0 (DDIM) and 1 (DDPM)")
+    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic at eta = 0, equal to `sample_ddpm` at eta = 1."""
+    assert 0 <= eta <= 1, f"eta must be in [0, 1], got {eta}"
     for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
         x0 = denoise(x, t)
         eps = (x - alpha_t * x0) / sigma_t
         var_ts = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
         std = eta * var_ts**0.5 * sigma_s / sigma_t  # eq. 16
-        x = alpha_s * x0 + max(sigma_s**2 - std**2, 0) ** 0.5 * eps  # eq. 12; rounding may leave -1e-17
+        x = alpha_s * x0 + max(sigma_s**2 - std**2, 0) ** 0.5 * eps  # eq. 12; rounding can give -1e-17
         if std > 0:
             x = x + std * randn(x.shape, generators, x.device, x.dtype)
     return x
@@ -291,7 +274,7 @@ def sample_euler(denoise, x, times, schedule, generators=None):
     """Euler's method on the probability-flow ODE (Song et al. 2021b, eq. 13) along straight lines.
 
     With z = x / (alpha + sigma) and r = sigma / (alpha + sigma), z = (1 - r) x0 + r eps and dz/dr = (z - x0_hat) / r,
-    finite at both ends of every schedule. A step keeps x0_hat and eps fixed, so it is DDIM's at eta = 0.
+    finite at both ends of every schedule. A step keeps x0_hat and eps fixed, so it equals DDIM at eta = 0.
     """
     for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
         z, r_t, r_s = x / (alpha_t + sigma_t), sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
@@ -303,8 +286,8 @@ def sample_euler(denoise, x, times, schedule, generators=None):
 def sample_heun(denoise, x, times, schedule, generators=None):
     """Heun's second-order method (Karras et al. 2022, Algorithm 1) in the coordinates z, r of `sample_euler`.
 
-    The last step, to r = 0, is Euler's; so S steps take 2 S - 1 evaluations. k-diffusion and diffusers average the
-    slopes in sigma / alpha, infinite at alpha = 0, instead: the same in the limit, with other second-order errors.
+    The last step, to r = 0, is Euler's, so S steps take 2 S - 1 evaluations. k-diffusion and diffusers average slopes
+    in sigma / alpha, which is infinite at alpha = 0: the same in the limit, with other second-order errors.
     """
     for t, s, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
         z, r_t, r_s = x / (alpha_t + sigma_t), sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
@@ -318,29 +301,18 @@ def sample_heun(denoise, x, times, schedule, generators=None):
 
 
 def sample_dpmpp_2m(denoise, x, times, schedule, generators=None):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order at one evaluation a step.
-
-    h is the step's length in log(alpha / sigma). Of first order are the first step, one after alpha = 0 (infinitely
-    long) and the last, to sigma = 0 (likewise).
-    """
-    x0_before, h_before = 0, math.inf
-    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
-        x0 = denoise(x, t)
-        h = math.log(alpha_s * sigma_t / (alpha_t * sigma_s)) if alpha_t > 0 and sigma_s > 0 else math.inf
-        weight = h / (2 * h_before) if h < math.inf else 0  # 1 / (2 r)
-        D = (1 + weight) * x0 - weight * x0_before
-        x = (sigma_s / sigma_t) * x + (alpha_s - alpha_t * sigma_s / sigma_t) * D
-        x0_before, h_before = x0, h
-    return x
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order at one evaluation per step."""
+    return sample_dpmpp_2m_sde(denoise, x, times, schedule, generators, eta=0.0)
 
 
 def sample_dpmpp_2m_sde(denoise, x, times, schedule, generators=None, eta=1.0):
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095), midpoint variant; eta = 0 is `sample_dpmpp_2m`.
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095), midpoint variant; eta = 0 is the ODE.
 
-    decay is exp(-h), 0 for an infinite h. eta weighs the noise as k-diffusion has it; at 1 it is the paper's.
+    h is the length of a step in log(alpha / sigma), decay = exp(-h). Steps of first order are the first, one after
+    alpha = 0 and the last, to sigma = 0 (both infinitely long). eta scales the noise as in k-diffusion; 1 is the
+    paper's.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}: choose between 0 (the ODE) and 1 (the SDE)")
+    assert 0 <= eta <= 1, f"eta must be in [0, 1], got {eta}"
     x0_before, h_before = 0, math.inf
     for t, _, alpha_t, alpha_s, sigma_t, sigma_s in steps_of(times, schedule):
         x0 = denoise(x, t)
@@ -357,22 +329,22 @@ def sample_dpmpp_2m_sde(denoise, x, times, schedule, generators=None, eta=1.0):
 
 
 def sample_euler_a(denoise, x, times, schedule, generators=None, eta=1.0):
-    """Euler ancestral of k-diffusion: Euler's step to below s, then noise up to s.
+    """Euler ancestral of k-diffusion: Euler's step to below s, then noise up to s. Equal to `sample_ddim`.
 
     In sigma / alpha it goes down to k_down and adds noise of k_up = eta k_s sqrt(1 - k_s^2 / k_t^2), with k_down^2 +
-    k_up^2 = k_s^2. As alpha_s k_up is the std of DDIM's eq. 16 and Euler's step is DDIM's, so this is `sample_ddim`;
-    at eta = 1, its default, it is `sample_ddpm`.
+    k_up^2 = k_s^2. alpha_s k_up is the std of DDIM's eq. 16 and Euler's step is DDIM's; at eta = 1, the default, both
+    equal `sample_ddpm`.
     """
     return sample_ddim(denoise, x, times, schedule, generators, eta)
 
 
 def sample_plms(denoise, x, times, schedule, generators=None):
-    """PLMS: a DDIM step with Adams-Bashforth's mean of the last four eps (PNDM, Liu et al. 2022, arXiv 2202.09778).
+    """PLMS: DDIM steps with the Adams-Bashforth mean of the last four eps (PNDM, Liu et al. 2022, arXiv 2202.09778).
 
     The first step averages eps at its two ends, so S steps take S + 1 evaluations. Where alpha < 1e-3, as at zero SNR,
-    a step in sigma / alpha is all but infinite and a mean of eps would blow up: there it is DDIM's. The weights are
-    those of even steps: of two or three very uneven ones it overshoots. With a v network it differs from diffusers',
-    which averages v instead of eps, though two v's belong to different alpha and sigma.
+    a step in sigma / alpha is nearly infinite and a mean of eps would diverge: DDIM's step is used there. The weights
+    are those of equal steps: with two or three very unequal ones it overshoots. With a v network the result differs
+    from diffusers', which averages v, although the v of different steps belong to different alpha and sigma.
     """
     adams = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
     past = []  # eps of the last steps, the newest first
@@ -395,12 +367,11 @@ def sample_plms(denoise, x, times, schedule, generators=None):
 def sample_unipc(denoise, x, times, schedule, generators=None, order=2):
     """UniPC of x0_hat with B_2(h) = exp(h) - 1 (Zhao et al. 2023, arXiv 2302.04867), h in log(alpha / sigma).
 
-    `order`, 1 to 3, is the predictor's; the corrector, one order higher, uses x0_hat where the predictor has led, which
-    the next step needs in any case: S steps take S evaluations. The order grows from 1 at the first step and falls to
-    1 at the last. x0_hat at alpha = 0, infinitely far, is of no use to later steps.
+    order: 1 to 3, of the predictor. The corrector, one order higher, uses x0_hat at the predicted point, which the
+        next step needs in any case: S steps take S evaluations. The order grows from 1 at the first step and falls to
+        1 at the last. x0_hat at alpha = 0, infinitely far away, is not used by later steps.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"order is {order}: choose 1, 2 or 3")
+    assert order in (1, 2, 3), f"order must be 1, 2 or 3, got {order}"
     steps, past = steps_of(times, schedule), []  # past: (log(alpha / sigma), x0_hat) of earlier steps, the newest first
     x0 = denoise(x, steps[0][0])
     for i, (_, s, alpha_t, alpha_s, sigma_t, sigma_s) in enumerate(steps):
@@ -414,16 +385,16 @@ def sample_unipc(denoise, x, times, schedule, generators=None, order=2):
         base = (sigma_s / sigma_t) * x + B * x0
         x = base + B * unipc_sum(r, D, h)  # the predictor, UniP
         past = [(log_ratio, x0), *past[:1]] if alpha_t > 0 else []
-        if i + 1 < len(steps):  # the corrector, UniC: the same step, knowing x0_hat at its end
+        if i + 1 < len(steps):  # the corrector, UniC: the same step with x0_hat at its end
             x0_t, x0 = x0, denoise(x, s)
             x = base + B * unipc_sum([*r, 1.0], [*D, x0 - x0_t], h)
     return x
 
 
 def unipc_sum(r, D, h):
-    """The divided differences D at the nodes r, with weights that solve UniPC's order conditions for B_2(h)."""
+    """Sum of the divided differences D at the nodes r, with weights that solve UniPC's order conditions for B_2(h)."""
     n = len(r)
-    if n < 2:  # the authors' 1/2 is as good as the solution, and right for an infinite h too
+    if n < 2:  # the authors' 1/2 is as accurate as the solution, and holds for infinite h
         return 0.5 * D[0] if n else 0
     phi, b = math.expm1(-h), []
     for k in range(1, n + 1):
@@ -447,100 +418,88 @@ samplers = {
 }
 
 
-def ddim_invert(denoise, x0, times, schedule, iterations=3):
-    """The sample at times[0] from which DDIM at eta = 0, over these times, leads to x0; about that.
-
-    A step of DDIM (see sample_euler, whose coordinates these are) looks at its start, which is not known here: it is
-    found by so many fixed-point iterations (Pan et al. 2023, arXiv 2309.04907); 1 is the common explicit inversion.
-    """
-    x = x0
-    for t, _, alpha_t, alpha_s, sigma_t, sigma_s in reversed(steps_of(times, schedule)):
-        z_s, r_t, r_s = x / (alpha_s + sigma_s), sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
-        z = z_s
-        for _ in range(iterations):
-            slope = (z - denoise(z * (alpha_t + sigma_t), t)) / r_t
-            z = z_s + (r_t - r_s) * slope
-        x = z * (alpha_t + sigma_t)
-    return x
-
-
 # --- the network as a denoiser ---
 
 
 def make_denoiser(
-    model, schedule, objective, cond, null=None, cfg=1.0, cfg_interval=(0.0, 1.0), cfg_rescale=0.0, guide=None
+    model,
+    schedule,
+    objective,
+    cond,
+    null=None,
+    guidance=1.0,
+    guidance_interval=(0.0, 1.0),
+    guidance_rescale=0.0,
+    guide=None,
 ):
     """`denoise(x, t) -> x0_hat` of a network `model(x, unet_time, **cond) -> prediction`, with guidance.
 
-    cond, null: the condition and its empty twin, dicts of the same keys, of tensors batched as x is; a negative prompt
+    cond, null: the condition and the empty one, dicts with the same keys of tensors batched like x. A negative prompt
         is another `null`.
-    cfg: the guided x0 is x0_null + cfg (x0_cond - x0_null) (Ho & Salimans 2022, eq. 6 with cfg = 1 + w; linear, hence
-        the same for eps and x0), both of one batch of two; cfg = 1 runs the condition alone.
-    cfg_interval: (low, high); outside low <= t <= high the condition runs alone (Kynkaanniemi et al. 2024, arXiv
+    guidance: scale w: x0_null + w (x0_cond - x0_null) (Ho & Salimans 2022, eq. 6 with w - 1 for their w; linear, so
+        the same for eps and x0), both in one batch of twice the size. 1 evaluates the condition alone.
+    guidance_interval: (low, high): no guidance outside of low <= t <= high (Kynkaanniemi et al. 2024, arXiv
         2404.07724).
-    cfg_rescale: in [0, 1], how far the std of each image's guided prediction is brought back to the unguided one's (phi
-        of Lin et al. 2024, eq. 15 and 16).
-    guide: another `denoise(x, t)`, of a weaker model under the same condition, made by this function too; its x0_hat
-        takes the place of x0_null, and `null` is not needed (autoguidance, Karras et al. 2024, arXiv 2406.02507).
+    guidance_rescale: in [0, 1], how far the std of each image's guided prediction is restored to the unguided one
+        (phi of Lin et al. 2024, eq. 15 and 16).
+    guide: another `denoise(x, t)`, of a weaker model with the same condition. Its x0_hat replaces x0_null and `null`
+        is not needed (autoguidance, Karras et al. 2024, arXiv 2406.02507).
 
-    `denoise.evaluations` counts network evaluations per image: 2 when guided, the guide's own included.
+    `denoise.evaluations` counts network evaluations per image: 2 when guided, those of the guide included.
     """
-    guided, (low, high) = cfg != 1, cfg_interval
-    if guided and guide is None and (null is None or null.keys() != cond.keys()):
-        raise ValueError(
-            f"cfg={cfg} needs an empty condition for {list(cond)}, got {null and list(null)}: or set cfg=1"
-        )
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"cfg_interval={low},{high} is no interval of t: choose 0 <= low < high <= 1")
-    if not 0 <= cfg_rescale <= 1:
-        raise ValueError(f"cfg_rescale is {cfg_rescale}: choose between 0 (none) and 1 (all)")
-    dtype = next((p.dtype for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
-
-    def to_model(inputs):
-        return {key: value.to(dtype=dtype) if value.is_floating_point() else value for key, value in inputs.items()}
-
-    alone = to_model(cond)
-    both = to_model({key: torch.cat([cond[key], null[key]]) for key in cond}) if guided and guide is None else None
+    low, high = guidance_interval
+    joint = guidance != 1 and guide is None  # condition and null in one batch
+    assert not joint or (null is not None and null.keys() == cond.keys()), f"guidance needs `null` with {list(cond)}"
+    assert 0 <= low < high <= 1, f"guidance_interval must satisfy 0 <= low < high <= 1, got {guidance_interval}"
+    assert 0 <= guidance_rescale <= 1, f"guidance_rescale must be in [0, 1], got {guidance_rescale}"
+    both = {key: torch.cat([cond[key], null[key]]) for key in cond} if joint else None
 
     @torch.no_grad()
     def denoise(x, t):
-        at = torch.as_tensor(t, dtype=torch.float64, device="cpu")
-        t, alpha, sigma = at.item(), schedule.alpha(at).item(), schedule.sigma(at).item()
-        if objective == "eps" and alpha == 0:
-            remedy = "take sample_times(..., objective='eps')"
-            raise ValueError(f"alpha is 0 at t = {t}, where eps tells nothing of x0: {remedy}")
-        guided_now = guided and low <= t <= high
-        twice = guided_now and guide is None
-        x_in = torch.cat([x, x]) if twice else x
-        t_in = torch.full((len(x_in),), unet_time(schedule, at).item(), device=x.device, dtype=torch.float32)
-        prediction = model(x_in.to(dtype=dtype), t_in, **(both if twice else alone))
-        prediction = prediction[0] if isinstance(prediction, tuple) else prediction  # of a Denoiser in training mode
-        prediction = prediction.to(x.dtype, copy=True)  # what a CUDA graph returns, its next replay overwrites
-        denoise.evaluations += 2 if twice else 1
-        if not guided_now:
-            return to_x0(objective, prediction, x, alpha, sigma)
-        if twice:
-            prediction, weak = prediction.chunk(2)
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        alpha, sigma, time = schedule.alpha(t).item(), schedule.sigma(t).item(), unet_time(schedule, t).item()
+        assert alpha > 0 or objective != "eps", "eps is undefined at alpha = 0: use sample_times(..., objective='eps')"
+        guided = guidance != 1 and low <= t.item() <= high
+        if guided and joint:
+            prediction, weak = predict(model, torch.cat([x, x]), time, both).chunk(2)
         else:
+            prediction = predict(model, x, time, cond)
+        denoise.evaluations += 2 if guided and joint else 1
+        if guided and not joint:
             before = getattr(guide, "evaluations", 0)
-            x0_weak = guide(x, t)
+            x0_weak = guide(x, t.item())
             denoise.evaluations += getattr(guide, "evaluations", 1) - before
             weak = target(objective, x0_weak, (x - alpha * x0_weak) / sigma, alpha, sigma)
-        strong = weak + cfg * (prediction - weak)
-        if cfg_rescale > 0:
-            axes = tuple(range(1, x.ndim))
-            ratio = prediction.std(axes, keepdim=True) / strong.std(axes, keepdim=True).clamp(min=1e-8)
-            strong = (cfg_rescale * ratio + 1 - cfg_rescale) * strong
-        return to_x0(objective, strong, x, alpha, sigma)
+        if guided:
+            strong = weak + guidance * (prediction - weak)
+            prediction = restore_std(strong, prediction, guidance_rescale) if guidance_rescale else strong
+        return to_x0(objective, prediction, x, alpha, sigma)
 
     denoise.evaluations = 0
     return denoise
 
 
-def keep_known(denoise, known, painted):
-    """`denoise` that knows x0 where `painted` (B,1,h,w) is 0: it is `known` (B,C,h,w) there. For any sampler."""
+def predict(model, x, time, cond):
+    """model(x, time, **cond) in the dtype of its weights, returned in that of x."""
+    dtype = next((p.dtype for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+    t = torch.full((len(x),), time, device=x.device, dtype=torch.float32)
+    cond = {key: value.to(dtype=dtype) if value.is_floating_point() else value for key, value in cond.items()}
+    prediction = model(x.to(dtype=dtype), t, **cond)
+    prediction = prediction[0] if isinstance(prediction, tuple) else prediction  # of a Denoiser in training mode
+    return prediction.to(x.dtype, copy=True)  # the next replay of a CUDA graph overwrites its output
 
-    def denoise_rest(x, t):
-        return torch.where(painted > 0, denoise(x, t), known.to(x.dtype))
 
-    return denoise_rest
+def restore_std(guided, prediction, share):
+    """Moves the std of each guided image by `share` towards that of its prediction (Lin et al. 2024, eq. 15, 16)."""
+    axes = tuple(range(1, guided.ndim))
+    ratio = prediction.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp(min=1e-8)
+    return (share * ratio + 1 - share) * guided
+
+
+def keep_known(denoise, known, mask):
+    """`denoise` whose x0 is `known` (B,C,h,w) where `mask` (B,1,h,w) is 0; works with any sampler."""
+
+    def denoise_masked(x, t):
+        return torch.where(mask > 0, denoise(x, t), known.to(x.dtype))
+
+    return denoise_masked

@@ -1,128 +1,276 @@
-"""How far drawn pictures are from real ones: FID, KID, precision and recall; or, offline, the same of another network.
+"""FID, KID, precision and recall of generated images against real ones; it can generate them too.
 
-    python fid.py --samples=out/ldm/samples --reference=DIR --inception_weights=FILE  # FID, by torch-fidelity
-    python fid.py --samples=drawn.npz --reference=DIR --trunk_weights=FILE            # squeeze_frechet: not a FID
+    torchrun --nproc_per_node=8 fid.py --ckpt=out/ldm --num_samples=50000 --samples=out.npz \\
+        --reference=DIR --inception_weights=FILE                                        # generate, then score
+    python fid.py --samples=out.npz --reference=DIR --inception_weights=FILE            # score
+    python fid.py --samples=out/ldm/samples --reference=DIR --trunk_weights=FILE        # without Inception: not a FID
 
-Both sets go through one preprocessing: centre crop of the short side, Lanczos to image_size where the side differs,
-uint8. Where image_size is 0 it is the side of the drawn pictures, and those are taken as they are. With
-inception_weights (torch-fidelity's .pth) features and scores are torch-fidelity's. With trunk_weights (torchvision's)
-the features are LPIPS's last ones, and the scores carry the trunk's name: they compare with nothing but themselves,
-and favour what was trained on LPIPS of that trunk. Most depend on the number of pictures: compare equal numbers only
-(FID is commonly told of 50,000 drawn ones).
+Generating is resumed by the same command. Both sets get the same preprocessing: centre crop of the short side, Lanczos
+to image_size if the side differs, uint8; with image_size=0, the side of the samples, these are used as they are.
+With inception_weights, features and scores are torch-fidelity's. With trunk_weights the features are the last ones of
+LPIPS; these scores carry the trunk's name, compare only with each other, and favour models trained with that LPIPS.
+Most scores depend on the number of images: compare equal numbers only (FID is reported for 50,000 samples).
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
-import sys
+import shutil
+import zipfile
+import zlib
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
+from tqdm import tqdm
 
+import checkpoint
+from checkpoint import UserError, reject, write_whole
+from common import install_excepthook, setup
 from configurator import configure
 from data.dataset import BadImage, Dataset, to_tensor
-from lpips_train import LPIPS, MIN_SIDE, TAPS, TRUNK_FILES, TRUNK_URL
+from lpips_train import LPIPS, MIN_SIDE, TAPS
 from metrics import NEIGHBOURS, frechet, gaussian, load_inception, mmd, precision_recall
+from sample import choose_conditions, generate, latent_sides, load_from_settings, to_pil
 
-samples = ""  # drawn pictures: an .npz (arr_0, uint8 (N,H,W,3)) or a folder, as sample.py leaves it
-reference = ""  # real pictures: a data set as training reads it, or an .npz
-split = "all"  # of the reference: all | train | val | test
-image_size = 0  # side in pixels at which both are compared; 0 is that of the drawn pictures
+# the two sets
+samples = "samples.npz"  # generated images: an .npz (arr_0, uint8 (N,H,W,3)), or a folder written by sample.py
+reference = ""  # real images: a data set as training reads it, or an .npz; "" generates only
+split = "all"  # all | train | val | test: part of the reference
+image_size = 0  # >= 0: side in pixels at which both are compared; 0 is that of the samples
+# features, one of two
 inception_weights = ""  # torch-fidelity's weights-inception-2015-12-05-6726825d.pth: FID, KID, precision, recall
-trunk = "squeeze"  # without Inception: squeeze (1.1) | alex | vgg (16)
+trunk = "squeeze"  # squeeze | alex | vgg: network of LPIPS
 trunk_weights = ""  # torchvision's ImageNet weights of it, a .pth
-batch_size = 64  # pictures at once
+# generate the samples first; the settings below are those of sample.py
+num_samples = 0  # >= 0: generate this many into samples, with classes as arr_1; 0 scores existing ones
+ckpt = "out/ldm"  # stage-2 checkpoint or its out_dir; or another project's file, folder or Hugging Face id
+prompt = ""  # prompt of all images; with neither prompt, prompts nor cls: the checkpoint's examples, or all classes
+prompts = ""  # file with one prompt per line, used in turns
+negative = ""  # prompt to guide away from, instead of the empty one
+cls = ""  # class number or name, or several separated by commas, used in turns
+size = ()  # each >= 1: side in pixels, or height,width; () is the trained size
+seed = 0  # in [-4e18, 4e18]: image i starts from the noise of seed + i
+sampler = "unipc"  # ddpm | ddim | plms | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | unipc
+steps = 20  # in [1, 1000]: sampling steps
+spacing = "trailing"  # trailing | leading | linspace | karras | quadratic: of the steps
+eta = -1.0  # -1 or in [0, 1]: noise of ddim, euler_a and dpmpp_2m_sde; -1 is 0 for ddim and 1 for the others
+noise_scale = 1.0  # >= 0: factor of ddpm's noise; below 1 is smoother
+variance = "small"  # small | large: of ddpm's noise
+order = 2  # in [1, 3]: of unipc
+guidance = 3.0  # classifier-free guidance scale; 1 disables it
+guidance_from = 0.0  # in [0, 1): guide at times t >= this (t = 0 is data)
+guidance_to = 1.0  # in (0, 1]: and t <= this
+guidance_rescale = 0.0  # in [0, 1]: how far the guided standard deviation is restored to the unguided one
+guide_ckpt = ""  # weaker model to guide away from, instead of the empty condition (autoguidance)
+ema_std = 0.0  # 0 or in [0.01, 0.25]: relative length of a post-hoc EMA from the run's snapshots; 0 is the stored EMA
+first_stage = ""  # autoencoder with a fine-tuned decoder, used instead of the checkpoint's
+denoiser = ""  # MODULE:CLASS of your own denoiser, such as mine:DiT, if the checkpoint was trained with one
+tower_weights = ""  # frozen text encoder, if it is not where training found it
+clip_vocab = ""  # its tokenizer, likewise
+objective = ""  # "" | eps | v: what another project's network predicts, if its file does not say
+num_heads = 0  # >= 0: attention heads of another project's U-Net, if its file does not say
+head_dim = 0  # >= 0: or channels per head
+decode_batch = 8  # >= 0: images decoded at a time, which takes more memory than sampling; 0 is all
+decode_tile = 0  # >= 0: side in latents of the tiles that are decoded separately; 0 is no tiles
+compile = "auto"  # auto | true | false: torch.compile of the denoiser; auto is on CUDA
+attention = "auto"  # auto | triton | xformers | sdpa | sdpa_flash | sdpa_cudnn | sdpa_efficient | sdpa_math | reference
+# machine
+batch_size = 64  # >= 1: images at a time, on each process
 device = "auto"  # auto | cpu | cuda
+dtype = "auto"  # auto | float32 | bfloat16: of generating; auto is bfloat16 on CUDA, else float32
+dist_timeout = 1440.0  # > 0: minutes that a process waits for the slowest at the end
+
+# settings that do not change the images: generating resumes with other values
+FREE = "samples reference split image_size inception_weights trunk trunk_weights decode_batch compile device".split()
+
+# --- generate ---
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+def generate_samples(cfg, machine):
+    """Generate cfg.num_samples images into the .npz cfg.samples, or do nothing if it has them already."""
+    pipeline, options = load_from_settings(cfg, machine)
+    if pipeline.task["task"] != "none":
+        raise UserError(f"--num_samples is not for a checkpoint with task={pipeline.task['task']}, which needs images")
+    conditions = choose_conditions(pipeline, cfg)
+    if pipeline.num_classes and not cfg.cls:
+        conditions = range(pipeline.num_classes)
+    conditions = [conditions[i % len(conditions)] for i in range(cfg.num_samples)]
+    height, width = latent_sides(pipeline, cfg.size)
+    if cfg.reference and height != width:
+        raise UserError(f"--size={cfg.size} is not square, as a comparison with --reference needs")
+
+    def generate_rows(rows):
+        some, seeds = [conditions[i] for i in rows], range(cfg.seed + rows[0], cfg.seed + rows[-1] + 1)
+        with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16"):
+            images = generate(pipeline, some, seeds, **options)
+        return np.stack([np.array(to_pil(image)) for image in images])
+
+    settings = {name: value for name, value in cfg.items() if name not in FREE} | {"dtype": machine.precision}
+    for name in ("ckpt", "guide_ckpt", "first_stage"):
+        settings[f"crc32 of {name}"] = describe(cfg[name]) if cfg[name] else None
+    settings["crc32 of conditions"] = zlib.crc32(json.dumps(conditions).encode())
+    labels = conditions if pipeline.num_classes else None
+    generate_many(cfg.samples, cfg.num_samples, cfg.batch_size, generate_rows, labels, settings, machine)
+
+
+def describe(path):
+    """A checksum of a checkpoint's meta, or of the names and sizes of another project's files."""
+    path = checkpoint.find(path)
+    if checkpoint.is_ours(path):
+        return zlib.crc32(json.dumps(checkpoint.read_meta(path)).encode())
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names] or [path]
+    return zlib.crc32(json.dumps({file: os.path.getsize(file) for file in sorted(files)}).encode())
+
+
+def generate_many(path, count, chunk, generate_rows, labels, settings, machine):
+    """generate_rows(range) -> uint8 (n,H,W,3), of all rows 0 to count - 1, into the .npz `path`, labels as arr_1.
+
+    Chunk k of the rows is made by rank k % world. Chunks are kept in PATH.parts until all are there; those of an
+    interrupted run are used if its `settings` (JSON) were the same, and refused otherwise.
+    """
+    settings, folder = json.loads(json.dumps(settings)), f"{path}.parts"
+    if os.path.exists(path) and not os.path.exists(folder):
+        check_same_settings(path, read_settings(path), settings)
+        return
+    os.makedirs(folder, exist_ok=True)
+    if os.path.exists(f"{folder}/settings.json"):
+        with open(f"{folder}/settings.json") as file:
+            check_same_settings(folder, json.load(file), settings)
+    else:  # by all ranks alike
+        write_whole(f"{folder}/settings.json", lambda file: file.write(json.dumps(settings).encode()))
+    starts = range(0, count, chunk)
+    parts = [f"{folder}/{start:08d}.npy" for start in starts]
+    mine = [k for k in range(machine.rank, len(starts), machine.world) if not os.path.exists(parts[k])]
+    for k in tqdm(mine, unit="batch", disable=None if machine.rank == 0 else True):
+        images = generate_rows(range(starts[k], min(starts[k] + chunk, count)))
+        write_whole(parts[k], functools.partial(np.save, arr=images))
+    if machine.world > 1:
+        dist.barrier()
+    if machine.rank == 0:
+        assemble(path, parts, count, labels, settings)
+        shutil.rmtree(folder)
+
+
+def check_same_settings(path, before, settings):
+    differ = [f"{name}: {before.get(name)} then, {value} now" for name, value in settings.items()
+              if before.get(name) != value]  # fmt: skip
+    if differ:
+        reject(path, f"generated with other settings ({'; '.join(differ)})", "use those, or another --samples")
+
+
+def read_settings(path):
+    """The settings that an .npz was generated with, {} if it does not say."""
+    with contextlib.suppress(zipfile.BadZipFile, ValueError), zipfile.ZipFile(path) as archive:
+        return json.loads(archive.comment)
+    return {}
+
+
+def assemble(path, parts, count, labels, settings):
+    """One .npz of all chunks, with one of them in memory at a time; its zip comment is the settings as JSON."""
+    shape = (count, *np.load(parts[0], mmap_mode="r").shape[1:])
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.comment = json.dumps(settings).encode()
+            with archive.open("arr_0.npy", "w", force_zip64=True) as f:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(f, header)
+                for part in parts:
+                    f.write(np.load(part).tobytes())
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as f:
+                    np.lib.format.write_array(f, np.asarray(labels, dtype=np.int64))
+
+    write_whole(path, write)
+
+
+# --- score ---
 
 
 class Array:
-    """Pictures (N,H,W,3) uint8 in memory, as data.dataset.Dataset has them on disk."""
+    """uint8 (N,H,W,3) with the methods of data.dataset.Dataset that are used here."""
 
-    pixels = Dataset.pixels  # the same crop, the same resize
-
-    def __init__(self, images, name, image_size):
+    def __init__(self, images, name):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"{name} is {images.dtype} {images.shape}: make it uint8 (N,H,W,3)")
-        self.images, self.image_size = images, image_size
+            reject(name, f"{images.dtype} {images.shape}", "make it uint8 (N,H,W,3)")
+        self.images = images
 
     def __len__(self):
         return len(self.images)
 
     def key(self, i):
-        return f"picture {i}"
+        return f"image {i}"
 
     def rgb(self, i):
         return Image.fromarray(self.images[i])
 
 
-def open_pictures(source, name, image_size, split="all"):
-    """(pictures with pixels(i), rgb(i), key(i); which of them count) of an array, an .npz or what Dataset opens."""
-    if split != "all" and (isinstance(source, np.ndarray) or str(source).endswith(".npz")):
-        raise ValueError(f"split={split} is of a data set, and {name} is an array: leave it out")
+def open_set(source, name, split="all"):
+    """(images with rgb(i) and key(i), the indices to use) of an array, an .npz, or a data set."""
     if isinstance(source, np.ndarray):
-        pictures = Array(source, name, image_size)
+        images = Array(source, name)
     elif not source or not os.path.exists(source):
-        raise FileNotFoundError(f"{name}={source} is not there: give an .npz, or a folder of pictures")
+        reject(f"--{name}={source}", "no such file", "give an .npz, or a folder of images")
     elif str(source).endswith(".npz"):
         try:
             with np.load(source, allow_pickle=False) as file:
-                there, array = file.files, file["arr_0"] if "arr_0" in file.files else None
-        except Exception as e:  # a damaged file can raise anything
-            raise ValueError(f"{name}={source} does not load as .npz ({e}): draw or fetch it again") from None
-        if array is None:
-            raise ValueError(f"{name}={source} has {', '.join(there)}: call the pictures arr_0")
-        pictures = Array(array, f"{name}={source}", image_size)
+                images = Array(file["arr_0"], source)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            reject(source, f"does not load ({error})", "give an .npz with the images as arr_0, uint8 (N,H,W,3)")
     else:
-        pictures = Dataset(source, split, image_size)
-        if os.path.exists(f"{source}/samples.jsonl"):  # sample.py's: grid.png beside them is no sample
+        images = Dataset(source, split)
+        if os.path.exists(f"{source}/samples.jsonl"):  # written by sample.py: grid.png is not a sample
             with open(f"{source}/samples.jsonl", encoding="utf-8") as lines:
-                drawn = {json.loads(line).get("file") for line in lines}
-            return pictures, [i for i in range(len(pictures)) if pictures.key(i) in drawn]
-    return pictures, range(len(pictures))
+                names = {json.loads(line)["file"] for line in lines}
+            return images, [i for i in range(len(images)) if images.key(i) in names]
+    return images, range(len(images))
+
+
+def crop_and_resize(image, side):
+    short = min(image.size)
+    x, y = (image.width - short) // 2, (image.height - short) // 2
+    image = image.crop((x, y, x + short, y + short))
+    return image if short == side else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
 @torch.no_grad()
-def features(extract, pictures, which, name, as_is, batch_size, device):
-    """extract(uint8 (B,3,S,S)) -> (B,D) of all pictures that decode: (N,D). as_is: their sides must be S already."""
-    size, found, batch = pictures.image_size, [], []
-    for n, i in enumerate(which, 1):
+def features(extract, images, which, name, side, as_is, batch_size, device):
+    """extract(uint8 (B,3,side,side)) -> (B,D) of all images that decode: (N,D). as_is: do not crop or resize."""
+    found, batch = [], []
+    for n, i in enumerate(tqdm(which, desc=name, unit="image", disable=None), 1):
         try:
-            if as_is and (image := pictures.rgb(i)).size != (size, size):
-                it_is = f"{pictures.key(i)} of {name} is {image.width}x{image.height}"
-                raise ValueError(f"{it_is}, not {size}x{size}: set image_size to crop and resize both sets")
-            x = to_tensor(image) if as_is else pictures.pixels(i)
-            batch.append(((x + 1) * 127.5).round().byte())
-        except BadImage as e:
-            print(f"skipped a bad picture of {name}: {e}")
+            image = images.rgb(i)
+            if as_is and image.size != (side, side):
+                reject(images.key(i), f"{image.width}x{image.height}, not {side}x{side}", "set image_size to resize")
+            image = image if as_is else crop_and_resize(image, side)
+            batch.append(((to_tensor(image) + 1) * 127.5).round().byte())
+        except BadImage as error:
+            print(f"skipped a bad image of {name}: {error}")
         if batch and (len(batch) == batch_size or n == len(which)):
             found.append(extract(torch.stack(batch).to(device)))
             batch = []
-    f = torch.cat(found) if found else torch.zeros(0, 1)
-    if len(f) <= NEIGHBOURS:
-        raise ValueError(f"{name} has {len(f)} pictures: give {NEIGHBOURS + 1} or more")
-    if not f.isfinite().all():
-        raise ValueError(f"features of {name} are not finite: look at the weights")
-    return f
+    count = sum(map(len, found))
+    if count <= NEIGHBOURS:
+        reject(name, f"{count} images", f"give at least {NEIGHBOURS + 1}")
+    return torch.cat(found)
 
 
 def load_trunk_features(trunk, weights, device):
-    """A function: uint8 (B,3,S,S) -> the trunk's last tap as LPIPS sees it, mean over positions, times sqrt(D): (B,D).
+    """A function: uint8 (B,3,S,S) -> the trunk's last features in LPIPS, mean over positions, times sqrt(D): (B,D).
 
-    LPIPS makes the D channels at each position a vector of length 1; times sqrt(D) their mean square is 1, which gives
-    the kernel of `mmd` its scale. Without that a few strong channels decide, and precision hardly falls with blur.
+    LPIPS normalizes the D channels at each position to length 1; times sqrt(D) their mean square is 1, which gives the
+    kernel of `mmd` its scale. Without normalization a few strong channels dominate and precision hardly falls with
+    blur.
     """
-    if trunk not in TAPS:
-        raise ValueError(f"trunk={trunk} is not one of {', '.join(TAPS)}")
     lpips = LPIPS(trunk, weights, "uniform").to(device)
 
     def extract(x):
         if min(x.shape[2:]) < MIN_SIDE[trunk]:
-            raise ValueError(f"pictures of {x.shape[3]} px: {trunk} wants {MIN_SIDE[trunk]} or more, set image_size")
+            raise UserError(f"images of {x.shape[3]} px, {trunk} needs {MIN_SIDE[trunk]} or more: set --image_size")
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the same numbers on a GPU
             f = lpips.features(x / 127.5 - 1)[-1]  # (B,D,h,w)
         return f.mean(dim=(2, 3)) * f.shape[1] ** 0.5
@@ -131,9 +279,9 @@ def load_trunk_features(trunk, weights, device):
 
 
 def inception_scores(f, g):
-    """FID, KID (mean and deviation over 100 subsets), precision and recall of features of Inception, and by whom.
+    """FID, KID (mean and std over 100 subsets), precision and recall of Inception features, by torch-fidelity.
 
-    Left to itself torch-fidelity takes VGG16 for precision and recall; the reports of diffusion models take Inception.
+    Its own default for precision and recall is VGG16; reports of diffusion models use Inception.
     """
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -146,75 +294,68 @@ def inception_scores(f, g):
     found |= prc_features_to_metric(f, g, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
     names = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean"}
     names |= {"kid_std": "kernel_inception_distance_std", "precision": "precision", "recall": "recall"}
-    made_with = f"torch-fidelity {__version__}: inception-v3-compat 2048, KID 100 x {subset}"
-    return {name: found[key] for name, key in names.items()} | {"features": made_with}
+    about = f"torch-fidelity {__version__}: inception-v3-compat 2048, KID 100 x {subset}"
+    return {name: found[key] for name, key in names.items()} | {"features": about}
 
 
-# -- the score ---------------------------------------------------------------------------------------------------------
-
-
-def open_extractor(inception_weights, trunk, trunk_weights, device):
-    """uint8 pictures -> features, by the one of the two weights that is given; and the device it is on."""
+def load_extractor(inception_weights, trunk, trunk_weights, device):
+    """A function from uint8 images (B,3,S,S) to features (B,D), by whichever weights are named."""
     if bool(inception_weights) == bool(trunk_weights):
-        given = "are both given" if inception_weights else "are both empty"
-        remedy = f"the first to torch-fidelity's .pth, for FID, or the second to {TRUNK_URL}{TRUNK_FILES.get(trunk)}"
-        raise ValueError(f"inception_weights and trunk_weights {given}: set {remedy}, fetched")
-    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device={device} is not auto, cpu or cuda, or PyTorch sees no GPU here: set device=cpu")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    weights = inception_weights or trunk_weights
-    return load_inception(weights, device) if inception_weights else load_trunk_features(trunk, weights, device), device
+        raise UserError("set one of --inception_weights (for FID) and --trunk_weights")
+    if inception_weights:
+        return load_inception(inception_weights, device)
+    return load_trunk_features(trunk, trunk_weights, device)
 
 
 def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze", trunk_weights="", batch_size=64,
-          device="auto", split="all"):  # fmt: skip
-    """How far samples are from reference: dict of scores, and of what they were made with; see the top of this file.
+          device="cpu", split="all"):  # fmt: skip
+    """Scores of `samples` against `reference`, and what they were computed with, as a dict; see the docstring above.
 
-    samples, reference: uint8 array (N,H,W,3), .npz, or what data.dataset.Dataset opens, of which reference has a split.
+    samples, reference: a uint8 array (N,H,W,3), an .npz, or what data.dataset.Dataset opens.
     """
-    if batch_size < 1 or image_size < 0:
-        raise ValueError(f"batch_size={batch_size}, image_size={image_size}: give at least 1 and 0")
-    extract, device = open_extractor(inception_weights, trunk, trunk_weights, device)
-    weights = inception_weights or trunk_weights
-    a, drawn = open_pictures(samples, "samples", image_size or 1)
-    if not len(drawn):
-        raise ValueError("samples has 0 pictures: draw some")
-    for i in drawn if not image_size else ():
+    extract = load_extractor(inception_weights, trunk, trunk_weights, device)
+    a, chosen = open_set(samples, "samples")
+    b, real = open_set(reference, "reference", split)
+    side = image_size
+    for i in chosen if not side else ():
         with contextlib.suppress(BadImage):
-            a.image_size = min(a.rgb(i).size)
+            side = min(a.rgb(i).size)
             break
-    b, real = open_pictures(reference, "reference", a.image_size, split)
-    f = features(extract, a, drawn, "samples", not image_size, batch_size, device)
-    g = features(extract, b, real, "reference", not image_size and isinstance(b, Array), batch_size, device)
+    f = features(extract, a, chosen, "samples", side, not image_size, batch_size, device)
+    g = features(extract, b, real, "reference", side, not image_size and isinstance(b, Array), batch_size, device)
     if inception_weights:
         result = inception_scores(f, g)
     else:
         values = (frechet(*gaussian(f), *gaussian(g)), mmd(f, g), *precision_recall(f, g))
         result = {f"{trunk}_{name}": v for name, v in zip(("frechet", "mmd", "precision", "recall"), values)}
         result |= {"features": f"{trunk} layer {max(TAPS[trunk])}, unit length, mean over positions, {f.shape[1]}"}
-    with open(weights, "rb") as file:
+    with open(inception_weights or trunk_weights, "rb") as file:
         result["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return result | {"samples": len(f), "reference": len(g), "image_size": a.image_size}
-
-
-def one_line_error(kind, error, trace):
-    """Users' mistakes as one line; TRACEBACK=1 shows where they were noticed, all else shows it always."""
-    if issubclass(kind, (ValueError, OSError, ImportError)) and not os.environ.get("TRACEBACK"):
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+    return result | {"samples": len(f), "reference": len(g), "image_size": side}
 
 
 if __name__ == "__main__":
-    config = configure(globals())
-    sys.excepthook = one_line_error
-    if inception_weights and "trunk" in config.given:
-        raise ValueError(f"trunk={trunk} is for trunk_weights, not for inception_weights: leave one of them out")
-    result = score(**config)
-    sets = f"{result['samples']} drawn, {result['reference']} real ({split})"
-    pictures = f"{result['image_size']} px, centre crop, Lanczos, uint8"
-    for name, value in result.items():
-        if isinstance(value, float):
-            print(f"{name} {value:.6g}  # {sets}; {pictures}; {result['features']}; sha256 {result['sha256'][:16]}")
-    if min(result["samples"], result["reference"]) <= 2048:
-        print("few pictures: all but KID and MMD depend strongly on their number")
+    cfg = configure(globals())
+    install_excepthook()
+    machine = setup(cfg.replace(deterministic=False))
+    networks = dict(inception_weights=inception_weights, trunk=trunk, trunk_weights=trunk_weights)
+    if num_samples:
+        if reference and machine.rank == 0:  # mistakes in these are found before generating
+            load_extractor(**networks, device=machine.device)
+            open_set(reference, "reference", split)
+        generate_samples(cfg, machine)
+    if num_samples and machine.rank == 0:
+        print(f"{num_samples} images in {samples}")
+    if reference and machine.rank == 0:
+        options = dict(batch_size=batch_size, device=machine.device, split=split)
+        result = score(samples, reference, image_size, **networks, **options)
+        sets = f"{result['samples']} samples, {result['reference']} real ({split})"
+        images = f"{result['image_size']} px, centre crop, Lanczos, uint8"
+        for name, value in result.items():
+            if isinstance(value, float):
+                about = f"{sets}; {images}; {result['features']}; sha256 {result['sha256'][:16]}"
+                print(f"{name} {value:.6g}  # {about}")
+        if min(result["samples"], result["reference"]) <= 2048:
+            print("few images: all but KID and MMD depend strongly on their number")
+    if machine.world > 1:
+        dist.destroy_process_group()
