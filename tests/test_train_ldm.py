@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import checkpoint
-import convert
 import train_ldm
 from checkpoint import UserError, part
 from common import Machine
@@ -570,7 +569,7 @@ def test_a_frozen_tower_is_named_and_not_trained(start, test_data, tmp_path):
     run = start("ldm", *args, "--max_steps=2", first=first, folder=tmp_path).finish()
     tensors, meta = run.checkpoint
     assert not any(name.startswith(("model.text", "ema.text", "text.")) for name in tensors)
-    assert meta["model"]["text_encoder"] == "clip_l" and meta["model"]["tower_hash"] == convert.hash_weights(tower)
+    assert meta["model"]["text_encoder"] == "clip_l" and meta["model"]["tower_hash"] == checkpoint.hash_weights(tower)
     assert tensors["model.unet.middle_block.1.blocks.0.attn2.to_k.weight"].shape[1] == 64
     start("ldm", *args, "--max_steps=3", first=first, folder=tmp_path).finish()
     tower.norm_out.bias.data += 1
