@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from checkpoint import UserError, reject
 
@@ -99,6 +100,13 @@ def assert_same_on_all_ranks(**values):
         assert all(other == ranks[0] for other in ranks), f"ranks differ: {ranks}; out_dir and dataset must be shared"
 
 
+def leave(status=0):
+    """Leave the process group and end this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
 class Stop:
     """SIGTERM and SIGINT ask a run to save and end; all ranks end at the same step.
 
@@ -129,6 +137,14 @@ def all_finite(*values):
         finite = finite.to(torch.int32)
         dist.all_reduce(finite, dist.ReduceOp.MIN)
     return finite.bool()
+
+
+def build(model_class, *args, **settings):
+    """model_class(...); settings that do not fit together are the user's mistake, not the caller's."""
+    try:
+        return model_class(*args, **settings)
+    except AssertionError as error:
+        raise UserError(str(error)) from None
 
 
 # --- optimizer ---
@@ -193,7 +209,7 @@ def check_same_settings(path, saved, now):
         parts = (flat(value) if isinstance(value, dict) else {name: value} for name, value in settings.items())
         return {name: value for part in parts for name, value in part.items()}
 
-    saved, now = flat(saved), flat(json.loads(json.dumps(now)))  # tuples as lists, as they were saved
+    saved, now = (flat(json.loads(json.dumps(settings))) for settings in (saved, now))  # tuples as lists
     rows = [f"{k}={saved.get(k)} in the checkpoint, {now[k]} now" for k in now if saved.get(k) != now[k]]
     if rows:
         reject(path, f"has other settings: {', '.join(rows)}", "use those, or another out_dir")
@@ -226,8 +242,11 @@ class Log:
     Logged terms are means over the steps since the last line and over all ranks; until then they stay on the device.
     """
 
-    def __init__(self, cfg, machine, step, images_per_step, tflop=0.0, resume_from=""):
-        """step: the steps done so far.  tflop: of training on one image.  resume_from: checkpoint of a resumed run."""
+    def __init__(self, cfg, machine, step, images_per_step, tflop=0.0, resume_from="", saved=None):
+        """step: the steps done so far.  tflop: of training on one image.
+
+        resume_from: checkpoint of a resumed run.  saved: the settings in it.
+        """
         self.cfg, self.machine, self.images_per_step, self.tflop = cfg, machine, images_per_step, tflop
         self.path, self.wandb, self.pending = f"{cfg.out_dir}/log.jsonl", None, []
         self.last_step = step
@@ -243,6 +262,10 @@ class Log:
         self.print(f"{machine.world} x {hardware}, {machine.precision}; settings not default: {cfg.changed}")
         start = f"resumed from {resume_from} at step {step}" if resume_from else f"a new run in {cfg.out_dir}"
         self.print(f"{start}; {images_per_step} images per step on {machine.world} processes")
+        if resume_from and saved:
+            now = json.loads(json.dumps(cfg))  # tuples as lists
+            others = [f"{k}={now[k]} was {saved[k]}" for k in now if k in saved and now[k] != saved[k]]
+            self.print(f"settings changed since: {', '.join(others) or 'none'}")
         with open(self.path, "a" if resume_from else "w") as file:
             file.write("\n" if resume_from else "")  # ends a line that a kill cut short
         if cfg.wandb:
@@ -257,16 +280,17 @@ class Log:
             print(text, flush=True)
 
     def step(self, step, terms, grad_norm, ok, lr, keys=()):
-        """After optimizer step number `step` (from 1).
+        """After optimizer step number `step` (from 1); returns what is logged now, {} for most steps.
 
         terms: {name: () tensor} of this rank.  ok: of `all_finite`.  keys: of this step's images.
         """
         terms = terms | {"grad_norm": grad_norm}
         self.pending.append((step, list(terms), torch.stack([t.detach() for t in terms.values()]), ok, list(keys)))
         self.last_step = step
-        if step % self.cfg.log_every == 0 or step == self.cfg.max_steps:
-            self.check()
-            self.progress(step, lr)
+        if step % self.cfg.log_every and step < self.cfg.max_steps:
+            return {}
+        self.check()
+        return self.progress(step, lr)
 
     def progress(self, step, lr):
         values = {}
@@ -295,6 +319,7 @@ class Log:
         )
         self.pending = []
         self.restart_clock()
+        return record
 
     def evaluation(self, step, scores):
         """After an evaluation: numbers, or lists of numbers, by name. The time that it took is not training time."""
@@ -329,6 +354,11 @@ class Log:
         raise UserError(
             f"{what}; {saved}; try a lower lr, grad_clip or more warmup_steps; images of the step: {images}"
         )
+
+
+def progress_bar(items, title):
+    """`items`, with a bar and the time left on the terminal of rank 0, if there is one."""
+    return tqdm(items, title, leave=False, disable=None if int(os.environ.get("RANK", 0)) == 0 else True)
 
 
 def brief(value):
