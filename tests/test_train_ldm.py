@@ -596,8 +596,8 @@ class DiT(torch.nn.Module):
 
 def test_a_copy_with_another_denoiser(start, tmp_path):
     source = Path(train_ldm.__file__).read_text()
-    assert source.count("UNet(**arguments)") == 1 and source.count("signature(UNet)") == 1
-    source = source.replace("UNet(**arguments)", "DiT(**arguments)").replace("signature(UNet)", "signature(DiT)")
+    assert source.count("build(UNet, **arguments)") == 1 and source.count("signature(UNet)") == 1
+    source = source.replace("build(UNet,", "build(DiT,").replace("signature(UNet)", "signature(DiT)")
     source = source.replace("# --- model ---", f"# --- model ---\n{OWN_DENOISER}")
     (tmp_path / "mine.py").write_text(source)
     run = start("ldm", "--max_steps=2", script=f"{tmp_path}/mine.py", folder=tmp_path).finish()
