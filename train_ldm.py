@@ -64,7 +64,7 @@ text_heads = 8  # >= 1: of the text encoder
 text_length = 77  # >= 2: tokens of a prompt, the end token included
 task = "none"  # none | inpaint | sr | semantic: image conditioning; sr is super-resolution, semantic uses label maps
 sr_scale = 4  # >= 1: of sr, the output's size over the input's
-sr_kind = "bsr"  # bicubic | bsr: of sr, how images are made small; bsr adds blur, noise and JPEG in random order
+sr_degradation = "bsr"  # bicubic | bsr: of sr, how images are made small; bsr adds blur, noise and JPEG in random order
 sr_noise = 0  # in [0, 1000): of sr, largest level of noise added to the small image; SD's x4 upscaler has 350
 # model: arguments of UNet; the defaults are Stable Diffusion 2's
 channels = 320  # >= 1: width of the first level
@@ -144,7 +144,7 @@ CONDITIONS = ("tokens", "context", "y", "concat")  # arguments of Denoiser.forwa
 MODEL_SETTINGS = ("cond", "class_embed", "image_size", "objective", "schedule", "beta_start", "beta_end", "zero_snr",
                   "ema_stds", "text_encoder", "task", "sr_scale", "sr_noise")  # fmt: skip
 USED_WITH = {"text_encoder": "cond=text", "tokenizer": "text_encoder=joint", "class_embed": "cond=class",
-             "prompts": "task=none", "sr_scale": "task=sr", "sr_kind": "task=sr", "sr_noise": "task=sr",
+             "prompts": "task=none", "sr_scale": "task=sr", "sr_degradation": "task=sr", "sr_noise": "task=sr",
              "latents_on_device": "cache_latents=True"}  # fmt: skip
 PANELS = {"loss": ("error", "val_loss"), "gradient norm": ("grad_norm",), "val_loss by tenths of t": ("val_loss_by_t",)}
 
@@ -611,7 +611,7 @@ if __name__ == "__main__":
         validation_images = Dataset(cfg.dataset, "val", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
     except ValueError:  # too few images to set some aside
         validation_images = images
-    check_task(images, cfg.task, cfg.sr_scale, cfg.sr_kind, cfg.cond == "layout")
+    check_task(images, cfg.task, cfg.sr_scale, cfg.sr_degradation, cfg.cond == "layout")
     num_classes = images.num_classes if cfg.cond == "class" else 0
     map_classes = images.map_classes if cfg.task == "semantic" else 0
     object_names = images.object_classes if cfg.cond == "layout" else None
@@ -720,16 +720,16 @@ if __name__ == "__main__":
             LatentCache(s, vae, cfg.cache_dir, machine.precision) for s in (stream, validation_stream)
         )
         for cache in (validation_stream, stream):
-            cache.build(vae, machine.device, lambda: autocast, cfg.workers, rank, world)
+            cache.build(vae, machine.device, autocast, cfg.workers, rank, world)
         resident = stream
-    options = (cfg.task, cfg.seed, cfg.sr_scale, cfg.sr_kind, object_names)
+    options = (cfg.task, cfg.seed, cfg.sr_scale, cfg.sr_degradation, object_names)
     stream, validation_stream = (WithCondition(s, *options) for s in (stream, validation_stream))
     validation = Validation(validation_stream, len(validation_images), val_count, conditioner)
 
     # log
     tflop = count_tflop(ema, validation.inputs(range(1)))
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
-    log.print(f"{len(images)} training and {len(validation_images)} validation images in {cfg.dataset}")
+    log.print(f"training: {images}; validation: {validation_images}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image; latents {latent_shape}")
     if vae is not None and cfg.cache_latents:
         conditioner.keep_latents(resident, log.print)
