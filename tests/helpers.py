@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common import read_log
+
 ROOT = Path(__file__).resolve().parent.parent
 VAE_ARGS = "--image_size=16 --ch=8 --ch_mult=1,2 --num_res_blocks=1 --norm_groups=4 --mid_attention=false --beta2=0.99"
 VAE_ARGS += " --perceptual_weight=0 --disc_weight=0"
@@ -77,15 +79,15 @@ def _main(script, args, folder, environment, trap, limit, keep, plots, first="")
     exec(first, {})
     scope, status = {}, 0
     try:
-        scope = runpy.run_path(f"{ROOT}/{script}", run_name="__main__")
-    except SystemExit as stop:
-        status = stop.code
+        scope = runpy.run_path(script, run_name="__main__")
     except BaseException:
         kind, error, trace = sys.exc_info()
-        sys.excepthook(kind, error, trace)
+        status = error.code if kind is SystemExit else 1
+        if kind is not SystemExit:
+            sys.excepthook(kind, error, trace)
         while trace.tb_next and "model" not in trace.tb_frame.f_globals:
             trace = trace.tb_next
-        scope, status = trace.tb_frame.f_globals, 1
+        scope = trace.tb_frame.f_globals
     if keep and "model" in scope:
         save_file({name: t.contiguous() for name, t in scope["model"].state_dict().items()}, keep)
     sys.exit(status)
@@ -94,10 +96,12 @@ def _main(script, args, folder, environment, trap, limit, keep, plots, first="")
 class Run:
     """Processes of a training run, started with --name=value arguments on top of ARGS[stage]."""
 
-    def __init__(self, stage, folder, *args, ranks=1, trap=None, limit=None, keep=False, plots=False, first=""):
+    def __init__(self, stage, folder, *args, ranks=1, trap=None, limit=None, keep=False, plots=False, first="",
+                 bare=False, script=""):  # fmt: skip
         """trap: (text, signal), see Trap, for rank 0.  limit: of the size of files.  keep: each rank's last weights.
 
         plots: False hides matplotlib.  first: Python that each process runs before the script, to break something.
+        bare: without ARGS.  script: an edited copy to run instead.
         """
         self.stage, self.folder, self.out = stage, Path(folder), Path(folder) / "out"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +112,8 @@ class Run:
         for rank in range(ranks):
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
             kept = f"{self.folder}/rank{rank}.safetensors" if keep else None
-            everything = (f"train_{stage}.py", [*ARGS[stage].split(), *args], str(folder), environment)
+            arguments = [*([] if bare else ARGS[stage].split()), *args]
+            everything = (script or f"{ROOT}/train_{stage}.py", arguments, str(folder), environment)
             everything += (trap if rank == 0 else None, limit, kept, plots, first)
             self.processes.append(context.Process(target=_main, args=everything))
             self.processes[-1].start()
@@ -146,7 +151,8 @@ class Run:
 
     @property
     def log(self):
-        return [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines() if line]
+        """One record for each step."""
+        return read_log(self.out)
 
 
 def read(path):
