@@ -28,5 +28,5 @@ save_every = 1000
 log_every = 100
 val_images = 1000
 n_samples = 40
-cfg = 2.0
+guidance = 2.0
 out_dir = "out/cifar10_ldm"

@@ -1,4 +1,4 @@
-# LDM-4 on ImageNet, 256 px, by class, as published (cin256-v2): 400.9 M parameters, FID 3.60 at cfg 1.5. Not yet run.
+# LDM-4 on ImageNet, 256 px, by class, as published (cin256-v2): 400.9 M parameters, FID 3.60 at guidance 1.5. Not yet run.
 # 8 GPUs x 75 x 2 are the published 1,200 images a step. A class is a context of one token, as there; for your own
 # model class_embed = "add" is better: with a single key the softmax of attention is constant.
 dataset = "data/imagenet"
@@ -23,5 +23,5 @@ max_steps = 178_000
 lr = 1e-4
 warmup_steps = 0
 grad_clip = 0.0
-cfg = 1.5
+guidance = 1.5
 out_dir = "out/cin256_ldm"

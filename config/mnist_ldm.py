@@ -31,5 +31,5 @@ log_every = 100
 val_images = 500
 n_samples = 40
 sample_steps = 20
-cfg = 2.0
+guidance = 2.0
 out_dir = "out/mnist_ldm"

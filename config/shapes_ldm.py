@@ -37,6 +37,6 @@ save_every = 3000
 log_every = 250
 val_images = 256
 sample_steps = 20
-cfg = 1.5
+guidance = 1.5
 n_samples = 16
 out_dir = "out/shapes_ldm"

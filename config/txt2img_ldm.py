@@ -23,5 +23,5 @@ max_steps = 390_000
 lr = 5e-5
 warmup_steps = 10_000
 grad_clip = 0.0
-cfg = 5.0
+guidance = 5.0
 out_dir = "out/txt2img_ldm"

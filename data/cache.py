@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from convert import hash_weights
+from checkpoint import hash_weights
 from data.dataset import BadImage, in_batches, seed_of
 from data.shards import write_whole
 

@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common import read_log
+
 ROOT = Path(__file__).resolve().parent.parent
 VAE_ARGS = "--image_size=16 --ch=8 --ch_mult=1,2 --num_res_blocks=1 --norm_groups=4 --mid_attention=false --beta2=0.99"
 VAE_ARGS += " --perceptual_weight=0 --disc_weight=0"
@@ -29,6 +31,9 @@ RUN_ARGS = (
     "--device=cpu --workers=0 --batch_size=4 --grad_accum=1 --lr=1e-3 --warmup_steps=2 --log_every=1 --max_steps=6"
 )
 ARGS = {"vae": f"{VAE_ARGS} {RUN_ARGS} --out_dir=out", "ldm": f"{UNET_ARGS} {RUN_ARGS} --out_dir=out"}
+ARGS["lpips"] = "--net=squeeze --device=cpu --workers=0 --batch_size=4 --lr=1e-2 --max_steps=6 --eval_every=3"
+ARGS["lpips"] += " --save_every=3 --log_every=1 --out_dir=out"
+SCRIPTS = {"vae": "train_vae.py", "ldm": "train_ldm.py", "lpips": "lpips_train.py"}
 
 context = multiprocessing.get_context("forkserver")
 preload = [
@@ -77,7 +82,7 @@ def _main(script, args, folder, environment, trap, limit, keep, plots, first="")
     exec(first, {})
     scope, status = {}, 0
     try:
-        scope = runpy.run_path(f"{ROOT}/{script}", run_name="__main__")
+        scope = runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
         status = stop.code
     except BaseException:
@@ -94,10 +99,12 @@ def _main(script, args, folder, environment, trap, limit, keep, plots, first="")
 class Run:
     """Processes of a training run, started with --name=value arguments on top of ARGS[stage]."""
 
-    def __init__(self, stage, folder, *args, ranks=1, trap=None, limit=None, keep=False, plots=False, first=""):
+    def __init__(self, stage, folder, *args, ranks=1, trap=None, limit=None, keep=False, plots=False, first="",
+                 bare=False, script=""):  # fmt: skip
         """trap: (text, signal), see Trap, for rank 0.  limit: of the size of files.  keep: each rank's last weights.
 
         plots: False hides matplotlib.  first: Python that each process runs before the script, to break something.
+        bare: without ARGS.  script: an edited copy to run instead.
         """
         self.stage, self.folder, self.out = stage, Path(folder), Path(folder) / "out"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +115,8 @@ class Run:
         for rank in range(ranks):
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
             kept = f"{self.folder}/rank{rank}.safetensors" if keep else None
-            everything = (f"train_{stage}.py", [*ARGS[stage].split(), *args], str(folder), environment)
+            arguments = [*([] if bare else ARGS[stage].split()), *args]
+            everything = (script or f"{ROOT}/{SCRIPTS[stage]}", arguments, str(folder), environment)
             everything += (trap if rank == 0 else None, limit, kept, plots, first)
             self.processes.append(context.Process(target=_main, args=everything))
             self.processes[-1].start()
@@ -137,8 +145,9 @@ class Run:
         lines = [line for line in self.stderr.splitlines() if line.strip()]
         assert codes[0] not in (0, None) and codes[0] > 0 and len(lines) == 1, (codes, self.stderr)
         line = lines[0].removeprefix("[rank0]: ")  # as torch.distributed says of many
-        assert line.startswith(f"train_{self.stage}.py: "), lines
-        return line.removeprefix(f"train_{self.stage}.py: ")
+        name = f"{SCRIPTS[self.stage]}: "
+        assert line.startswith(name), lines
+        return line.removeprefix(name)
 
     @property
     def checkpoint(self):
@@ -146,7 +155,8 @@ class Run:
 
     @property
     def log(self):
-        return [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines() if line]
+        """One record for each step."""
+        return read_log(self.out)
 
 
 def read(path):

@@ -1,865 +1,695 @@
-"""Stage 2 by itself; what it promises together with stage 1 (resume, ranks, faults, errors) is in test_train_vae.py."""
-
 import base64
 import contextlib
 import functools
 import inspect
-import io
 import json
 import math
-import os
 import re
-import runpy
 import shutil
 import signal
-import sys
-import tarfile
-import threading
 from pathlib import Path
 
-import helpers
 import numpy as np
 import pytest
 import torch
 from helpers import assert_same, read
 from PIL import Image
 from safetensors.torch import save_file
-from test_train_vae import continued, make_images
 
-import configurator
-import convert
-import diffusion
-import sample
+import checkpoint
 import train_ldm
-from data import cache as cache_files
+from checkpoint import UserError, part
+from common import Machine
+from configurator import configure
 from data.cache import LatentCache
-from data.dataset import Dataset, Stream, seed_of
-from text import CLIPTextEncoder
-from train_ldm import prediction_error, train_step
+from data.dataset import Dataset, Stream, collate, seed_of
+from diffusion import to_x0
+from text import CLIPTextEncoder, TextEncoder
+from train_ldm import Conditioner, prediction_error, step_noise, train_step
 from unet import Denoiser, UNet
 from vae import VAE
 
-OBJECTIVES, SCHEDULES = ("eps", "v", "x0", "flow"), ("cosine", "flow", "linear", "scaled_linear")
-every_process = [pytest.mark.parametrize("objective", OBJECTIVES), pytest.mark.parametrize("schedule", SCHEDULES)]
+DEFAULTS = dict(objective="v", schedule="cosine", beta_start=0.00085, beta_end=0.012, zero_snr=False)
+DEFAULTS |= dict(timesteps="uniform", t_mean=0.0, t_std=1.0, t_shift=3.0, offset_noise=0.0, seed=0, batch_size=4)
+DEFAULTS |= dict(loss_type="mse", huber_delta=0.1, loss_weight="none", min_snr_gamma=5.0, cond="none", cond_drop=0.1)
+DEFAULTS |= dict(task="none", sr_noise=0, sr_scale=2, image_size=16, cache_latents=True, latents_on_device="auto")
+SIX_STEPS = ("--eval_every=3", "--save_every=3", "--snapshot_every=3")
+PLAIN = ("--cond=none", "--transformer_depth=0")
+objectives = pytest.mark.parametrize("objective", ("eps", "v", "x0", "flow"))
 
 
-def settings(**others):
-    defaults = dict(objective="v", schedule="cosine", beta_start=0.00085, beta_end=0.012)
-    defaults |= dict(timesteps="uniform", t_mean=0.0, t_std=1.0, t_shift=3.0, zero_snr=False, offset_noise=0.0)
-    defaults |= dict(loss_type="mse", huber_delta=0.1, loss_weight="none", min_snr_gamma=5.0)
-    return defaults | dict(cond="none", cond_drop=0.1, batch_size=4) | others
+def settings(**values):
+    return configure(DEFAULTS | values, [])
 
 
-def draws(n, shape=(4, 8, 8), seed=0):
+def random_noise(n, shape=(4, 8, 8), seed=0):
     generator = torch.Generator().manual_seed(seed)
     noise = {"eps": torch.randn((n, *shape), generator=generator)}
     return noise | {name: torch.rand(n, generator=generator) for name in ("t", "drop")}
 
 
+def machine(rank=0, world=1):
+    return Machine(rank, world, torch.device("cpu"), "float32", torch.float32, False)
+
+
 class Recorder(torch.nn.Module):
-    """A network that predicts zero and remembers what it was given."""
+    """A network that predicts zero and records its inputs."""
 
     def forward(self, x, t, **condition):
         self.x, self.t, self.condition = x, t, condition
         return torch.zeros_like(x)
 
 
-# -- the loss --
+def resume_folder(run, folder):
+    """A copy of what a run left, to resume from."""
+    shutil.copytree(run.out, folder / "out")
+    return folder
 
 
-def test_logit_normal_timesteps_are_that():
-    n, net = 4000, Recorder()
-    noise = {"eps": torch.zeros(n, 1, 1, 1), "t": (torch.arange(n) + 0.5) / n, "drop": torch.ones(n)}
-    cfg = settings(timesteps="logit_normal", t_mean=0.4, t_std=0.7, schedule="flow")
-    prediction_error({"denoiser": net}, {"x0": torch.zeros(n, 1, 1, 1)}, noise, cfg)
-    logits = torch.logit(net.t / 1000)
+# --- loss ---
+
+
+@objectives
+@pytest.mark.parametrize("schedule", ("cosine", "flow", "linear", "scaled_linear"))
+def test_loss_of_a_zero_prediction(objective, schedule):
+    x0, noise, net = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)), random_noise(6), Recorder()
+    t = noise["t"].double() * (0.995 if objective == "eps" and schedule in ("cosine", "flow") else 1)
+    unet_time = 1000 * t
+    if schedule == "cosine":
+        alpha, sigma = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+    elif schedule == "flow":
+        alpha, sigma = 1 - t, t
+    else:
+        power = 1 if schedule == "linear" else 2
+        betas = torch.linspace(0.00085 ** (1 / power), 0.012 ** (1 / power), 1000, dtype=torch.float64) ** power
+        unet_time = torch.floor(1000 * t)  # an index of the table
+        alpha_bar = torch.cumprod(1 - betas, 0)[unet_time.long()]
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    alpha, sigma = alpha.float().view(-1, 1, 1, 1), sigma.float().view(-1, 1, 1, 1)
+    eps = noise["eps"]
+    target = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0, "flow": eps - x0}[objective]
+    cfg = settings(objective=objective, schedule=schedule)
+    errors, weights, log_variance = prediction_error(net, {"x0": x0}, noise, cfg)
+    assert (weights == 1).all() and log_variance is None and not net.condition
+    torch.testing.assert_close(errors, (target**2).mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.x, alpha * x0 + sigma * eps, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.t, unet_time.float(), rtol=1e-4, atol=1e-3)
+    assert train_step(net, {"x0": x0}, noise, cfg)["loss"] == errors.mean()
+
+
+def test_times_of_training():
+    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    logits = torch.logit(train_ldm.training_times(u, settings(timesteps="logit_normal", t_mean=0.4, t_std=0.7)))
     assert logits.mean().item() == pytest.approx(0.4, abs=5e-3) and logits.std().item() == pytest.approx(0.7, abs=5e-3)
-
-
-def test_shifted_timesteps():
-    """SD3's equation 23: as if the noise were that of sides t_shift times as large."""
-    u = torch.linspace(0, 0.999, 50, dtype=torch.float64)
-    t = train_ldm.draw_times(u, settings(timesteps="shifted", t_shift=3.0, schedule="flow"))
+    t = train_ldm.training_times(u, settings(timesteps="shifted", t_shift=3.0))  # SD3, eq. 23
     torch.testing.assert_close(t / (1 - t), 3 * u / (1 - u))
+    grid = 1000 * train_ldm.training_times(torch.cat([u, u.new_ones(1)]), settings(schedule="linear"))
+    torch.testing.assert_close(grid, grid.round())
+    assert grid.min() == 1 and grid.max() == 1000
 
 
-@every_process[0]
+@objectives
 def test_min_snr_weighs_the_error_of_x0(objective):
-    """Whatever the objective, the loss is that of x0 times min(snr, gamma)."""
-    noise, x0, net = draws(64), torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(1)), Recorder()
+    x0, noise, net = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(1)), random_noise(64), Recorder()
     cfg = settings(objective=objective, schedule="scaled_linear", loss_weight="min_snr", min_snr_gamma=3.0)
-    error, weight, _ = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    error, weight, _ = prediction_error(net, {"x0": x0}, noise, cfg)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - betas, 0)[net.t.round().long()]
     alpha, sigma = alpha_bar.sqrt().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
-    x0_hat = diffusion.to_x0(objective, torch.zeros(()), net.x.double(), alpha, sigma)
+    x0_hat = to_x0(objective, torch.zeros(()), net.x.double(), alpha, sigma)
     snr = alpha_bar / (1 - alpha_bar)
-    wanted = snr.clamp(max=3.0) * (x0_hat - x0).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close((weight * error).double(), wanted, rtol=1e-3, atol=1e-5)
-    formula = {"eps": 1 / snr, "v": 1 / (snr + 1), "x0": torch.ones_like(snr)}  # Hang et al. 2023
-    if objective in formula:
-        torch.testing.assert_close(weight.double(), snr.clamp(max=3.0) * formula[objective], rtol=1e-3, atol=1e-6)
-    loss = train_step({"denoiser": net}, {"x0": x0}, noise, cfg)["loss"]
-    assert loss.item() == pytest.approx((weight * error).mean().item())
+    expected = snr.clamp(max=3.0) * (x0_hat - x0).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close((weight * error).double(), expected, rtol=1e-3, atol=1e-5)
+    assert train_step(net, {"x0": x0}, noise, cfg)["loss"].item() == pytest.approx((weight * error).mean().item())
+    noise = {"eps": torch.randn(3, 1, 2, 2), "t": torch.tensor([0, 0.5, 1.0]), "drop": torch.ones(3)}
+    cfg = settings(objective=objective, schedule="flow", loss_weight="min_snr")
+    assert train_step(net, {"x0": torch.randn(3, 1, 2, 2)}, noise, cfg)["loss"].isfinite(), "from data to noise"
 
 
-@every_process[0]
-@pytest.mark.parametrize("schedule", ("cosine", "flow"))
-def test_min_snr_is_finite_from_data_to_noise(objective, schedule):
-    noise = {"eps": torch.randn(5, 1, 2, 2), "t": torch.tensor([0, 1e-6, 0.5, 0.999, 1.0]), "drop": torch.ones(5)}
-    cfg = settings(objective=objective, schedule=schedule, loss_weight="min_snr")
-    assert train_step({"denoiser": Recorder()}, {"x0": torch.randn(5, 1, 2, 2)}, noise, cfg)["loss"].isfinite()
-
-
-def test_kinds_of_loss():
-    x0, noise, net = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)), draws(6), Recorder()
-    for loss_type, wanted in (
-        ("l1", x0.abs()),
-        ("huber", torch.where(x0.abs() < 0.5, x0**2 / 2, 0.5 * (x0.abs() - 0.25))),
-    ):
-        cfg = settings(objective="x0", loss_type=loss_type, huber_delta=0.5)
-        error, _, _ = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
-        torch.testing.assert_close(error, wanted.mean(dim=(1, 2, 3)))
-
-
-def test_offset_noise_is_one_number_a_channel():
-    x0, noise, net = torch.zeros(3, 4, 8, 8), draws(3), Recorder()
-    noise["offset"] = torch.randn(3, 4, 1, 1)
+def test_loss_types_and_offset_noise():
+    x0, noise, net = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)), random_noise(6), Recorder()
+    huber = torch.where(x0.abs() < 0.5, x0**2 / 2, 0.5 * (x0.abs() - 0.25))
+    for loss_type, expected in (("l1", x0.abs()), ("huber", huber)):
+        error, _, _ = prediction_error(
+            net, {"x0": x0}, noise, settings(objective="x0", loss_type=loss_type, huber_delta=0.5)
+        )
+        torch.testing.assert_close(error, expected.mean(dim=(1, 2, 3)))
+    noise["offset"] = torch.randn(6, 4, 1, 1)
     cfg = settings(objective="eps", schedule="flow", offset_noise=0.5)
-    error, _, _ = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
+    error, _, _ = prediction_error(net, {"x0": 0 * x0}, noise, cfg)
     eps = noise["eps"] + 0.5 * noise["offset"]
     torch.testing.assert_close(error, eps.square().mean(dim=(1, 2, 3)))
     torch.testing.assert_close(net.x, (net.t / 1000).view(-1, 1, 1, 1) * eps)
 
 
-def test_uncertainty_learns_the_log_of_the_error():
-    """At the minimum of error / exp(u) + u the learned u is the logarithm of the mean error at each noise level."""
-    torch.manual_seed(0)
+def test_uncertainty():
     unet = UNet(channels=8, channel_mult=(1,), num_res_blocks=1, attention_ds=(), num_heads=1, norm_groups=4)
-    net = Denoiser(unet, uncertainty=True)  # its last layer is zero, so v is predicted as 0 and only u learns
-    optimizer = torch.optim.Adam(net.log_variance.parameters(), lr=0.05)
-    x0 = 0.5 * torch.randn(64, 4, 8, 8)
-    for i in range(250):
-        loss = train_step({"denoiser": net}, {"x0": x0}, draws(64, seed=i), settings(loss_weight="uncertainty"))["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    error, _, u = prediction_error({"denoiser": net}, {"x0": x0}, draws(64, seed=999), settings())
-    assert error.max() > 2 * error.min()
-    assert (u - error.log()).abs().mean() < 0.15 and (u - error.log()).abs().max() < 0.4
-    net.eval()
-    assert isinstance(net(x0, torch.zeros(64)), torch.Tensor), "no more than the prediction when drawing"
-
-
-# -- averages --
-
-
-def test_a_power_average_is_one():
-    """Weights ~ step^gamma, whose mean is (gamma + 1) / (gamma + 2) of the run and whose relative deviation is std."""
-    for std in (0.05, 0.1, 0.25):
-        n = 2000
-        model, ema = torch.nn.Linear(n, 1, bias=False), torch.nn.Linear(n, 1, bias=False)
-        for step in range(1, n + 1):  # after step k the weights are the unit vector of k
-            with torch.no_grad():
-                model.weight.copy_(torch.nn.functional.one_hot(torch.tensor([step - 1]), n))
-            train_ldm.update_power_ema([ema.weight], [model.weight], step, std)
-        share, at = ema.weight[0].double(), (torch.arange(n, dtype=torch.float64) + 1) / n
-        assert share.sum().item() == pytest.approx(1, abs=1e-4)
-        mean = (share * at).sum()
-        assert (share * (at - mean) ** 2).sum().sqrt().item() == pytest.approx(std, rel=0.01)
-
-
-def test_any_length_from_kept_averages(tmp_path):
-    """Of a random walk; snapshots of two lengths give the average of a third nearly, and those two themselves."""
-    walk, stds, lengths = torch.randn(400, 50, generator=torch.Generator().manual_seed(0)).cumsum(0), (0.05, 0.1), {}
-    for std in (0.05, 0.07, 0.1, 0.15):
-        model, ema = torch.nn.Linear(50, 1, bias=False), torch.nn.Linear(50, 1, bias=False)
-        for step, weight in enumerate(walk, 1):
-            model.weight.data[0] = weight
-            train_ldm.update_power_ema([ema.weight], [model.weight], step, std)
-            if std in stds and step % 25 == 0:
-                lengths.setdefault(step, {})[std] = ema.weight.detach().clone()
-        lengths[std] = ema.weight.detach().clone()
-    for step in range(25, 401, 25):
-        kept = {f"ema_power_{i}.weight": lengths[step][std] for i, std in enumerate(stds)}
-        about = {"format": 1, "stage": "ldm", "step": step, "run": 1, "model": {"ema_stds": stds}}
-        train_ldm.save_checkpoint(f"{tmp_path}/ema_{step:08d}.safetensors", kept, about)
-    train_ldm.save_checkpoint(f"{tmp_path}/latest.safetensors", {}, about)
-    other = {f"ema_power_{i}.weight": torch.zeros(1, 50) for i in range(2)}  # left by another run of 500 steps
-    train_ldm.save_checkpoint(f"{tmp_path}/ema_00000500.safetensors", other, about | {"step": 500, "run": 0})
-    spread = walk.std()
-    for std in (0.05, 0.07, 0.1, 0.15):
-        got = convert.posthoc_ema(str(tmp_path), std)["ema.weight"]
-        assert (got - lengths[std]).abs().max() < (1e-4 if std in stds else 0.02) * spread, std
-    assert (lengths[0.05] - lengths[0.15]).abs().mean() > 0.1 * spread, "they do differ"
-    early = convert.posthoc_ema(f"{tmp_path}/ema_00000200.safetensors", 0.1)["ema.weight"]
-    torch.testing.assert_close(early, lengths[200][0.1], rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="ema_std=0.5 is no relative length of an average"):
-        convert.posthoc_ema(str(tmp_path), 0.5)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty keeps no averages to combine: train with --ema_stds"):
-        convert.posthoc_ema(f"{tmp_path}/empty", 0.1)
-
-
-@every_process[0]
-@every_process[1]
-def test_loss_of_a_network_that_says_zero(objective, schedule):
-    x0, noise, net = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)), draws(6), Recorder()
-    t = noise["t"].double() * (0.995 if objective == "eps" and schedule in ("cosine", "flow") else 1)
-    if schedule == "cosine":
-        alpha, sigma, told = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t), 1000 * t
-    elif schedule == "flow":
-        alpha, sigma, told = 1 - t, t, 1000 * t
-    else:
-        if schedule == "linear":
-            betas = torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64)
-        else:
-            betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        told = torch.floor(1000 * t)  # an index into the table
-        alpha_bar = torch.cumprod(1 - betas, 0)[told.long()]
-        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    alpha, sigma = alpha.float().view(-1, 1, 1, 1), sigma.float().view(-1, 1, 1, 1)
-    wanted = {"eps": noise["eps"], "v": alpha * noise["eps"] - sigma * x0, "x0": x0, "flow": noise["eps"] - x0}[
-        objective
-    ]
-    cfg = settings(objective=objective, schedule=schedule)
-    losses, weights, log_variance = prediction_error({"denoiser": net}, {"x0": x0}, noise, cfg)
-    assert (weights == 1).all() and log_variance is None
-    torch.testing.assert_close(losses, (wanted**2).mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(net.x, alpha * x0 + sigma * noise["eps"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(net.t, told.float(), rtol=1e-4, atol=1e-3)
-    assert not net.condition
-    assert train_step({"denoiser": net}, {"x0": x0}, noise, cfg)["loss"] == losses.mean()
-
-
-@every_process[0]
-@every_process[1]
-def test_every_process_trains_a_unet(objective, schedule):
-    torch.manual_seed(0)
-    net = Denoiser(UNet(channels=8, channel_mult=(1,), num_res_blocks=1, attention_ds=(), num_heads=1, norm_groups=4))
-    optimizer, x0, losses = torch.optim.AdamW(net.parameters(), lr=3e-3), torch.randn(8, 4, 8, 8), []
-    for _ in range(6):
-        loss = train_step({"denoiser": net}, {"x0": x0}, draws(8), settings(objective=objective, schedule=schedule))[
-            "loss"
-        ]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.99 * losses[0]
+    net, x0, noise = Denoiser(unet, uncertainty=True), torch.randn(8, 4, 8, 8), random_noise(8)
+    torch.nn.init.normal_(net.log_variance.weight)
+    error, _, u = prediction_error(net, {"x0": x0}, noise, settings())
+    assert u.shape == (8,) and u.std() > 0.1
+    torch.testing.assert_close(train_step(net, {"x0": x0}, noise, settings())["loss"], (error / u.exp() + u).mean())
 
 
 @pytest.mark.parametrize("cond_drop", (0.0, 0.3, 1.0))
-def test_condition_dropout_takes_exactly_those_drawn(cond_drop):
-    net, noise, n = Recorder(), draws(20), 20
-    dropped = [drop < cond_drop for drop in noise["drop"].tolist()]
-    assert sum(dropped) == {0.0: 0, 1.0: n}.get(cond_drop, sum(dropped)) and (cond_drop != 0.3 or 0 < sum(dropped) < n)
-    tokens, context, y = torch.arange(n * 5).view(n, 5), torch.rand(n, 5, 7), torch.arange(n)
-    for name, given, null in (
-        ("tokens", tokens, torch.full((n, 5), -1)),
-        ("context", context, -context),
-        ("y", y, torch.full((n,), 99)),
-    ):
-        batch = {"x0": torch.zeros(n, 4, 8, 8), name: given, f"null_{name}": null, "concat": context}
-        prediction_error({"denoiser": net}, batch, noise, settings(cond_drop=cond_drop))
-        assert set(net.condition) == {name, "concat"} and net.condition["concat"] is context, "pictures are not dropped"
-        for i in range(n):
-            assert torch.equal(net.condition[name][i], (null if dropped[i] else given)[i])
-    prediction_error({"denoiser": net}, {"x0": torch.zeros(n, 4, 8, 8)}, noise, settings(cond_drop=cond_drop))
-    assert not net.condition
+def test_conditions_are_dropped_at_their_rate(cond_drop):
+    n, net, noise = 1000, Recorder(), random_noise(1000, (1, 1, 1))
+    tokens, context, y = torch.arange(5 * n).view(n, 5), torch.rand(n, 5, 7), torch.arange(n)
+    inputs = {"x0": torch.zeros(n, 1, 1, 1), "concat": context}
+    for name, value, null in (("tokens", tokens, -tokens - 1), ("context", context, -context - 1), ("y", y, -y - 1)):
+        batch = inputs | {name: value, f"null_{name}": null}
+        prediction_error(net, batch, noise, settings(cond_drop=cond_drop))
+        assert set(net.condition) == {name, "concat"} and net.condition["concat"] is context, "images are never dropped"
+        dropped = (net.condition[name] == null).flatten(1 if value.ndim > 1 else 0)
+        dropped = dropped.all(dim=1) if value.ndim > 1 else dropped
+        assert dropped.double().mean().item() == pytest.approx(cond_drop, abs=0.04)
+        assert torch.equal(net.condition[name][~dropped], value[~dropped])
+
+
+def test_noise_is_a_slice_of_the_global_batch():
+    cfg = settings(offset_noise=0.1, sr_noise=5)
+    one = step_noise(3, (4, 8, 8), cfg, machine(), 1)[0]
+    assert {name: tuple(n.shape) for name, n in one.items()} == {
+        "posterior": (4, 4, 8, 8),
+        "eps": (4, 4, 8, 8),
+        "t": (4,),
+        "drop": (4,),
+        "level": (4,),
+        "offset": (4, 4, 1, 1),
+        "low": (4, 3, 8, 8),
+    }
+    small = cfg.replace(batch_size=1)
+    ranks = [step_noise(3, (4, 8, 8), small, machine(rank, 2), 2) for rank in range(2)]
+    for name, n in one.items():
+        parts = [ranks[rank][micro][name] for micro in range(2) for rank in range(2)]
+        assert torch.equal(torch.cat(parts), n), name
+        assert len({part.sum().item() for part in parts}) == 4, "every image has its own"
+        assert not torch.equal(n, step_noise(4, (4, 8, 8), cfg, machine(), 1)[0][name])
+        assert not torch.equal(n, step_noise(3, (4, 8, 8), cfg.replace(seed=1), machine(), 1)[0][name])
+
+
+# --- averages ---
+
+
+def test_ema_has_a_closed_form():
+    """After step k the weights are the unit vector of k, so that the average is the list of its own weights."""
+    n, averaged, power = 50, [torch.zeros(50)], {std: [torch.zeros(2000)] for std in (0.05, 0.25)}
+    for step in range(1, n + 1):
+        train_ldm.update_ema(averaged, [torch.nn.functional.one_hot(torch.tensor(step - 1), n).float()], step, 0.8)
+    d = [min(0.8, (1 + k) / (10 + k)) for k in range(1, n + 1)]
+    torch.testing.assert_close(averaged[0], torch.tensor([(1 - d[k]) * math.prod(d[k + 1 :]) for k in range(n)]))
+    for std, average in power.items():  # weights ~ step^gamma, of relative deviation std
+        for step in range(1, 2001):
+            unit = torch.zeros(2000)
+            unit[step - 1] = 1
+            train_ldm.update_power_ema(average, [unit], step, std)
+        share, at = average[0].double(), (torch.arange(2000, dtype=torch.float64) + 1) / 2000
+        mean = (share * at).sum()
+        assert share.sum().item() == pytest.approx(1, abs=1e-4)
+        assert (share * (at - mean) ** 2).sum().sqrt().item() == pytest.approx(std, rel=0.01)
+
+
+# --- conditioning and evaluation ---
+
+
+def conditioner(vae=None, text=None, num_classes=0, **values):
+    cfg = settings(first_stage="none" if vae is None else "vae", **values)
+    return Conditioner(cfg, machine(), contextlib.nullcontext(), vae, text, None, num_classes, 0, None)
+
+
+def test_inputs_of_a_batch():
+    batch = dict(image=torch.randn(3, 3, 16, 16), label=torch.tensor([2, -1, 0]), text=["a", "", "b"])
+    inputs = conditioner(cond="class", num_classes=5)(batch, {})
+    assert torch.equal(inputs["x0"], batch["image"]) and set(inputs) == {"x0", "y", "null_y"}
+    assert inputs["y"].tolist() == [2, 5, 0] and inputs["null_y"].tolist() == [5, 5, 5], "no label, no condition"
+    text = TextEncoder(16, 1, 2, 12)
+    inputs = conditioner(text=text, cond="text")(batch, {})
+    assert torch.equal(inputs["tokens"], text.tokenize(["a", "", "b"]))
+    assert torch.equal(inputs["null_tokens"], inputs["tokens"][1].expand(3, -1))
+    batch |= {"condition": {"low": torch.randn(3, 3, 8, 8)}}
+    noise = {"level": torch.tensor([0, 0.5, 0.999]), "low": torch.ones(3, 3, 8, 8)}
+    inputs = conditioner(task="sr", sr_noise=9)(batch, noise)
+    assert inputs["y"].tolist() == [0, 5, 9] and inputs["concat"].shape == (3, 3, 16, 16)
+
+
+def test_latents_are_the_same_cached_on_the_device_or_encoded_now(small_data, first_stage, tmp_path):
+    vae = VAE.from_pretrained(str(first_stage))
+    stream = Stream(Dataset(small_data, "train", 16), 0, flip=True)
+    cache = LatentCache(stream, vae, tmp_path)
+    cache.build(vae, torch.device("cpu"), contextlib.nullcontext, 0, 0, 1)
+    noise, rows = {"posterior": torch.randn(6, 4, 8, 8)}, range(6)
+    encoded = conditioner(vae, cache_latents=False)(collate([stream[i] for i in rows]), noise)["x0"]
+    cached = conditioner(vae)(collate([cache[i] for i in rows]), noise)["x0"]
+    torch.testing.assert_close(cached, encoded, atol=5e-3, rtol=5e-3)  # float16
+    resident = conditioner(vae, latents_on_device="true")
+    resident.keep_latents(cache, print)
+    assert torch.equal(resident(collate([cache[i] for i in rows]), noise)["x0"], cached)
 
 
 def test_evaluation_gives_every_image_its_own_noise_and_time():
-    def examples(rows):
-        return {"x0": torch.zeros(len(rows), 4, 8, 8)}
+    class Zeros:
+        count = 37
+
+        def inputs(self, rows):
+            return {"x0": torch.zeros(len(rows), 4, 8, 8), "y": torch.ones(len(rows)), "null_y": torch.zeros(len(rows))}
 
     def run(batch_size):
-        cfg = settings(objective="eps", batch_size=batch_size, cond_drop=1.0)
-        cpu = torch.device("cpu")
-        return train_ldm.evaluate(Recorder(), examples, 37, cfg, 0, 1, cpu, contextlib.nullcontext)
+        net = Recorder()
+        cfg = settings(objective="eps", batch_size=batch_size, cond_drop=1.0, timesteps="shifted")
+        scores = train_ldm.evaluate(net, Zeros(), cfg, machine(), contextlib.nullcontext())
+        assert net.condition["y"].all(), "no condition is dropped"
+        return scores
 
-    scores = run(5)
     losses, bins = [], [[] for _ in range(10)]
     for i in range(37):
         eps = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed_of("val", i)))
         losses.append(eps.square().mean().item())
         bins[int(10 * ((0.5 + i * (5**0.5 - 1) / 2) % 1))].append(losses[-1])
+    scores = run(5)
     assert scores["val_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
-    assert all(len(b) in (3, 4, 5) for b in bins), "evenly spread"
     assert scores["val_loss_by_t"] == pytest.approx([np.mean(b) for b in bins], rel=1e-6)
     assert run(7)["val_loss_by_t"] == pytest.approx(scores["val_loss_by_t"], rel=1e-12)
 
 
-# -- the latent cache --
+def test_predictions_are_x0_hat():
+    """Of a network that knows the noise: the image, at every t; of a zero prediction: x_t / alpha."""
+    x0, eps, cfg = torch.randn(2, 3, 4, 4) / 4, torch.randn(2, 3, 4, 4), settings(objective="eps", schedule="flow")
+    predict = functools.partial(train_ldm.predictions, cfg=cfg, autocast=contextlib.nullcontext())
+    found = predict(lambda x, t: eps, None, {"x0": x0}, eps)
+    torch.testing.assert_close(found, x0[:, None].expand(-1, 6, -1, -1, -1).clamp(-1, 1), rtol=1e-4, atol=1e-4)
+    found, t = predict(lambda x, t: 0 * x, None, {"x0": x0}, eps), torch.tensor([0, 0.1, 0.3, 0.5, 0.7, 0.9])
+    t = t.view(1, 6, 1, 1, 1)
+    torch.testing.assert_close(found, (x0[:, None] + t / (1 - t) * eps[:, None]).clamp(-1, 1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def vae(first_stage):
-    return VAE.from_pretrained(str(first_stage))
+# --- runs: resume, ranks, stops ---
 
 
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(cache_files, "SHARD", 8)
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_a_killed_run_resumes_bit_for_bit(ranks, start, finished, killed, tmp_path):
+    before = killed("ldm", ranks)
+    assert before.checkpoint[1]["step"] == 3 and before.log[-1]["step"] == 4
+    args = (*SIX_STEPS, f"--batch_size={4 // ranks}")
+    resumed = start("ldm", *args, ranks=ranks, folder=resume_folder(before, tmp_path)).finish()
+    tensors, meta = finished("ldm", ranks).checkpoint
+    assert_same(resumed.checkpoint[0], tensors)
+    assert resumed.checkpoint[1]["step"] == meta["step"] == 6 and meta["images_seen"] == 24
+    for a, b in zip(resumed.log, finished("ldm", ranks).log, strict=True):
+        assert {**a, "images_per_s": 0} == {**b, "images_per_s": 0}
 
 
-def build(cache, vae, rank=0, world=1):
-    cache.build(vae, torch.device("cpu"), contextlib.nullcontext, 0, rank, world)
-    return cache
+def test_ranks_and_accumulation_are_equal(start, finished, tmp_path):
+    """In float64: one process, two with two micro-steps each, and resumed by one with four."""
+    one = start("ldm", "--dtype=float64", "--snapshot_every=3")
+    two = start("ldm", "--dtype=float64", "--batch_size=1", "--grad_accum=2", "--max_steps=3", ranks=2)
+    one.finish(), two.finish()
+    halfway, reached = read(one.out / "ema_00000003.safetensors")[0], two.checkpoint[0]
+    averages = [name for name in halfway if name.startswith("ema.")]
+    assert_same({name: halfway[name] for name in averages}, {name: reached[name] for name in averages}, 1e-9)
+    resumed = start("ldm", "--dtype=float64", "--batch_size=1", folder=resume_folder(two, tmp_path)).finish()
+    assert_same(resumed.checkpoint[0], one.checkpoint[0], 1e-9)
+    message = start("ldm", "--dtype=float64", "--batch_size=3", folder=tmp_path).fail()
+    assert "4 images per step, not a multiple of batch_size=3 x 1 processes" in message
+    ranks = [read(finished("ldm", 2).folder / f"rank{rank}.safetensors")[0] for rank in range(2)]
+    assert_same(*ranks)
+    for a, b in zip(finished("ldm").log, finished("ldm", 2).log, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["step"] == b["step"]
 
 
-def contents(cache):
-    return {name: open(f"{cache.folder}/{name}", "rb").read() for name in sorted(os.listdir(cache.folder))}
+def test_a_sharded_optimizer_changes_nothing(start, finished, killed, tmp_path):
+    args = (*SIX_STEPS, "--batch_size=2", "--shard_optimizer=true")
+    sharded = start("ldm", *args, ranks=2).finish()
+    assert_same(sharded.checkpoint[0], finished("ldm", 2).checkpoint[0])
+    resumed = start("ldm", *args, ranks=2, folder=resume_folder(killed("ldm", 2), tmp_path)).finish()
+    assert_same(resumed.checkpoint[0], finished("ldm", 2).checkpoint[0])
 
 
-@torch.no_grad()
-def test_the_cache_holds_what_encoding_gives(small_data, vae, tmp_path):
-    for flip in (True, False):
-        images = Dataset(small_data, "train", 16)
-        stream = Stream(images, 3, flip=flip)
-        cache = build(LatentCache(stream, vae, tmp_path), vae)
-        assert list(contents(cache)) == ["000000.npy", "000001.npy", "000002.npy"]
-        seen = set()
-        for p in range(48):
-            got, wanted = cache[p], stream[p]
-            posterior = vae.encode(wanted["image"][None])
-            assert got["image"].dtype == torch.float16
-            moments = torch.stack([posterior.mean[0], posterior.std[0]])
-            torch.testing.assert_close(got["image"].float(), moments, rtol=2e-3, atol=1e-4)
-            for name in ("label", "text", "key", "index", "flip", "bad"):
-                assert got[name] == wanted[name]
-            seen.add(got["flip"])
-        assert seen == ({True, False} if flip else {False})
+def test_sigterm_to_one_rank_saves_and_stops_both(start, finished, tmp_path):
+    args = ("--eval_every=3", "--snapshot_every=3", "--batch_size=2")
+    stopped = start("ldm", *args, "--max_steps=50", ranks=2, trap=("step 1,", signal.SIGTERM), folder=tmp_path)
+    assert stopped.wait() == [128 + signal.SIGTERM] * 2, stopped.stderr
+    step = stopped.checkpoint[1]["step"]
+    assert 1 <= step < 4 and f"stopped at step {step} " in stopped.stdout and stopped.log[-1]["step"] == step
+    start("ldm", *args, ranks=2, folder=tmp_path).finish()
+    assert_same(stopped.checkpoint[0], finished("ldm", 2).checkpoint[0])
 
 
-def test_the_cache_goes_on_where_it_was_stopped(small_data, vae, tmp_path):
-    cache = build(LatentCache(Stream(Dataset(small_data, "train", 16), 0), vae, tmp_path), vae)
-    whole, inodes = contents(cache), {name: os.stat(f"{cache.folder}/{name}").st_ino for name in contents(cache)}
-    os.rename(cache.path(1), f"{cache.path(1)}.123.tmp")  # as if killed while it wrote
-    build(LatentCache(cache.stream, vae, tmp_path), vae)
-    os.remove(f"{cache.path(1)}.123.tmp")
-    assert contents(cache) == whole
-    now = {name: os.stat(f"{cache.folder}/{name}").st_ino for name in whole}
-    assert [name for name in whole if now[name] != inodes[name]] == ["000001.npy"]
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_a_bad_step_ends_the_run_and_is_not_saved(ranks, start):
+    """NaN in the noise of step 4, on the last rank alone, noticed at the next log line."""
+    poison = "import torch, diffusion\nfrom torch.distributed import get_rank\nold, calls = diffusion.target, [0]\n"
+    poison += f"def target(*args):\n    calls[0] += 1\n    last = {ranks} == 1 or get_rank() == 1\n"
+    poison += "    return old(*args) * (float('nan') if calls[0] == 4 and last else 1)\ndiffusion.target = target"
+    args = ("--save_every=2", "--log_every=5", f"--batch_size={4 // ranks}", "--eval_every=50")
+    run = start("ldm", *args, ranks=ranks, first=poison, keep=True)
+    codes = run.wait()
+    assert all(codes) and "not finite at step 4; the weights were not updated; last checkpoint: out/" in run.stderr
+    tensors, meta = run.checkpoint
+    assert meta["step"] == 2 and all(t.isfinite().all() for t in tensors.values())
+    for rank in range(ranks):
+        assert all(t.isfinite().all() for t in read(run.folder / f"rank{rank}.safetensors")[0].values())
 
 
-def test_the_cache_belongs_to_weights_and_data(small_data, vae, tmp_path):
-    def folder(data=small_data, size=16, flip=True, model=vae):
-        return LatentCache(Stream(Dataset(data, "train", size), 0, flip=flip), model, "cache").folder
-
-    shutil.copytree(small_data, tmp_path / "data")
-    assert folder(tmp_path / "data") == folder(), "the place does not matter"
-    images = np.load(tmp_path / "data/train/images.npy")
-    images[5] //= 2
-    np.save(tmp_path / "data/train/images.npy", images)
-    other = VAE(**vae.settings)
-    other.load_state_dict(vae.state_dict())
-    assert folder(model=other) == folder()
-    with torch.no_grad():
-        other.decoder.conv_out.bias[0] += 1e-6
-        assert folder(model=other) == folder(), "latents do not depend on the decoder"
-        other.encoder.conv_out.bias[0] += 1e-6
-    assert len({folder(), folder(tmp_path / "data"), folder(size=32), folder(flip=False), folder(model=other)}) == 5
+def test_a_full_disk(start, killed, tmp_path):
+    path = resume_folder(killed("ldm"), tmp_path) / "out/latest.safetensors"
+    before = path.read_bytes()
+    message = start("ldm", "--save_every=5", "--val_images=2", limit=len(before) // 2, folder=tmp_path).fail()
+    assert re.search("latest.safetensors: could not be saved .*; free disk space and run again", message)
+    assert path.read_bytes() == before and not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_the_cache_keeps_few_files_open(small_data, vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_files, "SHARD", 1)
-    cache = build(LatentCache(Stream(Dataset(small_data, "train", 16), 0), vae, tmp_path), vae)
-    first = cache.moments(0, False)
-    cache.shards |= {f"other {k}": None for k in range(255)}
-    cache.moments(1, False)
-    assert len(cache.shards) == 256 and 0 not in cache.shards
-    assert torch.equal(cache.moments(0, False), first)
-
-
-def test_the_cache_replaces_a_bad_image_as_the_stream_does(vae, tmp_path, capsys):
-    make_images(tmp_path / "images/train", 10, 2)
-    stream = Stream(Dataset(tmp_path / "images", "train", 16), 0)
-    cache = build(LatentCache(stream, vae, tmp_path), vae)
-    assert capsys.readouterr().out.count("skipped a bad image: train/bad") == 2
-    replaced = 0
-    for p in range(24):
-        got, wanted = cache[p], stream[p]
-        assert got["image"].isfinite().all() and got["index"] == wanted["index"] and got["key"].startswith("train/good")
-        assert [line.split(":")[0] for line in got["bad"]] == [line.split(":")[0] for line in wanted["bad"]]
-        replaced += bool(got["bad"])
-    assert replaced == 4
-
-
-@pytest.mark.parametrize("late", (False, True))
-def test_two_ranks_build_the_cache_of_one(small_data, vae, tmp_path, late):
-    stream = Stream(Dataset(small_data, "train", 16), 0, flip=True)
-    one = build(LatentCache(stream, vae, tmp_path / "one"), vae)
-    caches = [LatentCache(stream, vae, tmp_path / "two") for _ in range(2)]
-    threads = [threading.Thread(target=build, args=(c, vae, r, 2), daemon=True) for r, c in enumerate(caches)]
-    threads[0].start()
-    while late and not os.path.exists(caches[0].path(2)):  # rank 0 is done with its shards, 0 and 2
-        assert threads[0].is_alive()
-    threads[1].start()
-    for thread in threads:
-        thread.join(timeout=20)
-    assert not any(thread.is_alive() for thread in threads), "a rank waits for what nobody builds"
-    assert contents(caches[0]) == contents(one)
-
-
-def test_a_cache_that_cannot_be_written_says_so(start, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "file" in start("ldm", f"--cache_dir={tmp_path}/file/cache").fail()
-    message = start("ldm", f"--cache_dir={tmp_path}/cache", limit=3000).fail()
-    assert re.search(r"could not write .*/000000.npy \(.*\): make room and run again", message)
-    assert not list(tmp_path.glob("cache/*/*"))
-
-
-# -- runs --
-
-
-def test_latents_encoded_at_every_step_train_like_cached_ones(start, finished, tmp_path):
-    encoded = start("ldm", "--cache_latents=false", "--max_steps=3", f"--cache_dir={tmp_path}/cache").finish()
-    for a, b in zip(finished("ldm").log[:3], encoded.log):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3) and a["grad_norm"] == pytest.approx(
-            b["grad_norm"], rel=1e-2
-        )
-    assert not (tmp_path / "cache").exists()
-
-
-def test_classes_some_of_them_unknown(start, small_data, tmp_path):
-    shutil.copytree(small_data, tmp_path / "data")
-    labels = np.load(tmp_path / "data/train/labels.npy")
-    labels[::2] = -1  # no label, no condition
-    np.save(tmp_path / "data/train/labels.npy", labels)
-    args = ("--cond=class", "--objective=eps", "--schedule=scaled_linear", "--transformer_depth=0", "--max_steps=2")
-    run = start("ldm", f"--dataset={tmp_path}/data", *args, "--n_samples=5").finish()
-    meta = run.checkpoint[1]
-    assert meta["shown"] == [0, 1, 2, 0, 1] and meta["model"]["num_classes"] == 3
-    assert run.checkpoint[0]["model.unet.class_embed.weight"].shape[0] == 4
-    assert (run.out / "samples_00000002.png").exists()
-    assert drawn(run).shape == (5, 3, 16, 16)
-    for cond in ("text", "layout"):
-        folder = tmp_path / cond
-        folder.mkdir()
-        message = start("ldm", f"--cond={cond}", folder=continued(run, folder)).fail()
-        assert f"cond: class in the checkpoint, {cond} now" in message or "has no objects" in message
-    os.remove(tmp_path / "data/train/labels.npy"), os.remove(tmp_path / "data/val/labels.npy")
-    message = start("ldm", f"--dataset={tmp_path}/data", "--cond=class").fail()
-    assert re.search("cond=class, but the images in .*/data have no labels: use cond=none or cond=text", message)
-
-
-def test_pixels_without_conditions(start, small_data, tmp_path):
-    """On data that have labels and captions, which it must leave alone; decoded in another process."""
-    args = ("--first_stage=none", "--cond=none", "--objective=flow", "--schedule=flow", "--max_steps=2", "--workers=1")
-    run = start("ldm", *args, "--transformer_depth=0").finish()
-    assert "latents of (3, 16, 16); cond=none, task=none; flow objective on the flow schedule" in run.stdout
-    assert not any(name.startswith(("vae.", "text.", "model.text.")) for name in run.checkpoint[0])
-    assert run.checkpoint[1]["vae"] is None and run.checkpoint[1]["shown"] == [None] * 3
-    assert drawn(run).shape == (3, 3, 16, 16)
-    message = start("ldm", *args[1:], "--transformer_depth=0", folder=continued(run, tmp_path)).fail()
-    assert "(first_stage: none in the checkpoint, vae now): use its settings, or another out_dir" in message
-    shutil.copytree(small_data, tmp_path / "data")
-    os.remove(tmp_path / "data/train/captions.jsonl"), os.remove(tmp_path / "data/val/captions.jsonl")
-    message = start("ldm", f"--dataset={tmp_path}/data").fail()
-    assert re.search("the validation images in .*/data have no captions: add them, or use cond=none or cond=", message)
-
-
-def drawn(run):
-    """What sample.py draws with nothing but the checkpoint."""
-    pipeline = sample.load_pipeline(str(run.out))
-    pictures = sample.generate(pipeline, pipeline.shown, range(len(pipeline.shown)), steps=2, cfg=2.0)
-    assert pictures.isfinite().all()
-    return pictures
-
-
-def test_prompts_come_from_a_file_or_from_the_captions(start, finished, tmp_path):
+def test_what_a_run_leaves(finished):
     run = finished("ldm")
-    assert sorted(run.checkpoint[1]["shown"]) == ["a blue blob", "a green blob", "a red blob"]
+    assert [r["step"] for r in run.log if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    evaluated = [r for r in run.log if "val_loss" in r]
+    assert [r["step"] for r in evaluated] == [3, 6] and all(len(r["val_loss_by_t"]) == 10 for r in evaluated)
+    assert run.log[0]["lr"] == pytest.approx(1e-3 / 3) and run.log[-1]["lr"] == 1e-3
+    names = {f"{name}_{step:08d}.png" for name in ("samples", "predictions") for step in (3, 6)}
+    names |= {f"ema_{step:08d}.safetensors" for step in (3, 6)}
+    assert {p.name for p in run.out.iterdir()} == names | {"latest.safetensors", "log.jsonl", "loss.png"}
+    for path in run.out.glob("*.png"):
+        assert np.asarray(Image.open(path).convert("L")).std() > 1, path
+    tensors, meta = run.checkpoint
+    assert sorted(meta["examples"]) == ["a blue blob", "a green blob", "a red blob"]
+    assert meta["stage"] == "ldm" and meta["config"]["max_steps"] == 6
     assert "prompt cut to 12 tokens: a green blob" in run.stdout
-    assert drawn(run).shape == (3, 3, 16, 16)
-    (tmp_path / "prompts.txt").write_text("a red blob\n\na red blob\n")
-    args = (f"--prompts={tmp_path}/prompts.txt", "--objective=x0", "--schedule=linear", "--max_steps=1")
-    other = start("ldm", *args).finish()
-    assert other.checkpoint[1]["shown"] == ["a red blob", "a red blob"]
-    assert "prompts.txt holds no prompts" not in other.stdout
-    (tmp_path / "prompts.txt").write_text("\n")
-    assert "prompts.txt holds no prompts: give a file with a prompt a line" in start("ldm", *args).fail()
+    model, ema = part(tensors, "model"), part(tensors, "ema")
+    first = read(run.out / "ema_00000003.safetensors")[0]
+    for name in ("unet.conv_out.weight", "text.norm_out.bias"):
+        assert not torch.equal(model[name], ema[name]) and not torch.equal(first[f"ema.{name}"], ema[name])
 
 
-def test_validation_has_ten_bins(finished):
-    evaluated = [record for record in finished("ldm").log if record["val_loss"] is not None]
-    for record in evaluated:
-        bins = record["val_loss_by_t"]
-        assert len(bins) == 10 and all(math.isfinite(b) for b in bins)
-        assert min(bins) < record["val_loss"] < max(bins)
-    assert evaluated[0]["val_loss"] != evaluated[1]["val_loss"]
+# --- conditions and tasks ---
 
-
-def test_a_run_keeps_to_its_autoencoder_and_brings_it_along(start, finished, first_stage, tmp_path):
-    folder = continued(finished("ldm"), tmp_path)
-    message = start("ldm", f"--first_stage={finished('vae').out}", folder=folder).fail()
-    assert re.search("latest.safetensors was trained on another autoencoder than .*: use another out_dir", message)
-    tensors = start("ldm", "--first_stage=gone", "--max_steps=7", folder=folder).finish().checkpoint[0]
-    vae, _ = read(first_stage)
-    assert_same(train_ldm.without_prefix("vae", tensors), train_ldm.without_prefix("ema", vae))
-    wanted = r"channels: 8 in the checkpoint, 16 now; objective: flow in the checkpoint, eps now"
-    assert wanted in start("ldm", "--channels=16", "--objective=eps", folder=folder).fail()
-    message = start("ldm", "--image_size=18").fail()
-    assert "image_size=18 gives latents of side 9, not a multiple of 2" in message
-    assert json.loads((folder / "out/log.jsonl").read_text().splitlines()[-1])["step"] == 7
-
-
-@pytest.mark.parametrize(
-    "args, wanted",
-    [
-        ("--grad_clip=-1", "grad_clip=-1.0 must not be negative: 0 does without it"),
-        ("--ema_decay=7", "ema_decay=7.0 must lie between 0 and 1"),
-        ("--lr=0", "lr=0.0 must be above 0"),
-        ("--beta_start=0.5", "beta_start=0.5, beta_end=0.012: the first must be the smaller"),
-        ("--schedule=linear --sample_steps=1001", "steps is 1001: schedule 'linear' has only 1000 times"),
-    ],
-)
-def test_numbers_out_of_range_are_one_line(args, wanted, start):
-    assert wanted in start("ldm", "--cond=none", *args.split()).fail()
-
-
-def test_settings_by_level(start):
-    args = ("--num_res_blocks=1,2", "--self_attention=true,False", "--attention_ds=1,2", "--max_steps=1")
-    settings = start("ldm", *args).finish().checkpoint[1]["model"]["unet"]
-    assert settings["num_res_blocks"] == [1, 2] and settings["self_attention"] == [True, False]
-
-
-def test_another_tokenizer_on_resume(start, finished, small_data, tmp_path):
-    folder = continued(finished("ldm"), tmp_path)
-    line = start("ldm", "--tokenizer=nowhere.tiktoken", folder=folder).fail()
-    assert "nowhere.tiktoken" in line
-    start("ldm", "--tokenizer=bytes", folder=folder).finish()
-
-
-def test_another_tokenizer_than_that_of_init_from(start, finished, tmp_path):
-    tokens = [bytes([i]) for i in range(256)] + [b"re", b"red"]
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
-    (tmp_path / "own.tiktoken").write_text("".join(lines))
-    line = start("ldm", f"--init_from={finished('ldm').out}", f"--tokenizer={tmp_path}/own.tiktoken").fail()
-    assert re.search("out was trained with another tokenizer than .*/own.tiktoken: leave it out", line)
-
-
-def test_a_setting_given_beside_init_from_counts_though_it_is_the_default(start, finished):
-    message = start("ldm", f"--init_from={finished('ldm').out}", "--channels=320", "--norm_groups=32").fail()
-    wanted = "channels: 8 in the model, 320 asked for; norm_groups: 4 in the model, 32 asked for"
-    assert f"brings its own settings ({wanted}): leave them out" in message
-
-
-def test_a_caption_that_does_not_read_is_no_end(start, tmp_path):
-    (tmp_path / "data").mkdir()
-    for part in ("train", "val"):
-        with tarfile.open(tmp_path / "data" / f"{part}-0.tar", "w") as tar:
-            for i in range(12):
-                image, caption = io.BytesIO(), json.dumps({"text": f"a picture of {i}"}).encode()
-                Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(image, "JPEG")
-                for name, data in ((f"{i}.jpg", image.getvalue()), (f"{i}.json", caption[: -9 * (i == 0)] or caption)):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    run = start("ldm", f"--dataset={tmp_path / 'data'}", "--max_steps=5", folder=tmp_path).finish()
-    assert run.checkpoint[1]["shown"] == ["a picture of 1", "a picture of 2", "a picture of 3"]
-    assert "its caption does not read" in run.stdout
-
-
-# -- tasks, towers, classes as tokens --
-
-
-@pytest.fixture(scope="session")
-def told_data(small_data, tmp_path_factory):
-    """small_data with label maps and boxes."""
-    root = tmp_path_factory.mktemp("told") / "data"
-    shutil.copytree(small_data, root)
-    for part in ("train", "val"):
-        images, labels = np.load(root / part / "images.npy"), np.load(root / part / "labels.npy")
-        maps = (images.max(-1) > 120) * (labels[:, None, None] + 1)
-        np.save(root / part / "maps.npy", maps.astype(np.uint8))
-        lines = []
-        for image, label in zip(images, labels):
-            rows, columns = np.where(image.max(-1) > 120)
-            box = [int(v) for v in (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)]
-            name = "red green blue".split()[label]
-            objects = {"bbox": [box], "categories": [f"{name} blob"]}
-            lines.append(json.dumps({"text": [f"a {name} blob"], "objects": objects}))
-        (root / part / "captions.jsonl").write_text("\n".join(lines) + "\n")
-    (root / "map_classes.json").write_text(json.dumps(["ground", "red", "green", "blue"]))
-    return root
-
-
-TASKS = {
+RUNS = {
     "inpaint": ("--task=inpaint", "--cond=text"),
-    "sr": ("--task=sr", "--cond=none", "--transformer_depth=0", "--sr_scale=2", "--sr_noise=300"),
-    "sr bicubic": ("--task=sr", "--cond=none", "--transformer_depth=0", "--sr_scale=4", "--sr_kind=bicubic"),
+    "sr": ("--task=sr", *PLAIN, "--sr_scale=2", "--sr_noise=300"),
+    "small sr": ("--task=sr", *PLAIN, "--sr_scale=4", "--sr_kind=bicubic"),
     "semantic": ("--task=semantic", "--cond=class", "--transformer_depth=0"),
     "layout": ("--cond=layout",),
-    "pixels": ("--task=inpaint", "--cond=none", "--transformer_depth=0", "--first_stage=none", "--cache_latents=false"),
-    "tokens": ("--cond=class", "--class_embed=token"),
-    "all": (
-        "--task=semantic",
-        "--cond=layout",
-        "--loss_weight=uncertainty",
-        "--offset_noise=0.1",
-        "--ema_stds=0.05,0.1",
-    ),
+    "pixels": ("--task=inpaint", *PLAIN, "--first_stage=none", "--unet_dropout=0.1"),
+    "tokens": ("--cond=class", "--class_embed=token", "--cache_latents=false", "--workers=1"),
+    "classes": ("--cond=class", "--transformer_depth=0", "--objective=eps", "--schedule=scaled_linear"),
+    "all": ("--task=semantic", "--cond=layout", "--loss_weight=uncertainty", "--offset_noise=.1", "--ema_stds=.05,.1"),
 }
 
 
 @pytest.fixture(scope="session")
-def tasked(start, told_data):
-    """tasked(name): a run of that task, four steps long, made once for all tests."""
+def rich_data(small_data, tmp_path_factory):
+    """small_data with label maps and boxes."""
+    root = tmp_path_factory.mktemp("rich") / "data"
+    shutil.copytree(small_data, root)
+    for folder in ("train", "val"):
+        images, labels = np.load(root / folder / "images.npy"), np.load(root / folder / "labels.npy")
+        maps = (images.max(-1) > 120) * (labels[:, None, None] + 1)
+        np.save(root / folder / "maps.npy", maps.astype(np.uint8))
+        lines = []
+        for image, label in zip(images, labels):
+            rows, columns = np.where(image.max(-1) > 120)
+            box = [int(v) for v in (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)]
+            name = f"{'red green blue'.split()[label]} blob"
+            lines.append(json.dumps({"text": [f"a {name}"], "objects": {"bbox": [box], "categories": [name]}}))
+        (root / folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    (root / "map_classes.json").write_text(json.dumps(["ground", "red", "green", "blue"]))
+    return root
+
+
+@pytest.fixture(scope="session")
+def rich_run(start, rich_data):
+    """rich_run(name): four steps of RUNS[name], run once for all tests."""
 
     @functools.cache
-    def tasked(name):
-        args = (*TASKS[name], f"--dataset={told_data}", "--max_steps=4", "--eval_every=4", "--snapshot_every=2")
-        return start("ldm", *args, keep=True).finish()
+    def rich_run(name):
+        args = (*RUNS[name], f"--dataset={rich_data}", "--max_steps=4", "--eval_every=4", "--snapshot_every=2")
+        return start("ldm", *args, "--val_images=8").finish()
 
-    return tasked
+    return rich_run
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_task_trains_and_shows_what_it_draws(name, tasked):
-    run = tasked(name)
+@pytest.mark.parametrize("name", RUNS)
+def test_each_condition_trains(name, rich_run):
+    run = rich_run(name)
     tensors, meta = run.checkpoint
-    first = tensors["model.unet.input_blocks.0.0.weight"].shape[1]
-    assert first == {"inpaint": 9, "sr": 7, "sr bicubic": 7, "semantic": 7, "pixels": 7, "all": 7}.get(name, 4)
-    assert tensors["ema.unet.conv_out.weight"].abs().max() > 0
-    if name in ("semantic", "all"):
-        assert tensors["model.rescaler.conv.weight"].shape == (3, 4, 1, 1)
-    if name == "sr":
-        assert tensors["model.unet.class_embed.weight"].shape[0] == 1000
-    if name == "tokens":
-        assert tensors["model.class_tokens.weight"].shape == (4, 16) and "model.unet.class_embed.weight" not in tensors
+    inputs = {"inpaint": 9, "sr": 7, "small sr": 7, "semantic": 7, "pixels": 7, "all": 7}
+    assert tensors["model.unet.input_blocks.0.0.weight"].shape[1] == inputs.get(name, 4)
+    special = {
+        "semantic": ("rescaler.conv.weight", (3, 4, 1, 1)),
+        "sr": ("unet.class_embed.weight", (1000, 32)),
+        "classes": ("unet.class_embed.weight", (4, 32)),
+        "tokens": ("class_tokens.weight", (4, 16)),
+        "layout": ("text.token_embedding.weight", (3 + 32 * 32 + 2, 16)),
+        "all": ("log_variance.weight", (1, 64)),
+    }
+    if name in special:
+        key, shape = special[name]
+        assert tensors[f"model.{key}"].shape == shape
+        assert not torch.equal(tensors[f"model.{key}"], tensors[f"ema.{key}"]), "it learns"
     if name == "layout":
-        assert meta["shown"][0].startswith(("red blob 0.", "green blob 0.", "blue blob 0."))
-        assert len(tensors["model.text.token_embedding.weight"]) == 3 + 32 * 32 + 2
-    with Image.open(run.out / "samples_00000004.png") as grid, Image.open(run.out / "predictions_00000004.png") as seen:
-        assert seen.size[0] == 6 * 132 and grid.size[0] in (2 * 132, 4 * 132), "what was shown beside what was drawn"
-    pipeline, given = sample.load_pipeline(str(run.out)), {}
-    image = torch.rand(2, 3, 16, 16) * 2 - 1
-    task = TASKS[name][0].removeprefix("--task=")
-    if task == "inpaint":
-        mask = torch.zeros(2, 1, 16, 16)
-        mask[:, :, 4:12, 4:12] = 1
-        given = {"image": image, "mask": mask}
-    elif task == "sr":
-        given = {"low": image[..., :: meta["model"]["sr_scale"], :: meta["model"]["sr_scale"]]}
-    elif task == "semantic":
-        given = {"map": torch.randint(-1, 4, (2, 16, 16))}
-    pictures = sample.generate(pipeline, pipeline.shown[:2], [0, 1], 2, 2.0, given=given)
-    assert pictures.shape == (2, 3, 16, 16) and pictures.isfinite().all()
-    other = {key: t.flip(-1) for key, t in given.items()}
-    if given:
-        assert not torch.equal(sample.generate(pipeline, pipeline.shown[:2], [0, 1], 2, 2.0, given=other), pictures)
+        assert meta["examples"][0].startswith(("red blob 0.", "green blob 0.", "blue blob 0."))
+    if name == "tokens":
+        assert meta["examples"] == [0, 1, 2] and "model.unet.class_embed.weight" not in tensors
+    assert any(name.startswith("vae.") for name in tensors) == (name != "pixels") == (meta["vae"] is not None)
+    assert set(meta["model"]) == set(rich_run("inpaint").checkpoint[1]["model"]), "the same settings in every file"
+    assert_same(Denoiser.from_pretrained(str(run.out)).state_dict(), part(tensors, "ema"))
+    with Image.open(run.out / "samples_00000004.png") as grid, Image.open(run.out / "predictions_00000004.png") as rows:
+        assert rows.size[0] == 6 * 132 and grid.size[0] in (2 * 132, 4 * 132)
 
 
-@pytest.mark.parametrize("name", ["inpaint", "sr", "all"])
-def test_a_task_resumes_bit_for_bit_and_two_ranks_are_one(name, tasked, start, told_data, tmp_path):
-    args = (*TASKS[name], f"--dataset={told_data}", "--eval_every=4", "--snapshot_every=2")
-    half = start("ldm", *args, "--max_steps=2", folder=tmp_path).finish()
-    assert half.checkpoint[1]["step"] == 2
-    assert_same(
-        start("ldm", *args, "--max_steps=4", folder=tmp_path).finish().checkpoint[0], tasked(name).checkpoint[0]
-    )
-    one = start("ldm", *args, "--max_steps=2", "--dtype=float64").finish()
-    two = start("ldm", *args, "--max_steps=2", "--dtype=float64", "--batch_size=1", "--grad_accum=2", ranks=2).finish()
-    assert_same(one.checkpoint[0], two.checkpoint[0], atol=1e-9)
+@pytest.mark.parametrize("name", ["sr", "pixels", "all"])
+def test_tasks_resume_bit_for_bit(name, rich_run, start, rich_data, tmp_path):
+    args = (*RUNS[name], f"--dataset={rich_data}", "--eval_every=4", "--val_images=8")
+    start("ldm", *args, "--max_steps=2", folder=tmp_path).finish()
+    assert_same(start("ldm", *args, "--max_steps=4", folder=tmp_path).finish().checkpoint[0],
+                rich_run(name).checkpoint[0])  # fmt: skip
 
 
-def test_going_on_with_other_classes_is_one_line(tasked, start, told_data, tmp_path):
-    shutil.copytree(told_data, tmp_path / "data")
-    for file in ("map_classes.json", "classes.json"):
-        (tmp_path / "data" / file).write_text(json.dumps([f"class {i}" for i in range(20)]))
-        if file == "map_classes.json":
-            line = start("ldm", f"--dataset={tmp_path}/data", f"--init_from={tasked('semantic').out}").fail()
-            assert re.search("out has map_classes=4, .*/data 20: name as many there", line)
-    for name in ("semantic", "tokens"):
-        line = start("ldm", f"--dataset={tmp_path}/data", f"--init_from={tasked(name).out}").fail()
-        assert re.search("out has num_classes=3, .*/data 20: name as many there", line)
+def test_ranks_are_equal_with_everything_on(start, rich_data):
+    args = (*RUNS["all"], f"--dataset={rich_data}", "--max_steps=2", "--dtype=float64", "--val_images=8")
+    one = start("ldm", *args)
+    two = start("ldm", *args, "--batch_size=1", "--grad_accum=2", ranks=2)
+    assert_same(one.finish().checkpoint[0], two.finish().checkpoint[0], atol=1e-9)
 
 
-def test_a_snapshot_takes_the_autoencoder_from_its_run(tasked, tmp_path):
-    run = tasked("all")
-    snapshot, beside = tmp_path / "ema_00000002.safetensors", tmp_path / "latest.safetensors"
-    shutil.copy(run.out / "ema_00000002.safetensors", snapshot)
-    assert not any(name.startswith("vae.") for name in read(snapshot)[0])
-    message = "ema_00000002.safetensors's autoencoder is in the latest.safetensors of its run: put that beside it"
-    with pytest.raises(ValueError, match=message):
-        sample.load_pipeline(str(snapshot))
-    shutil.copy(tasked("inpaint").out / "latest.safetensors", beside)  # of another run
-    with pytest.raises(ValueError, match=message):
-        sample.load_pipeline(str(snapshot))
-    shutil.copy(run.out / "latest.safetensors", beside)
-    pipeline, whole = sample.load_pipeline(str(snapshot)), sample.load_pipeline(str(beside))
-    assert_same(pipeline.vae.state_dict(), whole.vae.state_dict())
-    tensors, meta = read(snapshot)
-    assert_same(pipeline.denoiser.state_dict(), train_ldm.without_prefix("ema", tensors))
-    del meta["snapshot"]  # as snapshots were before, the autoencoder in them
-    tensors |= {name: t for name, t in read(beside)[0].items() if name.startswith("vae.")}
-    (tmp_path / "old").mkdir()
-    train_ldm.save_checkpoint(f"{tmp_path}/old/ema_1.safetensors", tensors, meta)
-    assert_same(VAE.from_pretrained(f"{tmp_path}/old/ema_1.safetensors").state_dict(), whole.vae.state_dict())
+def test_snapshots(rich_run):
+    """They hold averages, which combine to one of another length, and no autoencoder."""
+    run = rich_run("all")
+    snapshot, meta = read(run.out / "ema_00000002.safetensors")
+    assert {name.split(".")[0] for name in snapshot} == {"ema", "ema_power_0", "ema_power_1", "text"}
+    assert meta["step"] == 2 and meta["snapshot"] and meta["run"] == run.checkpoint[1]["run"]
+    combined = checkpoint.posthoc_ema(str(run.out), 0.1)["ema.unet.conv_out.weight"]
+    power = [run.checkpoint[0][f"ema_power_{i}.unet.conv_out.weight"] for i in range(2)]
+    torch.testing.assert_close(combined, power[1], rtol=1e-3, atol=1e-6)
+    assert not torch.equal(*power)
 
 
-def test_a_run_makes_averages_of_any_length(tasked):
-    run = tasked("all")
-    model = {n: t for n, t in run.checkpoint[0].items() if n.startswith("model.")}
-    for std in (0.05, 0.1, 0.15):
-        denoiser = sample.load_pipeline(str(run.out), std).denoiser
-        assert denoiser.state_dict().keys() == {n.removeprefix("model.") for n in model}
-    kept = convert.posthoc_ema(str(run.out), 0.1)["ema.unet.conv_out.weight"]
-    torch.testing.assert_close(kept, run.checkpoint[0]["ema_power_1.unet.conv_out.weight"], rtol=1e-3, atol=1e-6)
-    assert not torch.equal(run.checkpoint[0]["ema_power_0.unet.conv_out.weight"], kept)
+def test_grids_of_a_task_use_the_same_images(monkeypatch):
+    """Condition, class and sample in a grid are of one validation image."""
+    grid, asked = {}, []
+
+    class Images:
+        count = 3
+
+        def batch(self, rows):
+            images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 4, 4)
+            return {"label": torch.tensor([1, -1, 2]), "condition": {"image": images, "mask": 0 * images[:, :1]}}
+
+    class Pipeline:
+        text, num_classes, examples = None, 3, []
+
+        def caption(self, label):
+            return ["zero", "one", "two", ""][label]
+
+    def generate(pipeline, conditions, seeds, *args, inputs, **more):
+        asked.extend(conditions)
+        return inputs["image"] + 10
+
+    monkeypatch.setattr(train_ldm, "generate", generate)
+    monkeypatch.setattr(train_ldm, "save_grid", lambda path, *args, columns: grid.update(path=path, args=args))
+    cfg = settings(task="inpaint", cond="class", n_samples=8, image_size=4, sampler="ddim", sample_steps=1, guidance=1)
+    train_ldm.save_samples("a.png", Pipeline(), Images(), cfg, contextlib.nullcontext())
+    images, captions = grid["args"]
+    assert captions == ["condition", "one", "condition", "", "condition", "two"] and asked == [1, 3, 2]
+    assert images[:, 0, 0, 0].tolist() == [0, 10, 1, 11, 2, 12]
 
 
-def test_a_frozen_tower_is_named_and_left_alone(small_data, first_stage, tmp_path, test_data, monkeypatch, capsys):
-    """In this process, with a small tower in the place of CLIP's; the real ones' widths are those of test_text.py."""
+# --- other models, towers, tokenizers ---
+
+
+def test_init_from_a_run(start, rich_run, rich_data, tmp_path):
+    run = rich_run("tokens")
+    own = f"--dataset={rich_data} --device=cpu --workers=0 --batch_size=4 --n_samples=2 --sample_steps=1 --out_dir=out"
+    args = (*own.split(), f"--init_from={run.out}", "--lr=1e-9", "--warmup_steps=0", "--max_steps=1", "--image_size=16")
+    tuned = start("ldm", *args, bare=True, folder=tmp_path).finish()
+    assert_same(part(tuned.checkpoint[0], "model"), part(run.checkpoint[0], "ema"), atol=1e-6)
+    assert tuned.checkpoint[1]["model"] == run.checkpoint[1]["model"]
+    assert start("ldm", *args, "--max_steps=2", bare=True, folder=tmp_path).finish().checkpoint[1]["step"] == 2
+    message = start("ldm", *args, "--channels=320", "--norm_groups=4", bare=True).fail()
+    assert "the model has channels=8, not 320; leave these settings out" in message
+    assert "init_from=" in start("ldm", *RUNS["tokens"], f"--dataset={rich_data}", folder=tmp_path).fail()
+    assert "object names" in start("ldm", *args, f"--init_from={rich_run('layout').out}", bare=True).fail()
+    shutil.copytree(rich_data, tmp_path / "data")
+    (tmp_path / "data/classes.json").write_text(json.dumps([f"class {i}" for i in range(20)]))
+    message = start("ldm", *args, f"--dataset={tmp_path}/data", bare=True).fail()
+    assert "num_classes=3 in the checkpoint, 20 now" in message
+
+
+def test_resume_keeps_autoencoder_tokenizer_and_settings(start, finished, first_stage, tmp_path):
+    folder = resume_folder(finished("ldm"), tmp_path)
+    other = VAE.from_pretrained(str(first_stage))
+    other.decoder.conv_out.bias.data += 1
+    meta = checkpoint.read_meta(str(first_stage))
+    checkpoint.write(f"{tmp_path}/other.safetensors", checkpoint.with_prefix("ema", other.state_dict()), meta)
+    message = start("ldm", f"--first_stage={tmp_path}/other.safetensors", folder=folder).fail()
+    assert "was trained on another autoencoder" in message
+    message = start("ldm", "--channels=16", "--objective=eps", folder=folder).fail()
+    assert "channels=8 in the checkpoint, 16 now" in message and "objective=flow in the checkpoint, eps now" in message
+    tokens = [*(bytes([i]) for i in range(256)), b"re", b"red"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    (tmp_path / "own.tiktoken").write_text("".join(lines))
+    assert "--tokenizer out" in start("ldm", f"--tokenizer={tmp_path}/own.tiktoken", folder=folder).fail()
+    resumed = start("ldm", "--first_stage=gone", "--max_steps=7", "--tokenizer=bytes", folder=folder).finish()
+    assert_same(part(resumed.checkpoint[0], "vae"), part(read(first_stage)[0], "ema"))
+    changed = re.search("settings changed since[^:]*: (.*)", resumed.stdout)[1]
+    assert "max_steps=7 was 6" in changed and "first_stage=gone" in changed
+    path = folder / "out/latest.safetensors"
+    shutil.copy(first_stage, path)
+    assert "stage vae" in start("ldm", folder=folder).fail()
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "truncated or damaged" in start("ldm", folder=folder).fail() and path.stat().st_size == 1000
+
+
+def test_a_frozen_tower_is_named_and_not_trained(start, test_data, tmp_path):
+    """With a small tower in place of clip_l."""
     small = dict(width=64, layers=2, heads=1, activation="quick_gelu", layer="last", pad="end")
-    monkeypatch.setitem(CLIPTextEncoder.towers, "clip_l", small)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.chdir(tmp_path)
     merges, weights = str(test_data / "assets/bpe_simple_vocab_16e6.txt.gz"), f"{tmp_path}/tower.safetensors"
-    torch.manual_seed(0)
-    tower = CLIPTextEncoder.named("clip_l", merges)
+    tower = CLIPTextEncoder(**small, merges=merges)
     save_file(tower.state_dict(), weights)
-    places = f"--dataset={small_data} --first_stage={first_stage} --cache_dir=cache --tower_weights={weights}"
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def train(*args):
-        line = f"{helpers.ARGS['ldm']} {places} --text_encoder=clip_l --clip_vocab={merges}".split()
-        monkeypatch.setattr(sys, "argv", ["train_ldm.py", *line, *args])
-        try:
-            runpy.run_path(train_ldm.__file__, run_name="__main__")
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    train("--max_steps=2")
-    tensors, meta = read("out/latest.safetensors")
+    first = f"import text\ntext.CLIPTextEncoder.towers['clip_l'] = {small}"
+    args = ("--text_encoder=clip_l", f"--clip_vocab={merges}", f"--tower_weights={weights}")
+    run = start("ldm", *args, "--max_steps=2", first=first, folder=tmp_path).finish()
+    tensors, meta = run.checkpoint
     assert not any(name.startswith(("model.text", "ema.text", "text.")) for name in tensors)
-    assert meta["model"]["text_encoder"] == "clip_l" and meta["model"]["tower_hash"] == convert.hash_weights(tower)
+    assert meta["model"]["text_encoder"] == "clip_l" and meta["model"]["tower_hash"] == checkpoint.hash_weights(tower)
     assert tensors["model.unet.middle_block.1.blocks.0.attn2.to_k.weight"].shape[1] == 64
-    pipeline = sample.load_pipeline("out")
-    draw = functools.partial(sample.generate, pipeline, seeds=[0], steps=2, cfg=2.0)
-    assert not torch.equal(draw(["a red blob"]), draw(["a blue blob"]))
-    train("--max_steps=3")
-    assert read("out/latest.safetensors")[1]["step"] == 3
-    with torch.no_grad():
-        tower.norm_out.bias += 1
+    start("ldm", *args, "--max_steps=3", first=first, folder=tmp_path).finish()
+    tower.norm_out.bias.data += 1
     save_file(tower.state_dict(), weights)
-    with pytest.raises(ValueError, match="tower_hash: [0-9a-f]* in the checkpoint, [0-9a-f]* now"):
-        train("--max_steps=4")
-    save_file({"other": torch.zeros(1)}, weights)
-    with pytest.raises(ValueError, match="tower.safetensors holds no text tower of CLIP's"):
-        train("--out_dir=new")
+    message = start("ldm", *args, "--max_steps=4", first=first, folder=tmp_path).fail()
+    assert re.search("tower_hash=[0-9a-f]* in the checkpoint, [0-9a-f]* now", message)
+
+
+OWN_DENOISER = """
+class DiT(torch.nn.Module):
+    def __init__(self, in_channels, width=16, context_dim=0, num_classes=0, **other):
+        super().__init__()
+        self.settings = dict(in_channels=in_channels, width=width, context_dim=context_dim, num_classes=num_classes)
+        self.side_multiple = 1
+        self.inner = torch.nn.Conv2d(in_channels, width, 1)
+        self.outer = torch.nn.Conv2d(width, in_channels, 1)
+
+    def forward(self, x, t, context=None, y=None, concat=None):
+        return self.outer(torch.relu(self.inner(x) + t.view(-1, 1, 1, 1) / 1000))
+
+
+"""
+
+
+def test_a_copy_with_another_denoiser(start, tmp_path):
+    source = Path(train_ldm.__file__).read_text()
+    assert source.count("UNet(**arguments)") == 1 and source.count("signature(UNet)") == 1
+    source = source.replace("UNet(**arguments)", "DiT(**arguments)").replace("signature(UNet)", "signature(DiT)")
+    source = source.replace("# --- model ---", f"# --- model ---\n{OWN_DENOISER}")
+    (tmp_path / "mine.py").write_text(source)
+    run = start("ldm", "--max_steps=2", script=f"{tmp_path}/mine.py", folder=tmp_path).finish()
+    assert run.checkpoint[1]["model"]["unet"]["width"] == 16 and "model.unet.inner.weight" in run.checkpoint[0]
+    start("ldm", "--max_steps=3", script=f"{tmp_path}/mine.py", folder=tmp_path).finish()
+
+
+# --- settings and data that do not fit ---
 
 
 @pytest.mark.parametrize(
-    "args, wanted",
+    "args, message",
     [
-        ("--task=sr --sr_scale=3", "an image of 16 x 16 is not to be divided by scale 3: set another scale"),
-        ("--task=semantic", "has no semantic maps: add KEY.map.png"),
-        ("--cond=layout", "has no objects: give"),
-        ("--cond=class --text_encoder=clip_l", "text_encoder=clip_l has a meaning for cond=text alone: leave it out"),
-        ("--sr_noise=3", "sr_noise=3 has a meaning for task=sr alone"),
-        ("--task=inpaint --prompts=FILE", "prompts=FILE has a meaning for cond=text, or layout, and no task alone"),
-        ("--cond=none --sample_steps=5000", "steps is 5000: more than 1000"),
-        ("--task=sr --sr_noise=1000", "sr_noise=1000 is not a level: choose 0 to 999"),
-        ("--task=sr --sr_noise=9 --cond=class", "sr_noise and cond=class both want the class embedding"),
-        ("--ema_stds=0.5", "ema_stds: 0.5 is no relative length"),
-        ("--text_encoder=clip_l", "text_encoder=clip_l wants tower_weights=FILE"),
-        ("--zero_snr=True --schedule=scaled_linear --objective=eps", "zero_snr"),
-        ("--loss_weight=snr", "loss_weight=snr is not one of none, min_snr, uncertainty"),
-        ("--offset_noise=-1", "offset_noise=-1.0 must not be negative"),
-        ("--cond_drop=0", "cond_drop=0 trains no empty condition, for cfg=3.0 to guide away from: set cfg=1"),
+        ("--beta_start=0.5", "beta_start must be below beta_end"),
+        ("--zero_snr --schedule=scaled_linear --objective=eps", "zero_snr cannot be used with objective=eps"),
+        ("--zero_snr", "zero_snr is for tables"),
+        ("--task=sr --sr_noise=9 --cond=class", "both use the class embedding"),
+        ("--text_encoder=clip_l", "needs --tower_weights=FILE"),
+        ("--tower_weights=FILE", "needs --tower_weights=FILE"),
+        ("--cond_drop=0", "guidance needs cond_drop > 0"),
+        ("--cond=class --tokenizer=bytes --text_encoder=clip_l", "--text_encoder is only used with --cond=text"),
+        ("--sr_noise=3", "--sr_noise is only used with --task=sr"),
+        ("--task=inpaint --prompts=FILE", "--prompts is only used with --task=none"),
+        (
+            "--cache_latents=false --latents_on_device=true",
+            "--latents_on_device is only used with --cache_latents=True",
+        ),
     ],
 )
-def test_settings_that_do_not_go_together(args, wanted, start):
-    assert re.search(wanted, start("ldm", *args.split()).fail())
+def test_settings_that_do_not_fit_together(args, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        train_ldm.check_settings(configure(dict(vars(train_ldm)), args.split()))
+
+
+@pytest.mark.parametrize("args", ["--loss_weight=snr", "--sr_noise=1000", "--ema_stds=0.5", "--lr=0", "--ema_decay=7"])
+def test_a_wrong_value_is_one_line(args, capsys):
+    with pytest.raises(SystemExit):
+        configure(dict(vars(train_ldm)), [args])
+    error = capsys.readouterr().err
+    assert error.startswith(f"train_ldm.py: {args}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--task=semantic", "maps"),
+        ("--cond=layout", "objects"),
+        ("--task=sr --sr_scale=3", "3"),
+        ("--image_size=18", "latents of side 9, which must be a multiple of 2"),
+        ("--num_heads=2", "num_heads=2, head_dim=8"),
+        ("--dataset=nowhere", "nowhere"),
+        ("--cond=class --dataset=LABELLESS", "has no labels; set --cond=none or --cond=text"),
+        ("--dataset=LABELLESS", "its validation images have no captions; set --cond=none or --cond=class"),
+        ("--attention=sdpa_cudnn", "attention=sdpa_cudnn: no kernels for cpu"),
+    ],
+)
+def test_data_and_models_that_do_not_fit_are_one_line(args, message, start, small_data, tmp_path):
+    if "LABELLESS" in args:
+        for folder in ("train", "val"):
+            (tmp_path / folder).mkdir()
+            shutil.copy(small_data / folder / "images.npy", tmp_path / folder)
+    line = start("ldm", *args.replace("LABELLESS", str(tmp_path)).split()).fail()
+    assert message in line
+
+
+def test_bad_images_are_reported_and_replaced(start, tmp_path):
+    folder = tmp_path / "data/train"
+    folder.mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"an image of {i}")
+    (folder / "0.png").write_bytes(b"not an image")
+    run = start("ldm", f"--dataset={tmp_path}/data", "--max_steps=5", "--cache_latents=false", *PLAIN).finish()
+    assert "skipped a bad image: " in run.stdout and run.checkpoint[1]["step"] == 5
 
 
 CONFIGS = sorted(Path(train_ldm.__file__).parent.glob("config/*_ldm.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_name_settings_that_exist_and_count_their_parameters(path):
-    """A recipe that tells its parameters has as many; the published counts are exact in test_unet.py."""
-    scope = {name: setting.default for name, setting in configurator.find_settings(vars(train_ldm)).items()}
-    config = scope | configurator.parse([str(path)], scope)
-    train_ldm.check_settings(config)
-    told = re.search(r"([\d.]+) M parameters", path.read_text().split("\n")[0])
-    if not told:
+def test_configs(path):
+    """They name settings that exist; one that says how many parameters it has, has as many."""
+    cfg = configure(dict(vars(train_ldm)), [str(path)])
+    train_ldm.check_settings(cfg)
+    count = re.search(r"([\d.]+) M parameters", path.read_text().split("\n")[0])
+    if not count:
         return
-    latents = 3 if "f4" in config["first_stage"] else 4
-    concat = {"none": 0, "inpaint": 1 + latents, "sr": 3, "semantic": 3}[config["task"]]
-    context = config["text_width"] if config["cond"] in ("text", "layout") or config["class_embed"] == "token" else 0
-    arguments = {name: config[name] for name in inspect.signature(UNet).parameters if name in config}
+    latents = 3 if "f4" in cfg.first_stage else 4
+    concat = {"none": 0, "inpaint": 1 + latents, "sr": 3, "semantic": 3}[cfg.task]
+    context = cfg.text_width if cfg.cond in ("text", "layout") or cfg.class_embed == "token" else 0
+    arguments = {name: cfg[name] for name in inspect.signature(UNet).parameters if name in cfg}
+    arguments |= dict(in_channels=latents, out_channels=latents, concat_channels=concat, context_dim=context)
     with torch.device("meta"):
-        unet = UNet(
-            **arguments | dict(in_channels=latents, out_channels=latents, concat_channels=concat, context_dim=context)
-        )
-    assert f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}" == told[1]
-
-
-# -- what runs must really do --
-
-
-def test_example_predictions_are_x0_hat():
-    """Of a network that knows the noise: the truth, at every t; of one that says nothing, x_t / alpha."""
-    x0, eps = torch.randn(2, 3, 4, 4) / 4, torch.randn(2, 3, 4, 4)
-
-    def draw(net):
-        cfg = settings(objective="eps", schedule="flow")
-        return train_ldm.example_predictions(net, None, {"x0": x0}, eps, cfg, contextlib.nullcontext)
-
-    seen = draw(lambda x, t: eps)
-    assert seen.shape == (2, 6, 3, 4, 4)
-    torch.testing.assert_close(seen, x0[:, None].expand(-1, 6, -1, -1, -1).clamp(-1, 1), rtol=1e-4, atol=1e-4)
-    blind, t = draw(lambda x, t: torch.zeros_like(x)), torch.tensor([0, 0.1, 0.3, 0.5, 0.7, 0.9]).view(1, 6, 1, 1, 1)
-    torch.testing.assert_close(blind, (x0[:, None] + t / (1 - t) * eps[:, None]).clamp(-1, 1), rtol=1e-4, atol=1e-4)
-
-
-def test_settings_of_noise_reach_the_loss(start, tasked, told_data):
-    """The same run without the setting has another first loss."""
-    args = ("--task=sr", "--cond=none", "--transformer_depth=0", "--sr_scale=2", f"--dataset={told_data}")
-    plain = start("ldm", *args, "--max_steps=2").finish().log
-    assert plain[1]["loss"] != tasked("sr").log[1]["loss"], "sr_noise"
-    for setting in ("--offset_noise=0.5", "--loss_type=l1", "--loss_weight=min_snr", "--timesteps=shifted"):
-        assert start("ldm", *args, setting, "--max_steps=2").finish().log[1]["loss"] != plain[1]["loss"], setting
-
-
-def test_a_class_that_validation_alone_has_is_left_out_of_layouts(told_data, start, tmp_path):
-    shutil.copytree(told_data, tmp_path / "data")
-    path = tmp_path / "data/val/captions.jsonl"
-    path.write_text(path.read_text().replace("blue blob", "unheard-of blob"))
-    run = start("ldm", "--cond=layout", f"--dataset={tmp_path}/data", "--max_steps=1").finish()
-    assert not any("unheard-of" in prompt for prompt in run.checkpoint[1]["shown"])
-
-
-def test_a_run_from_before_tasks_goes_on(start, finished, tmp_path):
-    """Its checkpoint lacks the settings that came later."""
-    folder = continued(finished("ldm"), tmp_path)
-    tensors, meta = read(folder / "out/latest.safetensors")
-    for name in ("class_embed", "zero_snr", "uncertainty", "ema_stds", "text_encoder", "tower_hash", "task"):
-        del meta["model"][name]
-    train_ldm.save_checkpoint(str(folder / "out/latest.safetensors"), tensors, meta)
-    assert start("ldm", "--max_steps=7", folder=folder).finish().checkpoint[1]["step"] == 7
-
-
-def test_grids_of_a_task_show_conditions_of_the_very_pictures(told_data, start, monkeypatch, tmp_path):
-    """Conditions, classes and prompts come from the same validation images."""
-    seen = {}
-    monkeypatch.setattr(sample, "save_grid", lambda path, images, names, *rest, **more: seen.update({path: names}))
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(told_data, "data")
-    np.save("data/val/labels.npy", np.resize([1, -1, 2], len(np.load("data/val/labels.npy"))))
-    Path("data/classes.json").write_text('["none", "one", "two"]')
-    places = "--dataset=data --first_stage=none --cache_latents=false --task=inpaint --cond=class --max_steps=1"
-    monkeypatch.setattr(sys, "argv", ["train_ldm.py", *f"{helpers.ARGS['ldm']} {places} --transformer_depth=0".split()])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        runpy.run_path(train_ldm.__file__, run_name="__main__")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert seen["out/samples_00000001.png"][1::2] == ["one", "", "two"], "what has no label is drawn without one"
+        unet = UNet(**arguments)
+    assert f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}" == count[1]
