@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import zlib
 
 import numpy as np
@@ -36,7 +37,7 @@ def reject(path, what, remedy):
 
 
 def write_atomic(path, write):
-    """Call write(temporary name), then rename the file to `path`: it is complete and on disk, or not there at all."""
+    """Call write(temporary name), then rename what it wrote, a file or a folder, to `path`: complete, or not there."""
     folder, temporary = os.path.dirname(path) or ".", f"{path}.{os.getpid()}.tmp"
     try:
         write(temporary)
@@ -44,7 +45,9 @@ def write_atomic(path, write):
         os.replace(temporary, path)
         sync(folder)
     finally:
-        if os.path.exists(temporary):
+        if os.path.isdir(temporary):
+            shutil.rmtree(temporary)
+        elif os.path.exists(temporary):
             os.remove(temporary)
 
 
@@ -151,6 +154,8 @@ def read_meta(path):
 
 def _read(path, starts):
     path = find(path)
+    if os.path.isdir(path):
+        reject(path, "not a checkpoint of this repository", "use another file")
     try:
         with safe_open(path, framework="pt") as file:
             stored = file.metadata() or {}

@@ -454,15 +454,6 @@ class Inert:
         pass
 
 
-class Source(NamedTuple):
-    """One model in a file or folder of another project."""
-
-    path: str
-    state: dict  # its tensors, with their names
-    config: dict  # of diffusers or transformers; {} if there is none
-    file: dict  # all tensors of its file
-
-
 def read_tensors(path):
     """All tensors of a .safetensors file, or of a pickle without running its code."""
     if not os.path.exists(path):
@@ -509,13 +500,13 @@ def read_folder(folder):
     """(tensors, config) of a model's folder from diffusers or transformers, in one file or in shards."""
     if not os.path.exists(f"{folder}/config.json"):
         reject(folder, "neither config.json nor model_index.json in it", "give the model's own folder")
+    config = read_json(f"{folder}/config.json")
     stems, endings = ("diffusion_pytorch_model", "model", "pytorch_model"), (".safetensors", ".bin")
     names = [stem + end + index for end in endings for index in ("", ".index.json") for stem in stems]
     names += [stem + half for end in endings for half in (f".fp16{end}", f"{end}.index.fp16.json") for stem in stems]
     name = next((name for name in names if os.path.exists(f"{folder}/{name}")), None)
     if name is None:
         reject(folder, f"no weights ({names[0]} or similar)", "fetch it again")
-    config = read_json(f"{folder}/config.json")
     if not name.endswith(".json"):
         return read_tensors(f"{folder}/{name}"), config
     state, shards = {}, read_json(f"{folder}/{name}").get("weight_map", {})
@@ -526,8 +517,11 @@ def read_folder(folder):
     return state, config
 
 
-def read_source(path, part, file=None):
-    """The vae, unet or text in a file or folder. file: all tensors of the file, if they have been read."""
+def read_part(path, part, file=None):
+    """(tensors, config or {}, all tensors of the file) of the vae, unet or text in a file or folder, in its own names.
+
+    file: all tensors of the file, if they have been read.
+    """
     if os.path.isdir(path):
         folder = path
         if os.path.exists(f"{path}/model_index.json"):
@@ -552,7 +546,7 @@ def read_source(path, part, file=None):
     new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     old = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
     state = {old.sub(lambda match: f"{match[1]}.{new[match[2]]}.{match[3]}", name): t for name, t in state.items()}
-    return Source(path, state, config, file)
+    return state, config, file
 
 
 def select_part(file, part, path):
@@ -609,27 +603,32 @@ def one_line_errors(read):
 
 
 @one_line_errors
-def load_vae(path, scaling_factor=None, **known):
+def load_vae(path, scaling_factor=None, file=None, **known):
     """(settings, state dict) of the autoencoder in a file or folder.
 
-    scaling_factor: of its latents; known: other settings of vae.VAE, if the file does not say them.
+    scaling_factor: of its latents; known: other settings of vae.VAE, if the file does not say them.  file: its tensors,
+    if they have been read.
     """
-    return read_vae(read_source(checkpoint.find(path), "vae"), scaling_factor, known)
-
-
-def read_vae(source, scaling_factor, known):
-    config, path = source.config, source.path
+    path = checkpoint.find(path)
+    state, config, file = read_part(path, "vae", file)
     check_config(config, path, act_fn="silu", norm_type="group", lookup_from_codebook=False)
     check_config(config, path, in_channels=3, out_channels=3)
-    inferred, layout = infer_vae(source.state, path)
+    inferred, layout = infer_vae(state, path)
     if "norm_num_groups" in config:
         inferred["norm_groups"] = config["norm_num_groups"]
     if resolution := known.get("resolution"):
         inferred["attn_resolutions"] = tuple(side * resolution // 256 for side in inferred["attn_resolutions"])
         inferred["resolution"] = resolution
     s = combine(path, VAE, inferred, checkpoint.tuples(known))
-    state = to_ours(source.state, key_table(vae_layers(s), layout), path)
-    for name, value in zip(("latent_mean", "latent_std"), latent_statistics(source, s, scaling_factor)):
+    state = to_ours(state, key_table(vae_layers(s), layout), path)
+    scale = config.get("scaling_factor", scaling_factor)
+    if scaling_factor is not None and scale != scaling_factor:
+        reject(path, f"scaling_factor={scale} by its config, not {scaling_factor}", "leave scaling_factor out")
+    scale = latent_scale(path, file, s) if scale is None else scale
+    mean, std = config.get("shift_factor") or 0.0, 1.0
+    if config.get("latents_mean") and config.get("latents_std"):
+        mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    for name, value in (("latent_mean", mean), ("latent_std", std / scale)):
         state[name] = torch.as_tensor(value).expand(latent_channels(s)).clone()
     return s, state
 
@@ -639,55 +638,44 @@ def latent_channels(s):
     return s["embed_dim"] or s["z_channels"]
 
 
-def latent_statistics(source, s, scaling_factor):
-    """(mean, std) of the latents, numbers or one for each channel. Others keep one scale; std is NaN if unknown."""
-    config, file, mean, std, known = source.config, source.file, 0.0, 1.0, {}
+def latent_scale(path, file, s):
+    """What the latents of an autoencoder with settings s are multiplied by in its file's U-Net; NaN if unknown."""
+    if "scale_factor" in file:  # CompVis' scale_by_std
+        return float(file["scale_factor"])
+    if any(name.startswith("conditioner.embedders.") for name in file):
+        return 0.13025  # SDXL
     if any(name.startswith(PREFIXES["unet"]) for name in file):
         try:
-            known = release_of(infer_unet(select_part(file, "unet", source.path))[0])
-        except UserError:  # an unsupported U-Net; its autoencoder may be supported
-            pass
-    scale = config.get("scaling_factor", scaling_factor)
-    if scaling_factor is not None and scale != scaling_factor:
-        reject(source.path, f"scaling_factor={scale} by its config, not {scaling_factor}", "leave scaling_factor out")
-    if config.get("latents_mean") and config.get("latents_std"):
-        mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
-    mean = config.get("shift_factor") or mean
-    if scale is None and "scale_factor" in file:  # CompVis' scale_by_std
-        scale = float(file["scale_factor"])
-    if scale is None and any(name.startswith("conditioner.embedders.") for name in file):
-        scale = 0.13025  # SDXL
-    if scale is None:
-        scale = known.get("scale")
-    if scale is None and s["bottleneck"] == "vq":
-        scale = 1.0  # LDM does not scale them
-    if scale is None and s["z_channels"] == 4 and len(s["ch_mult"]) == 4:
-        scale = 0.18215  # Stable Diffusion
-    return mean, math.nan if scale is None else std / scale
+            release = release_of(infer_unet(select_part(file, "unet", path))[0])
+        except UserError:  # an unsupported U-Net; its autoencoder is supported
+            release = {}
+        if release.get("scale"):
+            return release["scale"]
+    if s["bottleneck"] == "vq":
+        return 1.0  # LDM does not scale them
+    return 0.18215 if s["z_channels"] == 4 and len(s["ch_mult"]) == 4 else math.nan  # Stable Diffusion
 
 
 @one_line_errors
-def load_unet(path, new_attention_order=False, **known):
+def load_unet(path, new_attention_order=False, file=None, **known):
     """(settings, state dict) of the U-Net in a file or folder, its EMA's weights if there are any.
 
-    new_attention_order: see unet_layers; known: settings of unet.UNet that the file does not say, such as num_heads.
+    new_attention_order: see unet_layers.  known: settings of unet.UNet that the file does not say, such as num_heads.
     """
-    return read_unet(read_source(checkpoint.find(path), "unet"), new_attention_order, known)
-
-
-def read_unet(source, new_attention_order, known):
-    inferred, layout = infer_unet(source.state, source.path)
-    if source.config:
-        inferred |= read_unet_config(source.config, source.path, inferred)
+    path = checkpoint.find(path)
+    state, config, _ = read_part(path, "unet", file)
+    inferred, layout = infer_unet(state, path)
+    if config:
+        inferred |= read_unet_config(config, path, inferred)
     if known.get("num_heads") or known.get("head_dim"):
         known = dict(num_heads=0, head_dim=0) | known
     elif "num_heads" not in inferred:
         release = release_of(inferred)
         if not release:
-            reject(source.path, "does not say its number of heads", "give num_heads=N or head_dim=N")
+            reject(path, "does not say its number of heads", "give num_heads=N or head_dim=N")
         inferred |= dict(num_heads=release.get("num_heads", 0), head_dim=release.get("head_dim", 0))
-    s = combine(source.path, UNET, inferred, checkpoint.tuples(known))
-    return s, to_ours(source.state, key_table(unet_layers(s, new_attention_order), layout), source.path)
+    s = combine(path, UNET, inferred, checkpoint.tuples(known))
+    return s, to_ours(state, key_table(unet_layers(s, new_attention_order), layout), path)
 
 
 def read_unet_config(config, path, inferred):
@@ -725,17 +713,14 @@ def read_unet_config(config, path, inferred):
 
 
 @one_line_errors
-def load_clip(path, name="", merges=None):
+def load_clip(path, name="", merges=None, file=None):
     """(settings, state dict, merges) of CLIP's text tower in a file or folder, ours or another project's.
 
     name: clip_l or openclip_h if it must be that one.  merges: what read_merges takes, if not beside the weights.
     """
-    return read_clip(read_source(checkpoint.find(path), "text"), name, merges)
-
-
-def read_clip(source, name="", merges=None):
-    path, state = source.path, source.state
-    config = source.config.get("text_config", source.config)
+    path = checkpoint.find(path)
+    state, config, _ = read_part(path, "text", file)
+    config = config.get("text_config", config)
     if set(state) == {"embedding.weight"}:
         reject(path, "conditioned on classes, not on text", "give a file that holds a text encoder")
     if any("attn_layers." in key for key in state) or config.get("model_type") in ("ldmbert", "bert"):
@@ -755,7 +740,9 @@ def read_clip(source, name="", merges=None):
     }[layout]
     require(state, (end, position, block.format(0)), "CLIP's text tower", path)
     blocks = count(state, block)
-    s = clip_settings(source, config, layout, name, state[end], len(state[position]), blocks)
+    vocab, width = state[end].shape
+    s = dict(width=width, layers=blocks, heads=max(1, width // 64), length=len(state[position]), vocab=vocab)
+    s = clip_settings(path, s, config, layout, name)
     found = name_of_tower(s)
     if name not in ("", "other", found):
         reject(path, f"holds {found} of {blocks} blocks of width {s['width']}, not {name}", "give the right name")
@@ -771,14 +758,15 @@ def read_clip(source, name="", merges=None):
     return s, to_ours(state, key_table(text_layers(held), layout), path), merges
 
 
-def clip_settings(source, config, layout, name, table, length, blocks):
-    """All settings of text.CLIPTextEncoder; table: its token embedding (vocab, width)."""
-    path, (vocab, width) = source.path, table.shape
+def clip_settings(path, s, config, layout, name):
+    """The settings s that shapes show, completed by config, layout, name and the published towers."""
+    width, blocks = s["width"], s["layers"]
     if layout == "open_clip" and not name and width == 768:  # OpenAI's has QuickGELU, LAION's GELU
         reject(path, "OpenAI's ViT-L/14, or another's of that shape", "give name=clip_l or name=other")
     gelu = any(known["width"] == width and known["activation"] == "gelu" for known in TOWERS.values())
     openai = name == "clip_l" or (layout == "transformers" and not gelu) or (layout == "ours" and width == 768)
-    s = dict(width=width, layers=blocks, heads=max(1, width // 64), length=length, vocab=vocab, layer="last")
+    penultimate = layout == "open_clip" and not openai and blocks > 1  # as in Stable Diffusion 2
+    s |= dict(layer="penultimate" if penultimate else "last")
     s |= dict(activation="quick_gelu", pad="end") if openai else dict(activation="gelu", pad="zero")
     if config:
         check_config(config, path, layer_norm_eps=1e-5, intermediate_size=4 * width)
@@ -792,8 +780,6 @@ def clip_settings(source, config, layout, name, table, length, blocks):
             pad = read_json(f"{folder}/special_tokens_map.json").get("pad_token", pad)
         pad = pad.get("content") if isinstance(pad, dict) else pad
         s["pad"] = "zero" if pad in ("!", "<|pad|>") else "end" if pad else s["pad"]
-    if layout == "open_clip" and not openai and blocks > 1:
-        s["layer"] = "penultimate"  # as in Stable Diffusion 2
     for known in TOWERS.values():  # a file may or may not hold the block that is not used
         same = all(s[key] == known[key] for key in ("width", "heads", "activation", "pad"))
         s |= known if same and blocks in (held_blocks(known), known["layers"]) else {}
@@ -888,12 +874,12 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     else:
         file = read_tensors(path)
         held = {name for name, prefix in PREFIXES.items() if any(tensor.startswith(prefix) for tensor in file)}
-    unet = s, state = read_unet(read_source(path, "unet", file), known.pop("new_attention_order", False), known)
+    unet = s, state = load_unet(path, file=file, **known)
     release = release_of(s)
     process = read_scheduler(path, objective) if folder else read_betas(path, file, release, objective, otherwise)
     if process["schedule"] == "cosine":  # a table in other layouts, whose U-Net counts from 0
         state["time_embed.0.weight"] = fold_time(state["time_embed.0.weight"], -1)
-    vae = read_vae(read_source(path, "vae", file), None, {}) if "vae" in held else None
+    vae = load_vae(path, file=file) if "vae" in held else None
     if vae and not all(vae[1][name].isfinite().all() for name in ("latent_mean", "latent_std")):
         reject(path, "the scale of its latents is unknown", "this pipeline is not supported")
     if vae and latent_channels(vae[0]) != s["in_channels"]:
@@ -970,7 +956,7 @@ def read_condition(path, file, unet, has_text, clip_vocab):
     elif unet["context_dim"]:
         if not has_text:
             reject(path, "no text encoder, which its U-Net needs", "fetch all of it")
-        text = read_clip(read_source(path, "text", file or None), merges=clip_vocab or None)
+        text = load_clip(path, merges=clip_vocab or None, file=file or None)
         if text[0]["width"] != unet["context_dim"]:
             widths = f"{unet['context_dim']} in its U-Net, {text[0]['width']} in its text encoder"
             reject(path, f"the context's width is {widths}", "use parts that belong together")

@@ -34,7 +34,8 @@ import checkpoint
 import common
 from checkpoint import UserError, reject
 from configurator import configure
-from data.dataset import loader, open_npy, permute, seed_of
+from data.dataset import loader, permute, seed_of
+from data.forms import open_npy
 from metrics import ssim
 
 # data

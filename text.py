@@ -1,181 +1,206 @@
-"""Text: tokenizers, the text encoder trained beside the U-Net, and CLIP's frozen text towers."""
+"""Text: tokenizers, the text encoder trained with the U-Net, CLIP's frozen text encoders, and layouts as tokens.
+
+text = TextEncoder(text_width=128)                            # tokens are UTF-8 bytes
+text = TextEncoder(tokenizer="out/bpe.tiktoken")              # or a BPE of one's own (data/prepare.py), or "gpt2"
+text = TextEncoder(tokenizer='layout {"names": ["cat"]}')     # boxes: "cat 0.1 0.2 0.5 0.6; ..."
+text = CLIPTextEncoder.from_pretrained("clip-vit-large-patch14")
+context = text(["a red star", ""])                            # (B,length,width)
+"""
 
 import base64
-import gzip
 import html
-import importlib.util
-import io
 import json
 import os
-import zlib
 
 import torch
 import torch.nn as nn
 
+import checkpoint
+import convert
 from attention import Attention
+from checkpoint import reject
 
-# GPT-2's way to split text into words before BPE; prepare.py trains with the same
+# --- tokenizers: encode_ordinary(string) -> ids, n_vocab, name ---
+
+# GPT-2's pattern, which splits text into words before BPE; data/prepare.py trains with it too
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def make_tokenizer(source="bytes"):
-    """A tiktoken Encoding from: "bytes"; a .tiktoken file of "base64(token) rank" lines, by path or content; a name.
+    """The tokenizer that `source` describes, a tiktoken.Encoding or a LayoutTokenizer.
 
-    Only names ("gpt2", "cl100k_base", ...) may need a download, which tiktoken does by itself. What TextEncoder.bpe
-    gives, a content or a name as bytes, makes the same tokenizer again. `layout {"names": [...], "grid": 32}`, str or
-    bytes, makes a LayoutTokenizer.
+    source: "bytes"; a .tiktoken file, by path or content; a name that tiktoken knows and may download ("gpt2", ...);
+    or `layout {"names": [...], "grid": 32}`. TextEncoder.bpe() is a source of the same tokenizer, as bytes.
     """
-    if source[:7] in ("layout ", b"layout "):
-        return LayoutTokenizer.from_json(source[7:])
     import tiktoken
 
+    if source[:7] in ("layout ", b"layout "):
+        return LayoutTokenizer.from_json(source[7:])
     if isinstance(source, bytes) and b" " not in source:  # a name, from a checkpoint
         source = source.decode("utf-8", "replace")
     if source == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-    elif isinstance(source, str) and not os.path.exists(source):
+    elif isinstance(source, bytes):
+        ranks = read_ranks(source, "tokenizer")
+    elif os.path.isfile(source):
+        with open(source, "rb") as file:
+            ranks = read_ranks(file.read(), source)
+    else:
         try:
             return tiktoken.get_encoding(source)
-        except ValueError:
-            raise ValueError(f"tokenizer {source!r} is no file, not 'bytes', and no name that tiktoken knows") from None
-        except Exception as e:  # tiktoken fetches names through requests; offline that fails in many ways
-            raise ValueError(
-                f"tokenizer {source!r} could not be fetched ({type(e).__name__}): use bytes or a file"
-            ) from None
-    else:
-        if isinstance(source, str):
-            with open(source, "rb") as f:
-                source = f.read()
-        try:
-            lines = (line.split() for line in source.splitlines() if line.strip())
-            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        except ValueError as e:
-            raise ValueError(f"not a .tiktoken file of 'base64 rank' lines: {e}") from None
-        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([i]) in ranks for i in range(256)):
-            raise ValueError(
-                "a .tiktoken file needs the ranks 0, 1, 2, ... once each and all 256 single bytes among them"
-            )
+        except Exception as error:  # an unknown name is a ValueError; a failed download can raise anything
+            what = f"not a file, and tiktoken cannot load it ({type(error).__name__})"
+            reject(f"tokenizer {source!r}", what, "use bytes, a .tiktoken file or one of tiktoken's names")
     return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
-class LayoutTokenizer:
-    """Boxes as text, "red circle 0.10 0.20 0.50 0.60; ...", three tokens each: the class, and the cells of two corners.
+def read_ranks(content, path):
+    """{token: rank} from the content of a .tiktoken file, lines of "base64(token) rank"."""
+    try:
+        lines = (line.split() for line in content.splitlines() if line.strip())
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    except ValueError as error:
+        reject(path, f"not a .tiktoken file of 'base64 rank' lines ({error})", "train one with data/prepare.py")
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([i]) in ranks for i in range(256)):
+        reject(path, "its ranks are not 0, 1, 2, ..., or a single byte is missing", "train one with data/prepare.py")
+    return ranks
 
-    Names and x0 y0 x1 y1 in shares of the picture, y downwards. Ids are the names', in their order, then those of
-    grid * grid cells, row by row (Rombach et al. 2022, arXiv 2112.10752, appendix on layout-to-image). The empty string
-    has no tokens. Where there is no room for all, whole objects are cut.
+
+class LayoutTokenizer:
+    """Boxes as text, "red circle 0.10 0.20 0.50 0.60; ...", three tokens each: the class and the cells of two corners.
+
+    A box is a class name and x0 y0 x1 y1 as fractions of the image's sides, y downwards. Ids are those of the names, in
+    their order, then those of grid * grid cells, row by row (Rombach et al. 2022, arXiv 2112.10752, appendix on
+    layout-to-image). The empty string has no tokens.
     """
 
-    whole = 3  # tokens of an object
+    group = 3  # tokens of one object, never cut apart
 
     def __init__(self, names, grid=32):
+        """names: class names, unique, without ";".  grid: cells along each side, 2 to 1024."""
         self.names, self.grid = list(names), grid
-        odd = [n for n in self.names if not isinstance(n, str) or not n.strip() or n != n.strip() or ";" in n]
-        odd += sorted({n for n in self.names if self.names.count(n) > 1}) if not odd else []
-        if odd or not self.names:
-            raise ValueError(f"layout classes {odd or self.names}: give words, each once, without ; and outer spaces")
+        bad = [n for n in self.names if not isinstance(n, str) or not n.strip() or n != n.strip() or ";" in n]
+        bad = bad or sorted({n for n in self.names if self.names.count(n) > 1})
+        if bad or not self.names:
+            reject("layout classes", f"{bad or self.names}", "give unique names without ; and outer spaces")
         if not isinstance(grid, int) or not 2 <= grid <= 1024:
-            raise ValueError(f"layout grid {grid!r}: give the number of cells along a side, 2 to 1024")
-        self.number = {name: i for i, name in enumerate(self.names)}
+            reject("layout grid", f"{grid!r}", "give the number of cells along a side, 2 to 1024")
+        self.ids = {name: i for i, name in enumerate(self.names)}
         self.n_vocab = len(self.names) + grid * grid
-        self.name = "layout " + json.dumps({"names": self.names, "grid": grid})  # what TextEncoder.bpe gives
+        self.name = "layout " + json.dumps({"names": self.names, "grid": grid})  # a source for make_tokenizer
 
     @classmethod
     def from_json(cls, text):
         try:
             settings = json.loads(text)
             names, grid = settings["names"], settings.get("grid", 32)
-        except (ValueError, TypeError, KeyError, RecursionError) as e:
-            example = 'layout {"names": ["cat", "dog"], "grid": 32}'
-            raise ValueError(f"tokenizer 'layout ...' does not read ({e!r}): write it like {example}") from None
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            reject("tokenizer layout", f"invalid ({error!r})", 'write layout {"names": ["cat", "dog"], "grid": 32}')
         return cls(names, grid)
 
     def parse(self, text):
-        """[(name, x0, y0, x1, y1), ...] from the text of a layout."""
+        """[(name, x0, y0, x1, y1), ...] of a layout."""
         objects = []
         for part in filter(None, (part.strip() for part in text.split(";"))):
             try:
                 name, *box = part.rsplit(None, 4)
                 x0, y0, x1, y1 = map(float, box)
             except ValueError:
-                raise ValueError(f"layout {part!r}: write each object as NAME X0 Y0 X1 Y1, with ; between") from None
-            if name not in self.number:
+                reject(f"layout {part!r}", "not an object", "write each one as NAME X0 Y0 X1 Y1, separated by ;")
+            if name not in self.ids:
                 some = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
-                raise ValueError(f"layout class {name!r} is not known: choose from {some}")
+                reject(f"layout {part!r}", f"unknown class {name!r}", f"choose from {some}")
             if not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):
-                raise ValueError(f"layout {part!r}: give 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1, y downwards")
+                reject(f"layout {part!r}", "not a box", "give 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1, y downwards")
             objects.append((name, x0, y0, x1, y1))
         return objects
 
+    def cell(self, x, y):
+        column, row = (min(int(v * self.grid), self.grid - 1) for v in (x, y))
+        return len(self.names) + row * self.grid + column
+
     def encode_ordinary(self, text):
-        cell = lambda v: min(int(v * self.grid), self.grid - 1)  # noqa: E731
-        ids, first = [], len(self.names)
-        for name, x0, y0, x1, y1 in self.parse(text):
-            corners = [first + cell(y) * self.grid + cell(x) for x, y in ((x0, y0), (x1, y1))]
-            ids += [self.number[name], *corners]
-        return ids
+        return [
+            i for name, *box in self.parse(text) for i in (self.ids[name], self.cell(*box[:2]), self.cell(*box[2:]))
+        ]
 
 
-def _check_list(prompts):
-    if isinstance(prompts, str):  # would be as many prompts as it has letters
-        raise ValueError(f"one string, {prompts[:40]!r}, where a list of them is wanted: put it in brackets")
+# CLIP's pattern: spaces are left out, each digit is a word
+CLIP_PATTERN = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-class TextEncoder(nn.Module):
-    """Strings -> (B, length, width): a transformer trained together with the U-Net, as in LDM's text-to-image model.
+class CLIPTokenizer:
+    """CLIP's byte-pair encoding, run by tiktoken: the same ids as open_clip's.
 
-    Tokens are the tokenizer's, then one end token, then padding, which is attended to as in Stable Diffusion.
+    tiktoken merges bytes by rank and has no end-of-word mark, so each word gets the byte 0xFF appended, which UTF-8
+    never uses; the merges of 0xFF with single bytes (ids 256-511) come before all others. As in CLIP, ftfy repairs the
+    text first if it is installed; without it curly quotes and broken encodings have other ids.
     """
 
-    def __init__(self, text_width=512, text_layers=6, text_heads=8, text_length=77, tokenizer="bytes"):
-        """text_length: tokens of a prompt, the end token included.  tokenizer: see make_tokenizer."""
-        super().__init__()
-        self.settings = dict(
-            text_width=text_width, text_layers=text_layers, text_heads=text_heads, text_length=text_length
-        )
-        if text_width % text_heads:
-            raise ValueError(f"text_width={text_width} does not divide into text_heads={text_heads}")
-        self.tokenizer = make_tokenizer(tokenizer)
-        self.width, self.length = text_width, text_length
-        self.end, self.pad = self.tokenizer.n_vocab, self.tokenizer.n_vocab + 1
-        self.token_embedding = nn.Embedding(self.tokenizer.n_vocab + 2, text_width)
-        self.position_embedding = nn.Parameter(0.01 * torch.randn(text_length, text_width))
-        self.blocks = nn.ModuleList(TextBlock(text_width, text_heads) for _ in range(text_layers))
-        self.norm_out = nn.LayerNorm(text_width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+    def __init__(self, merges=None):
+        """merges: CLIP's merges, see convert.read_merges; None: those of the package open_clip, if installed."""
+        import regex
+        import tiktoken
 
-    def bpe(self):
-        """The tokenizer as bytes: the content of a .tiktoken file, the name of tiktoken's own, or `layout {...}`."""
-        if self.tokenizer.name != "bpe":
-            return self.tokenizer.name.encode()
-        tokens = [self.tokenizer.decode_single_token_bytes(i) for i in range(self.tokenizer.n_vocab)]
-        return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+        lines, vocab = convert.read_merges(merges)
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves, and come first
+        other = [b for b in range(256) if b not in plain]
+        byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
+        token = {name: bytes([b]) for name, b in byte.items()}
+        token |= {name + "</w>": bytes([b, 255]) for name, b in byte.items()}
+        remedy = "give the merges of CLIP"
+        for line in lines:
+            try:
+                first, second = line.split()
+                token[first + second] = token[first] + token[second]
+            except (ValueError, KeyError):
+                reject("CLIP merges", f"{line[:40]!r} does not merge two earlier tokens", remedy)
+        ranks = {b: i for i, b in enumerate(token.values())}
+        if len(ranks) != 512 + len(lines):
+            reject("CLIP merges", "a merge is repeated", remedy)
+        if vocab is not None and any(vocab.get(name) != i for i, name in enumerate(token)):
+            reject("CLIP merges", "vocab.json has another order of tokens than CLIP", remedy)
+        self.merges = "\n".join(["#version: 0.2", *lines, ""]).encode()  # a merges.txt, for the same tokenizer
+        self.start, self.end, self.n_vocab = len(ranks), len(ranks) + 1, len(ranks) + 2
+        self.pattern = regex.compile(CLIP_PATTERN, regex.IGNORECASE)
+        self.core = tiktoken.Encoding("clip", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={})
 
-    def count_tokens(self, prompt):
-        """Tokens of a prompt, the end token included; more than `length` will be cut."""
-        return len(self.tokenizer.encode_ordinary(prompt)) + 1
+    def encode_ordinary(self, text):
+        """A string -> its ids, without start and end tokens (which a prompt may spell out, as in open_clip)."""
+        special = {"<start_of_text>": [self.start], "<end_of_text>": [self.end]}
+        words = self.pattern.findall(clean(text))
+        encode = self.core._encode_single_piece
+        pieces = (special.get(word) or encode(word.encode("utf-8", "replace") + b"\xff") for word in words)
+        return [i for piece in pieces for i in piece]
 
-    def tokenize(self, prompts):
-        """List of B strings -> token ids (B, length), cut or padded."""
-        _check_list(prompts)
-        rows = torch.full((len(prompts), self.length), self.pad)
-        whole = getattr(self.tokenizer, "whole", 1)  # tokens that mean something together only
-        room = (self.length - 1) // whole * whole
-        for row, prompt in zip(rows, prompts):
-            ids = self.tokenizer.encode_ordinary(prompt)[:room] + [self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
 
-    def forward(self, prompts):
-        """List of B strings, or their token ids (B, length) -> (B, length, width)."""
-        tokens = prompts if isinstance(prompts, torch.Tensor) else self.tokenize(prompts)
-        x = self.token_embedding(tokens.to(self.position_embedding.device)) + self.position_embedding
-        for block in self.blocks:
-            x = block(x)
-        return self.norm_out(x)
+def clean(text):
+    """CLIP's normalization of text."""
+    try:
+        import ftfy
+
+        text = ftfy.fix_text(text)
+    except ImportError:
+        pass
+    return " ".join(html.unescape(html.unescape(text)).split()).lower()
+
+
+# --- encoders ---
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), the activation of OpenAI's CLIP; it differs from GELU by up to 0.02."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class TextBlock(nn.Module):
+    """Pre-norm transformer block: self-attention, MLP."""
+
     def __init__(self, width, heads, causal=False, activation=nn.GELU):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
@@ -188,193 +213,137 @@ class TextBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), with which OpenAI trained CLIP; up to 0.02 off GELU, so the two must not be mixed up."""
+class TextTransformer(nn.Module):
+    """What both encoders share: strings -> token ids (B,length) -> (B,length,width).
 
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
-
-# CLIP's way to split text, spaces left out and each digit a word
-CLIP_PATTERN = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-
-
-class CLIPTokenizer:
-    """CLIP's byte-pair encoding, run by tiktoken: open_clip's ids, string for string.
-
-    tiktoken merges bytes by rank and knows no end of a word, so each word gets the byte 0xFF behind it, which UTF-8
-    never uses; its merges with the other bytes (ids 256-511) come before all others.  ftfy mends the text first where
-    it is installed, as in CLIP; without it curly quotes and broken encodings give other ids.
+    Subclasses set tokenizer, first (ids before a prompt's), end and pad (ids after it).
     """
 
-    def __init__(self, merges=None):
-        """merges: path of bpe_simple_vocab_16e6.txt.gz, of a merges.txt or of a folder that holds it, or the content as
-        bytes.  None: the file in the package open_clip, where that is installed."""
-        import regex
-        import tiktoken
+    def __init__(self, vocab, width, length, layers, heads, **block):
+        super().__init__()
+        assert width % heads == 0, f"text width {width}: must be a multiple of the number of heads, {heads}"
+        self.width, self.length = width, length
+        self.token_embedding = nn.Embedding(vocab, width)
+        self.position_embedding = nn.Parameter(0.01 * torch.randn(length, width))
+        self.blocks = nn.ModuleList(TextBlock(width, heads, **block) for _ in range(layers))
+        self.norm_out = nn.LayerNorm(width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-        content, vocab = _read_merges(merges)
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves, and come first
-        other = [b for b in range(256) if b not in plain]
-        byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
-        token = {name: bytes([b]) for name, b in byte.items()}
-        token |= {name + "</w>": bytes([b, 255]) for name, b in byte.items()}
-        lines = content.split("\n")
-        lines = lines[1:] if "#version" in lines[0] else lines
-        lines = [line for line in lines[: 49152 - 256 - 2] if line.strip()]  # the file goes on, CLIP does not
-        for line in lines:
-            try:
-                first, second = line.split()
-                token[first + second] = token[first] + token[second]
-            except (ValueError, KeyError):
-                raise ValueError(f"{line[:40]!r} does not merge two tokens before it: is this CLIP's file?") from None
-        ranks = {b: i for i, b in enumerate(token.values())}
-        if len(ranks) != 512 + len(lines):
-            raise ValueError("a merge stands there twice: is this CLIP's file?")
-        if vocab is not None and any(vocab.get(name) != i for i, name in enumerate(token)):
-            raise ValueError("vocab.json numbers its tokens in another order than CLIP does: no tokenizer for it here")
-        self.merges = "\n".join(["#version: 0.2", *lines, ""]).encode()  # a merges.txt, to make the same tokenizer of
-        self.start, self.end, self.n_vocab = len(ranks), len(ranks) + 1, len(ranks) + 2
-        self.pattern = regex.compile(CLIP_PATTERN, regex.IGNORECASE)
-        self.core = tiktoken.Encoding("clip", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={})
+    def count_tokens(self, prompt):
+        """Tokens of a prompt with start and end; `tokenize` cuts what exceeds `length`."""
+        return len(self.first) + len(self.tokenizer.encode_ordinary(prompt)) + 1
 
-    def encode_ordinary(self, text):
-        """A string -> its ids, without start and end (which a prompt may spell out, as in open_clip)."""
-        special = {"<start_of_text>": [self.start], "<end_of_text>": [self.end]}
-        words = self.pattern.findall(_clip_clean(text))
-        encode = self.core._encode_single_piece
-        pieces = (special.get(word) or encode(word.encode("utf-8", "replace") + b"\xff") for word in words)
-        return [i for piece in pieces for i in piece]
+    def tokenize(self, prompts):
+        """List of B strings -> token ids (B,length), cut or padded."""
+        assert not isinstance(prompts, str), f"prompts={prompts[:40]!r}: must be a list of strings, not a string"
+        room = self.length - len(self.first) - 1
+        room -= room % getattr(self.tokenizer, "group", 1)
+        rows = torch.full((len(prompts), self.length), self.pad)
+        for row, prompt in zip(rows, prompts):
+            ids = [*self.first, *self.tokenizer.encode_ordinary(prompt)[:room], self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+    def forward(self, prompts):
+        """List of B strings, or their token ids (B,length) -> (B,length,width)."""
+        tokens = prompts if isinstance(prompts, torch.Tensor) else self.tokenize(prompts)
+        x = self.token_embedding(tokens.to(self.position_embedding.device)) + self.position_embedding
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_out(x)
 
 
-def _clip_clean(text):
-    try:
-        import ftfy
+class TextEncoder(TextTransformer):
+    """A transformer trained together with the U-Net, as in LDM's text-to-image model.
 
-        text = ftfy.fix_text(text)
-    except ImportError:
-        pass
-    return " ".join(html.unescape(html.unescape(text)).split()).lower()
-
-
-def _read_merges(source):
-    """(text of CLIP's merges, the vocab.json beside them or None)."""
-    remedy = "give merges=PATH of bpe_simple_vocab_16e6.txt.gz or of a folder with merges.txt"
-    vocab = None
-    if source is None:
-        found = importlib.util.find_spec("open_clip")  # does not import it
-        source = os.path.join(os.path.dirname(found.origin or "") if found else "", "bpe_simple_vocab_16e6.txt.gz")
-        if not os.path.exists(source):
-            raise ValueError(f"CLIP's tokenizer needs its file of merges: pip install open_clip_torch, or {remedy}")
-    if not isinstance(source, bytes):
-        if os.path.isdir(source):
-            if os.path.exists(os.path.join(source, "vocab.json")):
-                with open(os.path.join(source, "vocab.json"), encoding="utf-8") as f:
-                    vocab = json.load(f)
-            source = os.path.join(source, "merges.txt")
-        if not os.path.exists(source):
-            raise ValueError(f"CLIP's merges are not at {source}: {remedy}")
-        with open(source, "rb") as f:
-            source = f.read()
-    try:
-        if source[:2] == b"\x1f\x8b":
-            source = gzip.GzipFile(fileobj=io.BytesIO(source)).read(2**26)
-            if len(source) == 2**26:  # the real one has 3 MB
-                raise ValueError(f"CLIP's merges unpack to more than 64 MB: {remedy}")
-        return source.decode(), vocab
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-        raise ValueError(f"CLIP's merges cannot be read ({e}): {remedy}") from None
-
-
-class CLIPTextEncoder(nn.Module):
-    """Strings -> (B, length, width): CLIP's text tower without its projection, which Stable Diffusion listens to.
-
-    Its weights are random until some are loaded; it is made to stay frozen.  Tokens are start, the prompt's, end,
-    padding. Attention is causal and nothing else: what stands in front of padding does not see it.
+    Tokens are the prompt's, one end token, then padding, which is attended to as in Stable Diffusion.
     """
 
-    towers = {
-        # Stable Diffusion 1: OpenAI's CLIP ViT-L/14
-        "clip_l": dict(width=768, layers=12, heads=12, activation="quick_gelu", layer="last", pad="end"),
-        # Stable Diffusion 2: OpenCLIP's ViT-H/14
-        "openclip_h": dict(width=1024, layers=24, heads=16, activation="gelu", layer="penultimate", pad="zero"),
-    }
-
-    @classmethod
-    def named(cls, name, merges=None):
-        """The tower "clip_l" or "openclip_h"."""
-        if name not in cls.towers:
-            raise ValueError(f"text tower {name!r} is not one of {', '.join(cls.towers)}")
-        return cls(**cls.towers[name], merges=merges)
-
-    @classmethod
-    def from_pretrained(cls, path, name="", merges=None):
-        """The tower in a file or folder, frozen, of whatever is read by convert.py; see CLIPTokenizer for merges.
-
-        name: "clip_l" or "openclip_h" if it must be that one; "" takes what is there.
+    def __init__(self, text_width=512, text_layers=6, text_heads=8, text_length=77, tokenizer="bytes"):
+        """text_width: channels of the context.  text_layers, text_heads: of the transformer.
+        text_length: tokens of a prompt, the end token included.  tokenizer: see make_tokenizer.
         """
-        import convert
+        tokenizer = make_tokenizer(tokenizer)
+        super().__init__(tokenizer.n_vocab + 2, text_width, text_length, text_layers, text_heads)
+        self.settings = dict(text_width=text_width, text_layers=text_layers, text_heads=text_heads)
+        self.settings |= dict(text_length=text_length)
+        self.tokenizer = tokenizer
+        self.first, self.end, self.pad = [], tokenizer.n_vocab, tokenizer.n_vocab + 1
 
-        return convert.load_clip(cls, path, name, merges or None)
+    def bpe(self):
+        """The tokenizer as bytes: the content of a .tiktoken file, one of tiktoken's names, or `layout {...}`."""
+        if self.tokenizer.name != "bpe":
+            return self.tokenizer.name.encode()
+        tokens = [self.tokenizer.decode_single_token_bytes(i) for i in range(self.tokenizer.n_vocab)]
+        return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+
+
+class CLIPTextEncoder(TextTransformer):
+    """CLIP's text encoder without its projection, the context of Stable Diffusion; meant to stay frozen.
+
+    Tokens are start, the prompt's, end, padding. Attention is causal, so padding does not affect the prompt.
+    """
+
+    towers = convert.TOWERS  # settings of the published ones, by name: clip_l, openclip_h
 
     def __init__(
         self,
         width,
         layers,
         heads,
-        length=77,  # tokens of a prompt, start and end included
-        activation="quick_gelu",  # quick_gelu (OpenAI) | gelu
-        layer="last",  # last | penultimate: the last block is left out and not held; norm_out follows either
-        pad="end",  # end (as transformers) | zero (as open_clip)
-        vocab=49408,  # of the published weights; what the tokenizer must have
-        merges=None,  # see CLIPTokenizer
+        length=77,
+        activation="quick_gelu",
+        layer="last",
+        pad="end",
+        vocab=49408,
+        merges=None,
     ):
-        super().__init__()
-        self.settings = dict(width=width, layers=layers, heads=heads, length=length, activation=activation)
-        self.settings |= dict(layer=layer, pad=pad, vocab=vocab)
-        activations = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
-        choices = dict(activation=activations, layer=("last", "penultimate"), pad=("end", "zero"))
+        """width, layers, heads: of the transformer.  length: tokens of a prompt, start and end included.
+        activation: quick_gelu (OpenAI's) | gelu.
+        layer: last | penultimate. Penultimate leaves out the last block; norm_out follows either.
+        pad: end (as transformers) | zero (as open_clip), the padding token.
+        vocab: number of tokens, 49408 in the published weights.  merges: see CLIPTokenizer.
+        """
+        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__", "merges")}
+        choices = dict(activation=tuple(ACTIVATIONS), layer=("last", "penultimate"), pad=("end", "zero"))
         for name, known in choices.items():
-            if self.settings[name] not in known:
-                raise ValueError(f"{name}={self.settings[name]!r} is not one of {', '.join(known)}")
-        if width % heads:
-            raise ValueError(f"width={width} does not divide into heads={heads}")
-        self.tokenizer = CLIPTokenizer(merges)
-        if self.tokenizer.n_vocab != vocab:
-            raise ValueError(
-                f"the merges make {self.tokenizer.n_vocab} tokens, the tower has {vocab}: are they CLIP's?"
-            )
-        self.width, self.length = width, length
-        self.start, self.end = self.tokenizer.start, self.tokenizer.end
+            assert settings[name] in known, f"{name}={settings[name]!r}: must be one of {', '.join(known)}"
+        tokenizer = CLIPTokenizer(merges)
+        found = tokenizer.n_vocab
+        assert found == vocab, f"vocab={vocab}: the merges have {found} tokens; are they those of CLIP?"
+        block = dict(causal=True, activation=ACTIVATIONS[activation])
+        super().__init__(vocab, width, length, layers - (layer == "penultimate"), heads, **block)
+        self.settings, self.tokenizer = settings, tokenizer
+        self.first, self.end = [tokenizer.start], tokenizer.end
         self.pad = self.end if pad == "end" else 0
-        self.token_embedding = nn.Embedding(vocab, width)
-        self.position_embedding = nn.Parameter(0.01 * torch.randn(length, width))
-        count = layers - (layer == "penultimate")
-        self.blocks = nn.ModuleList(TextBlock(width, heads, True, activations[activation]) for _ in range(count))
-        self.norm_out = nn.LayerNorm(width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def bpe(self):
-        """The tokenizer as the content of a merges.txt."""
+        """The tokenizer as bytes, the content of a merges.txt."""
         return self.tokenizer.merges
 
-    def count_tokens(self, prompt):
-        """Tokens of a prompt, start and end included; more than `length` will be cut."""
-        return len(self.tokenizer.encode_ordinary(prompt)) + 2
+    @classmethod
+    def named(cls, name, merges=None):
+        """A published encoder, clip_l or openclip_h, with random weights."""
+        assert name in cls.towers, f"text encoder {name!r}: must be one of {', '.join(cls.towers)}"
+        return cls(**cls.towers[name], merges=merges)
 
-    def tokenize(self, prompts):
-        """List of B strings -> token ids (B, length), cut or padded."""
-        _check_list(prompts)
-        rows = torch.full((len(prompts), self.length), self.pad)
-        for row, prompt in zip(rows, prompts):
-            ids = [self.start, *self.tokenizer.encode_ordinary(prompt)[: self.length - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+    @classmethod
+    def from_pretrained(cls, path, name="", merges=None):
+        """Load the text encoder in a file or folder, frozen and in eval mode; see convert.load_clip.
 
-    def forward(self, prompts):
-        """List of B strings, or their token ids (B, length) -> (B, length, width)."""
-        tokens = prompts if isinstance(prompts, torch.Tensor) else self.tokenize(prompts)
-        x = self.token_embedding(tokens.to(self.position_embedding.device)) + self.position_embedding
-        for block in self.blocks:
-            x = block(x)
-        return self.norm_out(x)
+        name: clip_l or openclip_h to require that one.  merges: see CLIPTokenizer, if not found beside the weights.
+        """
+        settings, state, merges = convert.load_clip(path, name, merges or None)
+        return checkpoint.build(cls, settings, state, path, merges=merges)
+
+    @classmethod
+    def of_checkpoint(cls, path, weights="", merges=""):
+        """The frozen text encoder that a stage-2 checkpoint was trained with, or None; its weights are in another file.
+
+        weights, merges: their paths now, if moved since training. UserError if they are other weights.
+        """
+        found = convert.load_tower(path, weights, merges)
+        if found is None:
+            return None
+        settings, state, merges = found
+        return checkpoint.build(cls, settings, state, path, merges=merges)

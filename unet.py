@@ -42,7 +42,7 @@ def zeros(module):
 def timestep_embedding(t, dim, max_period=10000.0):
     """Sinusoids of t (B,) in [0, 1000] -> (B,dim) float32: cosines, then sines (Dhariwal & Nichol 2021).
 
-    Frequencies are max_period^(-i / half), i from 0; Ho et al. 2020 have the sines first, and half - 1 in place of half.
+    Frequencies are max_period^(-i / half), i from 0. Ho et al. 2020 have the sines first and half - 1 for half.
     """
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)

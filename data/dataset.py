@@ -1,18 +1,19 @@
 """
 Images from disk, and the order in which training sees them.
 
-    Dataset   opens what it finds at a path and gives item i: image, label, captions, key. By looking, it knows
-        npy      images.npy (N, H, W, C) uint8; if wanted labels.npy, captions.jsonl, meta.json {"classes": [...]}
+    Dataset   opens what it finds at a path; item i is an image with its label, captions and key. DIR can hold any of
+              these; the format is detected:
+        npy      images.npy (N, H, W, C) uint8; optional labels.npy, captions.jsonl, meta.json {"classes": [...]}
         tar      shards of KEY.jpg (png, ...) with KEY.txt, KEY.cls or KEY.json, as img2dataset and webdataset write
         parquet  shards with image {bytes, path} or bytes, label, text or caption, as the Hugging Face hub has them
-        folder   image files; sub-folders are classes; if wanted metadata.jsonl {file_name, text, label}
+        folder   image files; sub-folders are classes; optional metadata.jsonl {file_name, text, label}
               and, beside any of them, classes.json: a list of names, or {index: name}.
         Semantic maps (a pixel is its class, 255 unknown) are KEY.map.png beside KEY.jpg, maps.npy (N, H, W), or a
         parquet column map; map_classes.json names the classes. Objects are a field or column
         objects: {"bbox": [[x, y, w, h] in pixels, ...], "categories": [...]}; object_classes.json names numbers.
         A path may be an fsspec URL of tar or parquet shards, s3://bucket/set/*.tar: see data/shards.py.
     Stream    makes of it one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
-    loader    cuts the sequence into micro-batches, for this rank, from any step on; starts dead workers again.
+    loader    cuts the sequence into micro-batches, for this rank, from any step on.
 
 Everything random is a pure function of (seed, position): there is no state to save, and the sequence is the same for
 any number of processes and workers. To read a tar of images:
@@ -21,23 +22,20 @@ any number of processes and workers. To read a tar of images:
     stream = Stream(ds, seed=1, crop="random", flip=True)
     for batch in loader(stream, 0, 1000, batch_size=12): ...
 
-What is in a folder, and how fast it decodes: python -m data.dataset DIR --image_size=256
+What a folder holds, and how fast it decodes: python -m data.dataset DIR --image_size=256
 """
 
+import argparse
 import contextlib
 import errno
-import faulthandler
 import functools
 import hashlib
 import io
 import json
-import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -48,24 +46,20 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.shards import FILES, SIDECAR, Index, Remote, Table, as_runs, open_table, read_arrays, spread, write_whole
+from checkpoint import UserError, reject
+from data import forms
+from data.forms import CAPTIONS, COLUMNS, HELD_OUT, IMAGES, MAPS, NAMES, OBJECTS, PIXELS, SPLITS, captions_of, field
+from data.shards import Indexes, KeptIndexes, Remote, digest
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
-HELD_OUT = ("val", "validation", "valid", "test")  # names that mean validation; where several are present, the first
-PARTS = ("", "train", *HELD_OUT)  # where an item lies: a split folder, shards named so, or neither
-CAPTIONS = ("text", "caption", "captions", "txt")  # the fields that hold captions, in JSON and parquet
-LABELS = ("label", "labels", "cls")
-PIXELS = ("image", "img", "jpg", "jpeg", "png", "webp")  # the parquet column that holds the image
-MAPS = ("map", "segmentation", "annotation")  # and that with semantic maps
-OBJECTS, CATEGORIES = ("objects",), ("categories", "category")
+CELLS = dict(image=PIXELS, text=CAPTIONS, record=OBJECTS, map=MAPS)  # parquet columns with the parts of an item
 VISIBLE = 0.2  # share of a box's area that must lie inside the crop, else the object is not there
-NAMES = ("classes.json", "meta.json", "map_classes.json", "object_classes.json")
-PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)  # read again
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
+WINDOW = 32  # shards that are shuffled together, where there are more
+TIMEOUT = 600  # seconds after which a worker that returns no batch ends the run
 
 
 def is_lack(error):
-    """Whether it is this process that lacks memory or file handles: then what it reads may well be good."""
+    """Whether this process lacks memory or file handles: then what it reads may well be good."""
     return isinstance(error, MemoryError) or getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -78,7 +72,7 @@ class BadImage(ValueError):
 
 @contextlib.contextmanager
 def named(key, what="{}"):
-    """What goes wrong within is a BadImage, unless this process is to blame; what: what is said around the reason."""
+    """Any error within is a BadImage, unless this process lacks something; what: the text around the reason."""
     try:
         yield
     except Exception as e:  # a damaged file can raise anything
@@ -128,8 +122,7 @@ def permute(index, n, seed):
         return (left << k) | right
 
     low, high = (index.min(), index.max()) if isinstance(index, np.ndarray) and index.size else (index, index)
-    if np.size(index) and not 0 <= low <= high < n:
-        raise ValueError(f"index {low}..{high} is outside range({n})")
+    assert not np.size(index) or 0 <= low <= high < n, f"index {low}..{high} is outside range({n})"
     if not isinstance(index, np.ndarray):
         x = feistel(int(index))
         while x >= n:
@@ -162,7 +155,7 @@ def to_rgb(image):
 
 
 def crop_square(width, height, crop="center", u=None):
-    """(x, y, side) of the square that is cut from a picture; see Dataset.pixels."""
+    """(x, y, side) of the square that is cut from an image; see Dataset.pixels."""
     short = min(width, height)
     if crop == "random":
         side = max(round(short * (0.5 + 0.5 * u[0])), 1)
@@ -174,254 +167,6 @@ def to_tensor(image):
     """PIL RGB -> float32 (3, H, W) in [-1, 1]."""
     x = torch.from_numpy(np.array(image, dtype=np.float32))  # (H, W, 3)
     return (x / 127.5 - 1).permute(2, 0, 1).contiguous()
-
-
-# -----------------------------------------------------------------------------
-# what is in a folder or a shard: an Index of each, see data/shards.py
-
-NO_TEXT, PLAIN_TEXT, JSON_TEXT, PARQUET_TEXT = range(4)
-
-
-def index_folder(root, images, tables):
-    tops = {path.split("/")[0] for path in images if "/" in path}
-    # train/ and val/ are splits; train/ among airplane/ and boat/ is a class
-    is_split = tops <= set(PARTS) or ("train" in tops and tops & set(HELD_OUT))
-    splits = tops & set(PARTS) if is_split else set()
-    described = {}  # path -> (label, where its line is)
-    for number, name in enumerate(tables):
-        for at, size, record in json_lines(f"{root}/{name}"):
-            if not isinstance(field(record, ["file_name"]), str):
-                raise ValueError(f"{root}/{name} has a line without file_name: make each {{file_name, text, label}}")
-            path = os.path.normpath(os.path.join(os.path.dirname(name), record["file_name"]))
-            described[path] = field(record, LABELS), (JSON_TEXT, number, at, size)
-    if described and described.keys().isdisjoint(images):
-        raise ValueError(f"{root}: metadata.jsonl names no image here: give each file_name relative to metadata.jsonl")
-    # without its split, a path starts with its class; as on the Hugging Face hub, labels in metadata.jsonl go first,
-    # and a lone images/ beside it is no class
-    split_of = [path.split("/")[0] if path.split("/")[0] in splits else "" for path in images]
-    inner = [path[len(split) :].lstrip("/") for path, split in zip(images, split_of)]
-    classes = sorted({path.split("/")[0] for path in inner if "/" in path})
-    if any(label is not None for label, _ in described.values()) or (described and len(classes) == 1):
-        classes = []
-    number = {name: i for i, name in enumerate(classes)}
-    parts = []  # an Index a run of paths of the same split
-    for path, split, below in zip(images, split_of, inner):
-        label, text = described.get(path, (None, (NO_TEXT, 0, 0, 0)))
-        label = number.get(below.split("/")[0]) if classes and "/" in below else label
-        size = os.path.getsize(f"{root}/{path}") if os.path.exists(f"{root}/{path}") else 0  # 0: a dangling link
-        if not parts or parts[-1].part != split:
-            parts.append(Index(split, tables, names=classes))
-        parts[-1].add(path, (-1, 0, size), label, text)
-    return parts
-
-
-def index_tar(opened, shard):
-    """opened(shard) is its file."""
-    index, samples = Index(shard_part(shard), [shard], f"{shard[:-4]}/"), {}  # samples: key -> {ending: (offset, size)}
-    with opened(shard) as f:
-        index.content = end = os.fstat(f.fileno()).st_size
-        try:
-            with tarfile.open(fileobj=f, mode="r:") as tar:
-                for member in tar:
-                    folder, _, name = member.name.removeprefix("./").rpartition("/")
-                    stem, _, extension = name.partition(".")  # webdataset: the key ends at the first dot
-                    if member.isfile() and stem and member.offset_data + member.size <= end:
-                        sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
-                        sample["." + extension.lower()] = (member.offset_data, member.size)
-        except tarfile.TarError as e:
-            print(f"{f.name} is damaged ({e}): it is read up to there, {len(samples)} items")
-        for key, parts in samples.items():
-            image = next((parts[extension] for extension in parts if extension in IMAGES), None)
-            if image is None:
-                continue
-            label, text = None, (NO_TEXT, 0, 0, 0)
-            if ".json" in parts:
-                f.seek(parts[".json"][0])
-                label = field(parse(f.read(parts[".json"][1])), LABELS)
-                text = (JSON_TEXT, 0, *parts[".json"])
-            if ".cls" in parts:
-                f.seek(parts[".cls"][0])
-                label = f.read(parts[".cls"][1]).decode("utf-8", "replace")
-            if ".txt" in parts:
-                text = (PLAIN_TEXT, 0, *parts[".txt"])
-            beside = (*parts.get(".map.png", (0, 0)), *parts.get(".json", (0, 0)))
-            index.add(key, (0, *image), label, text, beside)
-    return index
-
-
-def index_parquet(opened, shard):
-    file = opened(shard)
-    f, size, path = open_parquet(file.name, file), os.fstat(file.fileno()).st_size, file.name
-    columns = f.schema_arrow.names
-    if not any(name in columns for name in PIXELS):
-        raise ValueError(f"{path} has the columns {columns}: call the one with the images {PIXELS[0]!r}")
-    label = next((name for name in LABELS if name in columns), None)
-    if f.metadata.num_rows > 8 * size:  # it would be a list of as many
-        raise ValueError(f"{path} declares {f.metadata.num_rows} rows: it is damaged, fetch it again")
-    try:
-        labels = f.read(columns=[label], use_threads=False).column(0).to_pylist() if label else []
-    except Exception as e:  # of many kinds, and several lines
-        raise ValueError(f"{path} is damaged ({' '.join(str(e).split())}): fetch it again") from None
-    index = Index(shard_part(shard), [shard], f"{shard.removesuffix('.parquet')}/", hub_names(f, label), size)
-    kind = PARQUET_TEXT if any(name in columns for name in CAPTIONS) else NO_TEXT
-    rows = [(g, row) for g in range(f.num_row_groups) for row in range(f.metadata.row_group(g).num_rows)]
-    for i, where in enumerate(rows):
-        index.add(f"{i:06d}", (0, *where), labels[i] if label else None, (kind, 0, *where))
-    return index
-
-
-def index_npy(root, paths):
-    parts = []
-    for path in paths:
-        folder = path.removesuffix("images.npy")
-        images, labels, texts, maps = open_npy(f"{root}/{path}"), None, None, None
-        good_shape = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
-        if images.dtype != np.uint8 or not good_shape or not images.flags.c_contiguous:
-            have = f"{images.dtype} {images.shape}"
-            raise ValueError(f"{root}/{path} is {have}: make it uint8 (N,H,W,C), C 1, 3 or 4, in C order")
-        if os.path.exists(f"{root}/{folder}labels.npy"):
-            labels = open_npy(f"{root}/{folder}labels.npy").reshape(-1).tolist()
-        if os.path.exists(f"{root}/{folder}captions.jsonl"):
-            lines = json_lines(f"{root}/{folder}captions.jsonl")
-            texts = [(JSON_TEXT, 1, at, size) for at, size, _ in lines]
-        for name, values in (("labels.npy", labels), ("captions.jsonl", texts)):
-            if values is not None and len(values) != len(images):
-                raise ValueError(f"{root}/{folder}{name} has {len(values)} entries, not {len(images)}: one an image")
-        if os.path.exists(f"{root}/{folder}maps.npy"):
-            maps = open_npy(f"{root}/{folder}maps.npy")
-            if maps.dtype != np.uint8 or maps.shape != images.shape[:3] or not maps.flags.c_contiguous:
-                have = f"{maps.dtype} {maps.shape}"
-                raise ValueError(f"{root}/{folder}maps.npy is {have}: make it uint8 {images.shape[:3]}, in C order")
-        size = images.nbytes // max(len(images), 1)
-        area = size // math.prod(images.shape[3:])  # bytes of a map
-        index = Index(folder.rstrip("/"), [path, folder + "captions.jsonl", folder + "maps.npy"], folder)
-        for i in range(len(images)):
-            where = (0, images.offset + i * size, size)
-            text = texts[i] if texts else (NO_TEXT, 0, 0, 0)
-            beside = (0, 0, 0, 0) if maps is None else (maps.offset + i * area, area, 0, 0)
-            index.add(f"{i:08d}", where, labels[i] if labels else None, text, beside)
-        parts.append(index)
-    return parts
-
-
-def list_files(root):
-    """Every file under root as a sorted relative path; links are followed, hidden files left out."""
-    found, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link that leads back up would never end
-            folders[:], files = [], []
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        inside = folder[len(root) :].strip("/")
-        found += [f"{inside}/{name}".lstrip("/") for name in files if not name.startswith(".")]
-    return sorted(found)
-
-
-def shard_part(path):
-    """The part that a shard belongs to: its folder train/ or val/, or its name, as in val-00000.tar."""
-    *folders, name = path.split("/")
-    named = re.match(r"(train|validation|valid|val|test)(?![a-z])", name)
-    return next((folder for folder in folders if folder in PARTS), named[1] if named else "")
-
-
-def parse(text):
-    """JSON, or {} where it is damaged."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-
-
-def field(record, names):
-    """The first of these fields that a JSON object has, else None."""
-    record = record if isinstance(record, dict) else {}
-    return next((record[name] for name in names if record.get(name) is not None), None)
-
-
-def captions_of(value):
-    """list of str from a caption, a list of them, or a JSON object that holds either."""
-    value = field(value, CAPTIONS) if isinstance(value, dict) else value
-    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
-
-
-def json_lines(path):
-    """(offset, size, value) of every line that is not blank."""
-    at = 0
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                try:
-                    yield at, len(line), json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    raise ValueError(f"{path} line {number} is not JSON ({e}): mend or delete it") from None
-            at += len(line)
-
-
-def read_classes(path):
-    """Class names from JSON: a list, an object {index: name}, or {"classes": list}."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            names = json.load(f)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON ({e}): mend it, or remove it") from None
-    if isinstance(names, dict):
-        count = 1 + max((int(i) for i in names if re.fullmatch("[0-9]{1,9}", i)), default=-1)
-        if count > 100 * len(names) + 100_000:
-            raise ValueError(f"{path} names {len(names)} classes up to number {count - 1}: number them from 0")
-        names = names.get("classes", [names.get(str(i), str(i)) for i in range(count)])
-    return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def read_sidecar(shard, about, keys, table):
-    """The Index of a shard from what stands beside it, which may lie: all that can be is made anew."""
-    if table[:, FILES].any() or table.min(initial=-1) < -1:
-        raise ValueError(f"{shard}{SIDECAR} leads to other files")
-    index = Index(shard_part(shard), [shard], os.path.splitext(shard)[0] + "/", about["names"], about["content"])
-    for key, (label, *numbers) in zip(keys, table.astype(np.int64).tolist()):
-        if any(min(numbers[at : at + 2]) < 0 or sum(numbers[at : at + 2]) > about["content"] for at in (1, 5, 7, 9)):
-            raise ValueError(f"{shard}{SIDECAR} leads out of {shard}")
-        word = about["names"][label] if about["named"] and label >= 0 else label
-        index.add(os.fsdecode(key), numbers[:3], word, numbers[3:7], numbers[7:])
-    return index
-
-
-def open_npy(path):
-    """The array in a .npy file, mapped; ValueError says what is wrong with the file."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(array, np.ndarray):
-            return array
-        reason = "it is an .npz"
-    except Exception as e:  # headers are read as Python's literals, which fail in many ways
-        reason = " ".join((str(e) or type(e).__name__).split())[:200]
-    raise ValueError(f"{path} does not load as .npy ({reason}): write it again") from None
-
-
-def hub_names(f, column):
-    """Class names of a parquet file's column, which the Hugging Face hub keeps in the schema; [] without."""
-    told = parse((f.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    for name in ("info", "features", column, "names"):
-        told = field(told, [name])
-    return [str(name) for name in told] if isinstance(told, list) else []
-
-
-def open_parquet(path, file=None):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(f"reading {path} needs pyarrow: pip install pyarrow") from None
-    try:
-        f = pyarrow.parquet.ParquetFile(file or path, pre_buffer=False)
-        f.schema_arrow.names  # noqa: B018  where some damage shows
-        return f
-    except Exception as e:  # of many kinds
-        reason = " ".join(str(e).split())
-        raise ValueError(f"{path} does not open as parquet ({reason}): fetch or write it again") from None
-
-
-def open_in(root, name):
-    return open(f"{root}/{name}", "rb")
 
 
 # -----------------------------------------------------------------------------
@@ -437,227 +182,249 @@ class Dataset:
     decode raises BadImage. Parquet is read by row groups: beyond some hundred MB, a shuffled set is read faster as tar.
     """
 
-    def __init__(self, path, split="train", image_size=256, cache="cache", cache_gb=64.0):
+    def __init__(self, path, split="train", image_size=256, cache_dir="cache", cache_gb=64.0):
+        assert split in ("all", *SPLITS[1:]), f"split {split!r}: choose train, val, test or all"
+        assert isinstance(image_size, int) and image_size > 0, f"image_size {image_size!r}: give pixels, such as 256"
         self.path, self.split, self.image_size = str(path), split, image_size
-        if split not in ("all", *PARTS[1:]):
-            raise ValueError(f"split {split!r} is not known: choose train, val, test or all")
-        if not isinstance(image_size, int) or image_size <= 0:
-            raise ValueError(f"image_size {image_size!r} is not a positive whole number: give pixels, such as 256")
-        self.remote = Remote(self.path, cache, cache_gb) if "://" in self.path else None
+        self.remote = Remote(self.path, cache_dir, cache_gb) if "://" in self.path else None
         if self.remote:
-            self.root, paths, self._open = self.remote.folder, self.remote.names, self.remote.open
+            self.root, paths = self.remote.folder, self.remote.names
             self.remote.copy(NAMES)
         elif not os.path.exists(self.path):
-            remedy = "pass --dataset=DIR, a folder of images, tar or parquet shards, or images.npy"
-            raise FileNotFoundError(f"dataset {self.path} is not there: {remedy}")
+            reject(
+                f"dataset {self.path}",
+                "is not there",
+                "pass --dataset=DIR, a folder of images or shards, or images.npy",
+            )
         else:
             self.root = self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
-            paths = list_files(self.root) if os.path.isdir(self.path) else [os.path.basename(self.path)]
-            self._open = functools.partial(open_in, self.root)
-        npy = [path for path in paths if path in [f"{part}/images.npy".lstrip("/") for part in PARTS]]
-        tars = [path for path in paths if path.endswith(".tar")]
-        tables = [path for path in paths if path.endswith(".parquet")]
-        shards = tars or tables  # tar first: img2dataset writes a table beside every one
-        if shards and (self.remote or not npy):
-            self.form, indexed = ("tar", index_tar) if tars else ("parquet", index_parquet)
-            self._index = functools.partial(indexed, self._open)
-            place = self.path if self.remote else os.path.realpath(self.path)
-            jobs = list(zip(shards, self._stamps(shards)))
-            self.table = open_table(cache, (self.form, place), jobs, self._arrays)
-        elif npy and not self.remote:
-            self.form, self.table = "npy", Table.of([index.arrays() for index in index_npy(self.root, npy)])
-        else:
-            images = [path for path in paths if path.lower().endswith(IMAGES)]
-            maps = {path for path in images if path.endswith(".map.png")}
-            if maps:  # a map is no image, unless it stands alone
-                stems = {os.path.splitext(path)[0] for path in images}
-                images = [path for path in images if path not in maps or path.removesuffix(".map.png") not in stems]
-            metadata = [path for path in paths if os.path.basename(path) == "metadata.jsonl"]
-            indexes = [] if self.remote else index_folder(self.root, images, metadata)
-            self.form, self.table = "folder", Table.of([index.arrays() for index in indexes])
-        if not self.table:
-            if os.path.exists(f"{self.root}/prepare.py"):  # data/openimages, say, as it comes
-                line = f"dataset {self.path} is not made yet: run {self.root}/prepare.py (its docstring says how)"
-                raise FileNotFoundError(f"{line}, or pass --dataset=DIR, a folder of images or shards")
+            paths = forms.list_files(self.root) if os.path.isdir(self.path) else [os.path.basename(self.path)]
+        self.form, self._indexes = self._find(paths, cache_dir)
+        if not any(header["n"] for header in self._indexes.headers):
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
-            looked = "looked for *.tar and *.parquet: images from afar have to be in shards" if self.remote else looked
-            raise FileNotFoundError(f"dataset {self.path} ({self.form}) holds no images: {looked}")
-        self.files, self.window = self.table.files, 32 if self.remote else 0
-        self.classes, self._renumbered = self._name_classes(self.table.names, self.table.highest)
-        self.num_classes = max(len(self.classes), self.table.highest + 1) if self.table.highest >= 0 else 0
-        self.fingerprint, self.text_fingerprint = self._fingerprint("digest_of"), self._fingerprint("texts_of")
-        self._groups = OrderedDict()  # parquet: (file, row group, names) -> column, the latest last
+            looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
+            if os.path.exists(f"{self.root}/prepare.py"):  # data/openimages, say, as it comes
+                looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
+            reject(f"dataset {self.path}", f"({self.form}) holds no images", looked)
+        self._lone = {}  # shard -> the one row that is held out, where crc32 holds out none
+        self._part, self.shards, counts = self._choose(split)
+        self.bounds = np.append(0, np.cumsum(counts)).astype(np.int64)  # (shards + 1,): items before each shard
+        if not len(self):
+            splits = {header["split"] for header in self._indexes.headers if header["n"]} - {""}
+            there = " and ".join(sorted(splits)) or "no split folders"
+            reject(f"dataset {self.path}", f"has no {split} images, it has {there}", "ask for those, or all")
+        self._name_classes()
+        self._opened = OrderedDict()  # number of a shard -> its index, the latest last
+        self._groups = OrderedDict()  # parquet: (file, row group, column names) -> column, the latest last
 
-    def __getstate__(self):  # a worker maps its own
-        kept = {name: value for name, value in self.__dict__.items() if name != "_runs"}
-        return kept | {"_groups": OrderedDict()}
-
-    def _stamps(self, shards):
-        """What tells the state of each shard from an earlier one."""
-        if self.remote:
-            return [self.remote.stamps[shard] for shard in shards]
-
-        def stamp(shards):
-            stats = [os.stat(f"{self.root}/{shard}") for shard in shards]
-            return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-
-        with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
-            return sum(pool.map(stamp, [shards[at : at + 500] for at in range(0, len(shards), 500)]), [])
-
-    def _arrays(self, shard):
-        """The Index of a shard, as arrays: beside one from afar it may lie ready."""
-        if self.remote and (content := self.remote.small(shard + SIDECAR)):
-            with contextlib.suppress(Exception):
-                arrays = read_arrays(io.BytesIO(content))
-                about = json.loads(str(arrays["about"]))
-                if (about["files"], about["content"]) == ([shard], self.remote.sizes[shard]):
-                    return read_sidecar(shard, about, arrays["keys"].tolist(), arrays["table"]).arrays()
-            print(f"{shard}{SIDECAR} is not the index of {shard} as it is: the shard is read")
-        return self._index(shard).arrays()
-
-    def write_sidecars(self):
-        """SHARD.index.npz beside each local shard, for those who read it from afar; how many."""
-        if self.remote or self.form not in ("tar", "parquet"):
-            raise ValueError(f"{self.path} is not a folder of shards here: write their indexes where they lie")
-
-        def write(shard):
-            write_whole(f"{self.root}/{shard}{SIDECAR}", lambda f: np.savez_compressed(f, **self._arrays(shard)))
-
-        return len(list(spread(write, self.files)))
-
-    def _given_names(self, *files):
-        """The names in the first of these files that has some, [] where none has."""
-        folders = [os.path.join(self.root, part) for part in PARTS]
-        if os.path.basename(os.path.abspath(self.root)) in PARTS:  # the path is itself a split folder
-            folders.append(os.path.dirname(os.path.abspath(self.root)))
-        files = [os.path.join(folder, name) for folder in folders for name in files]
-        return next((classes for path in files if os.path.exists(path) and (classes := read_classes(path))), [])
-
-    def _name_classes(self, names, highest):
-        """Class names, and the number of each of `names` among them where there is a classes.json in another order."""
-        given, renumbered = self._given_names("classes.json", "meta.json") or names, None
-        if names and set(names) <= set(given):
-            renumbered = [given.index(name) for name in names] if names != given else None
-        elif names and len(names) != len(given):  # where as many, they are the same in other words
-            counts, odd = f"{len(names)} classes, classes.json {len(given)}", min(set(names) - set(given))
-            raise ValueError(f"{self.path} has {counts}, and {odd!r} is not among them: add what is missing")
-        if given and highest >= len(names if renumbered else given):
-            raise ValueError(f"{self.path} has label {highest} but only {len(given)} class names: add the others")
-        return given, renumbered
-
-    @functools.cached_property
-    def _runs(self):
-        """The rows of the table that this split has, as runs; see shards.as_runs."""
-        starts, parts = np.array(self.table.starts), np.array(self.table.part_of)
-        present = set(parts[starts[1:] > starts[:-1]].tolist())
-        held_out = next((part for part in HELD_OUT if part in present), None)
-        if self.split == "all":
-            chosen = parts == parts
-        elif self.split == "train" and held_out:
-            chosen = parts == ("train" if "train" in present else "")
-        elif self.split in HELD_OUT and (held_out or self.split != "val"):
-            chosen = parts == (held_out if self.split == "val" else self.split)
-        else:
-            return self.table.runs[self.split]
-        runs = as_runs(starts[:-1][chosen], starts[1:][chosen])
-        if not runs[1, -1]:
-            there = " and ".join(part for part in PARTS if part and part in present) or "no split folders"
-            raise ValueError(f"dataset {self.path} has no {self.split} images, it has {there}: ask for those, or all")
-        return runs
-
-    @functools.cached_property
-    def bounds(self):
-        """How many items of this split come before each shard, (shards + 1,) int64."""
-        (first, before), starts = self._runs, np.array(self.table.starts)
-        run = np.searchsorted(first[:-1], starts, "right") - 1
-        inside = np.minimum(starts - first[run], before[run + 1] - before[run])
-        return np.where(run < 0, 0, before[run] + inside)
-
-    def _rows(self, i):
-        """Rows of the table of items i, an int or an array."""
-        first, before = self._runs
-        run = np.searchsorted(before, i, "right") - 1
-        return first[run] + i - before[run]
-
-    def _fingerprint(self, digests):
-        """Hash of what is indexed, wherever it lies: form, split, keys, sizes, and content where sizes say nothing.
-
-        With digests="texts_of", of where captions lie.
-        """
-        h = hashlib.blake2b(repr((self.form, self.split, len(self))).encode(), digest_size=16)
-        for shard in np.flatnonzero(np.diff(self.bounds)):
-            h.update(getattr(self.table, digests)[shard].encode())
-        if self.form == "npy" and digests == "digest_of":
-            for i in range(0, len(self), -(-len(self) // 64)):
-                key, _, where, _, _ = self.place(i)
-                h.update(self._read(key, *where))
-        return h.hexdigest()
+    def __getstate__(self):  # a worker opens its own
+        return self.__dict__ | dict(_opened=OrderedDict(), _groups=OrderedDict())
 
     def __len__(self):
-        return int(self._runs[1][-1])
+        return int(self.bounds[-1])
 
     def __getitem__(self, i):
         return dict(image=self.pixels(i), **self.meta(i))
 
-    def place(self, i):
-        """(key, label, image, text, beside) of item i: where all of it lies, see shards.Index."""
+    def __str__(self):
+        """One line: what was opened, and what was left out; of all splits."""
+        headers, left = self._indexes.headers, {}
+        for header in headers:
+            for reason, (count, example) in header["left"].items():
+                before, first = left.get(reason, (0, example))
+                left[reason] = before + count, first
+        sizes = {split: sum(header["n"] for header in headers if header["split"] == split) for split in SPLITS}
+        if not any(sizes[split] for split in HELD_OUT):
+            sizes = {split: sum(self._choose(split)[2]) for split in ("train", "val")}
+        sizes = ", ".join(f"{split or 'elsewhere'} {size}" for split, size in sizes.items() if size)
+        shards = f" in {len(headers)} shards" if self.form in ("tar", "parquet") else ""
+        parts = [f"{self.form}, {sum(header['n'] for header in headers)} images{shards} ({sizes})"]
+        if self.num_classes:
+            names = ", ".join(self.classes[:5] + ["..."] * (len(self.classes) > 5))
+            parts.append(f"{self.num_classes} classes" + (f" ({names})" if names else ""))
+        for name in ("labels", "captions", "maps", "objects"):
+            count = sum(header[name] for header in headers)
+            parts += [f"{name} on {count}"] if count else []
+        parts += [f"left out: {count} {reason} ({example})" for reason, (count, example) in left.items()]
+        return f"{self.path}: {', '.join(parts)}"
+
+    # what is there, and which of it this split has
+
+    def _find(self, paths, cache_dir):
+        """(form, indexes) of what lies at these paths."""
+        npy = [path for path in paths if path in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
+        tars = [path for path in paths if path.endswith(".tar")]
+        shards = tars or [path for path in paths if path.endswith(".parquet")]  # img2dataset writes one beside each tar
+        if shards and (self.remote or not npy):
+            form, indexed = ("tar", forms.index_tar) if tars else ("parquet", forms.index_parquet)
+            origin = self.path if self.remote else os.path.realpath(self.path)
+            if self.remote:
+                stamps = [self.remote.stamps[shard] for shard in shards]
+            else:
+                with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
+                    stamps = list(pool.map(forms.stat, [f"{self.root}/{shard}" for shard in shards]))
+            make = functools.partial(make_index, indexed, self._open_file)
+            return form, KeptIndexes(f"{cache_dir}/index-{digest('v4', form, origin)}", list(zip(shards, stamps)), make)
+        if npy and not self.remote:
+            return "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
+        return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths))
+
+    def _choose(self, split):
+        """(part, shards, counts) of a split: which rows it has of its shards ("all", or the "train" or "val" part), the
+        numbers of its shards, and how many of their items it has."""
+        headers = self._indexes.headers
+        present = {header["split"] for header in headers if header["n"]}
+        held_out = next((name for name in HELD_OUT if name in present), None)
+        training = "train" if "train" in present else ""
+        pool = [s for s, header in enumerate(headers) if header["n"] and header["split"] == training]
+        if split in ("train", "val") and not held_out and sum(headers[s]["n"] for s in pool) > 1:
+            if not any(headers[s]["held"] for s in pool):  # few images: that with the least crc32 is held out
+                least = min(pool, key=lambda s: headers[s]["least"][0])
+                self._lone = {least: headers[least]["least"][1]}
+            held = {s: headers[s]["held"] + (s in self._lone) for s in pool}
+            counts = {s: held[s] if split == "val" else headers[s]["n"] - held[s] for s in pool}
+            shards = [s for s in pool if counts[s]]
+            return split, shards, [counts[s] for s in shards]
+        wanted = {"train": training, "val": held_out or training}.get(split, split)
+        shards = [s for s, h in enumerate(headers) if h["n"] and (split == "all" or h["split"] == wanted)]
+        return "all", shards, [headers[s]["n"] for s in shards]
+
+    def _open_shard(self, k):
+        """(arrays, rows, labels) of the k-th shard of this split: its rows' numbers in arrays, and their labels."""
+        if k not in self._opened:
+            s = self.shards[k]
+            arrays, header = self._indexes.load(s), self._indexes.headers[s]
+            rows, held = np.arange(header["n"]), arrays["held"] if s not in self._lone else np.array([self._lone[s]])
+            rows = dict(all=rows, val=held, train=np.delete(rows, held))[self._part]
+            self._opened[k] = arrays, rows, self._number(header, arrays["rows"]["label"][rows].astype(np.int64))
+            while len(self._opened) > 2 * WINDOW:
+                self._opened.popitem(last=False)
+        self._opened.move_to_end(k)
+        return self._opened[k]
+
+    def _item(self, i):
+        """(key, label, the header of its shard, {column: value}) of item i; see data.forms.Index."""
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
-        key, (label, *where) = self.table[int(self._rows(i))]
-        label = self._renumbered[label] if self._renumbered and label >= 0 else label
-        return os.fsdecode(key), label, where[:3], where[3:7], where[7:]
+        k = int(np.searchsorted(self.bounds, i, "right")) - 1
+        arrays, rows, labels = self._open_shard(k)
+        at, header = int(i - self.bounds[k]), self._indexes.headers[self.shards[k]]
+        row = rows[at]
+        first = arrays["ends"][row - 1] if row else 0
+        key = header["prefix"] + os.fsdecode(arrays["keys"][first : arrays["ends"][row]].tobytes())
+        return key, int(labels[at]), header, dict(zip(COLUMNS, arrays["rows"][row].item()))
 
-    def key(self, i):
-        return self.place(i)[0]
+    @functools.cached_property
+    def fingerprint(self):
+        """
+        Hash of the images wherever they lie: form, split, keys, sizes, modification times, and of local files 64
+        samples of 4 KB. It does not see an edit that keeps size and time, outside of those samples.
+        """
+        h = hashlib.blake2b(repr((self.form, self.split, len(self))).encode(), digest_size=16)
+        for s in self.shards:
+            h.update(self._indexes.headers[s]["digest"].encode())
+        files = [self._indexes.headers[s]["files"][0] for s in self.shards if self.form != "folder"]
+        files = files or [self.key(i) for i in range(0, len(self), -(-len(self) // 64))]
+        for number in range(0 if self.remote else 64):
+            file, share = divmod(number * len(files), 64)
+            with contextlib.suppress(FileNotFoundError), open(f"{self.root}/{files[file]}", "rb") as f:
+                f.seek(os.path.getsize(f.name) * share // 64)
+                h.update(f.read(4096))
+        return h.hexdigest()
 
-    def fetch(self, shards):
-        """Begins to fetch shards from afar, by number, those first that other processes do not."""
-        names = [self.files[self.table.base[s]] for s in shards if self.bounds[s] < self.bounds[s + 1]]
-        at = os.getpid() % max(len(names), 1)
-        self.remote.ahead(names[at:] + names[:at])
+    # names
+
+    def _given_names(self, *files):
+        """The names in the first of these files that has some, [] where none has."""
+        folders = [os.path.join(self.root, split) for split in SPLITS]
+        if os.path.basename(os.path.abspath(self.root)) in SPLITS:  # the path is itself a split folder
+            folders.append(os.path.dirname(os.path.abspath(self.root)))
+        files = [os.path.join(folder, name) for folder in folders for name in files]
+        return next((names for path in files if os.path.exists(path) and (names := forms.read_classes(path))), [])
+
+    def _name_classes(self):
+        """Sets classes, num_classes, and how a shard's labels are numbered among the classes."""
+        headers = self._indexes.headers
+        is_named, highest = any(header["named"] for header in headers), max(h["highest"] for h in headers)
+        names = next((header["names"] for header in headers if header["names"]), [])
+        if is_named:  # where some shards have words for labels, all labels are words
+            labels = {s: self._indexes.load(s)["rows"]["label"] for s, h in enumerate(headers) if not h["named"]}
+            numbers = {str(label) for found in labels.values() for label in np.unique(found).tolist() if label >= 0}
+            names = sorted(numbers.union(*(header["names"] for header in headers if header["named"])))
+            highest = len(names) - 1
+        given, renumbered = self._given_names("classes.json", "meta.json") or names, None
+        if set(names) <= set(given):
+            place = {name: i for i, name in reversed(list(enumerate(given)))}
+            renumbered = [place[name] for name in names] if names and names != given else None
+        elif len(names) != len(given):  # where as many, they are the same in other words
+            odd = f"{min(set(names) - set(given))!r} is not among them"
+            what = f"has {len(names)} classes, classes.json {len(given)}, and {odd}"
+            reject(f"dataset {self.path}", what, "add what is missing")
+        if given and highest >= len(names if renumbered else given):
+            what = f"has label {highest} but only {len(given)} class names"
+            reject(f"dataset {self.path}", what, "add the others")
+        self.classes, self._renumbered = given, renumbered
+        self.num_classes = max(len(given), highest + 1) if highest >= 0 else 0
+        self._words = {name: i for i, name in enumerate(names)} if is_named else None
+
+    def _number(self, header, labels):
+        """Labels of a shard, an array with -1 for none, as numbers among the classes."""
+        if self._words is None and self._renumbered is None:
+            return labels
+        found, back = np.unique(labels, return_inverse=True)
+        numbers = []
+        for label in found.tolist():
+            if label >= 0 and self._words is not None:
+                label = self._words[header["names"][label] if header["named"] else str(label)]
+            numbers.append(self._renumbered[label] if label >= 0 and self._renumbered else label)
+        return np.array(numbers, dtype=np.int64)[back]
 
     @property
     def labels(self):
         """The label of each item, (N,) int64, -1 where it has none."""
-        labels = self.table.labels(self._rows(np.arange(len(self))))
-        return np.where(labels >= 0, np.array(self._renumbered)[labels], -1) if self._renumbered else labels
+        return np.concatenate([self._open_shard(k)[2] for k in range(len(self.shards))])
+
+    # what an item holds
+
+    def key(self, i):
+        return self._item(i)[0]
 
     def meta(self, i):
         """dict(label, text, key) of item i, without its pixels."""
-        key, label, _, (kind, *where), _ = self.place(i)
-        text = None
+        key, label, *_ = self._item(i)
         with named(key, "its caption does not read ({})"):
-            if kind == PARQUET_TEXT:
-                text = self._cell(CAPTIONS, *where)
-            elif kind == JSON_TEXT:
-                text = json.loads(self._read(key, *where))
-            elif kind == PLAIN_TEXT:
-                text = self._read(key, *where).decode("utf-8", "replace").strip()
+            text = self._stored(i, "text")
+            if self.form != "parquet":
+                record = None if text else self._stored(i, "record")
+                text = text.decode("utf-8", "replace").strip() if text else json.loads(record or "null")
         return dict(label=label, text=captions_of(text), key=key)
 
-    def rgb(self, i):
-        """The whole of image i as PIL RGB."""
-        key, _, where, _, _ = self.place(i)
+    def encoded(self, i):
+        """The stored file of image i, as bytes; not of npy."""
+        key = self.key(i)
         with named(key):
-            if self.form == "npy":
-                shape = np.load(f"{self.root}/{self.files[where[0]]}", mmap_mode="r").shape[1:]
-                image = np.frombuffer(self._read(key, *where), np.uint8).reshape(shape)
-                return to_rgb(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
-            data = self._cell(PIXELS, *where) if self.form == "parquet" else self._read(key, *where)
+            data = self._stored(i, "image")
             data = data["bytes"] if isinstance(data, dict) else data
             if not data:
                 raise ValueError("it has 0 bytes")
-            with Image.open(io.BytesIO(data)) as image:
-                if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
-                return to_rgb(image)
+            return data
+
+    def rgb(self, i):
+        """Image i as PIL RGB, uncropped."""
+        if self.form == "npy":
+            return to_rgb(self._array(i, "image"))
+        data = self.encoded(i)
+        with named(self.key(i)), Image.open(io.BytesIO(data)) as image:
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
+            return to_rgb(image)
 
     def pixels(self, i, crop="center", flip=False, u=None):
         """
         Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
 
-        crop "center" takes the whole short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), placed
-        by u = (side, x, y), three numbers in [0, 1).
+        crop "center" takes the short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), at a place
+        given by u = (side, x, y), three numbers in [0, 1).
         """
         image = self.rgb(i)
         x, y, side = crop_square(*image.size, crop, u)
@@ -667,44 +434,35 @@ class Dataset:
         image = to_tensor(image)
         return image.flip(-1) if flip else image
 
-    # semantic maps and objects
-
     def size(self, i):
         """(width, height) of image i, upright; its pixels are not decoded."""
-        key, _, (file, offset, size), _, _ = self.place(i)
         if self.form == "npy":
-            height, width = np.load(f"{self.root}/{self.files[file]}", mmap_mode="r").shape[1:3]
+            height, width = self._item(i)[2]["shape"][:2]
             return width, height
 
-        def head(most):
-            with named(key):
-                data = self._cell(PIXELS, file, offset, size) if self.form == "parquet" else None
-                data = self._read(key, file, offset, min(size, most)) if data is None else data
-                with Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data)) as image:
-                    turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
-                    return image.size[::-1] if turned else image.size
+        data = self.encoded(i)
+        with named(self.key(i)), Image.open(io.BytesIO(data)) as image:
+            is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
+            return image.size[::-1] if is_turned else image.size
 
-        with contextlib.suppress(BadImage):
-            return head(2**16)  # what is asked is nearly always at the beginning
-        return head(size)
+    # semantic maps and objects
+
+    @property
+    def has_maps(self):
+        return any(self._indexes.headers[s]["maps"] for s in self.shards)
+
+    @property
+    def has_objects(self):
+        return any(self._indexes.headers[s]["objects"] for s in self.shards)
 
     def _map(self, i):
-        """The map of item i as 8-bit PIL, or None where there is none."""
-        key, _, (file, *where), _, (offset, size, *_) = self.place(i)
-        with named(key, "its map does not read ({})"):
-            data, path = b"", f"{self.root}/{os.path.splitext(key)[0]}.map.png"
-            if self.form == "npy" and size:
-                data = np.frombuffer(self._read(key, file + 2, offset, size), np.uint8)
-                return Image.fromarray(data.reshape(self.size(i)[::-1]))
-            if self.form == "tar" and size:
-                data = self._read(key, file, offset, size)
-            elif self.form == "folder" and os.path.exists(path):
-                with open(path, "rb") as f:
-                    data = f.read()
-            elif self.form == "parquet":
-                data = self._cell(MAPS, file, *where)
-                data = data["bytes"] if isinstance(data, dict) and "bytes" in data else data
-            if not isinstance(data, bytes) or not data:  # a column called so may hold other things
+        """The map of item i as 8-bit PIL, None if it has none."""
+        with named(self.key(i), "its map does not read ({})"):
+            if self.form == "npy":
+                return self._array(i, "map")
+            data = self._stored(i, "map")
+            data = data.get("bytes") if isinstance(data, dict) else data
+            if not data:
                 return None
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
@@ -718,17 +476,13 @@ class Dataset:
         if image is None:
             raise BadImage(f"{self.key(i)}: it has no map")
         if image.size != self.size(i):
-            raise BadImage(f"{self.key(i)}: its map is {image.size}, the picture {self.size(i)}: make them as large")
+            raise BadImage(f"{self.key(i)}: its map is {image.size}, the image {self.size(i)}: make them the same size")
         x, y, side = crop_square(*image.size, crop, u)
         image = image.crop((x, y, x + side, y + side))
         image = image.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
         classes = torch.from_numpy(np.array(image, dtype=np.int64))
         classes[classes == 255] = -1
         return classes.flip(-1) if flip else classes
-
-    @functools.cached_property
-    def has_maps(self):
-        return any(image is not None for image in self._some(self._map, 64))
 
     @functools.cached_property
     def map_names(self):
@@ -741,23 +495,17 @@ class Dataset:
         found = (np.array(image) for image in self._some(self._map, 500) if image is not None)
         return len(self.map_names) or 1 + max((int(image[image < 255].max(initial=0)) for image in found), default=-1)
 
-    def _objects(self, i):
+    def objects(self, i):
         """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
-        key, _, image, (kind, *where), (*_, offset, size) = self.place(i)
-        with named(key, "its objects do not read ({})"):
-            if self.form == "parquet":
-                objects = self._cell(OBJECTS, *image)
-            elif self.form == "tar" and size:
-                objects = field(json.loads(self._read(key, image[0], offset, size)), OBJECTS)
-            else:
-                objects = field(json.loads(self._read(key, *where)), OBJECTS) if kind == JSON_TEXT else None
+        with named(self.key(i), "its objects do not read ({})"):
+            record = self._stored(i, "record")
+            objects = record if self.form == "parquet" else field(json.loads(record or "null"), OBJECTS)
             if objects is None:
                 return []
-            names, boxes = field(objects, CATEGORIES), [[float(v) for v in box] for box in objects["bbox"]]
+            names, boxes = field(objects, ["categories", "category"]), [[float(v) for v in b] for b in objects["bbox"]]
             if len(names) != len(boxes) or any(len(box) != 4 for box in boxes):
                 raise ValueError(f"{len(names)} categories, {len(boxes)} boxes: give [x, y, w, h] and a category each")
-            numbered = dict(enumerate(self._object_names))
-            return [(numbered.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
+            return [(self._object_names.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
 
     def boxes(self, i, flip=False, crop="center", u=None):
         """
@@ -765,60 +513,69 @@ class Dataset:
 
         Boxes are clipped to the square; those of which less than VISIBLE is inside are left out.
         """
-        objects, seen = self._objects(i), []
+        objects, visible = self.objects(i), []
         x, y, side = crop_square(*self.size(i), crop, u) if objects else (0, 0, 1)
         for name, (left, top, w, h) in objects:
             x0, x1 = (min(max(v - x, 0), side) for v in (left, left + w))
             y0, y1 = (min(max(v - y, 0), side) for v in (top, top + h))
             x0, x1 = (side - x1, side - x0) if flip else (x0, x1)
             if w > 0 and h > 0 and (x1 - x0) * (y1 - y0) >= VISIBLE * w * h:
-                seen.append((name, x0 / side, y0 / side, x1 / side, y1 / side))
-        return seen
-
-    @functools.cached_property
-    def has_objects(self):
-        return any(self._some(self._objects, 64))
+                visible.append((name, x0 / side, y0 / side, x1 / side, y1 / side))
+        return visible
 
     @functools.cached_property
     def _object_names(self):
-        return self._given_names("object_classes.json") or self._given_names("classes.json")
+        """{number: name} of objects' classes that are numbers."""
+        return dict(enumerate(self._given_names("object_classes.json") or self._given_names("classes.json")))
 
     @functools.cached_property
     def object_classes(self):
         """Names of the objects' classes: object_classes.json, else all that occur in 10000 items, spread over all."""
         given = self._given_names("object_classes.json")
-        return given or sorted({name for objects in self._some(self._objects, 10000) for name, _ in objects})
+        return given or sorted({name for objects in self._some(self.objects, 10000) for name, _ in objects})
 
     def _some(self, read, n):
         """read(i) of at most n items, spread over all, but for those that do not read."""
         for i in range(0, len(self), -(-len(self) // n)):
-            try:
+            with contextlib.suppress(BadImage):
                 yield read(i)
-            except BadImage:
-                pass
 
-    def _read(self, key, file, offset, size):
-        """Bytes of a file; opened each time, so that workers share no file position and shards may be many."""
-        name = self.files[file] if file >= 0 else key
-        for wait in (0.1, 1, None):
-            try:
-                with self._open(name) as f:
-                    f.seek(offset)
-                    data = f.read(size)
-                break
-            except OSError as e:
-                if wait is None or e.errno not in PASSING:
-                    raise
-                time.sleep(wait)
+    # reading
+
+    def _open_file(self, name):
+        return self.remote.open(name) if self.remote else open(f"{self.root}/{name}", "rb")
+
+    def _stored(self, i, part):
+        """Bytes of the image, text, record or map of item i, or its parquet cell; None if it has none."""
+        key, _, header, place = self._item(i)
+        file, at, size = (place[f"{part}_{name}"] for name in ("file", "at", "size"))
+        if self.form == "parquet":
+            has = part != "map" or size
+            return self._cell(CELLS[part], header["files"][0], place["image_at"], place["image_size"]) if has else None
+        if not size and part != "image":
+            return None
+        name = header["files"][file] if file >= 0 else key if part == "image" else os.path.splitext(key)[0] + ".map.png"
+        with self._open_file(name) as f:  # opened each time, so that workers share no file position
+            f.seek(at)
+            data = f.read(size)
         if len(data) < size:
-            raise ValueError(f"{name} ends after {offset + len(data)} bytes, the index says {offset + size}")
+            raise ValueError(f"{name} ends after {at + len(data)} bytes, the index says {at + size}")
         return data
+
+    def _array(self, i, part):
+        """The image or map of item i of npy, as PIL; None if it has none."""
+        key, _, header, _ = self._item(i)
+        shape = list(header["shape"])
+        with named(key):
+            data = self._stored(i, part)
+            shape = shape[:2] if part == "map" or shape[2:] == [1] else shape
+            return None if data is None else Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
 
     def _cell(self, names, file, group, row):
         """One parquet cell, of the first column called one of names, None without one; some row groups are kept."""
         place = (file, group, names)
         if place not in self._groups:
-            f = open_parquet(self.files[file], self._open(self.files[file]))
+            f = forms.open_parquet(file, self._open_file(file))
             column = next((name for name in names if name in f.schema_arrow.names), None)
             if column is None:
                 return None
@@ -829,6 +586,17 @@ class Dataset:
         self._groups.move_to_end(place)
         return self._groups[place][row].as_py()
 
+    def fetch(self, shards):
+        """Begins to fetch remote shards, by number, those first that other processes do not."""
+        names = [self._indexes.headers[self.shards[k]]["files"][0] for k in shards]
+        at = os.getpid() % max(len(names), 1)
+        self.remote.ahead(names[at:] + names[:at])
+
+
+def make_index(indexed, open_file, shard, stamp):
+    """(header, arrays) of a shard; see data.forms.Index."""
+    return indexed(open_file, shard).arrays(stamp)
+
 
 # -----------------------------------------------------------------------------
 # the endless sequence, and its cut into micro-batches
@@ -838,56 +606,67 @@ class Stream(torch.utils.data.Dataset):
     """
     stream[p] -> dict(image, label, text, caption, key, index, flip, bad): the endless sequence over N items.
 
-    Position p is item permute(p % N) of epoch p // N; with window = W > 0, the shards are permuted, and then the items
-    of W shards at a time, so that what is read lies in few files (W is 32 for shards from afar, else 0). Crop, flip and
-    which caption depend on (seed, p) alone. An item that does not decode is named in bad and replaced by another, a
-    function of (seed, p) too. With train=False: the items in their own order, centre crop, no flip, first caption.
+    Position p is item permute(p % N) of epoch p // N; of more than WINDOW shards, the shards are permuted, and then the
+    items of WINDOW shards at a time, so that what is read lies in few files. Crop, flip and which caption depend on
+    (seed, p) alone. An item that does not decode is named in bad and replaced by another, a function of (seed, p) too.
+    With train=False: the items in their own order, center crop, no flip, first caption.
     """
 
-    def __init__(self, dataset, seed, crop="center", flip=False, train=True, window=None):
-        if crop not in ("center", "random"):
-            raise ValueError(f"crop {crop!r} is not known: choose center or random")
+    def __init__(self, dataset, seed, crop="center", flip=False, train=True):
+        assert crop in ("center", "random"), f"crop {crop!r}: choose center or random"
         self.dataset, self.seed, self.train = dataset, seed, train
         self.crop, self.flip = (crop, flip) if train else ("center", False)
-        self.window = (dataset.window if window is None else window) if train else 0
-        self._orders, self._begun = {}, None
+        self.is_windowed = train and len(dataset.shards) > WINDOW
+        self._orders, self._fetched = {}, None
+
+    def _order(self, epoch):
+        """(order, ends), (shards,) each: the shards of an epoch, permuted, and how many items come up to each's end."""
+        if epoch not in self._orders:
+            sizes = np.diff(self.dataset.bounds)
+            order = permute(np.arange(len(sizes)), len(sizes), seed_of(self.seed, epoch, "shards"))
+            latest = list(self._orders.items())[-1:]  # at its end an epoch and the next are asked for
+            self._orders = dict(latest) | {epoch: (order, np.cumsum(sizes[order]))}
+        return self._orders[epoch]
 
     def _window(self, epoch, at):
-        """(first, before, size, order, ends): the window of position `at` of an epoch begins at its first-th shard,
-        after `before` items, and has `size`; order (S,) the shards, ends (S,) how many items come before each's end."""
-        if epoch not in self._orders:
-            bounds, seed = self.dataset.bounds, seed_of(self.seed, epoch, "shards")
-            order = permute(np.arange(len(bounds) - 1), len(bounds) - 1, seed)
-            latest = list(self._orders.items())[-1:]  # at its end an epoch and the next are asked for
-            self._orders = dict(latest) | {epoch: (order, np.cumsum(np.diff(bounds)[order]))}
-        order, ends = self._orders[epoch]
-        first = int(np.searchsorted(ends, at, "right")) // self.window * self.window
+        """(first, before, size): the window of position `at` of an epoch begins at its first-th shard, after `before`
+        items, and has `size`."""
+        _, ends = self._order(epoch)
+        first = int(np.searchsorted(ends, at, "right")) // WINDOW * WINDOW
         before = int(ends[first - 1]) if first else 0
-        return first, before, int(ends[first : first + self.window][-1]) - before, order, ends
+        return first, before, int(ends[first : first + WINDOW][-1]) - before
+
+    def span(self, p):
+        """(first, count) of the positions that may stand in for p: its window, else an epoch."""
+        epoch, at = divmod(int(p), len(self.dataset))
+        if not self.is_windowed:
+            return 0, len(self.dataset)
+        _, before, size = self._window(epoch, at)
+        return epoch * len(self.dataset) + before, size
 
     def item(self, p, attempt=0):
-        """(index, epoch) of position p; of its attempt-th stand-in, which in a window is of the same one."""
+        """(index, epoch) of position p; of its attempt-th stand-in, which is of the same window."""
         epoch, at = divmod(int(p), len(self.dataset))
-        if not self.window:
+        if not self.is_windowed:
             if attempt:
                 return seed_of(self.seed, "replace", p, attempt) % len(self.dataset), epoch
             return permute(at, len(self.dataset), seed_of(self.seed, epoch)) if self.train else at, epoch
-        first, before, size, order, ends = self._window(epoch, at)
+        (order, ends), (first, before, size) = self._order(epoch), self._window(epoch, at)
         inside = permute(at - before, size, seed_of(self.seed, epoch, "window", first))
         inside = seed_of(self.seed, "replace", p, attempt) % size if attempt else inside
         k = np.searchsorted(ends, before + inside, "right")
         return int(self.dataset.bounds[order[k] + 1] - ends[k]) + before + inside, epoch
 
     def _fetch_ahead(self, p):
-        """From afar, in the background: the shards of the window after that of position p."""
+        """Fetches remote shards in the background: those of the window after that of position p."""
         epoch, at = divmod(int(p), len(self.dataset))
-        first, *_, order, _ = self._window(epoch, at)
-        if self._begun != (epoch, first):
-            self._begun = epoch, first
-            following = order[first + self.window :][: self.window]
-            self.dataset.fetch(following if len(following) else self._window(epoch + 1, 0)[3][: self.window])
+        first, *_ = self._window(epoch, at)
+        if self._fetched != (epoch, first):
+            self._fetched = epoch, first
+            following = self._order(epoch)[0][first + WINDOW :]
+            self.dataset.fetch((following if len(following) else self._order(epoch + 1)[0])[:WINDOW])
 
-    def draw(self, p, attempt=0):
+    def pick(self, p, attempt=0):
         """
         All that is decided for position p before any pixel is read: dict(index, epoch, flip, u, text, caption, label,
         key).
@@ -911,20 +690,27 @@ class Stream(torch.utils.data.Dataset):
         )
 
     def __getitem__(self, p):
-        bad = []
-        if self.window and self.dataset.remote:
+        if self.is_windowed and self.dataset.remote:
             self._fetch_ahead(p)
-        for attempt in range(100):
-            try:
-                drawn = self.draw(p, attempt)
-                image = self.dataset.pixels(drawn["index"], self.crop, drawn["flip"], drawn["u"])
-            except BadImage as e:
-                bad.append(str(e))
-                continue
-            names = ("label", "text", "caption", "key", "index", "flip")
-            return dict(image=image, bad=bad, **{name: drawn[name] for name in names})
-        some = "; ".join(list(dict.fromkeys(bad))[:3])
-        raise ValueError(f"all {len(bad)} images tried in {self.dataset.path} are bad ({some}): look at the data")
+
+        def read(attempt):
+            picked = self.pick(p, attempt)
+            return picked | dict(image=self.dataset.pixels(picked["index"], self.crop, picked["flip"], picked["u"]))
+
+        return first_good(read, self.dataset)
+
+
+def first_good(read, dataset):
+    """read(attempt) | dict(bad) of the first attempt that raises no BadImage; bad: the messages of the others."""
+    bad = []
+    for attempt in range(100):
+        try:
+            item = read(attempt)
+            return item | dict(bad=bad + item.get("bad", []))
+        except BadImage as e:
+            bad.append(str(e))
+    some = "; ".join(list(dict.fromkeys(bad))[:3])
+    reject(f"dataset {dataset.path}", f"all {len(bad)} images tried are bad ({some})", "look at the data")
 
 
 def step_positions(step, micro, batch_size, grad_accum=1, rank=0, world=1):
@@ -936,8 +722,7 @@ def step_positions(step, micro, batch_size, grad_accum=1, rank=0, world=1):
 def collate(samples):
     """Samples -> dict(image (B,3,S,S), label and index (B,) int64, flip (B,) bool, text, key and bad: lists of str).
 
-    Where samples have a condition, a dict of tensors (see data/tasks.py), or a context, a tensor (the text's, from a
-    cache), these are stacked too.
+    Where samples have a condition, a dict of tensors (see data/tasks.py), these are stacked too.
     """
     batch = dict(
         image=torch.stack([sample["image"] for sample in samples]),
@@ -948,16 +733,42 @@ def collate(samples):
         key=[sample["key"] for sample in samples],
         bad=[line for sample in samples for line in sample["bad"]],
     )
-    if "context" in samples[0]:
-        batch["context"] = torch.stack([sample["context"] for sample in samples])
     if "condition" in samples[0]:
         names = samples[0]["condition"]
         batch["condition"] = {name: torch.stack([sample["condition"][name] for sample in samples]) for name in names}
     return batch
 
 
-def _begin_worker(number):
-    """In a worker: SIGINT is for the trainer, SIGTERM ends it when it comes from there; SIGUSR1 shows its stack."""
+def loader(stream, start_step, max_steps, batch_size, grad_accum=1, rank=0, world=1, workers=0, collate_fn=collate):
+    """An iterator over this rank's collated micro-batches of steps start_step .. max_steps - 1."""
+    steps = ((step, micro) for step in range(start_step, max_steps) for micro in range(grad_accum))
+    positions = (step_positions(step, micro, batch_size, grad_accum, rank, world) for step, micro in steps)
+    return in_batches(stream, positions, collate_fn, workers)
+
+
+def in_batches(items, positions, collate_fn, workers=0):
+    """An iterator over collate_fn([items[p] for p in some]) for each `some` of positions, in order."""
+    if workers and len(tempfile.gettempdir()) > 70:  # a worker's socket there would be over the system's 103 or 107
+        reject(f"TMPDIR={tempfile.gettempdir()}", "is too long for the sockets of workers", "set one of 70 characters")
+    batches = torch.utils.data.DataLoader(
+        items,
+        batch_sampler=positions,
+        collate_fn=collate_fn,
+        num_workers=workers,  # torch gives each one thread
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        timeout=TIMEOUT if workers else 0,
+        worker_init_fn=begin_worker,
+        generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
+    )
+    return iter(batches)  # workers start here, not when the first batch is asked for
+
+
+def begin_worker(number):
+    """Ctrl-C, and torchrun's and slurm's SIGTERM, reach a worker too, but are for the trainer, which saves first.
+
+    So both are blocked, and SIGTERM ends the worker only when it comes from the trainer.
+    """
 
     def wait():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != multiprocessing.parent_process().pid:
@@ -965,148 +776,25 @@ def _begin_worker(number):
         os._exit(0)
 
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])  # a fork server may have them open
-        faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
         threading.Thread(target=wait, daemon=True).start()
 
 
-def loader(
-    stream, start_step, max_steps, batch_size, grad_accum=1, rank=0, world=1, workers=0, collate_fn=collate, **options
-):
-    """This rank's collated micro-batches of steps start_step .. max_steps - 1; options: of in_batches, which see."""
-
-    def positions(n):
-        step, micro = divmod(n, grad_accum)
-        return step_positions(start_step + step, micro, batch_size, grad_accum, rank, world)
-
-    total = max(max_steps - start_step, 0) * grad_accum
-    return in_batches(stream, positions, total, collate_fn, workers, rank, **options)
-
-
-def in_batches(stream, positions, total, collate_fn, workers=0, rank=0, timeout=600, restarts=3):
-    """
-    An iterator over collate_fn([stream[p] for p in positions(n)]) for n < total, in order.
-
-    A worker that dies, or gives no batch for `timeout` seconds in which no shard is fetched from afar either (then its
-    stack is shown), is named, and all are started again from the first batch that has not come: the sequence stays the
-    same. RuntimeError after `restarts` in a row.
-    """
-    workers = workers if total else 0
-    if workers and len(tempfile.gettempdir()) > 70:  # a worker's socket there would be over the system's 103 or 107
-        long = f"TMPDIR={tempfile.gettempdir()} is too long for the sockets of data workers"
-        raise ValueError(f"{long}: set one of at most 70 characters, or workers=0")
-    remote = getattr(getattr(stream, "images", getattr(stream, "dataset", None)), "remote", None)
-
-    def begin(first, prefetch=2):
-        batches = torch.utils.data.DataLoader(
-            stream,
-            batch_sampler=map(positions, range(first, total)),
-            collate_fn=collate_fn,
-            num_workers=workers,  # torch gives each one thread
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=prefetch if workers else None,
-            timeout=min(timeout, 1) if workers else 0,  # so often it is looked whether all workers live
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
-        )
-        if not hasattr(signal, "pthread_sigmask"):
-            return iter(batches)
-        # Ctrl-C, and torchrun's and slurm's SIGTERM, reach workers too, but are meant for the trainer, which saves and
-        # stops: so workers are born with both blocked. And torch would have a dead worker raise RuntimeError wherever
-        # the trainer is just then; here it is noticed when its batch is due.
-        before, on_death = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM]), None
-        if threading.current_thread() is threading.main_thread():
-            on_death = signal.getsignal(signal.SIGCHLD)
-            if getattr(on_death, "__module__", "").startswith("torch."):  # of a plain DataLoader before
-                on_death = signal.SIG_DFL
-        try:
-            return iter(batches)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            if on_death is not None:
-                signal.signal(signal.SIGCHLD, on_death)
-
-    def deliver(batches):
-        done = first = failures = 0
-        due = time.monotonic() + timeout
-        while done < total:
-            fault, is_late = None, False
-            try:
-                batch = next(batches)
-            except Exception as e:
-                is_late = str(e).startswith("DataLoader timed out")
-                for wait in (0, 0 if is_late else 0.5):  # a broken connection is seen before the death that broke it
-                    time.sleep(wait)
-                    if fallen := [k for k, worker in enumerate(batches._workers) if worker.exitcode is not None]:
-                        break
-                if not fallen and not is_late:
-                    raise
-                if not fallen and time.monotonic() < due:
-                    continue
-                if not fallen and remote and remote.is_fetching(timeout):
-                    print(
-                        f"rank {rank} has waited {timeout} s for shards that are being fetched: it goes on", flush=True
-                    )
-                    due = time.monotonic() + timeout
-                    continue
-                number = fallen[0] if fallen else (done - first) % workers  # they take turns
-                worker = batches._workers[number]
-                code = -worker.exitcode if fallen else 0
-                fault = f"gave no batch for {timeout} s"
-                if fallen:
-                    fault = f"was killed by {signal.Signals(code).name}" if code > 0 else f"ended with status {-code}"
-                    fault += " (out of memory?)" if code == 9 else ""
-                held = [n for n in range(done, min(done + 2 * workers, total)) if (n - first) % workers == number]
-                held = ", ".join(f"{positions(n)[0]}..{positions(n)[-1]}" for n in held)
-                fault = f"worker {number} (pid {worker.pid}) of rank {rank} {fault}, with positions {held}"
-                failures += 1
-            if fault is None:
-                yield batch
-                done, failures, due = done + 1, 0, time.monotonic() + timeout
-                continue
-            if not fallen and hasattr(signal, "SIGUSR1"):
-                os.kill(worker.pid, signal.SIGUSR1)  # its stack, to stderr
-                time.sleep(0.5)
-            for worker in batches._workers:
-                worker.kill()
-            for worker in batches._workers:
-                worker.join(5)
-            if failures > restarts:
-                raise RuntimeError(f"{fault}, {failures} times in a row: look at these images, or take fewer workers")
-            print(f"{fault}: starting workers again, {failures} of {restarts}", flush=True)
-            # what a worker had ready dies with it: one at a time, so that a bad batch cannot take others along
-            batches, first, due = begin(done, 1 if failures > 1 else 2), done, time.monotonic() + timeout
-
-    batches = begin(0)  # workers start here, not when the first batch is asked for
-    return deliver(batches) if workers else batches
-
-
 if __name__ == "__main__":
-    import argparse
-
     parser = argparse.ArgumentParser(prog="python -m data.dataset", description="What a data set is, and how fast.")
     parser.add_argument("path")
     parser.add_argument("--image_size", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=10, help="to decode for")
-    parser.add_argument("--sidecars", action="store_true", help="write SHARD.index.npz, for those who read from afar")
-    asked = parser.parse_args()
-    if not os.environ.get("TRACEBACK"):
-        sys.tracebacklimit = 0  # a mistake is one line, as in the training scripts
-    opened = time.perf_counter()
-    ds = Dataset(asked.path, "all", asked.image_size)
-    opened, classes = time.perf_counter() - opened, ", ".join(ds.classes[:5]) + (", ..." if len(ds.classes) > 5 else "")
-    kinds = f"{ds.num_classes} classes{f' ({classes})' if classes else ''}" if ds.num_classes else "no labels"
-    shards = f" in {len(ds.files)} shards" if ds.form in ("tar", "parquet") else ""
-    print(f"{ds.path}: {ds.form}, {len(ds)} images{shards}, {kinds}; opened in {opened:.2f} s")
-    if asked.sidecars:
-        print(f"{ds.write_sidecars()} indexes written beside the shards")
+    parser.add_argument("--seconds", type=float, default=10, help="how long to decode")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    stream, count, bad = Stream(ds, 0), 0, 0
-    began, begun = time.perf_counter(), time.process_time()
-    while time.perf_counter() - began < asked.seconds and count < 10 * len(ds):
-        bad += len(stream[count]["bad"])
-        count += 1
-    took, worked = time.perf_counter() - began, time.process_time() - begun
-    per_core = f"{count / worked:.0f} images/s per core at {ds.image_size} px"
-    print(f"{per_core}, {count / took:.0f} with reading and what else this machine does; {bad} bad of {count}")
+    try:
+        ds = Dataset(args.path, "all", args.image_size)
+        print(ds)
+        stream, count, bad, began, worked = Stream(ds, 0), 0, 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - began < args.seconds:
+            bad += len(stream[count]["bad"])
+            count += 1
+    except UserError as e:
+        sys.exit(f"data.dataset: {e}")
+    per_core, rate = count / (time.process_time() - worked), count / (time.perf_counter() - began)
+    print(f"{per_core:.0f} images/s per core at {args.image_size} px, {rate:.0f} with reading; {bad} bad of {count}")

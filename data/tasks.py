@@ -1,12 +1,12 @@
 """
-What an image-conditioned denoiser is shown in training, made from the data.
+Conditions of image-conditioned denoisers, made from the data: inpainting, super-resolution, semantic maps, layouts.
 
-    random_mask    where to paint: strokes, boxes, or what lies beyond a border
-    degrade        a picture made small, and worse, for super-resolution
-    layout_string  objects as text, for unet.LayoutTokenizer
-    WithCondition  a Stream or a latent cache whose items bring their condition
+    random_mask    a region to fill in: strokes, boxes, or all beyond a border
+    degrade        a small image of lower quality, for super-resolution
+    layout_string  objects as text, for text.LayoutTokenizer
+    WithCondition  a Stream or LatentCache whose items have their condition
 
-All of it is a pure function of the seed, and in WithCondition of (seed, task, position): see data/dataset.py.
+All are pure functions of the seed, and in WithCondition of (seed, task, position): see data/dataset.py.
 """
 
 import io
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from checkpoint import reject
+from data.cache import LatentCache
 from data.dataset import BadImage, seed_of, to_tensor
 from diffusion import make_schedule
 
@@ -26,18 +28,18 @@ DEGRADATIONS = ("bicubic", "bsr")
 
 def random_mask(sides, *seed):
     """
-    (1,H,W) float32, 1 where to paint and 0 where the picture is known; sides are (H, W), seed any numbers and strings.
+    (1,H,W) float32, 1 where to fill in and 0 where the image is known; sides are (H, W), seed any numbers and strings.
 
     Half of the masks are strokes, a quarter boxes, a fifth border (beyond one side or more, up to a frame), one in
     twenty everything. They are wide, as LaMa's are (Suvorov et al. 2022, arXiv 2109.07161): on average 0.39 of the
-    picture is to be painted, in eight masks of ten 0.12 to 0.7, and never nothing.
+    image, in eight masks of ten 0.12 to 0.7, and never nothing.
     """
     height, width = sides
     rng = np.random.default_rng(seed_of("mask", *seed))
-    side, kind = min(height, width), rng.random()
+    side, shape = min(height, width), rng.random()
     image = Image.new("L", (width, height), 0)
     pen = ImageDraw.Draw(image)
-    if kind < 0.5:  # strokes
+    if shape < 0.5:  # strokes
         for _ in range(rng.integers(1, 6)):
             x, y, angle = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0, 2 * math.pi)
             radius = max(side * rng.uniform(0.03, 0.18), 0.5)
@@ -51,12 +53,12 @@ def random_mask(sides, *seed):
             pen.line(points, 1, width=max(round(2 * radius), 1))
             for x, y in points:  # round joints and ends
                 pen.ellipse((x - radius, y - radius, x + radius, y + radius), 1)
-    elif kind < 0.75:  # boxes
+    elif shape < 0.75:  # boxes
         for _ in range(rng.integers(1, 5)):
             w, h = (max(round(v), 1) for v in side * rng.uniform(0.12, 0.6, 2))
             x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
             pen.rectangle((int(x), int(y), int(x + w - 1), int(y + h - 1)), 1)
-    elif kind < 0.95:  # border
+    elif shape < 0.95:  # border
         beyond = rng.random(4) < 0.4  # left, top, right, bottom
         beyond[rng.integers(4)] = True
         share = rng.uniform(0.1, 0.75 if beyond.sum() == 1 else 0.4, 4) * beyond
@@ -84,23 +86,21 @@ def gaussian_blur(image, covariance):
     return x[pad : pad + image.shape[0], pad : pad + image.shape[1]]
 
 
-def degrade(image, scale, *seed, kind="bicubic"):
+def degrade(image, scale, *seed, degradation="bicubic"):
     """
-    (3,H,W) in [-1,1] -> (3,H/scale,W/scale), in 256 levels as pictures come from files; seed as in random_mask.
+    (3,H,W) in [-1,1] -> (3,H/scale,W/scale), in 256 levels as images from files have; seed as in random_mask.
 
-    kind "bicubic": antialiased, nothing random. "bsr": two blurs, a resize, noise and JPEG in random order, then JPEG,
-    after BSRGAN (Zhang et al. 2021, arXiv 2103.14006, section 3) but lightly, so that what is there can still be told:
+    "bicubic": antialiased, nothing random. "bsr": two blurs, a resize, noise and JPEG in random order, then JPEG, after
+    BSRGAN (Zhang et al. 2021, arXiv 2103.14006, section 3) but lightly, so that what is there can still be recognized:
     an isotropic Gaussian of 0.1 to 0.7 pixels and another of 0.1 to 1.4 along each of two turned axes (at scale 4, else
     in proportion), noise of 1 to 6 of 255, grey or colored, JPEG of quality 70 to 95.
     """
     height, width = image.shape[-2:]
-    if kind not in DEGRADATIONS:
-        raise ValueError(f"degradation {kind!r} is not known: choose {' or '.join(DEGRADATIONS)}")
-    if not isinstance(scale, int) or scale < 1 or height % scale or width % scale:
-        raise ValueError(f"an image of {height} x {width} is not to be divided by scale {scale}: set another scale")
+    assert degradation in DEGRADATIONS, f"degradation {degradation!r}: choose {' or '.join(DEGRADATIONS)}"
+    assert not height % scale and not width % scale, f"an image of {height} x {width} cannot be divided by {scale}"
     small = width // scale, height // scale
     pixels = ((image.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
-    if kind == "bicubic":
+    if degradation == "bicubic":
         return to_tensor(Image.fromarray(pixels).resize(small, Image.Resampling.BICUBIC))
     rng = np.random.default_rng(seed_of("degrade", *seed))
 
@@ -148,7 +148,7 @@ def layout_string(objects, classes=None):
     """
     "red circle 0.10 0.20 0.50 0.60; ...", the biggest first, from the (name, x0, y0, x1, y1) of Dataset.boxes.
 
-    Given classes, objects of others are left out: validation may have some that the tokenizer was not made with.
+    With classes, objects of others are left out: validation may have some that the tokenizer does not know.
     """
     objects = [o for o in objects if classes is None or o[0] in classes]
     objects.sort(key=lambda o: -(o[3] - o[1]) * (o[4] - o[2]))
@@ -156,44 +156,44 @@ def layout_string(objects, classes=None):
 
 
 # -----------------------------------------------------------------------------
-# what the denoiser takes of it
+# input channels of the denoiser
 
 
-def image_condition(task, vae, given, sides, map_classes=0):
-    """`concat` of Denoiser.condition for a task; vae is None in pixels, sides (h, w) are the latents'.
+def image_condition(task, vae, inputs, sides, map_classes=0):
+    """`concat` of Denoiser.condition for a task; vae is None in pixel space, sides (h, w) are the latents'.
 
-    inpaint   given["image"] (B,3,H,W) in [-1,1], given["mask"] (B,1,H,W), 1 where to paint -> mask and masked latents,
-              in Stable Diffusion's order (B,1+C,h,w)
-    sr        given["low"] (B,3,H/scale,W/scale) -> folded, or enlarged, to the latents' side (B,3 or more,h,w)
-    semantic  given["map"] (B,H,W) int64, -1 unknown -> one-hot (B,map_classes,H,W)
+    inpaint   inputs["image"] (B,3,H,W) in [-1,1], inputs["mask"] (B,1,H,W), 1 where to fill in -> mask and masked
+              latents, in Stable Diffusion's order (B,1+C,h,w)
+    sr        inputs["low"] (B,3,H/scale,W/scale) -> folded, or enlarged, to the latents' side (B,3 or more,h,w)
+    semantic  inputs["map"] (B,H,W) int64, -1 unknown -> one-hot (B,map_classes,H,W)
     """
     if task == "inpaint":
-        mask = (given["mask"] > 0.5).to(given["image"].dtype)
-        known = given["image"] * (1 - mask)
+        mask = (inputs["mask"] > 0.5).to(inputs["image"].dtype)
+        known = inputs["image"] * (1 - mask)
         known = known if vae is None else vae.normalize(vae.encode(known).mode())
         return torch.cat([F.interpolate(mask, sides, mode="nearest"), known], dim=1)
     if task == "sr":
-        low = given["low"]
+        low = inputs["low"]
         fold = low.shape[-1] // sides[1]
         return F.pixel_unshuffle(low, fold) if fold > 1 else F.interpolate(low, sides, mode="bilinear")
-    return (given["map"][:, None] == torch.arange(map_classes, device=given["map"].device).view(-1, 1, 1)).float()
+    return (inputs["map"][:, None] == torch.arange(map_classes, device=inputs["map"].device).view(-1, 1, 1)).float()
 
 
-def show_condition(task, given, side):
-    """What one example was shown, as (3,side,side): with a grey hole, enlarged, or with a color for each class."""
+def show_condition(task, inputs, side):
+    """One example's condition as an image (3,side,side): with a grey hole, enlarged, or with a color for each class."""
     if task == "inpaint":
-        return given["image"] * (given["mask"] < 0.5)
+        return inputs["image"] * (inputs["mask"] < 0.5)
     if task == "sr":
-        return F.interpolate(given["low"][None], (side, side), mode="nearest")[0]
+        return F.interpolate(inputs["low"][None], (side, side), mode="nearest")[0]
     colors = 2 * torch.rand(257, 3, generator=torch.Generator().manual_seed(0)) - 1
-    return colors[given["map"]].permute(2, 0, 1)
+    return colors[inputs["map"]].permute(2, 0, 1)
 
 
 def augment_low(low, level, eps, schedule=None):
     """Noise on a low-resolution image, as Stable Diffusion's x4 upscaler has it: level (B,) counts in 0..999.
 
-    The network is told the level as y, so it knows what to trust (Ho et al. 2021, arXiv 2106.15282, section 4.2).
-    schedule: what make_schedule takes, None is ("linear", 1e-4, 0.02); the upscaler's own is scaled_linear.
+    The level is the network's y, so it knows what to trust (Ho et al. 2021, arXiv 2106.15282, section 4.2).
+    schedule: arguments of make_schedule, None is ("linear", 1e-4, 0.02); the upscaler's own is scaled_linear.
     """
     schedule = make_schedule(*(schedule or ("linear", 1e-4, 0.02)))
     t = ((level + 1) / schedule.discrete).to(low.dtype).view(-1, 1, 1, 1)
@@ -204,16 +204,18 @@ def augment_low(low, level, eps, schedule=None):
 # items with their condition
 
 
-def check_task(images, task, scale=4, kind="bsr", layout=False):
-    """ValueError where a Dataset has not what a task, or a layout, needs."""
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} is not known: choose one of {', '.join(TASKS)}")
-    if task == "sr":
-        degrade(torch.zeros(3, images.image_size, images.image_size), scale, kind=kind)  # refuses what cannot be
-    if task == "semantic" and not (images.has_maps and images.map_classes):
-        raise ValueError(f"{images.path} has no semantic maps: add KEY.map.png, maps.npy or a column 'map'")
-    if layout and not images.has_objects:
-        raise ValueError(f'{images.path} has no objects: give "objects": {{"bbox": ..., "categories": ...}} in JSON')
+def check_task(dataset, task, scale=4, degradation="bsr", layout=False):
+    """Rejects a Dataset that lacks what a task, or a layout, needs."""
+    assert task in TASKS, f"task {task!r}: choose one of {', '.join(TASKS)}"
+    assert degradation in DEGRADATIONS, f"degradation {degradation!r}: choose {' or '.join(DEGRADATIONS)}"
+    side = dataset.image_size
+    if task == "sr" and side % scale:
+        reject(f"image_size={side}", f"cannot be divided by a scale of {scale}", "set another scale or size")
+    if task == "semantic" and not (dataset.has_maps and dataset.map_classes):
+        reject(f"dataset {dataset.path}", "has no semantic maps", "add KEY.map.png, maps.npy or a column 'map'")
+    if layout and not dataset.has_objects:
+        remedy = 'give "objects": {"bbox": ..., "categories": ...} in JSON'
+        reject(f"dataset {dataset.path}", "has no objects", remedy)
 
 
 class WithCondition(torch.utils.data.Dataset):
@@ -221,52 +223,51 @@ class WithCondition(torch.utils.data.Dataset):
     [p] -> stream[p] and "condition", a dict of tensors, from the same crop and flip; stream is a Stream or LatentCache.
 
         none      {}
-        inpaint   {"image": (3,S,S) the whole picture, "mask": (1,S,S)}
+        inpaint   {"image": (3,S,S), "mask": (1,S,S)}
         sr        {"low": (3,S/scale,S/scale)}
         semantic  {"map": (S,S) int64, -1 unknown}
 
-    With `layout`, names of object classes, text is the item's layout in objects of those.
-    Masks and degradations depend on (seed, task, p) alone, so validation sees the same ones each time. An item whose
+    With `layout`, names of object classes, text is the item's layout in objects of those. scale, degradation: of sr.
+    Masks and degradations depend on (seed, task, p) alone, so validation has the same ones each time. An item whose
     condition does not read is named in bad and replaced by that of another position, a function of (seed, p).
     """
 
-    def __init__(self, stream, task, seed, scale=4, kind="bsr", layout=None):
-        """scale, kind: of "sr", see degrade."""
-        self.stream, self.task, self.seed, self.scale, self.kind = stream, task, seed, scale, kind
-        self.is_cache = hasattr(stream, "images")
-        self.images = stream.images if self.is_cache else stream.dataset
-        check_task(self.images, task, scale, kind, layout is not None)
+    def __init__(self, stream, task, seed, scale=4, degradation="bsr", layout=None):
+        check_task(stream.dataset, task, scale, degradation, layout is not None)
+        self.stream, self.dataset, self.task, self.seed = stream, stream.dataset, task, seed
+        self.scale, self.degradation = scale, degradation
         self.layout = None if layout is None else frozenset(layout)
+        self.has_latents = isinstance(stream, LatentCache)
 
     def condition(self, p, item):
-        """What is added to an item of position p; raises BadImage."""
-        images, index, flip, crop = self.images, item["index"], item["flip"], {}
-        if not self.is_cache and self.stream.crop == "random":
-            crop = dict(crop="random", u=self.stream.draw(p, len(item["bad"]))["u"])
-        more, shown = {}, {}
+        """The fields added to an item of position p; raises BadImage."""
+        dataset, index, flip, fields, condition = self.dataset, item["index"], item["flip"], {}, {}
+        crop = {} if item["u"] is None else dict(crop="random", u=item["u"])
         if self.layout is not None:
-            more["text"] = layout_string(images.boxes(index, flip, **crop), self.layout)
-        if self.task in ("inpaint", "sr"):  # a cache's items hold latents
-            x = images.pixels(index, flip=flip) if self.is_cache else item["image"]
+            fields["text"] = layout_string(dataset.boxes(index, flip, **crop), self.layout)
+        if self.task in ("inpaint", "sr"):
+            image = dataset.pixels(index, flip=flip, **crop) if self.has_latents else item["image"]
         if self.task == "inpaint":
-            shown = {"image": x, "mask": random_mask(x.shape[1:], self.seed, "inpaint", p)}
+            condition = {"image": image, "mask": random_mask(image.shape[1:], self.seed, "inpaint", p)}
         elif self.task == "sr":
-            shown = {"low": degrade(x, self.scale, self.seed, "sr", p, kind=self.kind)}
+            low = degrade(image, self.scale, self.seed, "sr", p, degradation=self.degradation)
+            condition = {"low": low}
         elif self.task == "semantic":
-            shown = {"map": images.map(index, flip=flip, **crop)}
-            if shown["map"].max() >= images.map_classes:
-                count = f"class {shown['map'].max()} of its map is not among {images.map_classes}"
+            condition = {"map": dataset.map(index, flip=flip, **crop)}
+            if condition["map"].max() >= dataset.map_classes:
+                count = f"class {condition['map'].max()} of its map is not among {dataset.map_classes}"
                 raise BadImage(f"{item['key']}: {count}: name all in map_classes.json")
-        return more | {"condition": shown}
+        return fields | {"condition": condition}
 
     def __getitem__(self, p):
-        bad, count = [], len(self.images)
+        bad, (first, count) = [], self.stream.span(p)
         for attempt in range(100):
-            at = seed_of(self.seed, "replace condition", p, attempt) % count if attempt else p
+            at = first + seed_of(self.seed, "replace condition", p, attempt) % count if attempt else p
             item = self.stream[at]
             bad += item["bad"]
             try:
                 return {**item, **self.condition(at, item), "bad": bad}
             except BadImage as e:
                 bad.append(str(e))
-        raise ValueError(f"all of 100 images tried in {self.images.path} have no {self.task} condition: {bad[0]}")
+        what = f"all of 100 images tried have no {self.task} condition ({bad[0]})"
+        reject(f"dataset {self.dataset.path}", what, "look at the data")

@@ -1,15 +1,16 @@
-"""The autoencoder against the published parameter counts, torch.distributions and plain numpy; every option once."""
+"""The autoencoder against published parameter counts, formulas written out and golden values; every option once."""
 
 import copy
+import inspect
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fill
 
-from metrics import psnr, ssim
+import checkpoint
+import convert
 from vae import (
     VAE,
     Attention,
@@ -17,6 +18,7 @@ from vae import (
     Downsample,
     LinearAttention,
     Posterior,
+    Quantized,
     Quantizer,
     ResBlock,
     Upsample,
@@ -24,14 +26,24 @@ from vae import (
 )
 
 TINY = dict(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=3, norm_groups=4, resolution=32)
+VQ = dict(bottleneck="vq", codebook_size=16)
 
 
 def images(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def count(module):
     return sum(p.numel() for p in module.parameters())
+
+
+def fingerprint(model):
+    """One number of the values and the order of all weights."""
+    return sum((i + 1) * p.double().flatten()[::7].sum().item() for i, p in enumerate(model.parameters()) if p.ndim > 1)
 
 
 @pytest.fixture(scope="module")
@@ -41,40 +53,64 @@ def tiny():
 
 # --- the published models ---
 
+PUBLISHED = {  # settings, then parameters of encoder, decoder, all
+    "kl-f4": (dict(ch_mult=(1, 2, 4), z_channels=3), 22_351_238, 32_960_771, 55_312_063),
+    "kl-f8": (dict(), 34_163_592, 49_490_179, 83_653_863),
+    "kl-f16": (
+        dict(ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_resolutions=(16,)),
+        28_265_760,
+        41_343_875,
+        69_610_963,
+    ),
+    "kl-f32": (
+        dict(ch_mult=(1, 1, 2, 2, 4, 4), z_channels=64, attn_resolutions=(16, 8)),
+        42_614_656,
+        61_244_803,
+        103_880_131,
+    ),
+    "vq-f4": (dict(ch_mult=(1, 2, 4), z_channels=3, bottleneck="vq"), None, None, 55_322_782),
+    "vq-f4-noattn": (
+        dict(ch_mult=(1, 2, 4), z_channels=3, bottleneck="vq", mid_attention=False),
+        None,
+        None,
+        53_219_486,
+    ),
+    "vq-f8": (
+        dict(ch_mult=(1, 2, 2, 4), attn_resolutions=(32,), bottleneck="vq", codebook_size=16384),
+        None,
+        None,
+        67_717_295,
+    ),
+}
 
-@pytest.mark.parametrize(
-    "settings, encoder, decoder, total",
-    [
-        (dict(ch_mult=(1, 2, 4), z_channels=3), 22_351_238, 32_960_771, 55_312_063),  # kl-f4
-        (dict(), 34_163_592, 49_490_179, 83_653_863),  # kl-f8
-        (dict(ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_resolutions=(16,)), 28_265_760, 41_343_875, 69_610_963),
-        (
-            dict(ch_mult=(1, 1, 2, 2, 4, 4), z_channels=64, attn_resolutions=(16, 8)),
-            42_614_656,
-            61_244_803,
-            103_880_131,
-        ),
-    ],
-    ids=["kl-f4", "kl-f8", "kl-f16", "kl-f32"],
-)
-def test_published_parameter_counts(settings, encoder, decoder, total):
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name):
+    settings, encoder, decoder, total = PUBLISHED[name]
     with torch.device("meta"):
         vae = VAE(**settings)
-    assert (count(vae.encoder), count(vae.decoder), count(vae)) == (encoder, decoder, total)
-    assert vae.factor == 2 ** (len(vae.settings["ch_mult"]) - 1)
+    assert count(vae) == total and vae.factor == 2 ** (len(vae.settings["ch_mult"]) - 1)
+    assert encoder is None or (count(vae.encoder), count(vae.decoder)) == (encoder, decoder)
+
+
+def test_defaults_are_those_of_convert():
+    """convert.py imports no model: it completes the settings of other projects' files from a copy."""
+    assert {name: p.default for name, p in inspect.signature(VAE).parameters.items()} == convert.VAE
+
+
+# --- blocks ---
 
 
 def test_downsampling_pads_right_and_below_only():
-    down = Downsample(1, "conv", 1, False)
-    x = images(1, 1, 6, 8)
+    down, x = Downsample(1, "conv", 1, False), images(1, 1, 6, 8)
     with torch.no_grad():
         down.conv.weight.fill_(1.0)
         down.conv.bias.zero_()
         y = down(x)
     assert y.shape == (1, 1, 3, 4)
-    torch.testing.assert_close(y[0, 0, 0, 0], x[0, 0, 0:3, 0:3].sum())  # a whole window in the upper left corner
+    torch.testing.assert_close(y[0, 0, 0, 0], x[0, 0, 0:3, 0:3].sum())
     torch.testing.assert_close(y[0, 0, 1, 1], x[0, 0, 2:5, 2:5].sum())
-    torch.testing.assert_close(y[0, 0, 2, 3], x[0, 0, 4:6, 6:8].sum())  # a cut one in the lower right
+    torch.testing.assert_close(y[0, 0, 2, 3], x[0, 0, 4:6, 6:8].sum())
 
 
 def test_resampling_without_weights():
@@ -86,14 +122,12 @@ def test_resampling_without_weights():
     torch.testing.assert_close(up(x), up.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3)))
 
 
-def test_attention_is_single_headed_over_all_pixels():
+def test_attention_is_single_headed_over_all_positions():
     attention, x = fill(Attention(8, 4)).double(), images(2, 8, 3, 5).double()
     h = attention.norm(x)
-    q, k, v = (torch.einsum("oc,bchw->bohw", f.weight[:, :, 0, 0], h) for f in (attention.q, attention.k, attention.v))
-    q, k, v = (a + f.bias[:, None, None] for a, f in ((q, attention.q), (k, attention.k), (v, attention.v)))
-    weights = torch.einsum("bchw,bcij->bhwij", q, k) / math.sqrt(8)
-    weights = weights.flatten(3).softmax(-1).view_as(weights)
-    out = torch.einsum("bhwij,bcij->bchw", weights, v)
+    q, k, v = (f(h).flatten(2) for f in (attention.q, attention.k, attention.v))  # (B,C,HW)
+    weights = (torch.einsum("bcp,bcq->bpq", q, k) / math.sqrt(8)).softmax(-1)
+    out = torch.einsum("bpq,bcq->bcp", weights, v).view_as(x)
     torch.testing.assert_close(attention(x), x + attention.proj_out(out))
 
 
@@ -118,60 +152,90 @@ def test_gated_block_formula():
 
 
 def test_posterior_kl_is_that_of_torch_distributions():
-    posterior = Posterior(torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(posterior.mean, posterior.std), normal(0.0, 1.0))
+    posterior, Normal = Posterior(normal(2, 6, 4, 4).double()), torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(Normal(posterior.mean, posterior.std), Normal(0.0, 1.0))
     torch.testing.assert_close(posterior.kl(), expected)
-    assert posterior.kl().shape == (2, 3, 4, 4) and (posterior.kl() >= 0).all()
+    assert posterior.kl().shape == (2, 3, 4, 4)
 
 
 def test_posterior_clamps_logvar():
     moments = torch.tensor([1.0, -1e4, 1e4, 0.0]).view(1, 4, 1, 1)  # means 1, -1e4; logvars 1e4, 0
     posterior = Posterior(torch.cat([moments, -moments]))
     assert posterior.logvar.flatten().tolist() == [20.0, 0.0, -30.0, 0.0]
-    assert posterior.kl().isfinite().all()
     torch.testing.assert_close(posterior.std.flatten(), torch.tensor([math.exp(10), 1, math.exp(-15), 1]))
+    assert Posterior(moments.bfloat16()).mean.dtype == torch.float32
 
 
 def test_posterior_samples(tiny):
     posterior = tiny.encode(images(2, 3, 16, 16))
+    noise = normal(*posterior.mean.shape)
     assert torch.equal(posterior.mode(), posterior.mean)
-    noise = torch.randn(posterior.mean.shape)
     assert torch.equal(posterior.sample(noise), posterior.mean + (posterior.logvar / 2).exp() * noise)
-    assert torch.equal(posterior.sample(torch.zeros_like(noise)), posterior.mean)
     first, again, other = (posterior.sample(generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    torch.manual_seed(1)
-    assert not torch.equal(posterior.sample(), posterior.sample())
     wide = Posterior(torch.tensor([3.0, math.log(4)]).view(1, 2, 1, 1).expand(1, 2, 100, 100).double())
-    drawn = wide.sample(generator=torch.Generator().manual_seed(0))
-    assert abs(drawn.mean() - 3) < 0.1 and abs(drawn.std() - 2) < 0.1
+    sampled = wide.sample(generator=torch.Generator().manual_seed(0))
+    assert abs(sampled.mean() - 3) < 0.1 and abs(sampled.std() - 2) < 0.1
 
 
-# --- the whole ---
+# --- the autoencoder ---
+
+GOLDEN = [  # option, fingerprint of the initial weights (seed 0), std of a float64 reconstruction by `fill`
+    ({}, -222.72604, 0.54437304),
+    (dict(activation="swiglu"), 338.30516, 0.61110492),
+    (dict(downsample="avg"), -24.466495, 0.52737861),
+    (dict(downsample="max"), -24.466495, 0.56516748),
+    (dict(upsample="bilinear"), -222.72604, 0.53890742),
+    (dict(upsample="bicubic"), -222.72604, 0.53120666),
+    (dict(linear_attention=True), 282.92612, 0.56832471),
+    (dict(mid_attention=False), -202.98212, 0.55459739),
+    (dict(latent_proj=False), -48.410588, 0.5840591),
+    (dict(tanh_out=True), -222.72604, 0.39427334),
+    (dict(patch_size=2), -889.74242, 0.68367673),
+    (dict(attn_resolutions=(16,)), 479.79828, 0.55420811),
+    (dict(num_res_blocks=2), 786.43181, 0.5569832),
+    (dict(norm_groups=2), -222.72604, 0.54581618),
+    (dict(z_channels=5), 448.5912, 0.56246885),
+    (dict(embed_dim=2), -285.08004, 0.55903771),
+    (dict(attn_resolutions=(8, 32), patch_size=2, linear_attention=True, activation="swiglu"), -18.93196, 0.72679493),
+    (dict(VQ), -226.94436, 0.55793069),
+    (dict(**VQ, embed_dim=4), -136.94111, 0.53564339),
+]
+
+
+@pytest.mark.parametrize(
+    "option, initial, std", GOLDEN, ids=lambda value: str(value) if isinstance(value, dict) else ""
+)
+def test_options(option, initial, std):
+    """Initial weights and outputs are those of golden values, and gradients reach every parameter."""
+    settings = TINY | option
+    torch.manual_seed(0)
+    vae = VAE(**settings)
+    assert fingerprint(vae) == pytest.approx(initial, rel=1e-5)
+    assert vae.settings == inspect.signature(VAE).bind(**settings).arguments | vae.settings
+    vae, f = fill(vae).double(), 4 * settings.get("patch_size", 1)
+    x = images(2, 3, 32, 48).double()
+    posterior = vae.encode(x)
+    assert posterior.mean.shape == (2, settings.get("embed_dim") or settings["z_channels"], 32 // f, 48 // f)
+    y, same = vae(x, normal(*posterior.mean.shape).double())
+    assert y.shape == x.shape and torch.equal(same.mean, posterior.mean)
+    assert y.std().item() == pytest.approx(std, rel=1e-5)
+    loss = (y - x).square().mean() + 1e-2 * same.kl().mean() + (same.loss if vae.quantize else 0)
+    loss.backward()
+    for name, p in vae.named_parameters():
+        assert p.grad.isfinite().all() and (name.endswith("k.bias") or p.grad.abs().sum() > 0), name
 
 
 def test_encode_decode_and_forward(tiny):
-    x, noise = images(2, 3, 16, 24), torch.randn(2, 3, 4, 6)
-    posterior = tiny.encode(x)
-    assert posterior.mean.shape == posterior.logvar.shape == (2, 3, 4, 6)
-    reconstruction, same = tiny(x, noise)
-    assert torch.equal(same.mean, posterior.mean)
-    assert torch.equal(reconstruction, tiny.decode(posterior.sample(noise)))
-    assert not torch.equal(reconstruction, tiny(x, -noise)[0])
-
-
-@pytest.mark.parametrize("H, W", [(4, 4), (24, 40), (44, 20)])
-def test_any_size_that_divides(tiny, H, W):
-    posterior = tiny.encode(images(1, 3, H, W))
-    assert posterior.mean.shape == (1, 3, H // 4, W // 4)
-    assert tiny.decode(posterior.mode()).shape == (1, 3, H, W)
-
-
-@pytest.mark.parametrize("H, W, side, remedy", [(30, 32, 30, 28), (32, 33, 33, 32), (3, 8, 3, 4)])
-def test_sides_that_do_not_divide(tiny, H, W, side, remedy):
-    with pytest.raises(ValueError, match=f"image side {side} is not a multiple of 4: resize or crop to {remedy}"):
-        tiny.encode(images(1, 3, H, W))
+    for H, W in ((4, 4), (24, 40), (44, 20)):
+        x, noise = images(2, 3, H, W), normal(2, 3, H // 4, W // 4)
+        posterior = tiny.encode(x)
+        reconstruction, same = tiny(x, noise)
+        assert torch.equal(reconstruction, tiny.decode(posterior.sample(noise))) and reconstruction.shape == x.shape
+        assert not torch.equal(reconstruction, tiny(x, -noise)[0])
+    for H, W, side in ((30, 32, 30), (32, 33, 33)):
+        with pytest.raises(AssertionError, match=f"image side {side}: must be a multiple of 4"):
+            tiny.encode(images(1, 3, H, W))
 
 
 def test_latent_statistics():
@@ -180,11 +244,9 @@ def test_latent_statistics():
     vae.latent_mean.copy_(torch.tensor([1.0, -2.0, 0.0]))
     assert not vae.has_latent_statistics
     vae.latent_std.copy_(torch.tensor([0.5, 2.0, 1 / 0.18215]))
-    assert vae.has_latent_statistics
-    z = torch.randn(2, 3, 4, 4)
+    z = normal(2, 3, 4, 4)
     x0 = vae.normalize(z)
     torch.testing.assert_close(x0[:, 0], (z[:, 0] - 1) / 0.5)
-    torch.testing.assert_close(x0[:, 1], (z[:, 1] + 2) / 2)
     torch.testing.assert_close(x0[:, 2], z[:, 2] * 0.18215)
     torch.testing.assert_close(vae.denormalize(x0), z)
     twin = VAE(**TINY)
@@ -192,276 +254,52 @@ def test_latent_statistics():
     assert twin.has_latent_statistics, "they are part of the weights"
 
 
-OPTIONS = [
-    dict(activation="swiglu"),
-    dict(downsample="avg"),
-    dict(downsample="max"),
-    dict(upsample="bilinear"),
-    dict(upsample="bicubic"),
-    dict(linear_attention=True),
-    dict(mid_attention=False),
-    dict(latent_proj=False),
-    dict(tanh_out=True),
-    dict(patch_size=2),
-    dict(attn_resolutions=(16,)),
-    dict(num_res_blocks=2),
-    dict(norm_groups=2),
-    dict(z_channels=5),
-    dict(attn_resolutions=(8, 32), patch_size=2, linear_attention=True, activation="swiglu", tanh_out=True),
-]
-
-
-@pytest.mark.parametrize("option", [{}, *OPTIONS], ids=str)
-def test_options(tiny, option):
-    settings = TINY | option
-    vae = fill(VAE(**settings))
-    f = 4 * settings.get("patch_size", 1)
-    assert vae.factor == f and vae.settings == {**VAE(**TINY).settings, **option}
-    x = images(2, 3, 32, 48)
-    posterior = vae.encode(x)
-    assert posterior.mean.shape == (2, settings["z_channels"], 32 // f, 48 // f)
-    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
-    y = vae.decode(posterior.sample(noise))
-    assert y.shape == x.shape and y.isfinite().all()
-    ((y - x).square().mean() + 1e-2 * posterior.kl().mean()).backward()
-    for name, p in vae.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), name
-        if not name.endswith("k.bias"):  # which a softmax does not see
-            assert p.grad.abs().sum() > 0, name
-    if option and y.shape == x.shape:
-        plain = tiny.decode(tiny.encode(x).mode())
-        assert (vae.decode(posterior.mode()) - plain).abs().max() > 1e-3, "the option changes nothing"
-    if settings.get("tanh_out"):
-        assert y.abs().max() <= 1
-
-
 def test_attention_resolutions_count_pixels_after_the_stem():
-    def levels(**settings):
+    for settings, wanted in (
+        (dict(), [False, False, False]),
+        (dict(attn_resolutions=(32, 8)), [True, False, True]),
+        (dict(attn_resolutions=(16,)), [False, True, False]),
+        (dict(attn_resolutions=(16,), patch_size=2), [True, False, False]),
+    ):
         vae = VAE(**TINY | settings)
-        downs = [isinstance(level.attn[0], Attention) for level in vae.encoder.down]
-        ups = [isinstance(level.attn[0], Attention) for level in vae.decoder.up]
-        assert downs == ups
-        return downs
-
-    assert levels() == [False, False, False]
-    assert levels(attn_resolutions=(32, 8)) == [True, False, True]
-    assert levels(attn_resolutions=(16,)) == [False, True, False]
-    assert levels(attn_resolutions=(16,), patch_size=2) == [True, False, False]
+        for levels in (vae.encoder.down, vae.decoder.up):
+            assert [isinstance(level.attn[0], Attention) for level in levels] == wanted, settings
 
 
-def test_dropout_is_for_training_only():
+def test_dropout_is_for_training_only(tiny):
     vae, x = fill(VAE(**TINY, dropout=0.5)), images(1, 3, 16, 16)
-    torch.manual_seed(0)
     assert not torch.equal(vae.encode(x).mean, vae.encode(x).mean)
-    vae.eval()
-    assert torch.equal(vae.encode(x).mean, vae.encode(x).mean)
-    assert torch.equal(vae.encode(x).mean, fill(VAE(**TINY)).encode(x).mean)
+    assert torch.equal(vae.eval().encode(x).mean, tiny.encode(x).mean)
 
 
 @pytest.mark.parametrize(
     "setting, message",
     [
-        (dict(activation="relu"), "activation='relu' is not one of silu, swiglu"),
-        (dict(downsample="stride"), "downsample='stride' is not one of conv, avg, max"),
-        (dict(upsample="linear"), "upsample='linear' is not one of nearest, bilinear, bicubic"),
-        (dict(num_res_blocks=0), "num_res_blocks=0: each level of the encoder needs 1 or more"),
-        (dict(norm_groups=32), r"8 channels \(ch \* ch_mult\) do not divide into norm_groups=32 groups"),
-        (dict(ch=12, ch_mult=(2, 4), norm_groups=8), "12 channels .* norm_groups=8"),
+        (dict(bottleneck="fsq"), "bottleneck='fsq': must be one of kl, vq"),
+        (dict(activation="relu"), "activation='relu': must be one of silu, swiglu"),
+        (dict(downsample="stride"), "downsample='stride': must be one of conv, avg, max"),
+        (dict(upsample="linear"), "upsample='linear': must be one of nearest, bilinear, bicubic"),
+        (dict(num_res_blocks=0), "num_res_blocks=0: must be >= 1"),
+        (dict(norm_groups=32), r"norm_groups=32: must divide ch \* ch_mult, here 8"),
+        (dict(embed_dim=2, latent_proj=False), "embed_dim=2: needs latent_proj=True"),
     ],
 )
 def test_bad_settings(setting, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(AssertionError, match=message):
         VAE(**TINY | setting)
 
 
 def test_channels_last_gives_the_same(tiny):
     x = images(2, 3, 16, 16)
-    y = tiny.decode(tiny.encode(x).mode())
-    twin = fill(VAE(**TINY)).to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(tiny).to(memory_format=torch.channels_last)
     with torch.no_grad():
         got = twin.decode(twin.encode(x.contiguous(memory_format=torch.channels_last)).mode())
-    torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, tiny.decode(tiny.encode(x).mode()), rtol=1e-4, atol=1e-5)
 
 
-def test_overfits_one_batch():
-    """Four smooth pictures, from scratch, to a mean absolute error of 0.05 (they span [-1, 1])."""
-    torch.manual_seed(0)
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 16), indexing="ij")
-    pictures = [x, y, x * y, 1 - x**2 - y**2]
-    batch = torch.stack([torch.stack([p, -p, pictures[i - 1]]) for i, p in enumerate(pictures)]).clamp(-1, 1)
-    vae = VAE(ch=16, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, mid_attention=False, patch_size=2, norm_groups=4)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-3, betas=(0.9, 0.99))
-    for step in range(150):
-        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 150)
-        reconstruction, posterior = vae(batch)
-        loss = (reconstruction - batch).abs().mean() + 1e-6 * posterior.kl().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        l1 = (vae.decode(vae.encode(batch).mode()) - batch).abs().mean().item()
-    assert l1 < 0.05, l1
-
-
-# --- psnr and ssim ---
-
-
-def test_psnr_by_hand():
-    x = torch.zeros(3, 3, 8, 8)
-    y = torch.stack([torch.full((3, 8, 8), 0.2), torch.full((3, 8, 8), -1.0), torch.zeros(3, 8, 8)])
-    got = psnr(x, y)
-    assert got.shape == (3,)
-    assert got[0].item() == pytest.approx(10 * math.log10(4 / 0.04), abs=1e-4)  # 20 dB: peak 2, error 0.2
-    assert got[1].item() == pytest.approx(10 * math.log10(4), abs=1e-9)
-    assert 100 < got[2].item() < math.inf
-    assert torch.equal(got, psnr(y, x))
-
-
-def test_metrics_clamp_to_the_range():
-    x, y = images(2, 3, 16, 16), images(2, 3, 16, 16, seed=1)
-    x[0, 0, 0], y[0, 1, 5] = 1.0, -1.0
-    loud_x, loud_y = x.clone(), y.clone()
-    loud_x[0, 0, 0], loud_y[0, 1, 5] = 7.0, -9.0
-    assert torch.equal(psnr(loud_x, loud_y), psnr(x, y))
-    assert torch.equal(ssim(loud_x, loud_y), ssim(x, y))
-
-
-def slow_ssim(x, y):
-    """Wang et al. 2004, equation 13, window by window; (C,H,W) in [-1,1]."""
-    window = np.array([[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)])
-    window /= window.sum()
-    c1, c2, values = (0.01 * 2) ** 2, (0.03 * 2) ** 2, []
-    C, H, W = x.shape
-    for c in range(C):
-        for i in range(H - 10):
-            for j in range(W - 10):
-                a, b = x[c, i : i + 11, j : j + 11], y[c, i : i + 11, j : j + 11]
-                ma, mb = (window * a).sum(), (window * b).sum()
-                va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
-                cov = (window * (a - ma) * (b - mb)).sum()
-                values.append((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2)))
-    return np.mean(values)
-
-
-def test_ssim_against_a_slow_loop():
-    ramp = torch.linspace(-1, 1, 20).expand(3, 17, 20)
-    x = torch.stack([images(3, 17, 20), ramp, torch.full((3, 17, 20), 0.9)])
-    y = torch.stack([images(3, 17, 20, seed=1), ramp.flip(-1) * 0.8, torch.full((3, 17, 20), 0.899)])
-    got = ssim(x, y)
-    assert got.shape == (3,)
-    for i in range(3):
-        assert got[i].item() == pytest.approx(slow_ssim(x[i].double().numpy(), y[i].double().numpy()), abs=1e-6)
-    assert ssim(x, x).tolist() == pytest.approx([1, 1, 1], abs=1e-9)
-    assert ssim(x[:1, :, :11, :11], y[:1, :, :11, :11]).shape == (1,), "one window"
-
-
-def test_ssim_is_exact_under_autocast():
-    x = images(1, 3, 16, 16) * 0.01 + 0.9  # a small variance on a large mean is what half precision loses
-    y = images(1, 3, 16, 16, seed=1) * 0.01 + 0.9
-    with torch.autocast("cpu", torch.bfloat16):
-        got = ssim(x, y)
-    assert got.item() == pytest.approx(slow_ssim(x[0].double().numpy(), y[0].double().numpy()), abs=1e-6)
-
-
-@pytest.mark.parametrize("metric", (psnr, ssim))
-def test_metrics_refuse_what_they_would_judge_wrongly(metric):
-    """Bytes, all but two of which are beyond [-1,1] and so alike, and one picture beside several."""
-    x = images(2, 3, 16, 16)
-    for a, b in (((127 * x + 128).byte(), (127 - 127 * x).byte()), (x, x[:1])):
-        with pytest.raises(ValueError, match="equal shape as floats in .-1,1., got"):
-            metric(a, b)
-
-
-def test_ssim_wants_a_whole_window():
-    with pytest.raises(ValueError, match=r"11x11 window; images of \(10, 32\) are smaller"):
-        ssim(images(1, 3, 10, 32), images(1, 3, 10, 32))
-
-
-# --- vector quantisation ---
-
-VQ = TINY | dict(bottleneck="vq", codebook_size=11, embed_dim=4)
-
-
-@pytest.mark.parametrize(
-    "settings, total",
-    [
-        (dict(ch_mult=(1, 2, 4), z_channels=3, codebook_size=8192), 55_322_782),  # vq-f4
-        (dict(ch_mult=(1, 2, 4), z_channels=3, codebook_size=8192, mid_attention=False), 53_219_486),  # vq-f4-noattn
-        (dict(ch_mult=(1, 2, 2, 4), attn_resolutions=(32,), codebook_size=16384), 67_717_295),  # vq-f8
-    ],
-    ids=["vq-f4", "vq-f4-noattn", "vq-f8"],
-)
-def test_published_vq_parameter_counts(settings, total):
-    with torch.device("meta"):
-        assert count(VAE(bottleneck="vq", **settings)) == total
-
-
-@pytest.mark.parametrize("legacy", (False, True))
-def test_quantizer_against_brute_force(legacy):
-    """Every latent in turn, every code in turn; the gradients as van den Oord et al. 2017 write them."""
-    quantizer = Quantizer(7, 3, beta=0.25, legacy=legacy).double()
-    torch.nn.init.normal_(quantizer.embedding.weight, generator=torch.Generator().manual_seed(1))
-    z = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    quantised, loss, indices = quantizer(z)
-    codes, wanted, total = quantizer.embedding.weight.detach(), torch.empty_like(z), 0.0
-    codebook_gradient, latent_gradient = torch.zeros_like(codes), torch.zeros_like(z)
-    on_codes, on_latents = (0.25, 1.0) if legacy else (1.0, 0.25)
-    for b in range(2):
-        for i in range(4):
-            for j in range(5):
-                v = z[b, :, i, j].detach()
-                k = min(range(7), key=lambda k: (v - codes[k]).square().sum().item())
-                assert indices[b, i, j] == k
-                wanted[b, :, i, j] = codes[k]
-                total += 1.25 * (v - codes[k]).square().sum() / z.numel()
-                codebook_gradient[k] += on_codes * 2 * (codes[k] - v) / z.numel()
-                latent_gradient[b, :, i, j] = on_latents * 2 * (v - codes[k]) / z.numel()
-    torch.testing.assert_close(quantised, wanted)
-    torch.testing.assert_close(loss, total)
-    by_loss = torch.autograd.grad(loss, (z, quantizer.embedding.weight), retain_graph=True)
-    torch.testing.assert_close(by_loss, (latent_gradient, codebook_gradient))
-    upstream = torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    straight, none = torch.autograd.grad(quantised, (z, quantizer.embedding.weight), upstream, allow_unused=True)
-    assert torch.equal(straight, upstream) and none is None
-
-
-def test_vq_autoencoder():
-    vae, x = fill(VAE(**VQ)), images(2, 3, 16, 24)
-    posterior = vae.encode(x)
-    assert posterior.mean.shape == (2, 4, 4, 6) and vae.latent_channels == 4 and not posterior.std.any()
-    codes = vae.quantize.lookup(vae.quantize.nearest(posterior.mean))
-    assert (codes - posterior.mean).abs().max() > 0.01, "encode does not quantise"
-    decoded = vae.decode(posterior.mode())
-    assert torch.equal(decoded, vae.decoder(vae.post_quant_conv(codes))) and torch.equal(decoded, vae.decode(codes))
-    reconstruction, trained = vae(x)
-    torch.testing.assert_close(reconstruction, decoded)
-    assert torch.equal(trained.indices, vae.quantize.nearest(posterior.mean)) and trained.indices.shape == (2, 4, 6)
-    ((reconstruction - x).abs().mean() + trained.loss).backward()
-    for name, p in vae.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
-    with torch.autocast("cpu", torch.bfloat16):  # the search is in float64
-        assert torch.equal(vae.quantize.nearest(posterior.mean), trained.indices)
-
-
-def test_nearest_code_whatever_the_module_is_in():
-    """In bfloat16 too it is the nearest to what was given, and TF32 may be asked for in PyTorch's new way."""
-    generator = torch.Generator().manual_seed(0)
-    quantizer, z = Quantizer(1024, 4, 0.25, False).bfloat16(), torch.randn(2, 4, 16, 16, generator=generator).bfloat16()
-    torch.nn.init.normal_(quantizer.embedding.weight, generator=generator)
-    rows, codes = z.double().permute(0, 2, 3, 1).reshape(-1, 1, 4), quantizer.embedding.weight.detach().double()
-    wanted, matmul = (rows - codes).square().sum(-1).argmin(1), torch.backends.cuda.matmul
-    assert torch.equal(quantizer.nearest(z).flatten(), wanted)
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32"
-        assert torch.equal(quantizer.nearest(z).flatten(), wanted)
-    finally:
-        matmul.fp32_precision = before
-
-
-@pytest.mark.parametrize("option", [{}, dict(VQ), dict(latent_proj=False)], ids=["kl", "vq", "bare"])
+@pytest.mark.parametrize("option", [{}, VQ, dict(latent_proj=False)], ids=["kl", "vq", "bare"])
 def test_a_module_in_bfloat16_decodes_what_it_encodes(option):
-    """Latents are float32, statistics may be, and images come in the type of the weights."""
+    """Latents may be float32; images have the dtype of the weights."""
     vae, x = fill(VAE(**TINY | option)), images(2, 3, 16, 24)
     half = copy.deepcopy(vae).bfloat16()
     z = half.encode(x.bfloat16()).mode().float()
@@ -470,7 +308,114 @@ def test_a_module_in_bfloat16_decodes_what_it_encodes(option):
         torch.testing.assert_close(decoded.float(), vae.decode(z), rtol=0.1, atol=0.1)
 
 
-# --- what training asks of the autoencoder ---
+def test_checkpointing_changes_nothing():
+    x, noise, gradients = images(2, 3, 16, 16), normal(2, 3, 4, 4), []
+    for on in (False, True):
+        vae, calls = fill(VAE(**TINY)), []
+        vae.encoder.checkpointing = vae.decoder.checkpointing = on
+        vae.decoder.up[0].block[0].register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        vae(x, noise)[0].square().mean().backward()
+        gradients.append([p.grad for p in vae.parameters()])
+        assert len(calls) == 1 + on, "computed again in the backward pass"
+    assert all(map(torch.equal, *gradients))
+
+
+def test_overfits_one_batch():
+    """Three smooth images, from scratch, to a mean absolute error below 0.1 (they span [-1, 1])."""
+    torch.manual_seed(0)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 16), indexing="ij")
+    batch = torch.stack([torch.stack([x, y, -x]), torch.stack([y, x * y, 1 - x**2 - y**2]), torch.stack([-y, x, y])])
+    batch = batch.clamp(-1, 1)
+    vae = VAE(ch=16, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, mid_attention=False, patch_size=2, norm_groups=4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-3, betas=(0.9, 0.99))
+    for step in range(60):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 60)
+        reconstruction, posterior = vae(batch)
+        loss = (reconstruction - batch).abs().mean() + 1e-6 * posterior.kl().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert (vae.decode(vae.encode(batch).mode()) - batch).abs().mean() < 0.1
+
+
+# --- tiles ---
+
+
+@pytest.mark.parametrize("h, w, tile, overlap", [(12, 17, 8, 4), (20, 6, 8, 0), (9, 9, 8, 7)])
+def test_tiles_of_a_pointwise_decoder_are_seamless(tiny, monkeypatch, h, w, tile, overlap):
+    """A decoder without neighbourhoods gives the same in tiles; one that knows its tile is blended between them."""
+    z, sizes = normal(1, 3, h, w), []
+
+    def decode(z):
+        sizes.append(tuple(z.shape[-2:]))
+        return F.interpolate(z, scale_factor=4.0)
+
+    monkeypatch.setattr(tiny, "decode", decode)
+    torch.testing.assert_close(tiny.decode_tiled(z, tile, overlap), F.interpolate(z, scale_factor=4.0))
+    assert all(size == (min(h, tile), min(w, tile)) for size in sizes) and len(sizes) > 1
+    monkeypatch.setattr(
+        tiny, "decode", lambda z: F.interpolate(z, scale_factor=4.0) * 0 + len(sizes.append(1) or sizes)
+    )
+    sizes.clear()
+    row = tiny.decode_tiled(z, tile, overlap)[0, 0, 0]
+    assert row[0] == 1 and (row.diff() >= 0).all(), "each tile's number, rising linearly to the next one's"
+
+
+def test_tiles_of_the_decoder(tiny):
+    z = normal(1, 3, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(tiny.decode_tiled(z, 6, 2), tiny.decode(z)), "one tile"
+        assert tiny.decode_tiled(z, 4, 2).shape == (1, 3, 24, 24)
+    with pytest.raises(AssertionError, match=r"overlap=4: must be in \[0, 4\)"):
+        tiny.decode_tiled(z, 4, 4)
+
+
+# --- vector quantization ---
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_nearest_code(dtype):
+    """By brute force, in float64, whatever the dtype of the module, autocast and TF32."""
+    generator = torch.Generator().manual_seed(0)
+    quantizer, z = Quantizer(1024, 4, 0.25, False).to(dtype), normal(2, 4, 16, 16).to(dtype)
+    torch.nn.init.normal_(quantizer.embedding.weight, generator=generator)
+    rows, codes = z.double().permute(0, 2, 3, 1).reshape(-1, 1, 4), quantizer.embedding.weight.detach().double()
+    wanted = (rows - codes).square().sum(-1).argmin(1).view(2, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.nearest(z), wanted)
+    torch.testing.assert_close(quantizer.lookup(wanted), codes[wanted].permute(0, 3, 1, 2).to(dtype))
+
+
+@pytest.mark.parametrize("legacy", (False, True))
+def test_quantizer_loss_and_gradients(legacy):
+    quantizer, z = Quantizer(8, 3, 0.4, legacy).double(), normal(2, 3, 4, 4).double().requires_grad_()
+    assert quantizer.embedding.weight.abs().max() <= 1 / 8
+    codes, loss, indices = quantizer(z)
+    e = quantizer.embedding.weight[indices].permute(0, 3, 1, 2)
+    torch.testing.assert_close(codes, e)
+    distance = (z - e).square().mean()
+    torch.testing.assert_close(loss, 1.4 * distance)
+    straight = torch.autograd.grad((codes * normal(2, 3, 4, 4, seed=1)).sum(), z, retain_graph=True)[0]
+    torch.testing.assert_close(straight, normal(2, 3, 4, 4, seed=1).double(), msg="straight through")
+    of_z, of_codes = torch.autograd.grad(loss, (z, quantizer.embedding.weight))
+    on_z, on_codes = (1.0, 0.4) if legacy else (0.4, 1.0)
+    plain = torch.autograd.grad(distance, (z, quantizer.embedding.weight))
+    torch.testing.assert_close(of_z, on_z * plain[0])
+    torch.testing.assert_close(of_codes, on_codes * plain[1])
+
+
+def test_a_vq_autoencoder():
+    vae, x = fill(VAE(**TINY | VQ)), images(2, 3, 16, 24)
+    posterior = vae.encode(x)
+    assert isinstance(posterior, Quantized) and not posterior.std.any() and not posterior.kl().any()
+    assert torch.equal(posterior.sample(), posterior.mode()) and posterior.indices is None
+    reconstruction, trained = vae(x)
+    torch.testing.assert_close(reconstruction, vae.decode(posterior.mean))
+    assert torch.equal(trained.indices, vae.quantize.nearest(posterior.mean)) and trained.indices.shape == (2, 4, 6)
+
+
+# --- turns and scales ---
 
 
 def test_turn_and_scale():
@@ -480,25 +425,15 @@ def test_turn_and_scale():
     for i in range(8):
         for j in range(8):
             assert torch.equal(turned[:, :, 7 - j, i], x[:, :, i, j])
-    assert torch.equal(turn_and_scale(turned, 3, 0), x)
     flat = turn_and_scale(torch.full((1, 3, 8, 8), 0.7), 2, 4)
-    assert flat.shape == (1, 3, 4, 4)
-    torch.testing.assert_close(flat, torch.full_like(flat, 0.7))
+    torch.testing.assert_close(flat, torch.full((1, 3, 4, 4), 0.7))
     assert turn_and_scale(x, 0, 4).std() < 0.8 * x.std(), "no antialiasing"
-    vae, noise = fill(VAE(**TINY)), torch.randn(2, 3, 4, 4)
-    x = images(2, 3, 16, 16)
+    vae, noise, x = fill(VAE(**TINY)), normal(2, 3, 4, 4), images(2, 3, 16, 16)
     z = vae.encode(x).sample(noise)
     assert torch.equal(vae(x, noise, 3, 2)[0], vae.decode(turn_and_scale(z, 3, 2)))
 
 
-def test_checkpointing_changes_nothing_but_memory():
-    x, noise, gradients = images(2, 3, 16, 16), torch.randn(2, 3, 4, 4), []
-    for on in (False, True):
-        vae = fill(VAE(**TINY))
-        vae.encoder.checkpointing = vae.decoder.checkpointing = on
-        vae(x, noise)[0].square().mean().backward()
-        gradients.append([p.grad for p in vae.parameters() if p.grad is not None])
-    assert all(map(torch.equal, *gradients)) and len(gradients[0]) == len(gradients[1])
+# --- the discriminator ---
 
 
 @pytest.mark.parametrize("n_layers, total", [(3, 2_765_633), (2, 663_361)])
@@ -514,8 +449,7 @@ def test_published_discriminators(n_layers, total):
         else:
             assert m.negative_slope == 0.2
     side = 3 * 2**n_layers
-    assert disc(images(2, 3, side, side)).shape == (2, 1, 1, 1), "the least that it can look at"
-    assert disc(images(1, 3, 64, 96)).shape == (1, 1, 64 // 2**n_layers - 2, 96 // 2**n_layers - 2)
+    assert disc(images(2, 3, side, side)).shape == (2, 1, 1, 1), "the smallest image"
 
 
 @pytest.mark.parametrize("n_layers, patch", [(3, 70), (2, 34), (1, 16)])
@@ -529,9 +463,8 @@ def test_a_logit_sees_one_patch(n_layers, patch):
 
 
 def test_discriminator_options():
-    x = images(2, 3, 32, 32)
-    alone = Discriminator(2, "group")
-    torch.testing.assert_close(alone(x)[:1], alone(x[:1]))  # an image's logits are its own
+    x, alone = images(2, 3, 32, 32), Discriminator(2, "group")
+    torch.testing.assert_close(alone(x)[:1], alone(x[:1]))  # an image's logits do not depend on the batch
     assert not {"GroupNorm", "BatchNorm2d"} & {type(m).__name__ for m in Discriminator(2, "none").modules()}
     normed = Discriminator(2, "none", spectral_norm=True)
     for _ in range(50):
@@ -539,5 +472,59 @@ def test_discriminator_options():
     for m in normed.main:
         if isinstance(m, torch.nn.Conv2d):
             assert torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
-    with pytest.raises(ValueError, match="disc_norm='instance' is not one of group, batch, none"):
-        Discriminator(3, "instance")
+    for wrong, message in (
+        (dict(norm="instance"), "disc_norm='instance': must be one of group, batch, none"),
+        (dict(channels=24), "disc_channels=24: must be a multiple of 16"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            Discriminator(**wrong)
+
+
+# --- checkpoints ---
+
+
+def write_run(folder, vae, stage="vae", run=1, **more):
+    """latest.safetensors of a run whose autoencoder is `vae`."""
+    folder.mkdir(exist_ok=True)
+    meta = {"stage": stage, "run": run, "step": 1, "config": {}} | more
+    meta |= {"model": vae.settings} if stage == "vae" else {"model": {}, "vae": vae and vae.settings}
+    tensors = checkpoint.with_prefix("ema" if stage == "vae" else "vae", vae.state_dict() if vae else {})
+    checkpoint.write(f"{folder}/latest.safetensors", tensors | {"other.w": torch.ones(1)}, meta)
+    return folder
+
+
+def test_from_pretrained(tiny, tmp_path):
+    """Both stages by folder or file, a snapshot by the file beside it; settings travel through JSON."""
+    for stage in ("vae", "ldm"):
+        folder = write_run(tmp_path / stage, tiny, stage)
+        for path in (folder, f"{folder}/latest.safetensors"):
+            vae = VAE.from_pretrained(path)
+            assert vae.settings == tiny.settings and not vae.training
+            assert not any(p.requires_grad for p in vae.parameters())
+            assert checkpoint.hash_weights(vae) == checkpoint.hash_weights(tiny)
+    snapshot = f"{tmp_path}/ldm/ema_0000001.safetensors"
+    checkpoint.write(
+        snapshot, {"ema.w": torch.ones(1)}, {"stage": "ldm", "snapshot": True, "run": 1, "vae": tiny.settings}
+    )
+    assert checkpoint.hash_weights(VAE.from_pretrained(snapshot)) == checkpoint.hash_weights(tiny)
+    with pytest.raises(checkpoint.UserError, match="its settings.*; remove scaling_factor"):
+        VAE.from_pretrained(snapshot, scaling_factor=1.0)
+    write_run(tmp_path / "ldm", tiny, "ldm", run=2)
+    with pytest.raises(checkpoint.UserError, match="ema_0000001.safetensors: a snapshot, without the autoencoder"):
+        VAE.from_pretrained(snapshot)
+    with pytest.raises(checkpoint.UserError, match="trained on pixels, without an autoencoder"):
+        VAE.from_pretrained(write_run(tmp_path / "pixels", None, "ldm"))
+
+
+def test_from_pretrained_builds_what_convert_reads(tiny, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    calls = []
+
+    def load_vae(path, **known):
+        calls.append((path, known))
+        return tiny.settings, tiny.state_dict()
+
+    monkeypatch.setattr(convert, "load_vae", load_vae)
+    vae = VAE.from_pretrained(tmp_path, scaling_factor=0.5)
+    assert calls == [(str(tmp_path), {"scaling_factor": 0.5})]
+    assert checkpoint.hash_weights(vae) == checkpoint.hash_weights(tiny)
