@@ -646,8 +646,8 @@ if __name__ == "__main__":
         measure()
         if rank == 0:  # everything else in the file stays as it is
             tensors, meta = checkpoint.read(latest)
-            for name in ("latent_mean", "latent_std"):
-                tensors |= {f"{prefix}.{name}": getattr(ema, name) for prefix in ("model", "ema")}
+            for prefix, module in (("model", model), ("ema", ema)):
+                tensors |= {f"{prefix}.{name}": getattr(module, name) for name in ("latent_mean", "latent_std")}
             checkpoint.write(latest, tensors, meta)
         common.leave()
 

@@ -83,14 +83,13 @@ def _main(script, args, folder, environment, trap, limit, keep, plots, first="")
     scope, status = {}, 0
     try:
         scope = runpy.run_path(script, run_name="__main__")
-    except SystemExit as stop:
-        status = stop.code
-    except BaseException:
-        kind, error, trace = sys.exc_info()
-        sys.excepthook(kind, error, trace)
+    except BaseException as error:
+        status, trace = error.code if isinstance(error, SystemExit) else 1, error.__traceback__
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, trace)
         while trace.tb_next and "model" not in trace.tb_frame.f_globals:
             trace = trace.tb_next
-        scope, status = trace.tb_frame.f_globals, 1
+        scope = trace.tb_frame.f_globals
     if keep and "model" in scope:
         save_file({name: t.contiguous() for name, t in scope["model"].state_dict().items()}, keep)
     sys.exit(status)
