@@ -93,11 +93,9 @@ TRANSFORMER += [Layer(("ff.0.proj", *["ff.net.0.proj"] * 2)), Layer(("ff.1", *["
 TEXT_BLOCK = [Layer(("norm1", "layer_norm1", "ln_1")), Layer(("norm2", "layer_norm2", "ln_2"))]
 TEXT_BLOCK += [Layer(("attn.to_out", "self_attn.out_proj", "attn.out_proj"))]
 TEXT_BLOCK += [Layer(("mlp.0", "mlp.fc1", "mlp.c_fc")), Layer(("mlp.2", "mlp.fc2", "mlp.c_proj"))]
-TEXT_BLOCK += [
-    Layer((f"attn.to_{x}.{end}", f"self_attn.{x}_proj.{end}", f"attn.in_proj_{end}"), ends=("",))
-    for x in "qkv"
-    for end in ("weight", "bias")
-]
+for end in ("weight", "bias"):
+    names = [(f"attn.to_{x}.{end}", f"self_attn.{x}_proj.{end}", f"attn.in_proj_{end}") for x in "qkv"]
+    TEXT_BLOCK += [Layer(row, ends=("",)) for row in names]
 
 
 def below(prefixes, layers):
@@ -324,16 +322,11 @@ def multiples(widths, base, path):
 
 def infer_vae(state, path="the file"):
     """(settings, layout) of an autoencoder, from names and shapes, which do not show norm_groups."""
-    names = {
-        "compvis": ("encoder.down.{}.block.{}.conv1.weight", "encoder.down.{}.attn.0.norm.weight", "mid.attn_1.norm"),
-        "diffusers": (
-            "encoder.down_blocks.{}.resnets.{}.conv1.weight",
-            "encoder.down_blocks.{}.attentions.0.group_norm.weight",
-            "mid_block.attentions.0.group_norm",
-        ),
-    }
-    layout = next((name for name in names if names[name][0].format(0, 0) in state), "compvis")
-    block, attention, middle = names[layout]
+    layout, level, block, attention, middle = "compvis", "down", "block", "attn.0.norm", "mid.attn_1.norm"
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in state:
+        layout, level, block = "diffusers", "down_blocks", "resnets"
+        attention, middle = "attentions.0.group_norm", "mid_block.attentions.0.group_norm"
+    block = f"encoder.{level}.{{}}.{block}.{{}}.conv1.weight"
     first = "encoder.conv_in.weight", "decoder.conv_in.weight", block.format(0, 0)
     require(state, first, "an autoencoder", path)
     levels = range(count(state, block.format("{}", 0)))
@@ -341,7 +334,7 @@ def infer_vae(state, path="the file"):
     ch, z_channels = len(state[first[0]]), state[first[1]].shape[1]
     s = dict(ch=ch, ch_mult=multiples(widths, ch, path), z_channels=z_channels, resolution=256)
     s["num_res_blocks"] = count(state, block.format(0, "{}"))
-    s["attn_resolutions"] = tuple(256 // 2**i for i in levels if attention.format(i) in state)
+    s["attn_resolutions"] = tuple(256 // 2**i for i in levels if f"encoder.{level}.{i}.{attention}.weight" in state)
     s["mid_attention"] = f"encoder.{middle}.weight" in state
     s["latent_proj"] = "post_quant_conv.weight" in state
     embed_dim = state["post_quant_conv.weight"].shape[1] if s["latent_proj"] else z_channels
@@ -586,6 +579,19 @@ def combine(path, defaults, inferred, known):
     return defaults | inferred | known
 
 
+# What tensors and JSON of unexpected form raise
+MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    MemoryError,
+)
+
+
 def one_line_errors(read):
     """Decorator for functions of a path: errors from tensors and configs of unexpected form name the file."""
 
@@ -593,7 +599,9 @@ def one_line_errors(read):
     def read_or_reject(path, *args, **options):
         try:
             return read(path, *args, **options)
-        except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as error:
+        except UserError:
+            raise
+        except MALFORMED as error:
             reject(path, f"damaged, or of another architecture ({type(error).__name__}: {error})", "use another file")
 
     return read_or_reject
@@ -725,23 +733,16 @@ def load_clip(path, name="", merges=None, file=None):
         reject(path, "conditioned on classes, not on text", "give a file that holds a text encoder")
     if any("attn_layers." in key for key in state) or config.get("model_type") in ("ldmbert", "bert"):
         reject(path, "LDM's BERT", "only CLIP's text towers are supported")
-    table = next((key for key in state if key.endswith("token_embedding.weight")), "")
-    layout, end = "open_clip", "token_embedding.weight"
-    if table.endswith("embeddings.token_embedding.weight"):
-        layout, end = "transformers", "embeddings.token_embedding.weight"
-    elif table.replace("token_embedding.weight", "position_embedding") in state:
-        layout = "ours"
-    prefix = table.removesuffix(end)
+    for layout in ("transformers", "ours", "open_clip"):
+        table, position, norm = (key.theirs for key in key_table(text_layers(1), layout)[:3])
+        prefix = next((key.removesuffix(table) for key in state if key.endswith(table)), "")
+        if {prefix + table, prefix + position, prefix + norm} <= state.keys():
+            break
+    else:
+        reject(path, "no text tower of CLIP's", "give a file or folder that holds one")
     state = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-    block, position = {
-        "ours": ("blocks.{}.norm1.weight", "position_embedding"),
-        "transformers": ("encoder.layers.{}.layer_norm1.weight", "embeddings.position_embedding.weight"),
-        "open_clip": ("transformer.resblocks.{}.ln_1.weight", "positional_embedding"),
-    }[layout]
-    require(state, (end, position, block.format(0)), "CLIP's text tower", path)
-    blocks = count(state, block)
-    vocab, width = state[end].shape
-    s = dict(width=width, layers=blocks, heads=max(1, width // 64), length=len(state[position]), vocab=vocab)
+    blocks, length, (vocab, width) = count(state, norm.replace("0", "{}", 1)), len(state[position]), state[table].shape
+    s = dict(width=width, layers=blocks, heads=max(1, width // 64), length=length, vocab=vocab)
     s = clip_settings(path, s, config, layout, name)
     found = name_of_tower(s)
     if name not in ("", "other", found):
@@ -855,10 +856,10 @@ PROMPT = "a photograph of an astronaut riding a horse"  # sampled by default
 def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     """The parts of a latent diffusion model: a pipeline folder of diffusers, or a file of CompVis or Stability AI.
 
-    Returns {"unet": (settings, state), "vae": (settings, state) or None, "text": as load_clip or None, "class_tokens":
-    tensor (N,D) or None, "meta": as in our checkpoints}.
+    Returns {"unet": (settings, state), "vae": (settings, state) or None, "text": what load_clip returns or None,
+    "class_tokens": tensor (N,D) or None, "meta": as in our checkpoints}.
 
-    clip_vocab: merges of the tokenizer, if not in the folder.  objective: eps | v, which a file does not say;
+    clip_vocab: merges of the tokenizer, if not in the folder.  objective: eps | v, which a file does not say.
     otherwise: the objective if the model is not a published one either.  known: see load_unet.
     """
     path = checkpoint.find(path)
@@ -877,6 +878,7 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     unet = s, state = load_unet(path, file=file, **known)
     release = release_of(s)
     process = read_scheduler(path, objective) if folder else read_betas(path, file, release, objective, otherwise)
+    diffusion.make_schedule(process["schedule"], process["beta_start"], process["beta_end"])  # checks them
     if process["schedule"] == "cosine":  # a table in other layouts, whose U-Net counts from 0
         state["time_embed.0.weight"] = fold_time(state["time_embed.0.weight"], -1)
     vae = load_vae(path, file=file) if "vae" in held else None
@@ -892,7 +894,7 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     model |= read_task(path, index, s, condition["cond"], factor if vae else 0)
     side = release.get("side", 64)
     if folder:
-        side = by_level(read_json(f"{path}/unet/config.json").get("sample_size") or side, 1)[0]
+        side = int(by_level(read_json(f"{path}/unet/config.json").get("sample_size") or side, 1)[0])
     elif s["context_dim"] == 1024 and not s["concat_channels"] and process["objective"] == "v":
         side = 96
     model |= {"image_size": side * factor}

@@ -1,7 +1,6 @@
 """Weights of other projects in and out: models that diffusers, transformers and open_clip build compute the same."""
 
 import copy
-import inspect
 import json
 import math
 import os
@@ -83,12 +82,6 @@ def refused(message, call, *args, **options):
     with pytest.raises(UserError) as error:
         call(*args, **options)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_defaults_are_those_of_the_classes():
-    for model_class, defaults in ((VAE, convert.VAE), (UNet, convert.UNET)):
-        parameters = inspect.signature(model_class).parameters
-        assert {name: p.default for name, p in parameters.items()} == defaults
 
 
 # --- checkpoints of ours ---
@@ -1155,38 +1148,15 @@ def test_refused_exports_leave_nothing_behind(tmp_path, monkeypatch):
 # --- CompVis' file ---
 
 
-def names_of(pattern):
-    """Names from lines of PREFIX: NAME NAME ...; every NAME is a weight and a bias."""
-    out = set()
-    for line in pattern.split():
-        prefix, _, names = line.partition(":")
-        for name in names.split(","):
-            out |= {f"{prefix}.{name}.{end}".replace("..", ".").removeprefix(".") for end in ("weight", "bias")}
-    return out
-
-
-def test_compvis_names(tmp_path):
-    """Written out by hand: an autoencoder of two levels, a U-Net with attention in the lower one."""
+def test_file_of_compvis(tmp_path):
+    """What is in it besides the tensors of the models."""
     out = f"{tmp_path}/out/model.safetensors"
-    description = convert.to_compvis(save_ldm(tmp_path, make_vae(**WIDE_VAE), make_unet(PLAIN, **WIDE)), out)
+    vae, unet = make_vae(**WIDE_VAE), make_unet(PLAIN, **WIDE)
+    description = convert.to_compvis(save_ldm(tmp_path, vae, unet), out)
     parts = "the autoencoder, scale_factor 1, the U-Net, its table of 1000 betas"
     assert description == f"{out}: {parts}; not in the file: objective=v, head_dim=16"
-    block, res = "norm1,conv1,norm2,conv2", "in_layers.0,in_layers.2,emb_layers.1,out_layers.0,out_layers.3"
-    first = f"""quant_conv: post_quant_conv: encoder:conv_in,norm_out,conv_out decoder:conv_in,norm_out,conv_out
-        encoder.down.0.block.0:{block} encoder.down.0:downsample.conv encoder.down.1.block.0:{block},nin_shortcut
-        decoder.up.1.block.0:{block} decoder.up.1.block.1:{block} decoder.up.1:upsample.conv
-        decoder.up.0.block.0:{block},nin_shortcut decoder.up.0.block.1:{block}"""
-    for half in ("encoder", "decoder"):
-        first += f" {half}.mid.block_1:{block} {half}.mid.block_2:{block} {half}.mid.attn_1:norm,q,k,v,proj_out"
-    plain = "norm,qkv,proj_out"
-    second = f"""time_embed:0,2 input_blocks.0:0 input_blocks.1.0:{res} input_blocks.2.0:op
-        input_blocks.3.0:{res},skip_connection input_blocks.3.1:{plain}
-        middle_block.0:{res} middle_block.1:{plain} middle_block.2:{res}
-        output_blocks.0.0:{res},skip_connection output_blocks.0.1:{plain}
-        output_blocks.1.0:{res},skip_connection output_blocks.1.1:{plain} output_blocks.1.2:conv
-        output_blocks.2.0:{res},skip_connection output_blocks.3.0:{res},skip_connection out:0,2"""
-    expected = {f"first_stage_model.{name}" for name in names_of(first)}
-    expected |= {f"model.diffusion_model.{name}" for name in names_of(second)}
+    expected = {f"first_stage_model.{name}" for name in renamed(vae)}
+    expected |= {f"model.diffusion_model.{name}" for name in renamed(unet)}
     expected |= {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod"}
     expected |= {"sqrt_one_minus_alphas_cumprod", "scale_factor"}
     state = load_file(out)
