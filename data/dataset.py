@@ -215,6 +215,7 @@ class Dataset:
             reject(f"dataset {self.path}", f"has no {split} images, it has {there}", "ask for those, or all")
         self._name_classes()
         self._opened = OrderedDict()  # number of a shard -> its index, the latest last
+        self._last = -1, None  # index and _item of the item that was asked for last
         self._groups = OrderedDict()  # parquet: (file, row group, column names) -> column, the latest last
 
     def __getstate__(self):  # a worker opens its own
@@ -304,6 +305,8 @@ class Dataset:
 
     def _item(self, i):
         """(key, label, the header of its shard, {column: value}) of item i; see data.forms.Index."""
+        if i == self._last[0]:  # an item is asked for several times in a row
+            return self._last[1]
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
         k = int(np.searchsorted(self.bounds, i, "right")) - 1
@@ -312,7 +315,8 @@ class Dataset:
         row = rows[at]
         first = arrays["ends"][row - 1] if row else 0
         key = header["prefix"] + os.fsdecode(arrays["keys"][first : arrays["ends"][row]].tobytes())
-        return key, int(labels[at]), header, dict(zip(COLUMNS, arrays["rows"][row].item()))
+        self._last = i, (key, int(labels[at]), header, dict(zip(COLUMNS, arrays["rows"][row].item())))
+        return self._last[1]
 
     @functools.cached_property
     def fingerprint(self):
@@ -549,11 +553,10 @@ class Dataset:
         """Bytes of the image, text, record or map of item i, or its parquet cell; None if it has none."""
         key, _, header, place = self._item(i)
         file, at, size = (place[f"{part}_{name}"] for name in ("file", "at", "size"))
-        if self.form == "parquet":
-            has = part != "map" or size
-            return self._cell(CELLS[part], header["files"][0], place["image_at"], place["image_size"]) if has else None
         if not size and part != "image":
             return None
+        if self.form == "parquet":
+            return self._cell(CELLS[part], header["files"][0], place["image_at"], place["image_size"])
         name = header["files"][file] if file >= 0 else key if part == "image" else os.path.splitext(key)[0] + ".map.png"
         with self._open_file(name) as f:  # opened each time, so that workers share no file position
             f.seek(at)
@@ -572,13 +575,11 @@ class Dataset:
             return None if data is None else Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
 
     def _cell(self, names, file, group, row):
-        """One parquet cell, of the first column called one of names, None without one; some row groups are kept."""
+        """One parquet cell, of the first column called one of names; some row groups are kept."""
         place = (file, group, names)
         if place not in self._groups:
             f = forms.open_parquet(file, self._open_file(file))
-            column = next((name for name in names if name in f.schema_arrow.names), None)
-            if column is None:
-                return None
+            column = next(name for name in names if name in f.schema_arrow.names)
             # no threads: pyarrow's pool does not outlive a fork
             self._groups[place] = f.read_row_group(group, columns=[column], use_threads=False).column(0)
             while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > GROUP_BYTES:
