@@ -840,7 +840,7 @@ class Faulty(torch.utils.data.Dataset):
 
 
 def load_in_process(stream, fault, queue):
-    room.TIMEOUT = 1
+    room.TIMEOUT = 1 if fault == "hangs" else 5
     try:
         list(loader(Faulty(stream, fault), 0, 10, 2, workers=1))
     except RuntimeError as e:
