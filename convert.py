@@ -301,7 +301,7 @@ def release_of(settings):
 
 
 def count(state, name):
-    """How many of 0, 1, ... in the place of {} give the name of a tensor."""
+    """How many of name.format(0), name.format(1), ... are in the state dict."""
     n = 0
     while name.format(n) in state:
         n += 1
@@ -749,14 +749,14 @@ def load_clip(path, name="", merges=None, file=None):
         reject(path, f"holds {found} of {blocks} blocks of width {s['width']}, not {name}", "give the right name")
     if merges is None:
         merges = next(filter(None, map(find_merges, tokenizer_folders(path))), None)
-    held = held_blocks(s)
-    unused = "|".join(map(str, range(held, blocks))) or "none"
+    used = used_blocks(s)
+    unused = "|".join(map(str, range(used, blocks))) or "none"
     unused = re.compile(
         r"visual\..*|logit_scale|text_projection(\.weight)?|attn_mask|.*position_ids|"
         rf"(encoder\.layers|transformer\.resblocks|blocks)\.({unused})\..*"
     )
     state = {key: t for key, t in state.items() if not unused.fullmatch(key)}
-    return s, to_ours(state, key_table(text_layers(held), layout), path), merges
+    return s, to_ours(state, key_table(text_layers(used), layout), path), merges
 
 
 def clip_settings(path, s, config, layout, name):
@@ -783,12 +783,12 @@ def clip_settings(path, s, config, layout, name):
         s["pad"] = "zero" if pad in ("!", "<|pad|>") else "end" if pad else s["pad"]
     for known in TOWERS.values():  # a file may or may not hold the block that is not used
         same = all(s[key] == known[key] for key in ("width", "heads", "activation", "pad"))
-        s |= known if same and blocks in (held_blocks(known), known["layers"]) else {}
+        s |= known if same and blocks in (used_blocks(known), known["layers"]) else {}
     return s
 
 
-def held_blocks(settings):
-    """Blocks of a text tower that are used, and held here."""
+def used_blocks(settings):
+    """Blocks of a text tower whose output is used; only these are loaded."""
     return settings["layers"] - (settings["layer"] == "penultimate")
 
 
@@ -847,7 +847,7 @@ def read_merges(source):
     return [line for line in lines[: 49152 - 256 - 2] if line.strip()], vocab  # the file goes on, CLIP does not
 
 
-# --- whole pipelines ---
+# --- pipelines ---
 
 PROMPT = "a photograph of an astronaut riding a horse"  # sampled by default
 
@@ -866,28 +866,28 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     folder, index, file = os.path.isdir(path), {}, None
     if folder:
         if not os.path.exists(f"{path}/model_index.json"):
-            reject(path, "no model_index.json in it", "give the folder of a whole pipeline")
+            reject(path, "no model_index.json in it", "give the folder of a pipeline")
         index = read_json(f"{path}/model_index.json")
         others = "text_encoder_2 prior image_normalizer depth_estimator transformer controlnet bert".split()
         if other := next((name for name in others if index.get(name, [None])[0] is not None), None):
             reject(path, f"a {index.get('_class_name')} with a {other}", "this pipeline is not supported")
-        held = {name for name in FOLDERS for folder_name in FOLDERS[name] if os.path.isdir(f"{path}/{folder_name}")}
+        found = {name for name in FOLDERS for folder_name in FOLDERS[name] if os.path.isdir(f"{path}/{folder_name}")}
     else:
         file = read_tensors(path)
-        held = {name for name, prefix in PREFIXES.items() if any(tensor.startswith(prefix) for tensor in file)}
+        found = {name for name, prefix in PREFIXES.items() if any(tensor.startswith(prefix) for tensor in file)}
     unet = s, state = load_unet(path, file=file, **known)
     release = release_of(s)
     process = read_scheduler(path, objective) if folder else read_betas(path, file, release, objective, otherwise)
     diffusion.make_schedule(process["schedule"], process["beta_start"], process["beta_end"])  # checks them
     if process["schedule"] == "cosine":  # a table in other layouts, whose U-Net counts from 0
         state["time_embed.0.weight"] = fold_time(state["time_embed.0.weight"], -1)
-    vae = load_vae(path, file=file) if "vae" in held else None
+    vae = load_vae(path, file=file) if "vae" in found else None
     if vae and not all(vae[1][name].isfinite().all() for name in ("latent_mean", "latent_std")):
         reject(path, "the scale of its latents is unknown", "this pipeline is not supported")
     if vae and latent_channels(vae[0]) != s["in_channels"]:
         channels = f"{s['in_channels']} channels in its U-Net, {latent_channels(vae[0])} in its autoencoder"
         reject(path, f"latents of {channels}", "use parts that belong together")
-    text, class_tokens, condition = read_condition(path, file or {}, s, "text" in held, clip_vocab)
+    text, class_tokens, condition = read_condition(path, file or {}, s, "text" in found, clip_vocab)
     factor = 2 ** (len(vae[0]["ch_mult"]) - 1) if vae else 1
     model = {"unet": s, "text": None, "first_stage": "vae" if vae else "none", "tower_hash": None}
     model |= {"uncertainty": False, "ema_stds": (), "map_classes": 0, **condition, **process}
@@ -1208,7 +1208,7 @@ def clip_files(s, merges):
     start, end = len(names) - 2, len(names) - 1
     config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": s["width"]}
     config |= {"intermediate_size": 4 * s["width"], "projection_dim": s["width"], "num_attention_heads": s["heads"]}
-    config |= {"num_hidden_layers": held_blocks(s), "max_position_embeddings": s["length"], "layer_norm_eps": 1e-5}
+    config |= {"num_hidden_layers": used_blocks(s), "max_position_embeddings": s["length"], "layer_norm_eps": 1e-5}
     config |= {"vocab_size": s["vocab"], "hidden_act": s["activation"], "torch_dtype": "float32"}
     config |= {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end if s["pad"] == "end" else 0}
     special = {"bos_token": names[start], "eos_token": names[end], "unk_token": names[end], "pad_token": names[end]}
@@ -1227,6 +1227,7 @@ def clip_files(s, merges):
     }
 
 
+@one_line_errors
 def load_tower(path, weights="", merges=""):
     """What load_clip gives of the frozen text encoder that a stage-2 checkpoint of ours was trained with; None without.
 
@@ -1268,7 +1269,7 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
         reject(path, "its denoiser is not a unet.UNet", "no other layout can hold it")
     vae = unet = tower = None
     if names := limits(to, meta["vae"] if model else meta["model"], model):
-        reject(path, f"{to} has no place for {'; '.join(names)}", "train without, or stay with this repository")
+        reject(path, f"{to} cannot hold {'; '.join(names)}", "train without")
     ema = {}
     if model:
         tensors = checkpoint.posthoc_ema(checkpoint.find(path), ema_std) if ema_std else checkpoint.read(path, "ema")[0]
@@ -1341,7 +1342,7 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
     if tower:
         s, state, merges = tower
         files |= clip_files(s, merges)
-        weights = to_theirs(state, key_table(text_layers(held_blocks(s)), "transformers"))
+        weights = to_theirs(state, key_table(text_layers(used_blocks(s)), "transformers"))
         files["text_encoder/model.safetensors"] = checkpoint.with_prefix("text_model", weights)
     components = ", ".join(f"{name} ({library_class[1]})" for name, library_class in index.items())
     if pipeline:
@@ -1394,7 +1395,7 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
         s, state, _ = tower
         last = s["layer"] == "last"
         layout, prefix = ("transformers", "transformer.text_model.") if last else ("open_clip", "model.")
-        tensors = to_theirs(state, key_table(text_layers(held_blocks(s)), layout))
+        tensors = to_theirs(state, key_table(text_layers(used_blocks(s)), layout))
         add(PREFIXES["text"] + prefix, tensors, "the text tower")
     names = {"class_tokens": ("embedding.weight", "the class tokens")}
     names |= {"rescaler.conv": ("channel_mapper.weight", "the rescaler for maps")}

@@ -108,17 +108,17 @@ def test_a_run_gives_its_ema(runs, name):
 # --- autoencoders of others ---
 
 
-def diffusers_vae(diffusers, kind="AutoencoderKL", widths=WIDTHS, **settings):
+def diffusers_vae(diffusers, name="AutoencoderKL", widths=WIDTHS, **settings):
     n = len(widths)
     settings = dict(down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n) | settings
     settings = dict(block_out_channels=widths, layers_per_block=2, norm_num_groups=GROUPS, latent_channels=4) | settings
-    return fill(getattr(diffusers, kind)(**settings)).eval()
+    return fill(getattr(diffusers, name)(**settings)).eval()
 
 
 VAES = {
     "f8": dict(scaling_factor=0.5),
     "f4": dict(widths=WIDTHS[:3], scaling_factor=0.5),
-    "vq": dict(kind="VQModel", widths=WIDTHS[:3], num_vq_embeddings=64, latent_channels=3, vq_embed_dim=5),
+    "vq": dict(name="VQModel", widths=WIDTHS[:3], num_vq_embeddings=64, latent_channels=3, vq_embed_dim=5),
     # LDM's kl-f16
     "attention": dict(
         widths=WIDTHS[:2],
@@ -255,7 +255,7 @@ COMPVIS_VAES = {
 
 @pytest.mark.parametrize("name", COMPVIS_VAES)
 def test_vae_of_compvis(tmp_path, name):
-    """Alone, with its loss, in a Lightning checkpoint; and in a file of a whole model."""
+    """Alone, with its loss, in a Lightning checkpoint; and in the file of a model."""
     settings, std = COMPVIS_VAES[name]
     made, x = fill(VAE(ch=32, num_res_blocks=1, **settings)).eval(), noise(1, 3, 16, 16)
     state = renamed(made)
@@ -467,8 +467,8 @@ def test_a_published_tower_is_recognised_without_its_config(name, layout, tmp_pa
     table = convert.key_table(convert.text_layers(len(tower.blocks)), layout)
     file, prefix = str(tmp_path / "tower.safetensors"), {"ours": "", "transformers": "text_model."}[layout]
     save_file({prefix + key: t.contiguous() for key, t in convert.to_theirs(tower.state_dict(), table).items()}, file)
-    for given in (name, "") if layout == "transformers" else (name,):
-        back = tower_of(file, name=given, merges=MERGES)
+    for asked in (name, "") if layout == "transformers" else (name,):
+        back = tower_of(file, name=asked, merges=MERGES)
         assert back.settings == tower.settings and torch.equal(back(["low low! Slow"]), tower(["low low! Slow"]))
 
 
@@ -1126,7 +1126,7 @@ def test_schedules_and_objectives_of_ones_own(monkeypatch):
 def test_refused_exports_leave_nothing_behind(tmp_path, monkeypatch):
     out = f"{tmp_path}/out"
     file = save_ldm(tmp_path, make_vae(), make_unet(PLAIN), objective="flow", schedule="flow")
-    refused("diffusers has no place for objective=flow; schedule=flow", convert.to_diffusers, file, out)
+    refused("diffusers cannot hold objective=flow; schedule=flow", convert.to_diffusers, file, out)
     refused("VQ latents with one std a channel", convert.to_diffusers, save_vae(tmp_path, make_vae(**VQ)), out)
     file = save_vae(tmp_path, make_vae(std=(math.nan,)))
     refused("no latent statistics; run train_vae.py with --measure_latents", convert.to_diffusers, file, out)
