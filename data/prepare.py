@@ -9,7 +9,7 @@ split: if absent, "val" where crc32(key) % 100 == 0, else "train", as in data/da
 drop: if present, the reason why the item is left out ("unsafe: NSFW").
 All other fields are kept.
 
-`pack` converts the images in parallel and writes to out_dir
+Its last line is run(prepare, globals()). `pack` converts the images in parallel and writes to out_dir
 
     train-00000.tar ...  shards of KEY.jpg and KEY.json, where KEY is the item's position; the JSON has its own key
     classes.json         names of the labels, if there are labels
@@ -49,6 +49,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import UserError, reject, write_whole
+from common import install_excepthook
+from configurator import configure
 from data.dataset import IMAGES, captions_of, hub_names, list_files, open_parquet, parse, to_rgb
 
 SPLITS = ("train", "val", "test")
@@ -57,6 +59,13 @@ MAX_BYTES = 2**30  # of a file in an archive, unpacked
 BATCH = 16  # images that a worker converts at a time
 BPE_CAPTIONS = 2_000_000  # most captions that the tokenizer is trained on
 NOT_CONTENT = ("workers", "out_dir", "download", "verify", "repack", "threads")  # settings that change no shard
+
+
+def run(prepare, scope):
+    """Call prepare(cfg) with the settings of a script (scope: its globals()); a UserError is printed in one line."""
+    install_excepthook()
+    prepare(configure(scope))
+
 
 # --- files ---
 
@@ -93,7 +102,7 @@ def digest(path):
         return hashlib.file_digest(f, "md5").hexdigest()
 
 
-def download(url, path, md5=""):
+def fetch(url, path, md5=""):
     """Download url to path, unless it is there, and check its md5; a partial download (PATH.part) is continued."""
     if os.path.exists(path) and (not md5 or digest(path) == md5):
         return path

@@ -23,9 +23,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import UserError, reject
-from common import install_excepthook
-from configurator import configure
-from data.prepare import is_made, save, train_bpe
+from data.prepare import is_made, run, save, train_bpe
 
 n_train = 12000  # >= 1: images in out_dir/train
 n_val = 1000  # >= 1: images in out_dir/val
@@ -294,7 +292,7 @@ def contact_sheet(images, captions, columns=8):
     return sheet
 
 
-def prepare(cfg):
+def make(cfg):
     """Make each split below out_dir that is missing or has other settings; its meta.json is written last."""
     recipe = dict(size=cfg.size, seed=cfg.seed, vocab_size=cfg.vocab_size, palette=PALETTE, shapes=SHAPES, radii=RADII)
     recipe |= dict(radius_jitter=RADIUS_JITTER, brightness_jitter=BRIGHTNESS_JITTER, position=POSITION)
@@ -324,10 +322,12 @@ def prepare(cfg):
         print(f"{folder}: {n} images of {cfg.size} x {cfg.size}")
 
 
-if __name__ == "__main__":
-    install_excepthook()
-    cfg = configure(globals())
+def prepare(cfg):
     if cfg.score:
         score_folder(cfg.score, cfg.seed)
     else:
-        prepare(cfg)
+        make(cfg)
+
+
+if __name__ == "__main__":
+    run(prepare, globals())
