@@ -350,7 +350,7 @@ def start_worker():
 
 
 def convert_batch(convert, batch):
-    return [convert(image, record) for _, image, record in batch]
+    return [convert(image, record) for image, record in batch]
 
 
 def convert_all(convert, work, workers):
@@ -362,7 +362,7 @@ def convert_all(convert, work, workers):
     pool = ProcessPoolExecutor(workers, initializer=start_worker)
     try:
         batches = iter(lambda: list(itertools.islice(work, BATCH)), [])
-        submitted = ((batch, pool.submit(convert_batch, convert, batch)) for batch in batches)
+        submitted = ((batch, pool.submit(convert_batch, convert, [rest for _, *rest in batch])) for batch in batches)
         waiting = collections.deque(itertools.islice(submitted, 4 * workers))
         while waiting:
             batch, future = waiting.popleft()
