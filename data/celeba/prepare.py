@@ -21,9 +21,7 @@ source = ""  # folder with img_align_celeba.zip or img_align_celeba/, and the li
 out_dir = "data/celeba"  # folder for the shards
 attribute = ""  # which of the 40 is the label (1 yes, 0 no)
 size = 178  # >= 1: short side in pixels
-crop = (
-    "center"  # none | center: center cuts the middle square, as most papers do (of 178 pixels; 140 and 148 occur too)
-)
+crop = "center"  # none | center: center cuts the middle square, as most papers do (of 178 pixels, or 140 or 148)
 quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
 min_side = 32  # >= 0: images with a shorter side are dropped
 drop_duplicates = True  # keep only the first of identical images
