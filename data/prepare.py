@@ -51,7 +51,8 @@ from tqdm import tqdm
 from checkpoint import UserError, reject, write_whole
 from common import install_excepthook
 from configurator import configure
-from data.dataset import IMAGES, captions_of, hub_names, list_files, open_parquet, parse, to_rgb
+from data.dataset import to_rgb
+from data.forms import IMAGES, captions_of, hub_names, list_files, open_parquet, parse
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, also the limit of data/dataset.py; larger ones may be bombs

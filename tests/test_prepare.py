@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import gzip
 import hashlib
 import http.server
 import importlib
@@ -27,12 +28,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from checkpoint import UserError
 from configurator import Config, contract, find_settings
 from data import prepare as room
+from data.bapps import prepare as bapps
 from data.dataset import Dataset
+from data.mnist import prepare as mnist
+from data.shapes import prepare as shapes
 from text import SPLIT_PATTERN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -935,7 +939,7 @@ def test_laion400m_records_that_are_damaged(tmp_path):
         member.size = 2**42  # beyond the end of the file
         tar.fileobj.write(member.tobuf(tarfile.GNU_FORMAT))
     meta = prepare("laion400m", tmp_path / "out", fetched=str(tmp_path / "fetched"), size=32, vocab_size=0)
-    assert [record["text"] for _, record, _ in records(tmp_path / "out").values()] == [[], [], [], ["a"], []]
+    assert [record["text"] for _, record, _ in records(tmp_path / "out").values()] == [[], [], [], ["a"]]
     assert meta["links"]["links"] == 0
 
 
@@ -953,21 +957,18 @@ def test_conceptual_captions(line, asked, tmp_path):
     assert run(tmp_path / "again", fetched=str(out / ".fetched"), vocab_size=0)["count"] == 16
 
 
-def test_the_hub_keeps_its_files_below_hf_home(tmp_path):
+def test_the_hub_keeps_its_files_below_hf_home(tmp_path, monkeypatch):
     """In the layout of the hub's own library, without network."""
-    pytest.importorskip("huggingface_hub")
-    folder = tmp_path / "home/hub/datasets--huggan--wikiart"
+    constants = pytest.importorskip("huggingface_hub.constants")
+    folder = tmp_path / "home/datasets--huggan--wikiart"
     write_files(folder, {"refs/main": "abc"})
     rows = [dict(image=image_cell(i, width=80, height=70), artist=0, genre=0, style=0) for i in range(4)]
     write_parquet(folder / "snapshots/abc/data/train-00000-of-00001.parquet", rows, WIKIART)
-    command = [sys.executable, str(ROOT / "data/wikiart/prepare.py"), "--download=True", "--workers=0"]
-    for home, out in (("home", "out"), ("no", "other")):
-        environment = os.environ | dict(HF_HOME=str(tmp_path / home), HF_HUB_OFFLINE="1")
-        result = subprocess.run([*command, f"--out_dir={out}"], capture_output=True, text=True, env=environment)
-        if home == "home":
-            assert result.returncode == 0 and len(records(tmp_path / "out")) == 4, result.stderr
-    assert result.returncode == 1 and "huggan/wikiart: download failed" in result.stderr
-    assert result.stderr.startswith("prepare.py: ") and result.stderr.count("\n") == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+    assert prepare("wikiart", tmp_path / "out", download=True, vocab_size=0)["count"] == 4
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other"))
+    says("huggan/wikiart: download failed", prepare, "wikiart", tmp_path / "no", download=True)
 
 
 TOOLS = dict(
@@ -985,3 +986,417 @@ def test_missing_tools_are_named_with_their_command(name, tmp_path, monkeypatch)
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     (tmp_path / "bedroom_train_lmdb").mkdir()
     says(f"needs {tool}, which is not installed; pip install {tool}$", prepare, name, tmp_path / "out", **changed)
+
+
+# --- MNIST ---
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A folder with the four files, of 30 and 20 random images."""
+    rng, folder = np.random.default_rng(0), tmp_path / "raw"
+    for prefix, n in (("train", 30), ("t10k", 20)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, n, dtype=np.uint8)
+        files = {f"{prefix}-images-idx3-ubyte.gz": images, f"{prefix}-labels-idx1-ubyte.gz": labels}
+        write_files(folder, {name: gzip.compress(idx(array)) for name, array in files.items()})
+    return folder
+
+
+def test_mnist(digits, tmp_path, capsys, monkeypatch):
+    out, source = tmp_path / "out", tmp_path / "fetched"
+    monkeypatch.setattr(mnist, "MD5", {name: hashlib.md5(data).hexdigest() for name, data in files_in(digits).items()})
+    prepare("mnist", out, source=str(source), download=True, mirror=digits.as_uri())
+    assert files_in(source) == files_in(digits)
+    for split, prefix, n in (("train", "train", 30), ("val", "t10k", 20)):
+        images, labels = np.load(out / split / "images.npy"), np.load(out / split / "labels.npy")
+        assert images.shape == (n, 32, 32, 1) and images.dtype == np.uint8
+        raw = mnist.read_idx(f"{digits}/{prefix}-images-idx3-ubyte.gz", 3)
+        assert np.array_equal(images[:, 2:30, 2:30, 0], raw) and images.sum(dtype=int) == raw.sum(dtype=int)
+        assert np.array_equal(labels, mnist.read_idx(f"{digits}/{prefix}-labels-idx1-ubyte.gz", 1))
+    assert json.loads((out / "classes.json").read_text()) == list("0123456789")
+    capsys.readouterr()
+    (out / "val/meta.json").unlink()
+    prepare("mnist", out, source=str(source))
+    assert re.findall("up to date|20 images", capsys.readouterr().out) == ["up to date", "20 images"]
+    write_files(source, {"train-images-idx3-ubyte.gz": gzip.compress(idx(np.zeros((30, 28, 28), np.uint8)))})
+    prepare("mnist", out, source=str(source))
+    assert not np.load(out / "train/images.npy").any()
+    says("no such file.*--download=True", prepare, "mnist", out, source=str(tmp_path / "nowhere"))
+
+
+IMAGES, LABELS = np.zeros((30, 28, 28), np.uint8), np.zeros(30, np.uint8)
+BAD_DIGITS = {
+    "no gzip": ("images-idx3", b"hello", "damaged"),
+    "cut off": ("images-idx3", gzip.compress(np.random.default_rng(0).bytes(9999))[:5000], "damaged"),
+    "empty": ("labels-idx1", gzip.compress(b""), "0 bytes after the header"),
+    "magic": ("labels-idx1", gzip.compress(idx(IMAGES)), "after the header 00000803"),
+    "header": ("images-idx3", gzip.compress(idx(IMAGES)[:10]), "images are"),
+    "short": ("images-idx3", gzip.compress(idx(IMAGES)[:-1]), "23519 bytes after the header"),
+    "huge": ("images-idx3", gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12), "0 bytes after the header"),
+    "count": ("labels-idx1", gzip.compress(idx(LABELS[:29])), "29 labels"),
+    "side": ("images-idx3", gzip.compress(idx(IMAGES[:, :, :27])), "images are"),
+    "label": ("labels-idx1", gzip.compress(idx(LABELS + 10)), "labels up to 10"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DIGITS)
+def test_damaged_mnist_files_are_named(case, digits):
+    name, content, what = BAD_DIGITS[case]
+    (digits / f"train-{name}-ubyte.gz").write_bytes(content)
+    says(f"{digits}.*{what}", mnist.read_split, str(digits), "train")
+
+
+# --- BAPPS ---
+
+BAPPS = {"2afc/train/cnn": 3, "2afc/train/mix": 2, "2afc/val/color": 2, "jnd/val/cnn": 2}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The published layout with two or three items a category, of random pixels."""
+    rng, folder = np.random.default_rng(0), tmp_path / "source"
+    for category, count in BAPPS.items():
+        for part in bapps.PARTS[category.split("/")[0]]:
+            target = folder / category / part
+            target.mkdir(parents=True)
+            for i in range(count):
+                if part in ("judge", "same"):
+                    np.save(target / f"{i:06d}.npy", np.array([i / 4], np.float32))
+                else:
+                    side = 80 if category.endswith("mix") else 64
+                    Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(target / f"{i:06d}.png")
+    (folder / "2afc/train/.DS_Store").write_text("")
+    return folder
+
+
+def test_bapps(published, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare("bapps", out, source=str(published))
+    assert {str(p.parent.relative_to(out)) for p in out.rglob("images.npy")} == set(BAPPS)
+    for category, n in BAPPS.items():
+        images, judge = np.load(out / category / "images.npy"), np.load(out / category / "judge.npy")
+        assert images.shape == (n, 3 if "2afc" in category else 2, 64, 64, 3) and images.dtype == np.uint8
+        assert judge.dtype == np.float32 and judge.tolist() == [i / 4 for i in range(n)]
+    images = np.load(out / "2afc/train/cnn/images.npy")
+    for k, part in enumerate(("ref", "p0", "p1")):
+        assert np.array_equal(images[2, k], np.asarray(Image.open(published / f"2afc/train/cnn/{part}/000002.png")))
+    assert str(published) in json.loads((out / "meta.json").read_text())["what"]
+    capsys.readouterr()
+    (out / "2afc/val/color/meta.json").unlink()
+    prepare("bapps", out, source=str(published))
+    assert capsys.readouterr().out.count("up to date") == 3
+    # interrupted in the middle of new files, the set does not count as complete
+    (published / "2afc/train/mix/judge/000001.npy").write_text("cut")
+    says("000001.npy: cannot be loaded", prepare, "bapps", out, source=str(published))
+    assert not (out / "meta.json").exists()
+    (published / "2afc/train/mix").rename(published / "2afc/train/other")
+    says("train/mix: is of another source", prepare, "bapps", out, source=str(published))
+    says("2afc/train: no categories; set --source", prepare, "bapps", out, source=str(tmp_path))
+    says("set either --source .* or --standin", prepare, "bapps", out)
+
+
+CATEGORY = "2afc/train/cnn"
+BAD_JUDGEMENTS = {
+    "fewer": ("000001 is missing in ref or p1", lambda folder: (folder / "p1/000001.png").unlink()),
+    "other name": ("000001 is missing", lambda folder: (folder / "p1/000001.png").rename(folder / "p1/000007.png")),
+    "no folder": ("is missing in ref or judge", lambda folder: shutil.rmtree(folder / "judge")),
+    "empty": ("is empty", lambda folder: [path.unlink() for path in folder.rglob("*.*")]),
+    "image": ("p0/000001.png: cannot be decoded", lambda folder: (folder / "p0/000001.png").write_bytes(b"\x89PNG")),
+    "text": ("judge/000001.npy: cannot be loaded", lambda folder: (folder / "judge/000001.npy").write_text("0.5")),
+    "pickle": ("cannot be loaded", lambda folder: np.save(folder / "judge/000001.npy", [{"a": 1}], allow_pickle=True)),
+    "range": (r"is \[5.0\], not one number", lambda folder: np.save(folder / "judge/000001.npy", [5.0])),
+    "nan": (r"is \[nan\]", lambda folder: np.save(folder / "judge/000001.npy", [np.nan])),
+    "two": (r"is \[0.0, 1.0\]", lambda folder: np.save(folder / "judge/000001.npy", [0.0, 1.0])),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_JUDGEMENTS)
+def test_faults_of_bapps_are_named(fault, published, tmp_path):
+    what, damage = BAD_JUDGEMENTS[fault]
+    damage(published / CATEGORY)
+    says(f"{published / CATEGORY}.*{what}", prepare, "bapps", tmp_path / "out", source=str(published))
+    assert not (tmp_path / "out" / CATEGORY / "meta.json").exists()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Ten photos, each of its own colour with waves on it."""
+    (tmp_path / "photos").mkdir()
+    y, x = np.mgrid[0:100, 0:120]
+    for i in range(10):
+        waves = 60 * np.sin(y / (3 + i)) * np.sin(x / (13 - i))
+        pixels = np.stack([25 * i + 0 * waves, 128 + waves, 128 - waves], axis=2)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / f"photos/{i}.png")
+    return tmp_path / "photos"
+
+
+def test_the_standin_has_the_published_layout(photos, tmp_path):
+    out = tmp_path / "out"
+    run = functools.partial(prepare, "bapps", standin=str(photos), size=32, standin_train=6, standin_val=5)
+    run(out)
+    assert "stand-in" in json.loads((out / "meta.json").read_text())["what"]
+    categories = {split: {path.name for path in (out / "2afc" / split).iterdir()} for split in ("train", "val")}
+    assert categories == {"train": set(bapps.KNOWN), "val": set(bapps.KNOWN | bapps.NEW)}
+    red = {}  # identifies the photos; ref is not distorted
+    for split, count in (("train", 6), ("val", 5)):
+        images = [np.load(path) for path in sorted((out / "2afc" / split).rglob("images.npy"))]
+        assert all(a.shape == (count, 3, 32, 32, 3) for a in images)
+        red[split] = {round(float(ref[..., 0].mean()) / 25) for a in images for ref in a[:, 0]}
+    assert red["val"] <= {0, 5} and not red["val"] & red["train"]
+    judge = np.concatenate([np.load(path) for path in (out / "2afc").rglob("judge.npy")])
+    assert set(judge) == {0.0, 1.0} and 0.2 < judge.mean() < 0.8
+    assert np.load(out / "jnd/val/new/images.npy").shape == (5, 2, 32, 32, 3)
+    run(tmp_path / "again")
+    for path in out.glob("2afc/*/*/*.npy"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(out)).read_bytes()
+    says("is the folder of the stand-in", run, out, standin=f"{out}/standin/2afc")
+    (out / "standin/made_by_prepare.txt").unlink()
+    says("was not made by this script", run, out)
+
+
+@pytest.mark.parametrize("name", bapps.KNOWN | bapps.NEW)
+def test_a_larger_amount_distorts_more(name, photos):
+    patch = Image.open(photos / "4.png").crop((0, 0, 64, 64))
+    means = []
+    for amount in (0.0, 0.25, 0.5, 0.75, 1.0):
+        distorted = [bapps.distort(patch, name, amount, np.random.default_rng(s)) for s in range(4)]
+        assert all(d.size == (64, 64) and d.mode == "RGB" for d in distorted)
+        means.append(np.mean([(np.asarray(d, float) - np.asarray(patch)) ** 2 for d in distorted]))
+    assert means == sorted(means) and means[0] < means[-1] / 4
+
+
+# --- shapes ---
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    return shapes.make_split("val", 200, 64, seed=0)[:2]
+
+
+@pytest.fixture(scope="module")
+def readings(rendered):
+    return [shapes.read(image) for image in rendered[0]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    prepare("shapes", folder, n_train=1500, n_val=60)
+    return folder
+
+
+def read_captions(folder):
+    return [json.loads(line)["text"][0] for line in (folder / "captions.jsonl").read_text().splitlines()]
+
+
+def test_captions_parse_and_a_tenth_of_the_combinations_is_held_out():
+    for scene in shapes.combinations():
+        assert tuple(shapes.parse(shapes.caption(*scene)).values()) == scene
+    assert shapes.parse("A  small RED star on a Blue background ")["shape"] == "star"
+    for text in ("", "a red star", "a small red star on a blue background, please", "a small pink star on a red one"):
+        assert shapes.parse(text) is None
+    held = shapes.held_out(0)
+    assert len(held) == 39 and held != shapes.held_out(1) and len(shapes.combinations()) == 2 * (392 - 39)
+    assert len({(color, background) for _, color, background in held}) == 39  # no pair of colors twice
+    for column, most in ((0, 6), (1, 7), (2, 7)):
+        assert max(Counter(row[column] for row in held).values()) <= most  # of 56, 49, 49
+
+
+def test_shapes_files(made, tmp_path, capsys):
+    classes = json.loads((made / "classes.json").read_text())
+    for split, n in (("train", 1500), ("val", 60)):
+        images, labels = np.load(made / split / "images.npy"), np.load(made / split / "labels.npy")
+        assert images.shape == (n, 64, 64, 3) and images.dtype == np.uint8
+        scenes = [shapes.parse(text) for text in read_captions(made / split)]
+        assert [classes[label] for label in labels] == [scene["shape"] for scene in scenes]
+        for scene in scenes:
+            assert not shapes.is_held_out(scene["shape"], scene["color"], scene["background"])
+            assert scene["color"] != scene["background"]
+    prompts, trained = (made / "prompts.txt").read_text().splitlines(), set(read_captions(made / "train"))
+    assert len(prompts) == len(set(prompts)) == 256
+    for k, text in enumerate(prompts):  # three that occur in training, then one held out
+        scene = shapes.parse(text)
+        assert shapes.is_held_out(scene["shape"], scene["color"], scene["background"]) == (k % 4 == 3)
+        assert (text in trained) == (k % 4 != 3)
+    ranks = ranks_of((made / "bpe.tiktoken").read_text())
+    assert len(ranks) <= 512 and all(f" {word}".encode() in ranks for word in (*shapes.PALETTE, *shapes.SHAPES))
+    copy = tmp_path / "shapes"
+    shutil.copytree(made, copy)
+    before = files_in(copy)
+    prepare("shapes", copy, n_train=1500, n_val=50)
+    assert re.findall("up to date|50 images", capsys.readouterr().out) == ["50 images", "up to date"]
+    (copy / "train/meta.json").unlink()  # as after a crash
+    (copy / "bpe.tiktoken").unlink()
+    prepare("shapes", copy, n_train=1500, n_val=50)
+    assert files_in(copy) == before
+
+
+def test_shapes_depend_on_seed_split_and_index_only():
+    made, fewer = shapes.make_split("train", 20, 64, seed=3), shapes.make_split("train", 7, 64, seed=3)
+    for one, short in zip(made, fewer, strict=True):
+        assert np.array_equal(one[:7], short)
+    for other in (shapes.make_split("val", 20, 64, seed=3), shapes.make_split("train", 20, 64, seed=4)):
+        assert made[1] != other[1]
+
+
+def test_shapes_are_those_of_the_log(rendered):
+    """The numbers in LOG.md hold for these images, so they must not change."""
+    images, captions = rendered[0][:100], rendered[1][:100]
+    assert zlib.crc32("\n".join(captions).encode()) == 190813147
+    mean = [129.1575, 131.3972, 136.1592]
+    assert images.mean((0, 1, 2)).tolist() == pytest.approx(mean, abs=2e-3)  # a cosine may differ by machine
+
+
+def test_maps_and_boxes_are_where_the_shapes_are(made):
+    train = Dataset(made, "train", 64)
+    assert train.has_maps and train.map_names == ["background", *shapes.SHAPES] and len(train.object_classes) == 56
+    colors = {name: torch.tensor(value) / 127.5 - 1 for name, value in shapes.PALETTE.items()}
+    for i in range(0, 1500, 50):
+        item, classes, ((name, *box),) = train[i], train.map(i), train.boxes(i)
+        scene, inside = shapes.parse(item["text"][0]), classes > 0
+        assert classes[inside].unique().tolist() == [item["label"] + 1]
+        to_shape, to_background = (
+            (item["image"] - colors[scene[what]][:, None, None]).norm(dim=0) for what in ("color", "background")
+        )  # the brightness jitter may decide otherwise on the outline
+        assert ((to_shape < to_background) == inside).float().mean() > 0.985
+        rows, columns = inside.nonzero(as_tuple=True)
+        assert name == f"{scene['color']} {scene['shape']}"
+        bounds = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert [64 * v for v in box] == [v.item() for v in bounds]
+
+
+def test_the_judge_is_right_and_rejects_other_captions(rendered, readings):
+    scenes = [shapes.parse(text) for text in rendered[1]]
+    assert np.mean([got == scene for got, scene in zip(readings, scenes)]) >= 0.99
+    shuffled = np.random.default_rng(0).permutation(len(scenes))
+    assert np.mean([got == scenes[k] for got, k in zip(readings, shuffled)]) <= 0.02
+    held = sorted(shapes.held_out())
+    for side, (shape, color, background), size in zip((64, 32, 96) * 5, held, ("small", "large") * 8):
+        mask = shapes.render_mask(shape, side * 0.45, side * 0.52, side * shapes.RADII[size], side)[0][..., None]
+        image = mask * shapes.PALETTE[color] + (1 - mask) * shapes.PALETTE[background]
+        text = shapes.caption(size, color, shape, background)
+        assert shapes.judge(image.astype(np.uint8), text), (side, text)
+        other = shapes.caption({"small": "large", "large": "small"}[size], color, shape, background)
+        assert not shapes.judge(image.astype(np.uint8), other)
+
+
+def as_jpeg(image):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=20)
+    return Image.open(file)
+
+
+def add_noise(image):
+    pixels = np.asarray(image)
+    noise = np.random.default_rng(int(pixels.sum())).normal(0, 13, pixels.shape)
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+
+
+DEGRADATIONS = {
+    "blur": lambda image: image.filter(ImageFilter.GaussianBlur(1.8)),
+    "noise": add_noise,
+    "jpeg": as_jpeg,
+    "down-up": lambda image: image.resize((16, 16), Image.BOX).resize((64, 64), Image.BICUBIC),
+}
+
+
+@pytest.mark.parametrize("name", DEGRADATIONS)
+def test_the_judge_is_right_on_degraded_images(name, rendered):
+    images, captions = rendered[0][:100], rendered[1][:100]
+    degraded = np.stack([np.asarray(DEGRADATIONS[name](Image.fromarray(image))) for image in images])
+    squared = ((degraded.astype(np.float64) - images) ** 2).mean((1, 2, 3))
+    assert 25 < np.mean(10 * np.log10(255**2 / squared)) < 28
+    assert shapes.accuracy(degraded, captions) >= 0.99
+
+
+def blob(inside, color=(215, 40, 40), background=(240, 240, 240)):
+    return np.where(inside[..., None], np.uint8(color), np.uint8(background))
+
+
+def test_the_judge_rejects_what_is_not_one_clean_shape():
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(10)]
+    blank = [np.full((64, 64, 3), value, dtype=np.uint8) for value in shapes.PALETTE.values()]
+    ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[:, None], (64, 64, 3))
+    for image in (*noise, *blank, ramp):
+        found = shapes.read(image)
+        assert found["shape"] is found["color"] is found["size"] is None
+    assert [shapes.read(image)["background"] for image in blank] == list(shapes.PALETTE)
+    y, x = np.mgrid[:64, :64] - 31.5
+    disc = np.hypot(x, y) < 22
+    assert shapes.read(blob(disc)) == dict(size="large", color="red", shape="circle", background="white")
+    strange = {
+        "two alike": (np.hypot(x - 16, y) < 11) | (np.hypot(x + 16, y) < 11),
+        "large and small": (np.hypot(x - 10, y - 10) < 18.5) | (np.hypot(x + 21, y + 21) < 10),
+        "a dot beside it": disc | (np.hypot(x - 22, y - 22) < 4),
+        "wide ellipse": (x / 18) ** 2 + (y / 12) ** 2 < 1,
+        "bar": (abs(x) < 20) & (abs(y) < 5),
+        "half a disc": disc & (y < 0),
+        "crescent": disc & (np.hypot(x - 8, y) > 14),
+        "corner": (np.maximum(abs(x), abs(y)) < 16) & ~((x > -5) & (y < 5)),
+        "frame": (np.maximum(abs(x), abs(y)) < 17) & (np.maximum(abs(x), abs(y)) > 10),
+        "cut in halves": x > 0,
+    }
+    for name, inside in strange.items():
+        assert shapes.read(blob(inside))["shape"] is None, name
+    second = blob(disc)
+    second[np.hypot(x + 22, y + 22) < 9] = shapes.PALETTE["green"]
+    assert shapes.read(second)["shape"] is None
+    middle = shapes.read(blob(np.hypot(x, y) < 64 * 0.325))  # between small and large
+    assert middle["shape"] == "circle" and middle["size"] is None
+    for image in (np.zeros((64, 32, 3), np.uint8), np.zeros((64, 64)), np.zeros((64, 64, 3))):
+        says(r"must be \(S, S, 3\) uint8", shapes.read, image)
+    says("'a cat' is not a caption", shapes.judge, np.zeros((64, 64, 3), np.uint8), "a cat")
+
+
+def write_samples(folder, images, prompts):
+    folder.mkdir()
+    records = [dict(file=f"{k:05d}.png", prompt=prompt) for k, prompt in enumerate(prompts)]
+    for record, image in zip(records, images):
+        Image.fromarray(image).save(folder / record["file"])
+    (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def percentages(text):
+    lines = re.findall(r"^ *(\S.*?) (\d+\.\d) % \(\d+ of \d+\)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in lines}
+
+
+def test_score(rendered, tmp_path, capsys):
+    images, captions = rendered[0][:64], rendered[1][:64]
+    shape, color, background = sorted(shapes.held_out())[0]
+    mask = shapes.render_mask(shape, 32, 32, 16.6, 64)[0][..., None]
+    unseen = (mask * shapes.PALETTE[color] + (1 - mask) * shapes.PALETTE[background]).astype(np.uint8)
+    images, captions = [*images, unseen], [*captions, shapes.caption("small", color, shape, background)]
+    write_samples(tmp_path / "true", images, captions)
+    prepare("shapes", tmp_path, score=str(tmp_path / "true"))
+    out = capsys.readouterr().out
+    assert out.startswith("prompt score 100.0 % (65 of 65)\n") and set(percentages(out).values()) == {100.0}
+    assert "  seen combinations 100.0 % (64 of 64)" in out and "  held-out combinations 100.0 % (1 of 1)" in out
+    write_samples(tmp_path / "shuffled", images, np.roll(captions, 1).tolist())
+    prepare("shapes", tmp_path, score=str(tmp_path / "shuffled"))
+    parts = percentages(capsys.readouterr().out)
+    assert len(parts) == 7 and parts["prompt score"] <= 5
+    assert 20 < parts["size"] < 80 and parts["shape"] < 40 and parts["color"] < 40 and parts["background"] < 40
+    folder = tmp_path / "bad"
+    write_samples(folder, images[:4], ["a cat", *captions[1:4]])
+    (folder / "00001.png").unlink()
+    (folder / "00002.png").write_bytes(b"not an image")
+    says("3 of 4 samples .*a cat.*00001.png.*00002.png", prepare, "shapes", tmp_path, score=str(folder))
+    assert "(1 of 1)" in capsys.readouterr().out
+    for lines, count in (('{"file": "00003.png"}\nnot json\n[1]\n', "3 of 3"), ("", "0 of 0")):
+        (folder / "samples.jsonl").write_text(lines)
+        says(f"{count} samples", prepare, "shapes", tmp_path, score=str(folder))
+    says("samples.jsonl: no such file", prepare, "shapes", tmp_path, score="nowhere")
+
+
+def test_the_command_line_and_its_errors_in_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "data/shapes/prepare.py"), "--score=nowhere"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("prepare.py: nowhere/samples.jsonl: no such file")
+    assert result.stderr.count("\n") == 1

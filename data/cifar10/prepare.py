@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.dataset import PIXELS, shard_part
+from data.forms import PIXELS, shard_split
 from data.prepare import check_source, fetch, pack, parquet_files, parquet_rows, reading, run
 
 source = ""  # cifar-10-binary.tar.gz, or a folder of parquet files
@@ -56,7 +56,7 @@ def from_binary(path):
 def from_parquet(files):
     for path in files:
         name = os.path.basename(path).removesuffix(".parquet")
-        split = "train" if shard_part(name) == "train" else "val"
+        split = "train" if shard_split(name) == "train" else "val"
         for row, image, record in parquet_rows(path, PIXELS, ["label"]):
             yield dict(key=f"{name}/{row:05d}", image=image, split=split, label=record["label"])
 

@@ -19,7 +19,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.dataset import PIXELS, BadImage, Dataset
+from data.dataset import BadImage, Dataset
 from data.prepare import check_source, pack, run
 
 source = ""  # folder of images, of tar shards or of parquet files
@@ -34,28 +34,22 @@ shard_mb = 256.0  # > 0: size of a shard
 workers = 4  # >= 0: processes that decode and resize; 0 uses only this one
 
 
-def cell(ds, where):
-    value = ds._cell(PIXELS, *where)
-    return (value["bytes"] if isinstance(value, dict) else value) or b""
-
-
 def items(splits):
-    for split, ds in splits.items():
-        for i in range(len(ds)):
-            key, _, (file, *where), _, _ = ds.place(i)
-            if ds.form == "parquet":
-                image = functools.partial(cell, ds, (file, *where))
-            else:
-                image = (f"{ds.root}/{ds.files[file] if file >= 0 else key}", *where)
+    for split, dataset in splits.items():
+        for i in range(len(dataset)):
+            item = dict(key=dataset.key(i), image=functools.partial(dataset.encoded, i), split=split)
             try:
-                item, objects = ds.meta(i), ds._objects(i)
+                meta, objects = dataset.meta(i), dataset.objects(i)
             except BadImage as e:
-                yield dict(key=ds.key(i), split=split, drop=f"broken: {e}")
+                yield item | dict(drop=f"broken: {e}")
                 continue
-            item = dict(key=item["key"], image=image, split=split, label=item["label"], text=item["text"])
+            if meta["label"] >= 0:
+                item["label"] = meta["label"]
+            if meta["text"]:
+                item["text"] = meta["text"]
             if objects:
                 item["objects"] = dict(bbox=[box for _, box in objects], categories=[name for name, _ in objects])
-            yield {name: value for name, value in item.items() if value not in (-1, [])}
+            yield item
 
 
 def prepare(cfg):

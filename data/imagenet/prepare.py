@@ -24,7 +24,7 @@ import tarfile
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import UserError, reject
-from data.dataset import PIXELS, shard_part
+from data.forms import PIXELS, shard_split
 from data.prepare import (
     MAX_BYTES,
     check_source,
@@ -123,7 +123,7 @@ def from_tars(source, synsets, truth, label_of, fraction):
 def from_parquet(files, label_of, fraction):
     for path in files:
         name = os.path.basename(path).removesuffix(".parquet")
-        split = {"train": "train", "validation": "val", "val": "val"}.get(shard_part(name))
+        split = {"train": "train", "validation": "val", "val": "val"}.get(shard_split(name))
         for row, image, record in parquet_rows(path, PIXELS, ["label"]) if split else ():
             key, label = f"{name}/{row:06d}", label_of.get(record["label"])
             if label is not None and (split == "val" or in_fraction(key, fraction)):

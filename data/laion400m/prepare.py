@@ -24,7 +24,7 @@ import tarfile
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.dataset import IMAGES, captions_of, parse
+from data.forms import IMAGES, captions_of, parse
 from data.prepare import check_source, need, pack, run, save
 
 urls = ""  # folder of parquet files with URL and TEXT, or one such file

@@ -22,7 +22,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.dataset import field, json_lines
+from data.forms import field, json_lines
 from data.prepare import check_source, list_images, need, pack, run, save
 
 source = ""  # folder with train/ and validation/, in the layout of the zoo

@@ -17,7 +17,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.dataset import PIXELS
+from data.forms import PIXELS
 from data.prepare import check_source, from_hub, pack, parquet_files, parquet_names, parquet_rows, run
 
 source = ""  # folder of the parquet files
