@@ -213,7 +213,8 @@ def parquet_rows(path, image, columns):
 
 def parquet_image(column, at):
     value = column[at].as_py()
-    return (value.get("bytes") if isinstance(value, dict) else value) or b""
+    value = value.get("bytes") if isinstance(value, dict) else value
+    return value if isinstance(value, bytes) else b""  # a path in it is not followed
 
 
 def list_images(source):
@@ -512,7 +513,7 @@ def numbered(items, writers, out_dir, bar):
         if callable(image):
             try:
                 image = image()
-            except UserError:
+            except (UserError, MemoryError):
                 raise
             except Exception as e:  # a damaged archive can raise anything
                 image, item["drop"] = b"", f"broken: {' '.join(str(e).split())[:200]}"

@@ -212,12 +212,6 @@ def test_broken_tiny_huge_and_duplicate_images_are_dropped_and_listed(items, tmp
     says("no images left", pack, [], tmp_path / "b")
 
 
-def test_memory_of_this_process_is_no_reason_to_drop_an_image(monkeypatch):
-    monkeypatch.setattr(room, "read_bytes", lambda image: bytearray(2**62))
-    with pytest.raises(MemoryError):
-        room.convert(b"", {}, 32, "none", 95, 8)
-
-
 def die(image, record, **how):
     os._exit(9)
 
@@ -267,12 +261,10 @@ def test_stopped_at_any_write_it_continues_to_the_same_bytes(items, tmp_path, mo
         except Stop:
             continue
     found = files_in(out)
-    assert attempt > 3 and found.keys() == once.keys()
-    for name in once:
-        same = sorted if name == "dropped.jsonl" else bytes
-        assert same(found[name].splitlines() if same is sorted else found[name]) == same(
-            once[name].splitlines() if same is sorted else once[name]
-        ), name
+    assert attempt > 3
+    for files in (found, once):  # its lines may come in another order
+        files["dropped.jsonl"] = sorted(files["dropped.jsonl"].splitlines())
+    assert found == once
     converted.clear()
     monkeypatch.setattr(os, "replace", replace)
     pack(iter(()), out, shard_mb=0.05, vocab_size=300)  # nothing is asked of the source
@@ -682,6 +674,8 @@ def test_imagenet_parquet(tmp_path):
     assert meta["splits"] == {"train": 6 + 5, "val": 3} and Dataset(tmp_path / "out").classes == names[1:]
     found = records(tmp_path / "out")
     assert found["train-00001-of-00002/000007"][1]["label"] == 0 and "train-00001-of-00002/000006" not in found
+    write_parquet(tmp_path / "paths.parquet", [dict(image=str(tmp_path / "a.png")), dict(image=None)])
+    assert [image() for _, image, _ in room.parquet_rows(str(tmp_path / "paths.parquet"), ("image",), [])] == [b""] * 2
     # without names, with gaps
     rows = [dict(image=image_cell(i), label=(0, None, 2)[i % 3]) for i in range(6)]
     write_parquet(tmp_path / "gaps/train-0.parquet", rows)
@@ -955,20 +949,6 @@ def test_conceptual_captions(line, asked, tmp_path):
     path.write_text("no tab\n")
     says("does not begin with a caption, a tab and a URL", run, tmp_path / "no", urls=str(path))
     assert run(tmp_path / "again", fetched=str(out / ".fetched"), vocab_size=0)["count"] == 16
-
-
-def test_the_hub_keeps_its_files_below_hf_home(tmp_path, monkeypatch):
-    """In the layout of the hub's own library, without network."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    folder = tmp_path / "home/datasets--huggan--wikiart"
-    write_files(folder, {"refs/main": "abc"})
-    rows = [dict(image=image_cell(i, width=80, height=70), artist=0, genre=0, style=0) for i in range(4)]
-    write_parquet(folder / "snapshots/abc/data/train-00000-of-00001.parquet", rows, WIKIART)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
-    assert prepare("wikiart", tmp_path / "out", download=True, vocab_size=0)["count"] == 4
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other"))
-    says("huggan/wikiart: download failed", prepare, "wikiart", tmp_path / "no", download=True)
 
 
 TOOLS = dict(
