@@ -56,17 +56,16 @@ def prepare(cfg):
     source = check_source(cfg.source, "a folder of images, of tar shards or of parquet files")
     if os.path.realpath(cfg.out_dir).startswith(os.path.realpath(source) + os.sep):
         reject(cfg.out_dir, "is inside the source, whose images the shards would become", "set another --out_dir")
-    splits = {split: Dataset(source, split) for split in ("train", "val")}
-    if splits["train"].form == "npy":
+    everything = Dataset(source, "all")
+    print(everything)
+    if everything.form == "npy":
         reject(source, "has images.npy", "train on it as it is")
-    if splits["train"].has_maps:
+    if everything.has_maps:
         print(f"{source}: the semantic maps are left out; for task=semantic train on it as it is")
-    total = len(Dataset(source, "all"))
-    if total == 1:
-        del splits["val"]
-    elif sum(map(len, splits.values())) < total:  # test/ beside val/
+    splits = {split: Dataset(source, split) for split in ("train", "val")[: len(everything)]}  # of one image no val
+    if sum(map(len, splits.values())) < len(everything):  # test/ beside val/
         splits["test"] = Dataset(source, "test")
-    pack(items(splits), cfg, splits["train"].classes, sum(map(len, splits.values())))
+    pack(items(splits), cfg, everything.classes, len(everything))
 
 
 if __name__ == "__main__":
