@@ -137,13 +137,10 @@ def from_hub(repo, patterns):
     hub = need("huggingface_hub", "--download=True")
     try:
         return hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
-    except Exception as e:  # of many kinds, from three packages
+    except Exception as e:  # of many types, from three packages
         first = (str(e) or type(e).__name__).strip().splitlines()[0]
-        reject(
-            repo,
-            f"download failed ({first})",
-            "run again to continue; some sets need `hf auth login` and their terms accepted",
-        )
+        remedy = "run again to continue; some sets need `hf auth login` and their terms accepted"
+        reject(repo, f"download failed ({first})", remedy)
 
 
 def need(module, why):
@@ -158,10 +155,10 @@ def need(module, why):
 # --- sources ---
 
 
-def check_source(source, what):
+def check_source(source, what, setting="source"):
     """source itself, which must exist; what: description of what it has to be."""
     if not os.path.exists(source):
-        reject(f"source {source!r}", "no such file or folder", f"set --source to {what}")
+        reject(f"{setting} {source!r}", "no such file or folder", f"set --{setting} to {what}")
     return source
 
 
@@ -200,11 +197,9 @@ def parquet_rows(path, image, columns):
     row = 0
     for group in range(f.num_row_groups):
         try:
-            table = f.read_row_group(
-                group, columns=[pixels, *columns], use_threads=False
-            )  # threads do not survive fork
+            table = f.read_row_group(group, [pixels, *columns], use_threads=False)  # threads do not survive a fork
             records = table.select(list(columns)).to_pylist() if columns else [{}] * table.num_rows
-        except Exception as e:  # of many kinds
+        except Exception as e:  # of many types
             reject(path, f"damaged ({e})", "download it again")
         for at, record in enumerate(records):
             yield row, functools.partial(parquet_image, table.column(pixels), at), record
@@ -225,10 +220,9 @@ def list_images(source):
     if source.endswith(".zip"):
         with reading(source):
             archive = zipfile.ZipFile(source)
-        found = {info.filename: info for info in archive.infolist() if info.filename.lower().endswith(IMAGES)}
-        return [
-            (name, functools.partial(unzip, archive, found[name])) for name in sorted(found) if "__MACOSX" not in name
-        ]
+        found = {info.filename: functools.partial(unzip, archive, info) for info in archive.infolist()}
+        names = sorted(name for name in found if name.lower().endswith(IMAGES) and "__MACOSX" not in name)
+        return [(name, found[name]) for name in names]
     if source.endswith(".tar"):
         with reading(source), tarfile.open(source, "r:") as tar:
             return sorted((m.name, (source, m.offset_data, m.size)) for m in tar if m.name.lower().endswith(IMAGES))

@@ -946,6 +946,7 @@ def test_conceptual_captions(line, asked, tmp_path):
     assert meta["links"] == LINKS and meta["count"] == 16 and (out / "bpe.tiktoken").exists()
     head = "\t".join("url" if word.startswith("http") else "caption" for word in line.split("\t"))
     assert Path(asked[0]["url_list"]).read_text() == f"{head}\n{line}\n" and asked[0]["input_format"] == "tsv"
+    says("urls 'x.tsv': no such file.*set --urls", run, tmp_path / "no", urls="x.tsv")
     path.write_text("no tab\n")
     says("does not begin with a caption, a tab and a URL", run, tmp_path / "no", urls=str(path))
     assert run(tmp_path / "again", fetched=str(out / ".fetched"), vocab_size=0)["count"] == 16

@@ -57,7 +57,7 @@ def add_header(path, target):
 def prepare(cfg):
     url_list = ""
     if cfg.urls:
-        path = check_source(cfg.urls, "Train_GCC-training.tsv or cc12m.tsv")
+        path = check_source(cfg.urls, "Train_GCC-training.tsv or cc12m.tsv", "urls")
         url_list = add_header(path, f"{cfg.fetched or cfg.out_dir + '/.fetched'}/urls.tsv")
     from_urls(cfg, url_list=url_list, input_format="tsv", url_col="url", caption_col="caption")
 

@@ -169,7 +169,7 @@ def prepare(cfg):
         return f"unlike: similarity {similarity:.3f}" if is_unlike else ""
 
     if cfg.urls:
-        check_source(cfg.urls, "the lists, as the top of this file says")
+        check_source(cfg.urls, "the lists, as the top of this file says", "urls")
     columns = dict(input_format="parquet", url_col="URL", caption_col="TEXT")
     from_urls(cfg, unwanted, url_list=cfg.urls, save_additional_columns=["NSFW", "similarity"], **columns)
 
