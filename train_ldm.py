@@ -10,11 +10,11 @@ DIR is the dataset of stage 1 or another one; captions or labels are part of it.
 """
 
 import copy
+import functools
 import inspect
 import json
 import math
 import os
-import sys
 import time
 from typing import NamedTuple
 
@@ -23,7 +23,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 import common
@@ -65,7 +64,7 @@ text_heads = 8  # >= 1: of the text encoder
 text_length = 77  # >= 2: tokens of a prompt, the end token included
 task = "none"  # none | inpaint | sr | semantic: image conditioning; sr is super-resolution, semantic uses label maps
 sr_scale = 4  # >= 1: of sr, the output's size over the input's
-sr_kind = "bsr"  # bicubic | bsr: of sr, how images are made small; bsr adds blur, noise and JPEG in random order
+sr_degradation = "bsr"  # bicubic | bsr: of sr, how images are made small; bsr adds blur, noise and JPEG in random order
 sr_noise = 0  # in [0, 1000): of sr, largest level of noise added to the small image; SD's x4 upscaler has 350
 # model: arguments of UNet; the defaults are Stable Diffusion 2's
 channels = 320  # >= 1: width of the first level
@@ -145,7 +144,7 @@ CONDITIONS = ("tokens", "context", "y", "concat")  # arguments of Denoiser.forwa
 MODEL_SETTINGS = ("cond", "class_embed", "image_size", "objective", "schedule", "beta_start", "beta_end", "zero_snr",
                   "ema_stds", "text_encoder", "task", "sr_scale", "sr_noise")  # fmt: skip
 USED_WITH = {"text_encoder": "cond=text", "tokenizer": "text_encoder=joint", "class_embed": "cond=class",
-             "prompts": "task=none", "sr_scale": "task=sr", "sr_kind": "task=sr", "sr_noise": "task=sr",
+             "prompts": "task=none", "sr_scale": "task=sr", "sr_degradation": "task=sr", "sr_noise": "task=sr",
              "latents_on_device": "cache_latents=True"}  # fmt: skip
 PANELS = {"loss": ("error", "val_loss"), "gradient norm": ("grad_norm",), "val_loss by tenths of t": ("val_loss_by_t",)}
 
@@ -284,7 +283,7 @@ class Conditioner:
             inputs["tokens"] = self.send(self.text.tokenize(batch["text"]))  # (B,L)
             inputs["null_tokens"] = self.send(self.text.tokenize([""])).expand(n, -1)
         elif self.tower is not None:
-            inputs["context"], inputs["null_context"] = self.embed(batch["text"]), self.embed([""]).expand(n, -1, -1)
+            inputs["context"], inputs["null_context"] = self.embed(batch["text"]), self.null_context.expand(n, -1, -1)
         elif self.cfg.cond == "class":
             inputs["null_y"] = torch.full((n,), self.num_classes, device=self.device)
             y = self.send(batch["label"])
@@ -318,6 +317,10 @@ class Conditioner:
         """(B,L,D) of the frozen text encoder."""
         with self.autocast:
             return self.tower(self.send(self.tower.tokenize(prompts))).to(self.dtype)
+
+    @functools.cached_property
+    def null_context(self):
+        return self.embed([""])
 
     def send(self, t):
         """To the device. From memory that is not pinned, a copy would wait for all work queued there."""
@@ -364,7 +367,7 @@ def evaluate(denoiser, validation, cfg, machine, autocast):
     cfg = cfg.replace(timesteps="uniform", cond_drop=0.0)
     sums = torch.zeros(2, 10, dtype=torch.float64, device=machine.device)  # of losses and of images
     starts = range(machine.rank, validation.count, machine.world * cfg.batch_size)
-    for start in tqdm(starts, "evaluating", leave=False, disable=True if machine.rank else None):
+    for start in common.progress_bar(starts, "evaluating"):
         rows = range(start, min(start + machine.world * cfg.batch_size, validation.count), machine.world)
         inputs = validation.inputs(rows)
         like, shape = inputs["x0"], inputs["x0"].shape[1:]
@@ -479,7 +482,8 @@ def build_text(cfg, object_names, bpe):
         source = "layout " + json.dumps({"names": object_names})
     elif source == "auto":
         source = file if os.path.exists(file) else "bytes"
-    text = TextEncoder(cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.text_length, bpe or source)
+    arguments = (cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.text_length, bpe or source)
+    text = common.build(TextEncoder, *arguments)
     if bpe and cfg.tokenizer != "auto":
         if make_tokenizer(source)._mergeable_ranks != text.tokenizer._mergeable_ranks:
             reject(cfg.tokenizer, "not the tokenizer that the model was trained with", "leave --tokenizer out")
@@ -506,10 +510,7 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
     arguments = {name: cfg[name] for name in inspect.signature(UNet).parameters if name in cfg}
     arguments |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0], concat_channels=concat_channels)
     arguments |= dict(context_dim=context_dim, num_classes=unet_classes)
-    try:
-        unet = UNet(**arguments)  # another denoiser: its class here and in `arguments`
-    except AssertionError as error:  # settings that do not fit together
-        raise UserError(error) from None
+    unet = common.build(UNet, **arguments)  # another denoiser: its class here and in `arguments`
     if side % unet.side_multiple:
         need = f"latents of side {side}, which must be a multiple of {unet.side_multiple}"
         raise UserError(f"image_size={cfg.image_size} gives {need}: change image_size or channel_mult")
@@ -554,7 +555,7 @@ def inherited(cfg, initial, path):
     found |= model["unet"] | (model["text"] or {})
     if model["class_embed"] == "token":
         found["text_width"] = model["unet"]["context_dim"]
-    for name in ("num_res_blocks", "self_attention"):
+    for name in {"num_res_blocks", "self_attention"} & found.keys():
         found[name] = found[name] if isinstance(found[name], (tuple, list)) else (found[name],)
     found = {name: value for name, value in checkpoint.tuples(found).items() if name in cfg}
     free = {"unet_dropout"} | initial.settings.keys()
@@ -601,6 +602,8 @@ if __name__ == "__main__":
     machine = common.setup(cfg)
     rank, world = machine.rank, machine.world
     autocast = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16")
+    if reason := unavailable(cfg.attention, machine.device, getattr(torch, machine.precision)):
+        raise UserError(f"attention={cfg.attention}: {reason}")
 
     # data
     images = Dataset(cfg.dataset, "train", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
@@ -608,7 +611,7 @@ if __name__ == "__main__":
         validation_images = Dataset(cfg.dataset, "val", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
     except ValueError:  # too few images to set some aside
         validation_images = images
-    check_task(images, cfg.task, cfg.sr_scale, cfg.sr_kind, cfg.cond == "layout")
+    check_task(images, cfg.task, cfg.sr_scale, cfg.sr_degradation, cfg.cond == "layout")
     num_classes = images.num_classes if cfg.cond == "class" else 0
     map_classes = images.map_classes if cfg.task == "semantic" else 0
     object_names = images.object_classes if cfg.cond == "layout" else None
@@ -650,8 +653,6 @@ if __name__ == "__main__":
     if cfg.cond == "layout" or (cfg.cond == "text" and tower is None):
         bpe = tensors.get("text.bpe") if resumed else initial and initial.bpe
         text = build_text(cfg, object_names, None if bpe is None else bytes(bpe.tolist()))
-    if cfg.attention != "auto" and (reason := unavailable(cfg.attention, machine.device, machine.param_dtype)):
-        raise UserError(f"attention={cfg.attention}: {reason}")
 
     # model
     conditions = (vae, text, tower, num_classes, map_classes, initial and initial.model["sr_schedule"])
@@ -663,7 +664,8 @@ if __name__ == "__main__":
         counts = {name: n for name, n in (("num_classes", num_classes), ("map_classes", map_classes)) if n}
         common.check_same_settings(cfg.init_from, {name: initial.model[name] for name in counts}, counts)
         names = ("in_channels", "concat_channels", "context_dim", "num_classes")
-        common.check_same_settings(cfg.init_from, initial.model["unet"], {n: model.unet.settings[n] for n in names})
+        widths = {name: value for name, value in model.unet.settings.items() if name in names}
+        common.check_same_settings(cfg.init_from, initial.model["unet"], widths)
         for name, child in model.named_children():
             if state := part(initial.state, name):
                 child.load_state_dict(state)
@@ -718,23 +720,21 @@ if __name__ == "__main__":
             LatentCache(s, vae, cfg.cache_dir, machine.precision) for s in (stream, validation_stream)
         )
         for cache in (validation_stream, stream):
-            cache.build(vae, machine.device, lambda: autocast, cfg.workers, rank, world)
+            cache.build(vae, machine.device, autocast, cfg.workers, rank, world)
         resident = stream
-    options = (cfg.task, cfg.seed, cfg.sr_scale, cfg.sr_kind, object_names)
+    options = (cfg.task, cfg.seed, cfg.sr_scale, cfg.sr_degradation, object_names)
     stream, validation_stream = (WithCondition(s, *options) for s in (stream, validation_stream))
     validation = Validation(validation_stream, len(validation_images), val_count, conditioner)
 
     # log
     tflop = count_tflop(ema, validation.inputs(range(1)))
-    log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "")
-    log.print(f"{len(images)} training and {len(validation_images)} validation images in {cfg.dataset}")
+    log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
+    log.print(f"training: {images}; validation: {validation_images}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image; latents {latent_shape}")
     if vae is not None and cfg.cache_latents:
         conditioner.keep_latents(resident, log.print)
-    if resumed:
-        now, before = json.loads(json.dumps(cfg)), meta["config"]
-        changed = [f"{name}={now[name]} was {before.get(name)}" for name in now if now[name] != before.get(name)]
-        log.print(f"settings changed since: {', '.join(changed) or 'none'}")
+    if micro_steps != cfg.grad_accum:
+        log.print(f"grad_accum={micro_steps} in place of {cfg.grad_accum}, to keep {images_per_step} images per step")
     for prompt in examples if text or tower else ():
         if (text or tower).count_tokens(prompt) > (text or tower).length:
             log.print(f"prompt cut to {(text or tower).length} tokens: {prompt[:60]}")
@@ -835,7 +835,4 @@ if __name__ == "__main__":
 
     took = (time.time_ns() - started) / 1e9
     log.print(f"{'finished' if last else 'stopped'} at step {step} after {took:.0f} s: {latest}")
-    if world > 1:
-        dist.destroy_process_group()
-    if not last:
-        sys.exit(128 + stop.signal)
+    common.leave(0 if last else 128 + stop.signal)

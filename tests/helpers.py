@@ -83,10 +83,11 @@ def _main(script, args, folder, environment, trap, limit, keep, plots, first="")
     scope, status = {}, 0
     try:
         scope = runpy.run_path(script, run_name="__main__")
-    except BaseException as error:
-        status, trace = error.code if isinstance(error, SystemExit) else 1, error.__traceback__
-        if not isinstance(error, SystemExit):
-            sys.excepthook(type(error), error, trace)
+    except BaseException:
+        kind, error, trace = sys.exc_info()
+        status = error.code if kind is SystemExit else 1
+        if kind is not SystemExit:
+            sys.excepthook(kind, error, trace)
         while trace.tb_next and "model" not in trace.tb_frame.f_globals:
             trace = trace.tb_next
         scope = trace.tb_frame.f_globals

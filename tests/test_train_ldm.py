@@ -236,7 +236,7 @@ def test_latents_are_the_same_cached_on_the_device_or_encoded_now(small_data, fi
     vae = VAE.from_pretrained(str(first_stage))
     stream = Stream(Dataset(small_data, "train", 16), 0, flip=True)
     cache = LatentCache(stream, vae, tmp_path)
-    cache.build(vae, torch.device("cpu"), contextlib.nullcontext, 0, 0, 1)
+    cache.build(vae, torch.device("cpu"), contextlib.nullcontext(), 0, 0, 1)
     noise, rows = {"posterior": torch.randn(6, 4, 8, 8)}, range(6)
     encoded = conditioner(vae, cache_latents=False)(collate([stream[i] for i in rows]), noise)["x0"]
     cached = conditioner(vae)(collate([cache[i] for i in rows]), noise)["x0"]
@@ -384,7 +384,7 @@ def test_what_a_run_leaves(finished):
 RUNS = {
     "inpaint": ("--task=inpaint", "--cond=text"),
     "sr": ("--task=sr", *PLAIN, "--sr_scale=2", "--sr_noise=300"),
-    "small sr": ("--task=sr", *PLAIN, "--sr_scale=4", "--sr_kind=bicubic"),
+    "small sr": ("--task=sr", *PLAIN, "--sr_scale=4", "--sr_degradation=bicubic"),
     "semantic": ("--task=semantic", "--cond=class", "--transformer_depth=0"),
     "layout": ("--cond=layout",),
     "pixels": ("--task=inpaint", *PLAIN, "--first_stage=none", "--unet_dropout=0.1"),
@@ -564,7 +564,7 @@ def test_a_frozen_tower_is_named_and_not_trained(start, test_data, tmp_path):
     merges, weights = str(test_data / "assets/bpe_simple_vocab_16e6.txt.gz"), f"{tmp_path}/tower.safetensors"
     tower = CLIPTextEncoder(**small, merges=merges)
     save_file(tower.state_dict(), weights)
-    first = f"import text\ntext.CLIPTextEncoder.towers['clip_l'] = {small}"
+    first = f"import convert\nconvert.TOWERS['clip_l'] = {small}"
     args = ("--text_encoder=clip_l", f"--clip_vocab={merges}", f"--tower_weights={weights}")
     run = start("ldm", *args, "--max_steps=2", first=first, folder=tmp_path).finish()
     tensors, meta = run.checkpoint
@@ -596,8 +596,8 @@ class DiT(torch.nn.Module):
 
 def test_a_copy_with_another_denoiser(start, tmp_path):
     source = Path(train_ldm.__file__).read_text()
-    assert source.count("UNet(**arguments)") == 1 and source.count("signature(UNet)") == 1
-    source = source.replace("UNet(**arguments)", "DiT(**arguments)").replace("signature(UNet)", "signature(DiT)")
+    assert source.count("build(UNet, **arguments)") == 1 and source.count("signature(UNet)") == 1
+    source = source.replace("build(UNet,", "build(DiT,").replace("signature(UNet)", "signature(DiT)")
     source = source.replace("# --- model ---", f"# --- model ---\n{OWN_DENOISER}")
     (tmp_path / "mine.py").write_text(source)
     run = start("ldm", "--max_steps=2", script=f"{tmp_path}/mine.py", folder=tmp_path).finish()
