@@ -528,7 +528,11 @@ def check_settings(cfg, pipeline):
         ("init_image", task != "semantic", "another checkpoint; use --semantic_map"),
         ("mask strength", cfg.get("init_image") and task in ("none", "inpaint"), "--init_image, without another task"),
         ("semantic_map", task == "semantic", "a checkpoint with task=semantic"),
-        ("noise_level", pipeline.task.get("sr_noise"), "a checkpoint with task=sr and sr_noise"),
+        (
+            "noise_level",
+            cfg.get("noise_level", 0) <= (pipeline.task.get("sr_noise") or 0),
+            "task=sr and a larger sr_noise",
+        ),
         ("size", task != "sr", "a checkpoint with a task other than sr"),
         *((name, name in inspect.signature(sampler).parameters, "another sampler") for name in SAMPLER_OPTIONS),
     ]
@@ -611,7 +615,7 @@ def read_inputs(pipeline, cfg):
             step = multiple // math.gcd(multiple, pipeline.task["sr_scale"])
             rows.append({"low": to_tensor(fit(to_rgb(image), (), step))})
             if pipeline.task["sr_noise"]:
-                rows[-1]["level"] = torch.tensor(min(cfg.noise_level, pipeline.task["sr_noise"]))
+                rows[-1]["level"] = torch.tensor(cfg.noise_level)
         else:
             rows.append({"image": to_tensor(fit(to_rgb(image), size, multiple))})
             if mask is not None:
@@ -640,11 +644,10 @@ def choose_inputs(pipeline, cfg):
             if pipeline.num_classes:
                 raise UserError("this checkpoint needs --cls, the class to generate")
             conditions = [""] if pipeline.text is not None else [None]
-    elif conditions == [None] * len(conditions):
-        conditions = [None] * (cfg.n or len(conditions))
+    elif conditions[0] is None and cfg.n:
+        conditions = [None]
     pairs = [(i, condition) for i in range(len(names)) for condition in conditions]
-    unconditional = not inputs and conditions[0] is None
-    each = 1 if unconditional else cfg.n or (4 if len(pairs) == 1 else 1)
+    each = cfg.n or (4 if len(pairs) == 1 else 1)
     index, conditions = zip(*[pair for pair in pairs for _ in range(each)])
     seeds = list(range(cfg.seed, cfg.seed + len(index)))
     inputs = {name: rows[list(index)] for name, rows in inputs.items()}
