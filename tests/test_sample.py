@@ -548,7 +548,7 @@ PHOTO, FOLDER = "--init_image=photo.png", "--init_image=folder"
         ("none", ["--mask=mask.png"], "--mask=mask.png has no effect here; it needs --init_image"),
         ("sr", ["--init_image=small.png", "--strength=0.5"], "--strength=0.5 has no effect"),
         ("sr", ["--init_image=small.png", "--size=64"], "--size=.* has no effect"),
-        ("none", ["--noise_level=3"], "--noise_level=3 has no effect here; it needs task=sr and a larger sr_noise"),
+        ("none", ["--noise_level=3"], "--noise_level=3 has no effect here; it needs task=sr with a larger sr_noise"),
         ("sr", ["--init_image=small.png", "--noise_level=11"], "--noise_level=11 has no effect here"),
         ("none", ["--semantic_map=map.png"], "it needs a checkpoint with task=semantic"),
         ("semantic", [PHOTO], "--init_image=photo.png has no effect here"),
