@@ -498,4 +498,5 @@ def main(cfg):
 
 if __name__ == "__main__":
     common.install_excepthook()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends what "loop" has started, too
     main(configure(globals()))

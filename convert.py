@@ -464,8 +464,8 @@ def read_tensors(path):
                 return {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             reject(path, f"not a .safetensors file, or truncated ({error})", "fetch it again")
-    zipped = zipfile.is_zipfile(path)  # pickles from before torch 1.6 are not; they may name tensors only
     try:
+        zipped = zipfile.is_zipfile(path)  # pickles from before torch 1.6 are not; they may name tensors only
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         code = [name for name in named if not re.fullmatch(INERT, name)]
         if not code:

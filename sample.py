@@ -38,7 +38,8 @@ from attention import unavailable, use_attention
 from checkpoint import UserError, reject
 from common import install_excepthook, setup
 from configurator import configure
-from data.dataset import IMAGES, to_rgb, to_tensor
+from data.dataset import to_rgb, to_tensor
+from data.forms import IMAGES
 from data.tasks import augment_low, image_condition
 from diffusion import Schedule, keep_known, make_denoiser, make_schedule, randn, sample_times, samplers
 from text import CLIPTextEncoder

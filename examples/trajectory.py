@@ -1,4 +1,4 @@
-"""How an image forms: x0_hat of every step as an animation, and the images that it ends in.
+"""How an image forms: x0_hat of every step as an animation.
 
 python -m examples.trajectory --ckpt=out/ldm --prompt="a red star" --n=4
 """
@@ -33,5 +33,5 @@ if __name__ == "__main__":
     conditions, captions = [condition] * n, [pipeline.caption(condition)] * n
     seeds = range(seed, seed + n)
     images, frames = trajectory(pipeline, conditions, seeds, steps, sampler=sampler, guidance=guidance)
-    save_gif(out, [make_grid(frame, captions) for frame in [*frames, images]])
+    save_gif(out, [make_grid(frame, captions) for frame in frames])
     print(f"{len(frames)} steps in {out}")

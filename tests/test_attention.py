@@ -153,6 +153,29 @@ def test_fixed_config(launched, monkeypatch, interpret, dtype):
 
 
 @needs_triton
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU tunes in every other test")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tuning(monkeypatch, dtype):
+    """The autotuner runs every config of the dtype, all of which are right: with a timer that ranks the last first."""
+    kernels = room.forward_kernel, room.backward_q_kernel, room.backward_kv_kernel
+    expected = dict(zip(kernels, (room.FORWARD, room.BACKWARD_Q, room.BACKWARD_KV)))
+    if dtype == torch.float32:
+        lists = room.FORWARD_FLOAT32, room.BACKWARD_Q_FLOAT32, room.BACKWARD_KV_FLOAT32
+        expected = dict(zip(kernels, lists))
+    times = iter(range(1000, 0, -1))
+    for kernel in kernels:
+        monkeypatch.setitem(vars(kernel), "do_bench", lambda call, quantiles: (call(), [next(times)] * 3)[1])
+        monkeypatch.setattr(kernel, "cache", {})
+    monkeypatch.setattr(room, "unavailable", lambda *a: "")
+    monkeypatch.setattr(room, "INTERPRET", False)
+    check(*tensors(1, 40, 50, 2, 40, dtype), causal=True)
+    for kernel, configs in expected.items():
+        assert len(kernel.configs_timings) == len(configs)
+        best = kernel.best_config
+        assert (*best.kwargs.values(), best.num_warps, best.num_stages) == configs[-1]
+
+
+@needs_triton
 def test_alignment(launched):
     """Never more than holds: on a GPU a load of 16 bytes at another address is a fault."""
     rows = torch.zeros(2, 16, 3, 40)

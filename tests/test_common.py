@@ -196,4 +196,4 @@ def test_two_processes_under_torchrun(tmp_path):
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(done.stdout.split("\n")) == ["", "rank 0 is done", "rank 1 is done"]
+    assert all(f"rank {rank} is done" in done.stdout for rank in (0, 1))

@@ -269,7 +269,7 @@ def equal_ratios(steps, schedule):
 def exact():
     """Where the probability flow takes 32 points of noise, by many steps of Heun's."""
     x = normal(32, 2)
-    return x, {k: samplers["heun"](mixture_denoiser(p), x, equal_ratios(1000, p), p) for k, p in PROCESSES.items()}
+    return x, {k: samplers["heun"](mixture_denoiser(p), x, equal_ratios(600, p), p) for k, p in PROCESSES.items()}
 
 
 @pytest.mark.parametrize("process", PROCESSES)

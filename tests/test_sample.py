@@ -1,254 +1,453 @@
+"""Generating images: for every task and condition, from images, guided; what the command makes of its settings."""
+
+import copy
 import itertools
 import json
-import os
+import math
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, fill
 from PIL import Image
 
-from diffusion import (
-    make_denoiser,
-    randn,
-    sample_times,
-    samplers,
-)
-from metrics import psnr, ssim
-from sample import (
-    choose_conditions,
-    compile_unet,
-    decode,
-    generate,
-    load_pipeline,
-    read_prompts,
-    round_weights,
-    save_grid,
-    to_pil,
-)
+import checkpoint
+import sample
+from checkpoint import UserError
+from configurator import configure
+from data.tasks import augment_low, image_condition
+from diffusion import make_denoiser, make_schedule, randn, sample_times, samplers
+from sample import compile_unet, decode, encode, generate, load_pipeline, read_prompts, round_weights, save_grid, to_pil
+from unet import UNet
 
-
-def seeded(seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-# --- the command: drawing ---
-
+NAMES = ("text", "class", "none", "pixels", "tokens", "inpaint", "sr", "semantic")
 CONDITIONS = {
     "text": ["a red star", "", "🌟 twice 🌟", "x" * 2000, "a red star"],
     "class": [0, 3, 1, 3, 2],
     "none": [None] * 5,
     "pixels": [None] * 5,
 }
+SEEDS = [7, 8, 9, 10, 7]
 
 
 @pytest.fixture(scope="module")
 def pipelines(runs):
-    return {name: load_pipeline(runs[name].path) for name in CONDITIONS}
+    return {name: load_pipeline(runs[name].path) for name in NAMES}
 
 
-@pytest.mark.parametrize("sampler, options", [("ddim", {"eta": 0.6}), ("ddpm", {}), ("heun", {})])
+@pytest.fixture
+def calls(monkeypatch):
+    """calls(pipeline) -> the list of inputs that its network is called with from now on."""
+
+    def spy_on(pipeline):
+        seen, forward = [], pipeline.denoiser.unet.forward
+
+        def spy(x, t, **inputs):
+            seen.append({"x": x, "t": t, **inputs})
+            return forward(x, t, **inputs)
+
+        monkeypatch.setattr(pipeline.denoiser.unet, "forward", spy)
+        return seen
+
+    return spy_on
+
+
+def seeded(seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def blobs(count=2, side=32, seed=0):
+    """Random blobs in 256 levels, as images come from files."""
+    x = torch.rand(count, 3, side // 8, side // 8, generator=torch.Generator().manual_seed(seed))
+    x = torch.nn.functional.interpolate(x, scale_factor=8, mode="bilinear")
+    return (x * 255).round() / 127.5 - 1
+
+
+def left_half(count=2, side=32):
+    mask = torch.zeros(count, 1, side, side)
+    mask[..., : side // 2] = 1
+    return mask
+
+
+def near(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def by_hand(pipeline, cond, null, seeds, steps, guidance=1.0, sampler="ddim", spacing="trailing", options=(), **guided):
+    """Images of generate from its parts."""
+    schedule, objective = pipeline.schedule, pipeline.objective
+    denoise = make_denoiser(pipeline.denoiser.unet, schedule, objective, cond, null, guidance, **guided)
+    times, generators = sample_times(steps, schedule, objective, spacing), seeded(seeds)
+    x = schedule.sigma(times[:1]).item() * randn((len(seeds), *pipeline.latent_shape), generators)
+    return decode(pipeline, samplers[sampler](denoise, x, times, schedule, generators, **dict(options)))
+
+
+# --- loading ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_of_a_denoiser_is_loaded(runs, pipelines, name):
+    saved, loaded = runs[name].denoiser.state_dict(), pipelines[name].denoiser.state_dict()
+    assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
+    assert not any(module.training for module in pipelines[name].denoiser.modules())
+    if name == "pixels":
+        assert pipelines[name].vae is None
+    else:
+        saved, loaded = runs["vae"].vae.state_dict(), pipelines[name].vae.state_dict()
+        assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+    task = pipelines[name].task
+    assert task["task"] == (name if name in ("inpaint", "sr", "semantic") else "none")
+    assert (name != "sr" or task["sr_noise"] == 10) and (name != "semantic" or task["map_classes"] == 5)
+
+
+def test_what_is_loaded_instead(runs, tmp_path, monkeypatch):
+    """A post-hoc EMA, zero terminal SNR of the checkpoint, a network class of one's own."""
+    path = runs["none"].path
+    tensors, meta = checkpoint.read(path)
+    other = checkpoint.with_prefix("ema", checkpoint.part(tensors, "model"))
+    monkeypatch.setattr(checkpoint, "posthoc_ema", lambda file, std: other if std == 0.1 else None)
+    loaded = load_pipeline(path, 0.1).denoiser.state_dict()
+    assert all(torch.equal(t, other[f"ema.{name}"]) for name, t in loaded.items())
+
+    meta["model"] |= {"schedule": "scaled_linear", "zero_snr": True}
+    checkpoint.write(str(tmp_path / "a.safetensors"), tensors, meta)
+    assert load_pipeline(str(tmp_path / "a.safetensors")).schedule.alpha(torch.ones(1)) == 0
+
+    class Mine(UNet):
+        def forward(self, x, t, **inputs):
+            return super().forward(x, t, **inputs) + 1
+
+    monkeypatch.setitem(sys.modules, "mine", type(sys)("mine"))
+    sys.modules["mine"].Mine = Mine
+    cfg = configure(dict(vars(sample)), [f"--ckpt={path}", "--denoiser=mine:Mine"])
+    machine = sample.setup(cfg.replace(deterministic=False, device="cpu"))
+    pipeline, _ = sample.load_from_settings(cfg, machine)
+    assert type(pipeline.denoiser.unet) is Mine and generate(pipeline, [None], [0], 1).shape == (1, 3, 32, 32)
+
+
+def test_another_decoder(runs, pipelines, tmp_path):
+    """first_stage: its decoder with the checkpoint's latent statistics; another encoder is refused."""
+    vae, meta = copy.deepcopy(runs["vae"].vae), checkpoint.read_meta(runs["vae"].path)
+    fill(vae.decoder, 9)
+    vae.latent_mean.fill_(7)
+
+    def save(name):
+        path = str(tmp_path / f"{name}.safetensors")
+        checkpoint.write(path, checkpoint.with_prefix("ema", vae.state_dict()), meta)
+        return path
+
+    tuned, x = save("tuned"), torch.randn(2, 3, 8, 8)
+    got = decode(load_pipeline(runs["text"].path, first_stage=tuned), x)
+    with torch.no_grad():
+        for t in vae.encoder.parameters():
+            t.mul_(1.005)  # more than rounding to half precision does
+        near(decode(load_pipeline(runs["text"].path, first_stage=save("near")), x), got)
+        vae.quant_conv.weight.mul_(1.5)
+    vae.latent_mean.copy_(runs["vae"].vae.latent_mean)
+    near(got, decode(pipelines["text"]._replace(vae=vae), x))
+    assert (got - decode(pipelines["text"], x)).abs().max() > 0.1
+    for name, message in (("text", "has other latents than the checkpoint's"), ("pixels", "generates pixels")):
+        with pytest.raises(UserError, match=message):
+            load_pipeline(runs[name].path, first_stage=save("far"))
+
+
+def test_checkpoints_that_do_not_generate(runs, tmp_path):
+    with pytest.raises(UserError, match="stage vae, which does not generate images; give a checkpoint of train_ldm.py"):
+        load_pipeline(runs["vae"].path)
+    with pytest.raises(UserError, match="has all its settings; leave out objective, num_heads"):
+        load_pipeline(runs["text"].path, objective="v", num_heads=2)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_pipeline(str(tmp_path / "nowhere"))
+
+
+# --- generate ---
+
+
+@pytest.mark.parametrize("sampler, options", [("ddim", {"eta": 0.6}), ("heun", {})])
 @pytest.mark.parametrize("name", CONDITIONS)
-def test_a_picture_depends_on_its_condition_and_seed_alone(pipelines, name, sampler, options):
-    def draw(rows, **more):
-        conditions, seeds = zip(*[(CONDITIONS[name][i], [7, 8, 9, 10, 7][i]) for i in rows])
-        return generate(pipelines[name], list(conditions), seeds, 3, 2.0, sampler, **options, **more)
+def test_an_image_depends_on_its_condition_and_seed_alone(pipelines, name, sampler, options):
+    def run(rows, **more):
+        conditions, seeds = [CONDITIONS[name][i] for i in rows], [SEEDS[i] for i in rows]
+        return generate(pipelines[name], conditions, seeds, 3, 2.0, sampler, **options, **more)
 
-    together = draw(range(5))
+    together = run(range(5))
     side = 8 if name == "pixels" else 32
     assert together.shape == (5, 3, side, side) and together.dtype == torch.float32
     assert together.abs().max() <= 1 and (together.abs() < 1).float().mean() > 0.2, "not all is clamped"
-    for batch_size in (1, 2, 4):
-        torch.testing.assert_close(draw(range(5), batch_size=batch_size), together, rtol=0, atol=1e-5)
-    torch.testing.assert_close(draw([3, 1]), together[[3, 1]], rtol=0, atol=1e-5)
+    for batch_size in (1, 2):
+        near(run(range(5), batch_size=batch_size), together)
+    near(run([3, 1]), together[[3, 1]])
     for i, j in itertools.combinations(range(5), 2):
         same = (CONDITIONS[name][i], i % 4) == (CONDITIONS[name][j], j % 4)  # the last has the first one's seed
         assert torch.allclose(together[i], together[j], rtol=0, atol=1e-5) == same, (i, j)
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("name", ["text", "class", "none", "pixels"])
-def test_generate_is_its_parts(runs, pipelines, name, cfg):
-    """The condition alone at cfg = 1, guidance from the empty prompt or the class after the last one otherwise."""
-    run, objective, schedule = runs[name], pipelines[name].objective, pipelines[name].schedule
-    cond, null, times = {}, {}, sample_times(3, schedule)
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("name", ["text", "class", "none", "pixels", "tokens"])
+def test_generate_is_its_parts(runs, pipelines, name, guidance):
+    """Without guidance the condition alone; else guided from the empty prompt, or from the class after the last."""
+    denoiser, cond, null = runs[name].denoiser, {}, {}
     if name == "text":
-        cond, null = ({"context": run.denoiser.text(prompts)} for prompts in (["a", "blue star"], ["", ""]))
-    if name == "class":
+        cond, null = ({"context": denoiser.text(prompts)} for prompts in (["a", "blue star"], ["", ""]))
+    elif name == "class":
         cond, null = {"y": torch.tensor([1, 2])}, {"y": torch.tensor([4, 4])}
-    x = schedule.sigma(torch.ones(1)) * randn((2, 3, 8, 8), seeded([3, 4]))
-    denoise = make_denoiser(run.denoiser.unet, schedule, objective, cond, null, cfg if cond else 1.0)
-    expected = samplers["ddim"](denoise, x, times, schedule)
-    if run.vae is not None:
-        expected = run.vae.decode(run.vae.denormalize(expected))
-    conditions = {"text": ["a", "blue star"], "class": [1, 2]}.get(name, [None] * 2)
-    got = generate(pipelines[name], conditions, [3, 4], 3, cfg)
-    torch.testing.assert_close(got, expected.clamp(-1, 1), rtol=0, atol=1e-5)
-    assert generate.evaluations == (6 if cond and cfg != 1 else 3)
+    elif name == "tokens":
+        cond, null = ({"context": denoiser.class_tokens.weight[rows, None]} for rows in ([1, 0], [2, 2]))
+    conditions = {"text": ["a", "blue star"], "class": [1, 2], "tokens": [1, 0]}.get(name, [None] * 2)
+    got = generate(pipelines[name], conditions, [3, 4], 3, guidance)
+    assert generate.evaluations == (6 if cond and guidance != 1 else 3)
+    near(got, by_hand(pipelines[name], cond, null, [3, 4], 3, guidance if cond else 1.0))
     if cond:
-        other = generate(pipelines[name], conditions, [3, 4], 3, cfg + 1)
-        assert (other - got).abs().max() > 1e-2, "guidance matters"
+        assert (generate(pipelines[name], conditions, [3, 4], 3, guidance + 1) - got).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["text", "class"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_drawing_is_the_same(runs, pipelines, name, backend):
-    """Whole batches by the compiled U-Net, once for a size; the last, smaller one without it."""
-    pipeline = load_pipeline(runs[name].path)
-    compile_unet(pipeline, backend=backend)
-    args = (CONDITIONS[name], [7, 8, 9, 10, 7], 3, 2.0)
-    eager = generate(pipelines[name], *args, batch_size=2)
+def test_guidance_and_sampler_options_are_passed_on(pipelines):
+    text, none = pipelines["text"], pipelines["none"]
+    context = {p: {"context": text.denoiser.text([p])} for p in ("a star", "", "dark")}
+    plain = generate(text, ["a star"], [1], 4, 3.0)
+    for settings, null, guided in (
+        (dict(negative="dark"), "dark", {}),
+        (dict(guidance_interval=(0.3, 0.8)), "", dict(guidance_interval=(0.3, 0.8))),
+        (dict(guidance_rescale=0.7), "", dict(guidance_rescale=0.7)),
+        (dict(spacing="quadratic"), "", dict(spacing="quadratic")),
+    ):
+        got = generate(text, ["a star"], [1], 4, 3.0, **settings)
+        near(got, by_hand(text, context["a star"], context[null], [1], 4, 3.0, **guided))
+        assert (got - plain).abs().max() > 1e-2, settings
+    for sampler, options in (("euler_a", {"eta": 0.5}), ("ddpm", {"noise_scale": 0.3}), ("unipc", {"order": 3})):
+        got = generate(none, [None], [1], 8, sampler=sampler, **options)
+        near(got, by_hand(none, {}, None, [1], 8, sampler=sampler, options=options))
+        assert (got - generate(none, [None], [1], 8, sampler=sampler)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name, conditions", [("none", [None, None]), ("text", ["a", "b"]), ("tokens", [0, 1])])
+def test_autoguidance(pipelines, name, conditions):
+    """The weaker model gets the same condition; it works without any."""
+    pipeline = pipelines[name]
+    weak = pipeline._replace(denoiser=fill(copy.deepcopy(pipeline.denoiser), 5))
+    inputs = {
+        "text": dict(tokens=pipeline.text and pipeline.text.tokenize(conditions)),
+        "tokens": dict(y=torch.arange(2)),
+    }
+    cond, weaker = (p.denoiser.condition(**inputs.get(name, {})) for p in (pipeline, weak))
+    guide = make_denoiser(weak.denoiser.unet, pipeline.schedule, "v", weaker)
+    got = generate(pipeline, conditions, [0, 1], 3, 2.0, guide=weak)
+    assert generate.evaluations == 6
+    near(got, by_hand(pipeline, cond, None, [0, 1], 3, 2.0, guide=guide))
+    assert (got - generate(pipeline, conditions, [0, 1], 3, 2.0)).abs().max() > 1e-2
+
+
+def test_a_frozen_text_encoder(pipelines):
+    """A tower outside of the denoiser: its contexts instead of tokens."""
+
+    class Tower(torch.nn.Module):
+        length = 8
+
+        def tokenize(self, prompts):
+            return torch.tensor([list(prompt.encode().ljust(8)[:8]) for prompt in prompts])
+
+        def forward(self, tokens):
+            return tokens[..., None] / 128 * torch.linspace(-1, 1, 16)
+
+    tower, text = Tower(), pipelines["text"]
+    denoiser = copy.deepcopy(text.denoiser)
+    denoiser.text = None
+    pipeline = text._replace(denoiser=denoiser, tower=tower)
+    cond, null = ({"context": tower(tower.tokenize(prompts))} for prompts in (["cat", "dog"], ["", ""]))
+    near(generate(pipeline, ["cat", "dog"], [0, 0], 2, 2.0), by_hand(pipeline, cond, null, [0, 0], 2, 2.0))
+
+
+def test_compiled_and_rounded_networks_are_the_same(runs, pipelines):
+    """Full batches by the compiled network, compiled once; the last, smaller one without it."""
+    pipeline, args = load_pipeline(runs["text"].path), (CONDITIONS["text"], SEEDS, 3, 2.0)
+    compile_unet(pipeline, backend="eager")
+    eager = generate(pipelines["text"], *args, batch_size=2)
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compiled = generate(pipeline, *args, batch_size=2)
+    near(generate(pipeline, *args, batch_size=2), eager)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
-    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
-    assert pipeline.denoiser.unet.state_dict().keys() == pipelines[name].denoiser.unet.state_dict().keys()
+    rounded = load_pipeline(runs["text"].path)
+    round_weights(rounded)
+    with torch.autocast("cpu", torch.bfloat16):  # rounds weights in the same way, at every step
+        assert torch.equal(generate(rounded, *args), generate(pipelines["text"], *args))
 
 
-@pytest.mark.parametrize("name", ["text", "class", "pixels"])
-def test_rounding_the_weights_once_is_what_autocast_does(runs, pipelines, name):
-    pipeline, args = load_pipeline(runs[name].path), (CONDITIONS[name], [7, 8, 9, 10, 7], 3, 2.0)
-    round_weights(pipeline)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(generate(pipeline, *args), generate(pipelines[name], *args))
-
-
-@pytest.mark.parametrize("batch", [1, 2, 3, 5, 9])
-def test_decoding_in_slices(pipelines, batch):
-    vae = pipelines["text"].vae
+def test_decoding_in_slices_tiles_and_little_memory(runs, pipelines, monkeypatch):
+    pipeline, vae = pipelines["text"], pipelines["text"].vae
     x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        whole, sizes = vae.decode(vae.denormalize(x)), []
-        hook = vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-        torch.testing.assert_close(decode(vae, x, batch=batch), whole, rtol=0, atol=1e-5)
-        torch.testing.assert_close(decode(vae, x, tile=8, batch=batch), whole, rtol=0, atol=1e-5)
-        hook.remove()
-    assert max(sizes) == min(batch, 5) and sum(sizes) == 10
+    expected, plain, sizes = decode(pipeline, x), vae.decode, []
+    near(expected, vae.decode(vae.denormalize(x)).clamp(-1, 1), 0)
+    for batch in (1, 2, 9):
+        near(decode(pipeline, x, batch=batch), expected)
+        near(decode(pipeline, x, tile=8, batch=batch), expected)
+    assert (decode(pipeline, torch.cat([x, x], 3), tile=8) - decode(pipeline, torch.cat([x, x], 3))).abs().max() > 1e-3
+
+    def little(z):
+        sizes.append(len(z))
+        if len(z) > most:
+            raise torch.OutOfMemoryError
+        return plain(z)
+
+    monkeypatch.setattr(vae, "decode", little)
+    most = 2
+    near(decode(pipeline, x), expected)
+    assert sizes == [5, 3, 2, 1, 2]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        decode(pipeline, x)
 
 
-def test_generate_at_another_size(pipelines):
-    assert generate(pipelines["text"], ["a"], [0], 1, size=(48,)).shape == (1, 3, 48, 48)
-    assert generate(pipelines["text"], ["a"], [0], 1, size=(48, 16)).shape == (1, 3, 48, 16)
+def test_size_and_callback(pipelines):
+    text, frames = pipelines["text"], []
+    assert generate(text, ["a"], [0], 1, size=(48,)).shape == (1, 3, 48, 48)
+    assert generate(text, ["a"], [0], 1, size=(48, 16)).shape == (1, 3, 48, 16)
     assert generate(pipelines["pixels"], [None], [0], 1, size=(9,)).shape == (1, 3, 9, 9)
-    for size, wrong, better in (
-        ((30,), 30, 32),
-        ((3,), 3, 8),
-        ((-8,), -8, 8),
-        ((16, 20), 20, 16),
-        ((16.5, 16), 16.5, 16),
-    ):
-        with pytest.raises(ValueError, match=f"size={wrong} is not a multiple of 8: choose {better}"):
-            generate(pipelines["text"], ["a"], [0], 1, size=size)
-    with pytest.raises(ValueError, match="size=8,8,8 is neither a side nor height,width: give 1 or 2"):
-        generate(pipelines["text"], ["a"], [0], 1, size=(8, 8, 8))
+    for size in ((30,), (-8,), (16, 20), (16.5, 16), (8, 8, 8)):
+        with pytest.raises(UserError, match=f"size={','.join(map(str, size))} must be one or two multiples of 8"):
+            generate(text, ["a"], [0], 1, size=size)
+    got = generate(pipelines["none"], [None] * 5, range(5), 4, batch_size=3, callback=frames.append)
+    assert len(frames) == 4 and all(frame.shape == (3, 3, 32, 32) for frame in frames), "of the first batch"
+    near(frames[-1], got[:3])
+    assert (frames[0] - got[:3]).abs().max() > 1e-2
 
 
-def test_generate_errors(pipelines):
-    with pytest.raises(ValueError, match="sampler 'dpm' is not one of ddpm, ddim, plms, .*, unipc"):
-        generate(pipelines["text"], ["a"], [0], 1, sampler="dpm")
-    with pytest.raises(ValueError, match="batch_size=0 pictures at a time: choose 1 or more"):
-        generate(pipelines["text"], ["a"], [0], 1, batch_size=0)
-    with pytest.raises(ValueError, match="1 seeds for 2 pictures: give one each"):
-        generate(pipelines["text"], ["a", "b"], [0], 1)
-    with pytest.raises(ValueError, match="steps is 0"):
-        generate(pipelines["text"], ["a"], [0], 0)
+# --- from images ---
 
 
-# --- the command: what to draw ---
+def test_image_to_image(pipelines):
+    """The last of the steps, from the noised image; strength=1 is all of them, from noise alone."""
+    text, image = pipelines["text"], blobs()
+    conditions, seeds, inputs = ["a", "b"], [3, 4], {"image": image}
+    near(generate(text, conditions, seeds, 10, 2.0, inputs=inputs), generate(text, conditions, seeds, 10, 2.0), 0)
+    known, errors = decode(text, encode(text, image)), []
+    for strength, steps in ((0.01, 1), (0.34, 3), (0.96, 10)):
+        got = generate(text, conditions, seeds, 10, 2.0, inputs=inputs, strength=strength)
+        assert generate.evaluations == 2 * steps
+        errors.append((got - known).square().mean())
+    assert errors == sorted(errors)
+    times, schedule = sample_times(10, text.schedule)[-4:], text.schedule
+    x = schedule.alpha(times[:1]) * encode(text, image) + schedule.sigma(times[:1]) * randn((2, 3, 8, 8), seeded(seeds))
+    cond, null = ({"context": text.denoiser.text(p)} for p in (conditions, ["", ""]))
+    x = samplers["ddim"](make_denoiser(text.denoiser.unet, schedule, "v", cond, null, 2.0), x.float(), times, schedule)
+    near(generate(text, conditions, seeds, 10, 2.0, inputs=inputs, strength=0.3), decode(text, x))
+
+
+@pytest.mark.parametrize("sampler", samplers)
+def test_masks_with_any_sampler(pipelines, sampler):
+    none, args = pipelines["none"], ([None] * 2, [0, 1], 4, 1.0, sampler)
+    image, mask = blobs(), left_half()
+    got = generate(none, *args, inputs={"image": image, "mask": mask})
+    assert torch.equal(got[..., 16:], image[..., 16:]), "exactly"
+    assert (got - image)[..., :16].abs().mean() > 0.05
+    assert (got - generate(none, *args))[..., :16].abs().max() > 1e-2, "what is known is seen"
+
+
+def test_one_masked_pixel_frees_its_latent(pipelines):
+    none, image, mask, frames = pipelines["none"], blobs(1), torch.zeros(1, 1, 32, 32), []
+    mask[..., 5, 6] = 1
+    got = generate(none, [None], [0], 2, inputs={"image": image, "mask": mask}, callback=frames.append)
+    assert (got != image).any(1).sum() == 1
+    difference = (frames[-1] - decode(none, encode(none, image))).abs()
+    assert (
+        difference[..., 4:8, 4:8].mean() > 1e-3 and difference[..., 28:, 28:].mean() < difference[..., 4:8, 4:8].mean()
+    )
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_inpainting_task(pipelines, calls, guidance):
+    pipeline, image, mask = pipelines["inpaint"], blobs(), left_half()
+    seen = calls(pipeline)
+
+    def run(image, **more):
+        return generate(pipeline, ["a", "b"], [0, 1], 3, guidance, inputs={"image": image, "mask": mask}, **more)
+
+    got = run(image)
+    assert torch.equal(got[..., 16:], image[..., 16:])
+    concat = image_condition("inpaint", pipeline.vae, {"image": image, "mask": mask}, (8, 8))
+    assert concat.shape == (2, 4, 8, 8) and len(seen) == 3
+    for call in seen:
+        near(call["concat"], torch.cat([concat] * int(guidance)), 1e-6)
+    other = blobs(seed=5)
+    other[..., 16:] = image[..., 16:]  # what the mask hides is not used
+    near(run(other), got)
+    assert (run(other, strength=0.5) - got).abs().max() > 0.1
+
+
+def test_super_resolution(pipelines, calls):
+    pipeline, low = pipelines["sr"], blobs(3, 16)
+    seen = calls(pipeline)
+    got = generate(pipeline, [None] * 3, [5, 6, 7], 2, inputs={"low": low})
+    assert got.shape == (3, 3, 32, 32)
+    generators = seeded([5, 6, 7])
+    randn((3, 3, 8, 8), generators)  # the noise of the latents comes first
+    noisy = augment_low(low, torch.zeros(3, dtype=torch.long), randn(low.shape, generators))
+    near(seen[0]["concat"], image_condition("sr", pipeline.vae, {"low": noisy}, (8, 8)), 1e-6)
+    assert seen[0]["y"].tolist() == [0, 0, 0]
+    near(generate(pipeline, [None] * 2, [6, 7], 2, inputs={"low": low[1:]}), got[1:])
+    inputs = {"low": low, "level": torch.tensor([0, 9, 9])}
+    noisier = generate(pipeline, [None] * 3, [5, 6, 7], 2, batch_size=2, inputs=inputs)
+    assert seen[-1]["y"].tolist() == [9]
+    near(noisier[0], got[0])
+    assert (noisier[1] - got[1]).abs().max() > 1e-3
+    assert generate(pipeline, [None], [0], 1, inputs={"low": blobs(1, 32)[..., :24, :]}).shape == (1, 3, 48, 64)
+
+
+def test_semantic_maps(pipelines, calls):
+    pipeline, generator = pipelines["semantic"], torch.Generator().manual_seed(0)
+    maps = torch.randint(-1, 5, (2, 32, 32), generator=generator)
+    seen = calls(pipeline)
+    got = generate(pipeline, [None] * 2, [0, 0], 2, inputs={"map": maps})
+    one_hot = torch.stack([(maps == k).float() for k in range(5)], dim=1)
+    near(seen[0]["concat"], pipeline.denoiser.rescaler(one_hot), 1e-6)
+    assert (got[0] - got[1]).abs().max() > 1e-2, "the map matters"
+
+
+IMAGE, MASK = blobs(1), left_half(1)
 
 
 @pytest.mark.parametrize(
-    "cls, expected",
+    "name, options, message",
     [
-        ("", [0, 1, 2, 3]),
-        ("dog", [1]),
-        ("0", [0]),
-        ("3, cat ,2", [3, 0, 2]),
-        ("7", [2]),  # a name goes before a number
-        ("tench, Tinca", [3]),  # a name may hold a comma
+        ("inpaint", {}, "task=inpaint needs inputs"),
+        ("inpaint", {"inputs": {"image": IMAGE}}, "task=inpaint needs inputs"),
+        ("none", {"inputs": {"low": IMAGE}}, "task=none needs inputs {} and can use"),
+        ("none", {"inputs": {"mask": MASK}}, "task=none needs inputs {} and can use"),
+        ("sr", {"inputs": {"low": IMAGE, "image": IMAGE}}, "task=sr needs"),
+        ("none", {"inputs": {"image": IMAGE, "mask": left_half(1, 16)}}, "inputs have several sizes"),
+        ("none", {"inputs": {"image": blobs(2)}}, "2 image for 1 images"),
+        ("none", {"seeds": [0, 1]}, "2 seeds for 1 images"),
+        ("none", {"strength": 0.5}, r"strength=0.5 needs inputs\['image'\]"),
+        ("none", {"inputs": {"image": IMAGE}, "strength": math.nan}, "strength=nan"),
+        ("none", {"sampler": "dpm"}, "sampler must be one of ddpm, .*, unipc, got 'dpm'"),
+        ("none", {"guide": "text"}, "the guide has other latents, noise or conditions"),
+        ("none", {"guide": "pixels"}, "the guide has other latents"),  # with as many channels
+        ("none", {"guide": "sr"}, "the guide has other latents"),
+        ("none", {"guide": "flow"}, "the guide has other latents"),
     ],
 )
-def test_choose_classes(pipelines, cls, expected):
-    assert choose_conditions(pipelines["class"], "", "", cls) == expected
+def test_mistakes_of_callers(pipelines, name, options, message):
+    if guide := options.get("guide"):
+        flow = pipelines["none"]._replace(schedule=make_schedule("flow"))
+        options = {"guide": pipelines.get(guide, flow), "guidance": 2.0}
+    with pytest.raises(AssertionError, match=message):
+        generate(pipelines[name], [None], options.pop("seeds", [0]), 1, **options)
 
 
-@pytest.mark.parametrize(
-    "cls, wrong", [("4", "4"), ("0,-1", "-1"), ("bird", "bird"), ("²", "²"), ("1.5", "1.5"), ("1,", "")]
-)
-def test_choose_classes_that_are_none(pipelines, cls, wrong):
-    names = "choose 0 to 3, or one of cat, dog, 7, tench, Tinca"
-    with pytest.raises(ValueError, match=re.escape(f"cls={wrong} is no class of this checkpoint: {names}")):
-        choose_conditions(pipelines["class"], "", "", cls)
-    nameless = pipelines["class"]._replace(classes=[])
-    with pytest.raises(ValueError, match=f"cls={re.escape(wrong)} is no class of this checkpoint: choose 0 to 3$"):
-        choose_conditions(nameless, "", "", cls)
+# --- output ---
 
 
-def test_choose_prompts(pipelines, tmp_path, capsys):
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffa red star\r\n\n  \n  naïve 🌟  \r\na red star".encode())
-    text, shown = pipelines["text"], ["a red star", "a blue circle"]
-    assert choose_conditions(text, "", "", "") == shown
-    assert choose_conditions(text, "a cat", "", "") == ["a cat"]
-    assert read_prompts(file) == ["a red star", "naïve 🌟", "a red star"]
-    assert choose_conditions(text, "", str(file), "") == read_prompts(file)
-    assert choose_conditions(pipelines["none"], "", "", "") == [None] * 3
-    assert capsys.readouterr().out == ""
-    assert choose_conditions(text, "🌟 and far too long", "", "") == ["🌟 and far too long"], "cut by the text encoder"
-    assert capsys.readouterr().out == "prompt of 22 tokens cut to 16: 🌟 and far too long...\n"
-
-
-@pytest.mark.parametrize(
-    "name, settings, message",
-    [
-        ("class", ("a cat", "", ""), "takes no prompt: use --cls"),
-        ("class", ("", "file.txt", ""), "takes no prompt: use --cls"),
-        ("none", ("a cat", "", ""), "takes no prompt: use neither --prompt nor --cls"),
-        ("text", ("", "", "3"), "takes no class: use --prompt"),
-        ("pixels", ("", "", "3"), "takes no class: use neither --prompt nor --cls"),
-        ("text", ("a cat", "file.txt", ""), "prompt and prompts are both set: choose one"),
-    ],
-)
-def test_conditions_that_the_checkpoint_does_not_take(pipelines, name, settings, message):
-    with pytest.raises(ValueError, match=message):
-        choose_conditions(pipelines[name], *settings)
-
-
-def test_bad_prompt_files(tmp_path):
-    file = tmp_path / "prompts.txt"
-    for content, message in (
-        (b"", "holds no prompts: give a file with a prompt a line"),
-        (b"\n \n\t\n", "holds no prompts"),
-        ("naïve".encode("latin-1"), "is not text in UTF-8"),
-        ("a star".encode("utf-16"), "is not text in UTF-8"),
-    ):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            read_prompts(file)
-    with pytest.raises(FileNotFoundError, match="nowhere.txt"):
-        read_prompts(tmp_path / "nowhere.txt")
-
-
-# --- the command: pictures ---
-
-
-def test_to_pil():
+def test_to_pil_and_save_grid(tmp_path):
     image = torch.tensor([-1.0, -9.0, 0.0, 1.0, 3.0, 0.5]).view(1, 2, 3).expand(3, 2, 3)
     assert np.array(to_pil(image))[..., 1].tolist() == [[0, 0, 128], [255, 255, 191]]
-    assert to_pil(torch.zeros(3, 4, 6)).size == (6, 4)
-
-
-def test_save_grid(tmp_path):
-    colours = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 24, 32)
+    colors = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 24, 32)
     captions = ["a red star", "🌟 漢字 naïve", "", "long " * 40, "two\nlines"]
-    settings = {"prompt": "🌟 naïve", "steps": 50, "nested": {"ch_mult": [1, 2]}}
-    save_grid(tmp_path / "grid.png", colours, captions, settings)
+    settings = {"prompt": "🌟 naïve", "nested": {"ch_mult": [1, 2]}}
+    save_grid(tmp_path / "grid.png", colors, captions, settings)
     with Image.open(tmp_path / "grid.png") as grid:
         assert json.loads(grid.text["settings"]) == settings
         pixels = np.array(grid)
@@ -258,34 +457,168 @@ def test_save_grid(tmp_path):
         row, column = divmod(i, 3)
         cell = pixels[row * cell_h : (row + 1) * cell_h, column * cell_w : (column + 1) * cell_w]
         assert (cell[2:98, 2:130] == value).all() and (cell[:2] == 255).all() and (cell[:, :2] == 255).all()
-        assert (cell[98:] < 128).any() == bool(captions[i]), "a caption stands below"
-    save_grid(tmp_path / "plain.png", colours[:1], [""])
-    with Image.open(tmp_path / "plain.png") as grid:
-        assert grid.size == (132, 100) and json.loads(grid.text["settings"]) == {}
+        assert (cell[98:] < 128).any() == bool(captions[i]), "the caption is below"
 
 
-# --- the command, run ---
+# --- settings ---
 
-ROOT = Path(__file__).resolve().parent.parent
-FAST = ("--device=cpu", "--steps=2")
+
+def settings(*args):
+    return configure(dict(vars(sample)), list(args))
+
+
+@pytest.mark.parametrize(
+    "cls, expected",
+    [
+        ("", [0, 1, 2, 3]),
+        ("0", [0]),
+        ("3, cat ,2", [3, 0, 2]),
+        ("7", [2]),  # a name goes before a number
+        ("tench, Tinca", [3]),  # a name can have a comma
+        *[(wrong, None) for wrong in ("4", "0,-1", "bird", "²", "1.5", "1,")],
+    ],
+)
+def test_choose_classes(pipelines, cls, expected):
+    if expected is not None:
+        assert sample.choose_conditions(pipelines["class"], settings(f"--cls={cls}")) == expected
+        return
+    with pytest.raises(UserError, match=r"is not a class of this checkpoint: 0 to 3, cat, dog, 7, tench, Tinca"):
+        sample.choose_conditions(pipelines["class"], settings(f"--cls={cls}"))
+
+
+def test_choose_prompts(pipelines, tmp_path, capsys):
+    file, text = tmp_path / "prompts.txt", pipelines["text"]
+    file.write_bytes("\ufeffa red star\r\n\n  \n  naïve 🌟  \r\na red star".encode())
+    assert read_prompts(file) == ["a red star", "naïve 🌟", "a red star"]
+    assert sample.choose_conditions(text, settings(f"--prompts={file}")) == read_prompts(file)
+    assert sample.choose_conditions(text, settings()) == ["a red star", "a blue circle"]
+    assert sample.choose_conditions(pipelines["none"], settings()) == [None] * 3
+    assert capsys.readouterr().out == ""
+    assert sample.choose_conditions(text, settings("--prompt=🌟 and far too long")) == ["🌟 and far too long"]
+    assert capsys.readouterr().out == "prompt of 22 tokens cut to 16: 🌟 and far too long...\n"
+    for content in (b"\n \n\t\n", "naïve".encode("latin-1"), "a star".encode("utf-16")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="prompts.txt: .*; give a file with one prompt per line"):
+            read_prompts(file)
+    with pytest.raises(UserError, match="nowhere.txt"):
+        read_prompts(tmp_path / "nowhere.txt")
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Images to start from, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, (W, H) in {"photo.png": (40, 32), "small.png": (16, 24), "odd.png": (45, 37)}.items():
+        pixels = np.kron(rng.integers(0, 256, (-(-H // 8), -(-W // 8), 3)), np.ones((8, 8, 1)))[:H, :W]
+        Image.fromarray(pixels.astype(np.uint8)).save(name)
+    mask = np.zeros((32, 40), np.uint8)
+    Image.fromarray(mask).save("black.png")
+    mask[8:20, 4:30] = 255
+    Image.fromarray(mask).save("mask.png")
+    classes = Image.fromarray(rng.integers(0, 5, (32, 32)).astype(np.uint8), mode="P")
+    classes.putpalette(rng.integers(0, 256, 768).astype(np.uint8).tobytes())
+    classes.save("map.png")
+    Image.fromarray(np.full((32, 32), 7, np.uint8)).save("seven.png")
+    for folder, sources in (("folder", ("photo.png", "photo.png")), ("mixed", ("photo.png", "odd.png")), ("empty", ())):
+        Path(folder).mkdir()
+        for name, source in zip("ab", sources):
+            Image.open(source).rotate(180 * (name == "a")).save(f"{folder}/{name}.png")
+    Path("folder/notes.txt").write_text("no image")
+    Path("bad.png").write_bytes(Path("photo.png").read_bytes()[:80])
+    return tmp_path
+
+
+PHOTO, FOLDER = "--init_image=photo.png", "--init_image=folder"
+
+
+@pytest.mark.parametrize(
+    "name, args, message",
+    [
+        ("none", ["--prompt=a cat"], "--prompt=a cat has no effect here; it needs a checkpoint with text"),
+        ("text", ["--cls=3"], "--cls=3 has no effect here; it needs a checkpoint with classes"),
+        ("none", ["--guidance=2"], "--guidance=2.0 has no effect here"),
+        ("none", ["--guidance_from=0.2"], "--guidance_from=0.2 has no effect here; it needs guidance"),
+        ("text", ["--negative=x", "--guidance=1"], "--negative=x has no effect here; it needs guidance"),
+        ("text", ["--negative=x", "--guide_ckpt=y"], "--negative=x has no effect here; .* without --guide_ckpt"),
+        ("text", ["--eta=1", "--sampler=heun"], "--eta=1.0 has no effect here; it needs another sampler"),
+        ("none", ["--order=3", "--sampler=ddim"], "--order=3 has no effect"),
+        ("none", ["--tower_weights=x"], "it needs a checkpoint with a frozen text encoder"),
+        ("pixels", ["--decode_tile=8"], "it needs a checkpoint with an autoencoder"),
+        ("none", ["--mask=mask.png"], "--mask=mask.png has no effect here; it needs --init_image"),
+        ("sr", ["--init_image=small.png", "--strength=0.5"], "--strength=0.5 has no effect"),
+        ("sr", ["--init_image=small.png", "--size=64"], "--size=.* has no effect"),
+        ("none", ["--noise_level=3"], "it needs a checkpoint with task=sr and sr_noise"),
+        ("none", ["--semantic_map=map.png"], "it needs a checkpoint with task=semantic"),
+        ("semantic", [PHOTO], "--init_image=photo.png has no effect here"),
+        ("semantic", [], r"this checkpoint \(task=semantic\) needs --semantic_map"),
+        ("semantic", ["--semantic_map=photo.png"], "photo.png: mode RGB; give a PNG of one channel"),
+        ("semantic", ["--semantic_map=seven.png"], "seven.png: has class 7; this checkpoint has 0 to 4"),
+        ("inpaint", [PHOTO], r"this checkpoint \(task=inpaint\) needs --mask"),
+        ("sr", [], r"this checkpoint \(task=sr\) needs --init_image"),
+        ("class", [PHOTO], "this checkpoint needs --cls"),
+        ("none", [PHOTO, "--size=20"], "size=20 must be one or two multiples of 8"),
+        ("none", ["--init_image=nowhere.png"], "nowhere.png: does not open as an image"),
+        ("none", ["--init_image=bad.png"], "bad.png: does not open as an image"),
+        ("none", ["--init_image=empty"], "empty: no images in it"),
+        ("pixels", ["--init_image=mixed"], "mixed: several sizes"),
+        ("none", [PHOTO, "--mask=small.png"], r"small.png: is \(16, 24\), photo.png is \(40, 32\)"),
+        ("none", [PHOTO, "--mask=black.png"], "black.png: is all black"),
+    ],
+)
+def test_settings_that_do_not_fit(pipelines, files, name, args, message):
+    cfg = settings(*args)
+    with pytest.raises(UserError, match=message) as caught:
+        sample.check_settings(cfg, pipelines[name])
+        sample.choose_inputs(pipelines[name], cfg)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, args, shape, rows",
+    [
+        ("text", [PHOTO, "--prompt=a"], (32, 40), [("photo.png", "a")] * 4),
+        ("text", ["--init_image=odd.png", "--n=1"], (32, 40), [("odd.png", "")]),
+        ("text", ["--init_image=odd.png", "--n=1", "--size=16,24"], (16, 24), [("odd.png", "")]),
+        ("class", [FOLDER, "--cls=0,2"], (32, 40), [(i, c) for i in ("a.png", "b.png") for c in (0, 2)]),
+        ("none", ["--init_image=mixed", "--size=32"], (32, 32), [("a.png", None), ("b.png", None)]),
+        ("pixels", ["--init_image=small.png", "--n=2"], (24, 16), [("small.png", None)] * 2),
+        ("inpaint", [PHOTO, "--mask=mask.png", "--prompt=x", "--n=1"], (32, 40), [("photo.png", "x")]),
+        ("sr", ["--init_image=small.png", "--noise_level=9", "--n=1"], (24, 16), [("small.png", None)]),
+        ("semantic", ["--semantic_map=map.png", "--n=1"], (32, 32), [("map.png", None)]),
+        ("none", [], None, [(None, None)] * 3),
+        ("none", ["--n=5"], None, [(None, None)] * 5),
+        ("text", ["--prompt=a cat"], None, [(None, "a cat")] * 4),
+        ("class", ["--cls=dog", "--n=3"], None, [(None, 1)] * 3),
+    ],
+)
+def test_how_many_of_what(pipelines, files, name, args, shape, rows):
+    cfg = settings("--seed=3", *args)
+    conditions, seeds, names, inputs = sample.choose_inputs(pipelines[name], cfg)
+    assert list(zip(names, conditions)) == rows and seeds == list(range(3, 3 + len(rows)))
+    assert all(len(t) == len(rows) for t in inputs.values())
+    assert {tuple(t.shape[-2:]) for key, t in inputs.items() if key != "level"} == ({shape} if shape else set())
+    if name == "inpaint":
+        assert inputs["mask"][0, 0, 8:20, 4:30].all() and inputs["mask"].sum() == 12 * 26
+    if name == "sr":
+        assert inputs["level"].tolist() == [9]
+    if name == "semantic":
+        assert torch.equal(inputs["map"][0], torch.from_numpy(np.array(Image.open("map.png")).astype(np.int64)))
+    if rows == [("odd.png", "")] and shape == (32, 40):  # cropped in the middle would shift it
+        assert np.array_equal(np.array(to_pil(inputs["image"][0])), np.array(Image.open("odd.png"))[:32, :40])
+
+
+# --- the command ---
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """command(*args, alone=False) -> (exit status, stdout, stderr) of sample.py in an empty folder.
-
-    In this process, which saves the seconds in which torch loads, or alone, in one of its own.
-    """
+    """command(*args) -> (exit status, stdout, stderr) of sample.py in an empty folder, in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the script sets its own
-    monkeypatch.delenv("TRACEBACK", raising=False)
 
-    def run(*args, alone=False):
-        if alone:
-            line, environment = [sys.executable, str(ROOT / "sample.py"), *args], os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(line, capture_output=True, text=True, encoding="utf-8", env=environment)
-            return done.returncode, done.stdout, done.stderr
-        monkeypatch.setattr(sys, "argv", ["sample.py", *args])
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu", "--steps=2", *args])
         capsys.readouterr()
         try:
             runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
@@ -301,198 +634,74 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def records(folder):
-    """samples.jsonl, and the picture of each line with the settings that lie in it."""
-    with open(folder / "samples.jsonl") as f:
-        lines = [json.loads(line) for line in f]
-    pictures = []
+    """samples.jsonl, the images, and the settings in each."""
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    images, configs = [], []
     for line in lines:
-        with Image.open(folder / line["file"]) as picture:
-            settings = json.loads(picture.text["settings"])
-            assert settings.items() >= line.items()
-            pictures.append((np.array(picture), settings["config"]))
+        with Image.open(folder / line["file"]) as image:
+            stored = json.loads(image.text["settings"])
+            assert stored.items() >= line.items()
+            images.append(np.array(image).astype(int))
+            configs.append(stored["config"])
     assert len(list(folder.glob("0*.png"))) == len(lines)
-    return lines, pictures
+    return lines, images, configs
 
 
-def test_by_default_it_draws_what_training_showed(runs, pipelines, command):
-    status, out, err = command(f"--ckpt={runs['text'].path}", *FAST, alone=True)
+def test_command_without_prompts_shows_the_examples(runs, pipelines, command):
+    status, out, err = command(f"--ckpt={runs['text'].path}")
     assert (status, err) == (0, "")
     folder = Path(runs["text"].path) / "samples"
-    assert re.fullmatch(rf"2 pictures in .* images/s, 4 network evaluations each: {folder}/grid.png\n", out)
-    lines, pictures = records(folder)
+    assert re.fullmatch(rf"2 images in .* images/s, 4 network evaluations each: {folder}/grid.png\n", out)
+    lines, images, configs = records(folder)
     assert lines == [
         {"file": "00000.png", "prompt": "a red star", "seed": 0},
         {"file": "00001.png", "prompt": "a blue circle", "seed": 1},
     ]
     expected = generate(pipelines["text"], ["a red star", "a blue circle"], [0, 1], 2, 3.0, "unipc")
-    for (picture, config), image in zip(pictures, expected):
-        assert abs(picture.astype(int) - np.array(to_pil(image))).max() <= 1
-        assert config["steps"] == 2 and config["cfg"] == 3.0 and config["sampler"] == "unipc"
+    for got, image in zip(images, expected):
+        assert abs(got - np.array(to_pil(image))).max() <= 1
+    assert configs[0]["steps"] == 2 and configs[0]["guidance"] == 3.0 and configs[0]["sampler"] == "unipc"
     with Image.open(folder / "grid.png") as grid:
-        assert json.loads(grid.text["settings"])["config"] == pictures[0][1]
-
-
-def test_prompts_from_a_file(runs, command, tmp_path):
-    (tmp_path / "prompts.txt").write_text("🌟 a star with far too many words\na cat\n", encoding="utf-8")
-    args = f"--ckpt={runs['text'].path}/latest.safetensors", "--prompts=prompts.txt", "--n=2", "--seed=5", *FAST
-    status, out, err = command(*args, "--out_dir=new/folder", "--batch_size=3", "--sampler=dpmpp_2m", "--size=16")
-    assert (status, err) == (0, ""), err
-    assert out.startswith("prompt of 36 tokens cut to 16: 🌟 a star with far too many words...\n4 pictures in")
-    lines, pictures = records(tmp_path / "new" / "folder")
-    assert [line["prompt"] for line in lines] == ["🌟 a star with far too many words"] * 2 + ["a cat"] * 2
-    assert [line["seed"] for line in lines] == [5, 6, 7, 8]
-    assert all(picture.shape == (16, 16, 3) for picture, _ in pictures)
-    assert len({picture.tobytes() for picture, _ in pictures}) == 4
+        assert json.loads(grid.text["settings"])["config"] == configs[0]
 
 
 @pytest.mark.parametrize(
-    "name, args, captions",
+    "name, args, expected",
     [
-        ("text", ["--prompt=a cat", "--eta=0.5", "--sampler=ddim"], ["a cat"] * 4),
-        ("text", ["--prompt=a cat", "--n=1", "--cfg=1", "--dtype=bfloat16"], ["a cat"]),
-        ("class", [], ["cat", "dog", "7", "tench, Tinca"]),
-        ("class", ["--cls=dog, 0"], ["dog", "cat"]),
-        ("class", ["--cls=dog", "--n=3"], ["dog"] * 3),
-        ("none", [], [""] * 3),
-        ("none", ["--n=5", "--sampler=ddpm"], [""] * 5),
-        ("pixels", ["--n=1"], [""]),
+        ("text", ["--prompt=b", "--n=1", "--dtype=bfloat16"], [("b", 0)]),
+        ("class", ["--cls=dog", "--n=2", "--seed=5", "--sampler=ddim", "--eta=0.5"], [("dog", 5), ("dog", 6)]),
+        ("none", ["--n=1", "--guide_ckpt=CKPT", "--guidance=2", "--decode_tile=8", "--size=32,64"], [("", 0)]),
+        ("text", [PHOTO, "--n=1", "--prompt=b", "--mask=mask.png"], [("b", 0, "photo.png", 1.0)]),
+        ("text", [PHOTO, "--n=1", "--prompt=b"], [("b", 0, "photo.png", 0.75)]),
+        ("sr", ["--init_image=small.png", "--n=1"], [("", 0, "small.png", 1.0)]),
     ],
 )
-def test_how_many_of_what(runs, command, tmp_path, name, args, captions):
-    status, out, err = command(f"--ckpt={runs[name].path}", "--out_dir=out", *args, *FAST)
+def test_command(runs, files, command, name, args, expected):
+    args = [arg.replace("CKPT", runs[name].path) for arg in args]
+    status, out, err = command(f"--ckpt={runs[name].path}", "--out_dir=new/out", *args)
     assert (status, err) == (0, ""), err
-    lines, pictures = records(tmp_path / "out")
-    assert [line["prompt"] for line in lines] == captions
-    assert [line["seed"] for line in lines] == list(range(len(captions)))
-    assert len({picture.tobytes() for picture, _ in pictures}) == len(captions)
+    lines, images, _ = records(files / "new/out")
+    keys = ("prompt", "seed", "from", "strength")
+    assert [tuple(line[key] for key in keys if key in line) for line in lines] == expected
+    if "mask" in args[-1]:
+        known = np.array(Image.open("mask.png")) == 0
+        assert np.array_equal(images[0][known], np.array(Image.open("photo.png"))[known])
 
 
-def test_a_seed_is_a_picture(runs, command, tmp_path):
-    args = f"--ckpt={runs['class'].path}", "--cls=dog", *FAST
-    command(*args, "--out_dir=many", "--n=4", "--seed=3")
-    command(*args, "--out_dir=one", "--n=1", "--seed=5")
-    many, one = records(tmp_path / "many")[1], records(tmp_path / "one")[1]
-    assert abs(many[2][0].astype(int) - one[0][0]).max() <= 1
-
-
-def test_a_class_out_of_range_is_one_line(runs, command):
-    status, out, err = command(f"--ckpt={runs['class'].path}", "--cls=4", *FAST, alone=True)
-    expected = "sample.py: cls=4 is no class of this checkpoint: choose 0 to 3, or one of cat, dog, 7, tench, Tinca\n"
-    assert (status, out, err) == (1, "", expected)
-
-
-@pytest.mark.parametrize(
-    "name, args, message",
-    [
-        ("vae", [], r".*/vae/latest.safetensors is an autoencoder \(stage 1\): train_ldm.py --first_stage=.* can draw"),
-        ("pixels", ["--reconstruct=."], ".*was trained on pixels: it holds no autoencoder"),
-        ("text", ["--cls=3"], "this checkpoint takes no class: use --prompt"),
-        ("class", ["--prompt=a cat"], "this checkpoint takes no prompt: use --cls"),
-        ("none", ["--cfg=2"], "cfg=2.0 has nothing to guide towards: this checkpoint is unconditional"),
-        ("text", ["--eta=1", "--sampler=heun"], "eta=1.0 is for sampler=ddim or euler_a or dpmpp_2m_sde, not heun"),
-        ("text", ["--eta=2", "--sampler=ddim"], r"eta is 2.0: choose between 0 \(DDIM\) and 1 \(DDPM\)"),
-        ("text", ["--sampler=dpm"], "sampler 'dpm' is not one of .*"),
-        ("text", ["--size=20"], "size=20 is not a multiple of 8: choose 16"),
-        ("text", ["--n=-1"], "n=-1: choose 1 or more pictures"),
-        ("text", ["--batch_size=0"], "batch_size=0: choose 1 or more pictures"),
-        ("text", ["--steps=0"], "steps is 0: at least 1 is needed"),
-        ("text", ["--prompts=nowhere.txt"], ".*nowhere.txt.*"),
-        ("text", ["--dtype=float16"], "dtype=float16 is not one of auto, float32, bfloat16"),
-        ("text", ["--device=gpu"], "device=gpu is not one of auto, cpu, cuda"),
-        ("vae", ["--reconstruct=nowhere"], "dataset nowhere is not there: .*"),
-    ],
-)
-def test_mistakes_are_one_line(runs, command, name, args, message):
-    fast = FAST[:1] if any(arg.startswith("--reconstruct") for arg in args) else FAST
-    status, out, err = command(f"--ckpt={runs[name].path}", *fast, "--out_dir=out", *args)
-    assert (status, out) == (1, "")
-    assert re.fullmatch(f"sample.py: {message}\n", err), err
-
-
-def test_checkpoints_that_are_none(runs, command, tmp_path):
-    whole = Path(runs["text"].path, "latest.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "notes.txt").write_text("nothing that draws\n" * 9)
-    (tmp_path / "empty").mkdir()
-    for file, message, alone in (
-        ("cut.safetensors", r"cut.safetensors is no checkpoint, or one cut short \(.*\)", True),
-        ("notes.txt", r"notes.txt is no checkpoint, or one cut short \(.*\)", False),
-        ("empty", "empty holds no latest.safetensors: train first, or name a checkpoint file", False),
-        ("nowhere", "checkpoint nowhere is not there: name a .safetensors file or the out_dir of a run", False),
+def test_command_errors_are_one_line(runs, command, monkeypatch):
+    ckpt = f"--ckpt={runs['class'].path}"
+    for args, status, message in (
+        ([ckpt, "--cls=4"], 1, "--cls=4 is not a class of this checkpoint: 0 to 3, cat, dog, 7, tench, Tinca"),
+        (["--ckpt=nowhere"], 1, "nowhere: no such checkpoint; .*"),
+        ([ckpt, "--promt=a"], 2, "unknown setting 'promt': did you mean 'prompt'.*"),
+        ([ckpt, "--steps=0"], 2, r"--steps=0 must be in \[1, 1000\].*"),
+        (
+            [ckpt, "--guide_ckpt=" + runs["none"].path[:-4] + "pixels"],
+            1,
+            ".*: has other latents, noise or conditions; .*",
+        ),
     ):
-        for more in (FAST, ["--device=cpu", "--reconstruct=."])[: 1 if alone else 2]:
-            status, out, err = command(f"--ckpt={file}", "--out_dir=out", *more, alone=alone)
-            assert (status, out) == (1, "") and re.fullmatch(f"sample.py: {message}\n", err), err
-
-
-def test_traceback_on_request(runs, command, monkeypatch):
-    monkeypatch.setenv("TRACEBACK", "1")
-    status, _, err = command("--ckpt=nowhere")
-    assert status == 1 and "Traceback" in err and err.rstrip().endswith("or the out_dir of a run")
-
-
-def test_a_setting_that_does_not_exist(command):
-    assert command("--promt=a cat")[::2] == (
-        2,
-        "sample.py: unknown setting 'promt': did you mean 'prompt'? (--help lists all)\n",
-    )
-
-
-# --- the command: reconstructions ---
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """Pictures of several sizes and kinds, one that is damaged and one that is too small."""
-    folder, rng = tmp_path / "photos", np.random.default_rng(0)
-    folder.mkdir()
-    for name, (W, H) in {"a.png": (40, 24), "b.jpg": (37, 50), "d.png": (64, 64), "small.png": (8, 40)}.items():
-        pixels = np.kron(rng.integers(0, 256, (-(-H // 8), -(-W // 8), 3)), np.ones((8, 8, 1)))[:H, :W]
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
-    Image.open(folder / "a.png").convert("L").save(folder / "grey.png")
-    (folder / "c.png").write_bytes((folder / "d.png").read_bytes()[:100])
-    (folder / "readme.txt").write_text("not an image")
-    return folder
-
-
-def test_reconstruct(runs, command, photos, tmp_path):
-    status, out, err = command(f"--ckpt={runs['vae'].path}", f"--reconstruct={photos}", "--device=cpu", alone=True)
-    assert (status, err) == (0, ""), err
-    lines, sheet = out.splitlines(), Path(runs["vae"].path) / "samples" / "reconstructions.png"
-    scores = {}
-    for name, W, H in (("a.png", 40, 24), ("b.jpg", 36, 48), ("d.png", 64, 64), ("grey.png", 40, 24)):
-        with Image.open(photos / name) as image:
-            x = torch.from_numpy(np.array(image.convert("RGB"))[:H, :W].copy()).permute(2, 0, 1)[None] / 127.5 - 1
-        vae = runs["vae"].vae
-        y = vae.decode(vae.encode(x).mode())
-        line = next(line for line in lines if line.startswith(f"{name} "))
-        assert line.startswith(f"{name} {W}x{H}: PSNR ")
-        scores[name] = [float(number) for number in re.findall(r"PSNR (\S+) dB, SSIM (\S+)", line)[0]]
-        assert scores[name] == pytest.approx([psnr(x, y).item(), ssim(x, y).item()], abs=0.006)
-    assert any(re.fullmatch("skipped a bad image: c.png: .*", line) for line in lines)
-    assert "skipped small.png: 8x40 is too small" in lines
-    mean = np.mean(list(scores.values()), axis=0)
-    got = re.fullmatch(rf"4 images: PSNR (\S+) dB, SSIM (\S+); {sheet}", lines[-1]).groups()
-    assert [float(number) for number in got] == pytest.approx(mean.tolist(), abs=0.01)
-    assert len(lines) == 7
-    with Image.open(sheet) as picture:
-        assert picture.size == (40 + 36 + 64 + 40 + 4 * 4, 2 * 64 + 4)
-        with Image.open(photos / "a.png") as original:
-            assert np.array_equal(np.array(picture)[:24, :40], np.array(original)), "originals above"
-        assert not np.array_equal(np.array(picture)[68:92, :40], np.array(picture)[:24, :40])
-
-
-def test_reconstruct_by_the_first_stage_of_a_denoiser(runs, command, photos, tmp_path):
-    args = f"--reconstruct={photos}", "--device=cpu"
-    assert command(f"--ckpt={runs['vae'].path}", *args, "--out_dir=one")[0] == 0
-    assert command(f"--ckpt={runs['text'].path}", *args, "--out_dir=two")[0] == 0
-    one, two = (Path(folder, "reconstructions.png").read_bytes() for folder in ("one", "two"))
-    assert one == two
-
-
-def test_reconstruct_what_is_all_bad(runs, command, photos):
-    for name in ("a.png", "b.jpg", "d.png", "grey.png"):
-        (photos / name).unlink()
-    status, out, err = command(f"--ckpt={runs['vae'].path}", f"--reconstruct={photos}", "--device=cpu")
-    assert status == 1 and len(out.splitlines()) == 2
-    assert err == f"sample.py: {photos} holds no image that can be reconstructed\n"
+        got = command(*args)
+        assert got[:2] == (status, "") and re.fullmatch(f"sample.py: {message}\n", got[2]), got
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command(ckpt)[2] == "sample.py: sample.py runs in one process; for torchrun see fid.py\n"

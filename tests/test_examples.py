@@ -1,0 +1,141 @@
+"""The examples: what their functions compute, and that each runs from the command line."""
+
+import math
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_diffusion import MEAN, mixture_denoiser, normal
+
+from diffusion import make_denoiser, make_schedule, randn, sample_times, samplers
+from examples.interpolate import interpolate, slerp
+from examples.invert import ddim_invert, edit
+from examples.trajectory import trajectory
+from metrics import psnr, ssim
+from sample import decode, encode, generate, load_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipelines(runs):
+    return {name: load_pipeline(runs[name].path) for name in ("text", "class", "none")}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(name, *args) -> what the example prints, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def run(name, *args):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *args])
+        monkeypatch.delitem(sys.modules, f"examples.{name}", raising=False)
+        runpy.run_module(f"examples.{name}", run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def near(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def test_slerp():
+    a, b = normal(3, 8, 8), normal(3, 8, 8, seed=1)
+    path = slerp(a, b, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
+    near(path[0], a)
+    near(path[2], b)
+    assert path[1].norm().item() == pytest.approx(a.norm().item(), rel=0.1), "as long as a noise is"
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    near(slerp(x, y, torch.tensor([1 / 3]))[0], torch.tensor([math.cos(math.pi / 6), math.sin(math.pi / 6)]))
+    near(slerp(a, a, torch.full((1,), 0.3, dtype=torch.float64))[0], a)
+
+
+def test_interpolation_has_the_ends_of_generate(pipelines, run, runs):
+    text = pipelines["text"]
+    frames = interpolate(text, ("a cat", "a red star"), (3, 9), 3, 3, "ddim", 2.0)
+    near(frames[[0, 2]], generate(text, ["a cat", "a red star"], [3, 9], 3, 2.0))
+    contexts = text.denoiser.text(["a cat", "a red star"])
+    cond, null = {"context": contexts.mean(0, keepdim=True)}, {"context": text.denoiser.text([""])}
+    a, b = randn((2, 3, 8, 8), [torch.Generator().manual_seed(seed) for seed in (3, 9)])
+    denoise = make_denoiser(text.denoiser.unet, text.schedule, "v", cond, null, 2.0)
+    x = samplers["ddim"](denoise, slerp(a, b, torch.tensor([0.5])), sample_times(3, text.schedule), text.schedule)
+    near(frames[1:2], decode(text, x))
+    for name, conditions in (("class", (1, 1)), ("none", (None, None))):
+        frames = interpolate(pipelines[name], conditions, (0, 5), 2, 2, "ddim", 2.0)
+        near(frames, generate(pipelines[name], list(conditions), [0, 5], 2, 2.0))
+    out = run("interpolate", f"--ckpt={runs['text'].path}", "--prompt=a", "--prompt_to=b", "--frames=3", "--steps=2")
+    assert out == "3 images in interpolation.gif\n"
+    with Image.open("interpolation.gif") as gif:
+        assert gif.n_frames == 3 and gif.size == (32, 32)
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow", "scaled_linear"])
+def test_inversion_comes_back(name):
+    """On exact data: nearer with more steps, nearer with more iterations, which tend to the exact inverse."""
+    schedule, x0 = make_schedule(name), MEAN + 0.5 * normal(64, 2)
+
+    def error(steps, iterations):
+        times, denoise = sample_times(steps, schedule), mixture_denoiser(schedule)
+        noise = ddim_invert(denoise, x0, times, schedule, iterations)
+        return (samplers["ddim"](denoise, noise, times, schedule) - x0).abs().max().item()
+
+    for iterations in (1, 3):
+        assert error(25, iterations) > error(50, iterations) > error(100, iterations)
+    assert error(50, 60) < 1e-6 < error(50, 3) < error(50, 1)
+
+
+def test_inversion_generates_the_image_again(pipelines, run, runs):
+    text = pipelines["text"]
+    image = generate(text, ["a cat"] * 2, [0, 1], 20)  # an image that the model can generate
+    again, edited = edit(text, image, ["a cat"] * 2, ["a red star"] * 2, 20)
+    known, fresh = decode(text, encode(text, image)), generate(text, ["a cat"] * 2, [7, 8], 20)
+    assert (again - known).square().mean() < 0.1 * (fresh - known).square().mean()
+    assert (edited - again).abs().max() > 1e-2
+    Image.fromarray(np.full((21, 35, 3), 99, np.uint8)).save("photo.png")
+    assert run("invert", f"--ckpt={runs['class'].path}", "--steps=2", "--cls=1") == "inverted.png\n"
+    with Image.open("inverted.png") as grid:
+        assert grid.size == (3 * (32 * 4 + 4), 16 * 4 + 4 + 24)
+
+
+def test_trajectory(pipelines, run, runs):
+    images, frames = trajectory(pipelines["none"], [None] * 3, range(3), 4, sampler="ddim")
+    near(images, generate(pipelines["none"], [None] * 3, range(3), 4))
+    assert len(frames) == 4 and frames[0].shape == (3, 3, 32, 32)
+    near(frames[-1], images)
+    assert run("trajectory", f"--ckpt={runs['class'].path}", "--steps=3", "--n=2").startswith("3 steps in")
+    with Image.open("trajectory.gif") as gif:
+        assert gif.n_frames == 3
+
+
+def test_reconstruct(runs, run, tmp_path):
+    """Images of several sizes and modes, one damaged and one too small; of either stage's checkpoint."""
+    folder, rng = tmp_path / "photos", np.random.default_rng(0)
+    folder.mkdir()
+    for name, (W, H) in {"a.png": (40, 24), "b.png": (37, 50), "small.png": (8, 40)}.items():
+        pixels = np.kron(rng.integers(0, 256, (-(-H // 8), -(-W // 8), 3)), np.ones((8, 8, 1)))[:H, :W]
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+    Image.open(folder / "a.png").convert("L").save(folder / "grey.png")
+    (folder / "c.png").write_bytes((folder / "b.png").read_bytes()[:100])
+    lines = run("reconstruct", f"--ckpt={runs['vae'].path}", f"--images={folder}").splitlines()
+    vae, expected = runs["vae"].vae, []
+    for name, W, H in (("a.png", 40, 24), ("b.png", 36, 48), ("grey.png", 40, 24)):
+        with Image.open(folder / name) as image:
+            x = torch.from_numpy(np.array(image.convert("RGB"))[:H, :W].copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        y = vae.decode(vae.encode(x).mode())
+        expected.append((psnr(y, x).item(), ssim(y, x).item()))
+        assert f"{name} {W}x{H}: PSNR {expected[-1][0]:.2f} dB, SSIM {expected[-1][1]:.4f}" in lines
+    mean = np.mean(expected, axis=0)
+    assert lines[-1] == f"3 images: PSNR {mean[0]:.2f} dB, SSIM {mean[1]:.4f}; reconstructions.png"
+    assert "skipped small.png: 8x40 is too small" in lines and len(lines) == 6
+    with Image.open("reconstructions.png") as sheet:
+        assert sheet.size == (40 + 36 + 40 + 3 * 4, 2 * 48 + 4)
+        assert np.array_equal(np.array(sheet)[:24, :40], np.array(Image.open(folder / "a.png"))), "originals above"
+    run("reconstruct", f"--ckpt={runs['text'].path}", f"--images={folder}", "--out=two.png")
+    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "reconstructions.png").read_bytes()
+    for name in ("a.png", "b.png", "grey.png"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="no image that can be reconstructed"):
+        run("reconstruct", f"--ckpt={runs['vae'].path}", f"--images={folder}")
