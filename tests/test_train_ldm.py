@@ -570,7 +570,8 @@ def test_init_from_a_run(start, rich_run, rich_data, tmp_path):
     tuned = start("ldm", *args, bare=True, folder=tmp_path).finish()
     assert_same(part(tuned.checkpoint[0], "model"), part(run.checkpoint[0], "ema"), atol=1e-6)
     assert tuned.checkpoint[1]["model"] == run.checkpoint[1]["model"]
-    assert start("ldm", *args, "--max_steps=2", bare=True, folder=tmp_path).finish().checkpoint[1]["step"] == 2
+    resumed = start("ldm", *args, "--max_steps=2", bare=True, folder=tmp_path).finish()
+    assert resumed.checkpoint[1]["step"] == 2 and "settings changed since: max_steps=2 was 1\n" in resumed.stdout
     message = start("ldm", *args, "--channels=320", "--norm_groups=4", bare=True).fail()
     assert "the model has channels=8, not 320; leave these settings out" in message
     assert "init_from=" in start("ldm", *RUNS["tokens"], f"--dataset={rich_data}", folder=tmp_path).fail()
