@@ -61,7 +61,7 @@ eta = -1.0  # -1 or in [0, 1]: noise of ddim, euler_a and dpmpp_2m_sde; -1 is 0 
 noise_scale = 1.0  # >= 0: factor of ddpm's noise; below 1 is smoother
 variance = "small"  # small | large: of ddpm's noise
 order = 2  # in [1, 3]: of unipc
-guidance = 3.0  # classifier-free guidance scale; 1 disables it
+guidance = 3.0  # >= 0: classifier-free guidance scale; 1 disables it
 guidance_from = 0.0  # in [0, 1): guide at times t >= this (t = 0 is data)
 guidance_to = 1.0  # in (0, 1]: and t <= this
 guidance_rescale = 0.0  # in [0, 1]: how far the guided standard deviation is restored to the unguided one

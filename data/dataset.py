@@ -191,11 +191,8 @@ class Dataset:
             self.root, paths = self.remote.folder, self.remote.names
             self.remote.copy(NAMES)
         elif not os.path.exists(self.path):
-            reject(
-                f"dataset {self.path}",
-                "is not there",
-                "pass --dataset=DIR, a folder of images or shards, or images.npy",
-            )
+            remedy = "pass --dataset=DIR, a folder of images or shards, or images.npy"
+            reject(f"dataset {self.path}", "is not there", remedy)
         else:
             self.root = self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
             paths = forms.list_files(self.root) if os.path.isdir(self.path) else [os.path.basename(self.path)]
@@ -215,6 +212,7 @@ class Dataset:
             reject(f"dataset {self.path}", f"has no {split} images, it has {there}", "ask for those, or all")
         self._name_classes()
         self._opened = OrderedDict()  # number of a shard -> its index, the latest last
+        self._last = None, None  # index and _item of the item that was asked for last
         self._groups = OrderedDict()  # parquet: (file, row group, column names) -> column, the latest last
 
     def __getstate__(self):  # a worker opens its own
@@ -227,18 +225,19 @@ class Dataset:
         return dict(image=self.pixels(i), **self.meta(i))
 
     def __str__(self):
-        """One line: what was opened, and what was left out; of all splits."""
+        """One line: what was opened, of all splits, and what was left out."""
         headers, left = self._indexes.headers, {}
+        total, shards = sum(header["n"] for header in headers), len(headers)
+        held_out = [split for split in HELD_OUT if any(h["n"] and h["split"] == split for h in headers)]
+        sizes = {split: sum(self._choose(split)[2]) for split in ("train", *(held_out or ["val"]))}
+        if sum(sizes.values()) < total:
+            left["in no split"] = total - sum(sizes.values()), "beside train/"
         for header in headers:
             for reason, (count, example) in header["left"].items():
                 before, first = left.get(reason, (0, example))
                 left[reason] = before + count, first
-        sizes = {split: sum(header["n"] for header in headers if header["split"] == split) for split in SPLITS}
-        if not any(sizes[split] for split in HELD_OUT):
-            sizes = {split: sum(self._choose(split)[2]) for split in ("train", "val")}
-        sizes = ", ".join(f"{split or 'elsewhere'} {size}" for split, size in sizes.items() if size)
-        shards = f" in {len(headers)} shards" if self.form in ("tar", "parquet") else ""
-        parts = [f"{self.form}, {sum(header['n'] for header in headers)} images{shards} ({sizes})"]
+        where = f"images in {shards} shards" if self.form in ("tar", "parquet") else "images"
+        parts = [f"{self.form}, {total} {where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"]
         if self.num_classes:
             names = ", ".join(self.classes[:5] + ["..."] * (len(self.classes) > 5))
             parts.append(f"{self.num_classes} classes" + (f" ({names})" if names else ""))
@@ -257,12 +256,9 @@ class Dataset:
         shards = tars or [path for path in paths if path.endswith(".parquet")]  # img2dataset writes one beside each tar
         if shards and (self.remote or not npy):
             form, indexed = ("tar", forms.index_tar) if tars else ("parquet", forms.index_parquet)
+            with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
+                stamps = list(pool.map(self.remote.stamps.get if self.remote else self._stat, shards))
             origin = self.path if self.remote else os.path.realpath(self.path)
-            if self.remote:
-                stamps = [self.remote.stamps[shard] for shard in shards]
-            else:
-                with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
-                    stamps = list(pool.map(forms.stat, [f"{self.root}/{shard}" for shard in shards]))
             make = functools.partial(make_index, indexed, self._open_file)
             return form, KeptIndexes(f"{cache_dir}/index-{digest('v4', form, origin)}", list(zip(shards, stamps)), make)
         if npy and not self.remote:
@@ -304,6 +300,8 @@ class Dataset:
 
     def _item(self, i):
         """(key, label, the header of its shard, {column: value}) of item i; see data.forms.Index."""
+        if i == self._last[0]:  # an item is asked for several times in a row
+            return self._last[1]
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
         k = int(np.searchsorted(self.bounds, i, "right")) - 1
@@ -312,7 +310,8 @@ class Dataset:
         row = rows[at]
         first = arrays["ends"][row - 1] if row else 0
         key = header["prefix"] + os.fsdecode(arrays["keys"][first : arrays["ends"][row]].tobytes())
-        return key, int(labels[at]), header, dict(zip(COLUMNS, arrays["rows"][row].item()))
+        self._last = i, (key, int(labels[at]), header, dict(zip(COLUMNS, arrays["rows"][row].item())))
+        return self._last[1]
 
     @functools.cached_property
     def fingerprint(self):
@@ -439,7 +438,6 @@ class Dataset:
         if self.form == "npy":
             height, width = self._item(i)[2]["shape"][:2]
             return width, height
-
         data = self.encoded(i)
         with named(self.key(i)), Image.open(io.BytesIO(data)) as image:
             is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
@@ -542,6 +540,9 @@ class Dataset:
 
     # reading
 
+    def _stat(self, name):
+        return forms.stat(f"{self.root}/{name}")
+
     def _open_file(self, name):
         return self.remote.open(name) if self.remote else open(f"{self.root}/{name}", "rb")
 
@@ -549,11 +550,10 @@ class Dataset:
         """Bytes of the image, text, record or map of item i, or its parquet cell; None if it has none."""
         key, _, header, place = self._item(i)
         file, at, size = (place[f"{part}_{name}"] for name in ("file", "at", "size"))
-        if self.form == "parquet":
-            has = part != "map" or size
-            return self._cell(CELLS[part], header["files"][0], place["image_at"], place["image_size"]) if has else None
         if not size and part != "image":
             return None
+        if self.form == "parquet":
+            return self._cell(CELLS[part], header["files"][0], place["image_at"], place["image_size"])
         name = header["files"][file] if file >= 0 else key if part == "image" else os.path.splitext(key)[0] + ".map.png"
         with self._open_file(name) as f:  # opened each time, so that workers share no file position
             f.seek(at)
@@ -572,13 +572,11 @@ class Dataset:
             return None if data is None else Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
 
     def _cell(self, names, file, group, row):
-        """One parquet cell, of the first column called one of names, None without one; some row groups are kept."""
+        """One parquet cell, of the first column called one of names; some row groups are kept."""
         place = (file, group, names)
         if place not in self._groups:
             f = forms.open_parquet(file, self._open_file(file))
-            column = next((name for name in names if name in f.schema_arrow.names), None)
-            if column is None:
-                return None
+            column = next(name for name in names if name in f.schema_arrow.names)
             # no threads: pyarrow's pool does not outlive a fork
             self._groups[place] = f.read_row_group(group, columns=[column], use_threads=False).column(0)
             while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > GROUP_BYTES:

@@ -40,15 +40,16 @@ class Index:
     """
     The items of one shard: for each its key, its label, and (file, offset, size) of image, text, record (JSON) and map.
 
-    `file` counts in `files`; -1 is the file that the key names (for a map: KEY.map.png). In parquet the image lies at
-    (0, row group, row). A label is an int, or a class name, numbered in sorted order. `names[i]` is label i in words,
-    `split` one of SPLITS, `prefix` the beginning of all keys. The header is what is known without the rows: counts of
-    items, labels, captions, maps and objects, and what was left out, {reason: [count, example]}.
+    `file` counts in `files`; -1 is the file that the key names (for a map: KEY.map.png). In parquet the image is
+    (0, row group, row), the others (0, 0, 1 if there is such a column). A label is an int, or a class name, numbered in
+    sorted order. `names[i]` is label i in words, `split` one of SPLITS, `prefix` the beginning of all keys. The header
+    is what is known without the rows: counts of items, labels, captions, maps and objects, and what was left out,
+    {reason: [count, example]}.
     """
 
     def __init__(self, split="", files=(), prefix="", names=(), **more):
         self.header = dict(split=split, files=list(files), prefix=prefix, names=list(names), named=False, **more)
-        self.header |= dict(n=0, labels=0, captions=0, maps=0, objects=0, left={})
+        self.header |= dict(captions=0, objects=0, left={})
         self.keys, self.labels, self.places, self.stamps = [], [], array("q"), []
 
     def add(self, key, image, label=None, text=NOWHERE, record=NOWHERE, map=NOWHERE, captions=0, objects=0, stamp=""):
@@ -62,14 +63,8 @@ class Index:
         self.labels.append(label if is_label else None)
         self.places.extend((*image, *text, *record, *map))
         self.stamps.append(stamp)
-        for name, has in (
-            ("n", 1),
-            ("labels", is_label),
-            ("captions", captions),
-            ("maps", map[2]),
-            ("objects", objects),
-        ):
-            self.header[name] += bool(has)
+        self.header["captions"] += bool(captions)
+        self.header["objects"] += bool(objects)
 
     def leave_out(self, reason, example):
         count, first = self.header["left"].get(reason, (0, example))
@@ -98,7 +93,9 @@ class Index:
         digest = hashlib.blake2b(b"\n".join(full), digest_size=16)
         digest.update(columns[:, 2:4].tobytes() + repr((stamp, self.stamps)).encode())
         held = np.flatnonzero(crc % 100 == 0)
-        header |= dict(highest=int(high[0]) if header["labels"] else -1, digest=digest.hexdigest(), held=len(held))
+        labels, maps = int((columns[:, 0] >= 0).sum()), int((columns[:, -1] > 0).sum())
+        header |= dict(n=len(rows), labels=labels, maps=maps, held=len(held), digest=digest.hexdigest())
+        header["highest"] = int(high[0]) if labels else -1
         header["least"] = [int(crc.min()), int(crc.argmin())] if len(crc) else [2**32, 0]  # crc32, row
         keys, ends = np.frombuffer(b"".join(self.keys), np.uint8), np.cumsum([len(key) for key in self.keys])
         return header, dict(keys=keys, ends=ends.astype(np.int64), rows=rows, held=held)
@@ -253,6 +250,7 @@ def index_parquet(open_shard, shard):
     )
     has_maps = maps and re.match("(large_)?binary|struct", str(schema.field(maps).type))  # else it is another thing
     index = Index(shard_split(shard), [shard], f"{shard.removesuffix('.parquet')}/", hub_names(f, label))
+    others = [(0, 0, int(bool(there))) for there in (text, objects, has_maps)]
     wanted = [name for name in (label, text) if name]
     for group in range(f.num_row_groups):
         try:
@@ -262,10 +260,8 @@ def index_parquet(open_shard, shard):
             reject(path, f"is damaged ({e})", "fetch it again")
         for row in range(f.metadata.row_group(group).num_rows):
             captions = captions_of(texts[row]) if text else 0
-            map_place = (0, group, 1) if has_maps else NOWHERE
-            key, place = f"{len(index.keys):06d}", (0, group, row)
-            value = labels[row] if label else None
-            index.add(key, place, value, map=map_place, captions=captions, objects=objects)
+            key, value = f"{len(index.keys):06d}", labels[row] if label else None
+            index.add(key, (0, group, row), value, *others, captions, objects)
     return index
 
 

@@ -492,7 +492,7 @@ def test_trained_heads_beat_the_bare_network_and_l2_on_photos_and_distortions_th
     if not photos.is_dir():
         pytest.skip(f"no photos at {photos}: set LDM_TEST_DATA")
     bapps.make_standin(str(photos), f"{tmp_path}/published", 32, 80, 40, 0)
-    bapps.prepare(f"{tmp_path}/published", f"{tmp_path}/set", 32, "a stand-in")
+    bapps.pack_judgements(f"{tmp_path}/published", f"{tmp_path}/set", 32, "a stand-in")
     args = (f"--dataset={tmp_path}/set", f"--trunk_weights={assets}/squeezenet1_1_features.pth", "--lr=1e-2")
     run = Run(tmp_path, *args, "--batch_size=16", "--max_steps=100", "--eval_every=100", "--log_every=100").finish()
     names = re.search(r"2afc category +judged +(.*)", run.stdout)[1].split()

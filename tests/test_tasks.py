@@ -1,4 +1,4 @@
-"""Conditions: masks, degraded images, maps, layouts, each fixed by its position; the layout tokenizer."""
+"""Conditions: masks, degraded images, maps, layouts, each fixed by its position."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from data import tasks
 from data.cache import LatentCache
 from data.dataset import Dataset, Stream, collate, loader
 from data.tasks import WithCondition, degrade, layout_string, random_mask
-from text import LayoutTokenizer, TextEncoder, make_tokenizer
+from text import LayoutTokenizer
 from vae import VAE
 
 COLORS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)  # class -> color
@@ -194,72 +194,6 @@ def test_layout_of_objects_biggest_first():
     assert layout_string(objects, ["cat", "bird"]) == text.partition("; ")[2]
     parsed = LayoutTokenizer(["bird", "big dog", "cat"]).parse(text)
     assert parsed == [(o[0], *(round(v, 3) for v in o[1:])) for o in (objects[1], objects[2], objects[0])]
-
-
-def test_layout_tokens_are_class_and_two_cells():
-    tokenizer = LayoutTokenizer(["circle", "red star", "area 51"], grid=4)
-    assert tokenizer.n_vocab == 3 + 16
-    assert tokenizer.encode_ordinary("red star 0.1 0.3 0.6 1") == [1, 3 + 4 * 1 + 0, 3 + 4 * 3 + 2]
-    text = " circle  0 0 0.24 0.25 ;area 51 0.5 0.5 0.5 0.5;;"
-    assert tokenizer.encode_ordinary(text) == [0, 3, 3 + 4, 2, 3 + 4 * 2 + 2, 3 + 4 * 2 + 2]
-    assert tokenizer.encode_ordinary("") == tokenizer.encode_ordinary(" ; ") == []
-    assert LayoutTokenizer(["a"]).encode_ordinary("a 0 0 1 1") == [0, 1, 1024]
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("circle 0 0 1 1; tree 0 0 1 1", "class 'tree' is not known: choose from circle, red star"),
-        ("star 0 0 1 1", "class 'star' is not known"),
-        ("circle 0 0 1", "'circle 0 0 1': write each object as NAME X0 Y0 X1 Y1"),
-        ("circle 0 0 1 one", "'circle 0 0 1 one': write each"),
-        ("a small red star", "'a small red star': write each"),
-        ("circle", "'circle': write each"),
-        ("0 0 1 1", "'0 0 1 1': write each"),
-        ("circle 0.6 0 0.5 1", "'circle 0.6 0 0.5 1': give 0 <= x0 <= x1 <= 1"),
-        ("circle 0 0 1 1.01", "give 0 <= x0"),
-        ("circle -0.1 0 1 1", "give 0 <= x0"),
-        ("circle nan 0 1 1", "give 0 <= x0"),
-    ],
-)
-def test_layouts_that_cannot_be_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        LayoutTokenizer(["circle", "red star"]).encode_ordinary(text)
-
-
-def test_layout_tokenizer_comes_back_from_a_checkpoint():
-    source = 'layout {"names": ["red circle", "grün;"], "grid": 8}'
-    with pytest.raises(ValueError, match="grün;"):
-        make_tokenizer(source)
-    source = source.replace(";", "")
-    texts = ["red circle 0 0 0.5 0.5; grün 0.1 0.2 0.9 1", "", "; ".join(["grün 0 0 1 1"] * 9)]
-    first = TextEncoder(8, 1, 1, 10, source)
-    assert isinstance(first.bpe(), bytes) and (first.end, first.pad) == (66, 67)
-    for again in (TextEncoder(8, 1, 1, 10, first.bpe()), TextEncoder(8, 1, 1, 10, first.bpe().decode())):
-        assert again.bpe() == first.bpe() and torch.equal(again.tokenize(texts), first.tokenize(texts))
-    rows = first.tokenize(texts)
-    assert rows[0].tolist() == [0, 2, 2 + 36, 1, 2 + 8, 2 + 63, 66, 67, 67, 67] and rows[1].tolist() == [66] + [67] * 9
-    assert rows[2].tolist() == [1, 2, 65] * 3 + [66], "of nine objects three"
-    assert first.count_tokens(texts[0]) == 7 and first(texts).shape == (3, 10, 8)
-    assert make_tokenizer('layout {"names": ["a"]}').grid == 32
-
-
-@pytest.mark.parametrize(
-    "source, message",
-    [
-        ("layout ", "does not read .* write it like layout"),
-        (b"layout [1]", "does not read"),
-        ('layout {"grid": 4}', "does not read"),
-        ('layout {"names": []}', r"layout classes \[\]"),
-        ('layout {"names": ["a", "b", "a"]}', r"layout classes \['a'\]"),
-        ('layout {"names": ["a", " b", 3]}', r"layout classes \[' b', 3\]"),
-        ('layout {"names": ["a"], "grid": 1}', "layout grid 1"),
-        ('layout {"names": ["a"], "grid": "x"}', "layout grid 'x'"),
-    ],
-)
-def test_bad_layout_tokenizers(source, message):
-    with pytest.raises(ValueError, match=message):
-        make_tokenizer(source)
 
 
 # -- items with their condition
