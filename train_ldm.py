@@ -252,7 +252,7 @@ def update_ema(averaged, current, step, decay):
 
 @torch.no_grad()
 def update_power_ema(averaged, current, step, std):
-    """As update_ema, with d = (1 - 1/n)^(gamma + 1) (Karras et al. 2024, EDM2, eq. 127)."""
+    """As update_ema, with d = (1 - 1/n)^(gamma + 1) (Karras et al. 2024, EDM2, section 3.1)."""
     torch._foreach_lerp_(averaged, current, 1 - (1 - 1 / step) ** (power_exponent(std) + 1))
 
 
@@ -504,7 +504,7 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
         if low_side % side and low_side > side:
             raise UserError(f"sr_scale={cfg.sr_scale} gives images of side {low_side}, not a multiple of {side}")
         concat_channels = 3 * max(1, low_side // side) ** 2
-        unet_classes = 1000 if cfg.sr_noise else unet_classes  # the noise level is given as a class
+        unet_classes = 1000 if cfg.sr_noise else unet_classes  # noise levels in place of classes
     elif cfg.task == "semantic":
         concat_channels, rescaler = 3, Rescaler(map_classes, cfg.image_size // side)
     arguments = {name: cfg[name] for name in inspect.signature(UNet).parameters if name in cfg}
@@ -534,7 +534,8 @@ def read_initial(path, cfg):
         if meta["stage"] != "ldm":
             reject(path, "an autoencoder, not a denoiser", "set it as first_stage, not as init_from")
         files = {name: meta["config"][name] for name in ("first_stage", "tower_weights", "clip_vocab")}
-        files |= {"first_stage": path} if meta["vae"] else {}
+        if meta["vae"] and path != f"{cfg.out_dir}/latest.safetensors":  # not of a resumed run
+            files["first_stage"] = path
         return Initial(meta["model"], files, part(tensors, "ema"), tensors.get("text.bpe"))
     known = {name: cfg.given[name] for name in ("num_heads", "head_dim") if name in cfg.given}
     known |= {"objective": cfg.given.get("objective", ""), "otherwise": cfg.objective}
