@@ -397,8 +397,8 @@ def test_initial_weights():
     """Golden values: of the order in which modules are made, and of the scales."""
     torch.manual_seed(0)
     for make, settings, wanted in INITIAL:
-        weights = [p.double().flatten()[::7].sum().item() for p in make(**settings).parameters() if p.ndim > 1]
-        assert sum((i + 1) * w for i, w in enumerate(weights)) == pytest.approx(wanted, rel=1e-5)
+        weights = [(i + 1, p) for i, p in enumerate(make(**settings).parameters()) if p.ndim > 1]
+        assert sum(i * p.double().flatten()[::7].sum().item() for i, p in weights) == pytest.approx(wanted, rel=1e-5)
 
 
 OUTPUTS = [(*INITIAL[0][:2], 0.75825071), (CLIPTextEncoder, SMALL, 0.78683917)]
