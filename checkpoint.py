@@ -203,6 +203,11 @@ def tuples(settings):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
+# what settings and tensors of unexpected form raise
+MALFORMED = ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError
+MALFORMED += (ValueError,)
+
+
 @contextlib.contextmanager
 def reading(path):
     """Context in which settings and tensors of unexpected form, of an altered file, raise UserError with its path."""
@@ -210,10 +215,8 @@ def reading(path):
         yield
     except UserError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, MemoryError) as error:
-        reject(
-            path, f"damaged: its settings or tensors do not fit ({type(error).__name__}: {error})", "use another file"
-        )
+    except MALFORMED as error:
+        reject(path, f"damaged: settings or tensors do not fit ({type(error).__name__}: {error})", "use another file")
 
 
 def build(model_class, settings, state, path, **more):

@@ -579,30 +579,13 @@ def combine(path, defaults, inferred, known):
     return defaults | inferred | known
 
 
-# What tensors and JSON of unexpected form raise
-MALFORMED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    MemoryError,
-)
-
-
 def one_line_errors(read):
-    """Decorator for functions of a path: errors from tensors and configs of unexpected form name the file."""
+    """Decorator for functions of a path: tensors and configs of unexpected form raise UserError, see checkpoint."""
 
     @functools.wraps(read)
     def read_or_reject(path, *args, **options):
-        try:
+        with checkpoint.reading(path):
             return read(path, *args, **options)
-        except UserError:
-            raise
-        except MALFORMED as error:
-            reject(path, f"damaged, or of another architecture ({type(error).__name__}: {error})", "use another file")
 
     return read_or_reject
 
@@ -1438,7 +1421,7 @@ def write_files(folder, files):
 ckpt = ""  # a checkpoint of ours, of either stage, or its out_dir
 to = "diffusers"  # diffusers | compvis: a folder, or one .safetensors file
 out = ""  # the new folder or file
-ema_std = 0.0  # >= 0: relative length of a post-hoc EMA, as in sample.py; 0 is the stored EMA
+ema_std = 0.0  # 0 or in [0.01, 0.25]: relative length of a post-hoc EMA, as in sample.py; 0 is the stored EMA
 tower_weights = ""  # weights of a frozen text encoder, if they are not where training found them
 clip_vocab = ""  # merges of its tokenizer, likewise
 

@@ -54,13 +54,13 @@ max_steps = 30_280  # >= 1: optimizer steps
 lr = 1e-4  # > 0: absolute, nothing rescales it
 lr_schedule = "linear"  # linear | constant | cosine | onecycle | multistep: linear falls from half-time on to lr_end
 lr_end = 0.0  # in [0, 1]: where linear, cosine and onecycle end, as a share of lr
-lr_milestones = (0.6, 0.8, 0.9)  # in multistep, shares of max_steps after which lr is multiplied by lr_decay
+lr_milestones = (0.6, 0.8, 0.9)  # each in [0, 1]: multistep, shares of max_steps at which lr_decay applies
 lr_decay = 0.1  # > 0: multistep, factor at each milestone
 warmup_steps = 0  # >= 0: steps of linear warm-up
 beta1 = 0.5  # in [0, 1): Adam
 beta2 = 0.999  # in [0, 1): Adam
 grad_clip = 0.0  # >= 0: largest gradient norm; 0 disables clipping
-shard_optimizer = False  # each process keeps the optimizer state of its share of the parameters (ZeRO stage 1)
+shard_optimizer = False  # divide the optimizer state among the processes (ZeRO stage 1)
 # run
 out_dir = "out/lpips"  # checkpoint, log and curves
 seed = 0  # of weights, data order and dropout

@@ -96,14 +96,14 @@ max_steps = 250_000  # >= 1: optimizer steps
 lr = 1e-4  # > 0: absolute, nothing rescales it
 lr_schedule = "constant"  # constant | cosine | onecycle | multistep: cosine and onecycle end at lr_end
 lr_end = 0.0  # in [0, 1]: where cosine and onecycle end, as a share of lr
-lr_milestones = (0.6, 0.8, 0.9)  # in multistep, shares of max_steps after which lr is multiplied by lr_decay
+lr_milestones = (0.6, 0.8, 0.9)  # each in [0, 1]: multistep, shares of max_steps at which lr_decay applies
 lr_decay = 0.1  # > 0: multistep, factor at each milestone
 warmup_steps = 1000  # >= 0: steps of linear warm-up
 beta1 = 0.5  # in [0, 1): AdamW
 beta2 = 0.9  # in [0, 1): AdamW
 weight_decay = 0.0  # >= 0: AdamW, on matrices and kernels only
 grad_clip = 1.0  # >= 0: largest gradient norm of the autoencoder; 0 disables clipping
-shard_optimizer = False  # each process keeps the optimizer state of its share of the parameters (ZeRO stage 1)
+shard_optimizer = False  # divide the optimizer state among the processes (ZeRO stage 1)
 ema_decay = 0.9999  # in [0, 1]: of the averaged weights, warmed up as (1 + n) / (10 + n)
 # initial weights, trained parameters
 init_from = ""  # start from the EMA weights of this checkpoint, ours or another's, with its settings; "" starts anew
@@ -646,8 +646,8 @@ if __name__ == "__main__":
         measure()
         if rank == 0:  # everything else in the file stays as it is
             tensors, meta = checkpoint.read(latest)
-            for name in ("latent_mean", "latent_std"):
-                tensors |= {f"{prefix}.{name}": getattr(ema, name) for prefix in ("model", "ema")}
+            for prefix, module in (("model", model), ("ema", ema)):
+                tensors |= {f"{prefix}.{name}": getattr(module, name) for name in ("latent_mean", "latent_std")}
             checkpoint.write(latest, tensors, meta)
         common.leave()
 

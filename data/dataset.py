@@ -197,6 +197,8 @@ class Dataset:
             self.root = self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
             paths = forms.list_files(self.root) if os.path.isdir(self.path) else [os.path.basename(self.path)]
         self.form, self._indexes = self._find(paths, cache_dir)
+        unread = self._not_read(paths) if self.form != "folder" else []
+        self._unread = {"of another form": (len(unread), unread[0])} if unread else {}
         if not any(header["n"] for header in self._indexes.headers):
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
@@ -226,7 +228,7 @@ class Dataset:
 
     def __str__(self):
         """One line: what was opened, of all splits, and what was left out."""
-        headers, left = self._indexes.headers, {}
+        headers, left = self._indexes.headers, dict(self._unread)
         total, shards = sum(header["n"] for header in headers), len(headers)
         held_out = [split for split in HELD_OUT if any(h["n"] and h["split"] == split for h in headers)]
         sizes = {split: sum(self._choose(split)[2]) for split in ("train", *(held_out or ["val"]))}
@@ -253,7 +255,7 @@ class Dataset:
         """(form, indexes) of what lies at these paths."""
         npy = [path for path in paths if path in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
         tars = [path for path in paths if path.endswith(".tar")]
-        shards = tars or [path for path in paths if path.endswith(".parquet")]  # img2dataset writes one beside each tar
+        shards = tars or [path for path in paths if path.endswith(".parquet")]
         if shards and (self.remote or not npy):
             form, indexed = ("tar", forms.index_tar) if tars else ("parquet", forms.index_parquet)
             with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
@@ -264,6 +266,13 @@ class Dataset:
         if npy and not self.remote:
             return "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
         return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths))
+
+    def _not_read(self, paths):
+        """What could be read, but lies beside images of another form."""
+        read = {name for header in self._indexes.headers for name in header["files"]}
+        read |= {os.path.splitext(name)[0] + ".parquet" for name in read}  # img2dataset writes one beside each tar
+        endings = (*IMAGES, ".tar", ".parquet", ".npy")
+        return [path for path in paths if path.lower().endswith(endings) and path not in read]
 
     def _choose(self, split):
         """(part, shards, counts) of a split: which rows it has of its shards ("all", or the "train" or "val" part), the

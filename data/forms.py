@@ -220,7 +220,8 @@ def tar_samples(f, index):
                 if member.isfile() and stem and member.offset_data + member.size <= end:
                     key, extension = f"{folder}/{stem}" if folder else stem, "." + extension.lower()
                     files = samples.setdefault(key, [])
-                    repeated |= {key} if any(extension == other for _, other, _ in files) else set()
+                    if any(extension == other or {extension, other} <= set(IMAGES) for _, other, _ in files):
+                        repeated.add(key)
                     files.append((number, extension, (0, member.offset_data, member.size)))
                 elif member.isfile():
                     index.leave_out("hidden, or cut short", member.name)
@@ -286,7 +287,7 @@ def index_npy(root, path):
             reject(f"{root}/{folder}maps.npy", f"is {maps.dtype} {maps.shape}", remedy)
     size = images.nbytes // max(len(images), 1)
     area = size // math.prod(images.shape[3:])  # bytes of a map
-    files = [path, folder + "captions.jsonl", folder + "maps.npy"]
+    files = [path, folder + "captions.jsonl", folder + "maps.npy", folder + "labels.npy"]
     index = Index(folder.rstrip("/"), files, folder, shape=images.shape[1:])
     index.stamps.append(stat(f"{root}/{path}"))
     for i in range(len(images)):

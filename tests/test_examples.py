@@ -7,15 +7,21 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import fill
 from PIL import Image
 from test_diffusion import MEAN, mixture_denoiser, normal
 
+import checkpoint
+import sample
+from configurator import configure
 from diffusion import make_denoiser, make_schedule, randn, sample_times, samplers
+from examples.dit import DiT
 from examples.interpolate import interpolate, slerp
 from examples.invert import ddim_invert, edit
 from examples.trajectory import trajectory
 from metrics import psnr, ssim
 from sample import decode, encode, generate, load_pipeline
+from unet import Denoiser
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +145,28 @@ def test_reconstruct(runs, run, tmp_path):
         (folder / name).unlink()
     with pytest.raises(ValueError, match="no image that can be reconstructed"):
         run("reconstruct", f"--ckpt={runs['vae'].path}", f"--images={folder}")
+
+
+@pytest.mark.parametrize("name", ["text", "class", "inpaint"])
+def test_dit_from_a_checkpoint(runs, tmp_path, name):
+    """A denoiser of one's own, named on the command line, uses t, condition and concat."""
+    tensors, meta = checkpoint.read(runs[name].path)
+    names = ("in_channels", "out_channels", "concat_channels", "context_dim", "num_classes")
+    dit = DiT(**{key: meta["model"]["unet"][key] for key in names}, width=16, depth=2, heads=2)
+    model = Denoiser(fill(dit), runs[name].denoiser.text).eval()
+    inputs = dict(tokens=model.text.tokenize(["a", "b"])) if model.text else dict(y=torch.tensor([1, 2]))
+    if name == "inpaint":
+        inputs["concat"] = torch.randn(2, 4, 8, 12)
+    x, t = torch.randn(2, 3, 8, 12), torch.tensor([300.0, 300.0])
+    out = model(x, t, **inputs)
+    assert out.shape == x.shape
+    for other in (model(x, t + 50, **inputs), *(model(x, t, **inputs | {k: v.flip(0)}) for k, v in inputs.items())):
+        assert (other - out).abs().max() > 1e-4
+    kept = {key: value for key, value in tensors.items() if not key.startswith(("ema.unet.", "model."))}
+    meta["model"]["unet"] = dit.settings
+    checkpoint.write(f"{tmp_path}/mine.safetensors", kept | checkpoint.with_prefix("ema.unet", dit.state_dict()), meta)
+    args = [f"--ckpt={tmp_path}/mine.safetensors", "--denoiser=examples.dit:DiT"]
+    cfg = configure(dict(vars(sample)), args)
+    pipeline, _ = sample.load_from_settings(cfg, sample.setup(cfg.replace(deterministic=False, device="cpu")))
+    near(pipeline.denoiser(x, t, **inputs), out)
+    assert pipeline.multiple == 8
