@@ -730,7 +730,7 @@ if __name__ == "__main__":
     # log
     tflop = count_tflop(ema, validation.inputs(range(1)))
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
-    log.print(f"training: {images}; validation: {validation_images}")
+    log.print(f"{len(images)} training and {len(validation_images)} validation images; {images}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image; latents {latent_shape}")
     if vae is not None and cfg.cache_latents:
         conditioner.keep_latents(resident, log.print)
