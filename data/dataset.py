@@ -268,10 +268,9 @@ class Dataset:
             form, index = ("tar", forms.index_tar) if tars else ("parquet", forms.index_parquet)
             with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
                 stamps = list(pool.map(self.remote.stamps.get if self.remote else self._stat, shards))
-            folder = (
-                f"{cache_dir}/index-{digest('v4', form, self.path if self.remote else os.path.realpath(self.path))}"
-            )
-            return form, KeptIndexes(folder, list(zip(shards, stamps)), functools.partial(index, self._open_file))
+            origin = self.path if self.remote else os.path.realpath(self.path)
+            folder, index = f"{cache_dir}/index-{digest('v4', form, origin)}", functools.partial(index, self._open_file)
+            return form, KeptIndexes(folder, list(zip(shards, stamps)), index)
         if npy and not self.remote:
             return "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
         return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths))
@@ -363,7 +362,7 @@ class Dataset:
         return next((names for path in files if os.path.exists(path) and (names := forms.read_classes(path))), [])
 
     def _name_classes(self):
-        """Sets classes, num_classes, and _class_of: {label, or word for one, as a str: class}, None if they are equal."""
+        """Sets classes, num_classes, and _class_of: {label or word of an index, as str: class}, None if they agree."""
         headers, highest = self.headers, max(header["highest"] for header in self.headers)
         names = next((header["names"] for header in headers if header["names"]), [])
         is_named = any(header["named"] for header in headers)
@@ -430,7 +429,7 @@ class Dataset:
         """The image or map of an item as PIL, decoded when it is used; None if it has no map."""
         data = self._read(item, part)
         if self.form == "npy" and data:
-            shape = item.header["shape"]  # (H, W, C) or (H, W)
+            shape = list(item.header["shape"])  # [H, W, C] or [H, W]
             shape = shape[:2] if part == "map" or shape[2:] == [1] else shape
             return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
         if not data and part == "image":
@@ -452,13 +451,14 @@ class Dataset:
         crop "center" takes the short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), its side and
         position from u = (side, x, y), three numbers in [0, 1).
         """
-        image = self.rgb(i)
+        image = to_tensor(self._cut(self.rgb(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
+        return image.flip(-1) if flip else image
+
+    def _cut(self, image, crop, u, resample):
+        """The square of a PIL image that crop and u choose, resized."""
         x, y, side = crop_square(*image.size, crop, u)
         image = image.crop((x, y, x + side, y + side))
-        if side != self.image_size:
-            image = image.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)  # antialiased
-        image = to_tensor(image)
-        return image.flip(-1) if flip else image
+        return image if side == self.image_size else image.resize((self.image_size, self.image_size), resample)
 
     def size(self, i):
         """(width, height) of image i, upright; its pixels are not decoded."""
@@ -494,9 +494,7 @@ class Dataset:
             raise BadImage(f"{self.key(i)}: it has no map")
         if image.size != self.size(i):
             raise BadImage(f"{self.key(i)}: its map is {image.size}, the image {self.size(i)}: make them the same size")
-        x, y, side = crop_square(*image.size, crop, u)
-        image = image.crop((x, y, x + side, y + side))
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
+        image = self._cut(image, crop, u, Image.Resampling.NEAREST)
         classes = torch.from_numpy(np.array(image, dtype=np.int64))
         classes[classes == 255] = -1
         return classes.flip(-1) if flip else classes
@@ -571,7 +569,7 @@ class Dataset:
         return record if self.form == "parquet" else json.loads(record or "null")
 
     def _read(self, item, part):
-        """Bytes of the image, text, record or map of an item, or the value in its parquet column; None if it has none."""
+        """The image, text, record or map of an item: bytes, or the value of a parquet cell; None if it has none."""
         file, at, size = item.where[part]
         if not size and part != "image":
             return None
@@ -630,7 +628,7 @@ class Stream(torch.utils.data.Dataset):
         self._orders, self._fetched = {}, None
 
     def _order(self, epoch):
-        """(order, ends), (shards,) each: the shards of an epoch, permuted, and how many items come up to each's end."""
+        """(order, ends), (shards,) each: an epoch's permutation of the shards; ends[k] items are in the first k + 1."""
         if epoch not in self._orders:
             sizes = np.diff(self.dataset.bounds)
             order = permute(np.arange(len(sizes)), len(sizes), seed_of(self.seed, epoch, "shards"))
@@ -639,8 +637,9 @@ class Stream(torch.utils.data.Dataset):
         return self._orders[epoch]
 
     def _window(self, epoch, at):
-        """(first, before, size): the window of position `at` of an epoch begins at its first-th shard, after `before`
-        items, and has `size`."""
+        """The window of position `at` of an epoch: (its first shard in the order, items before it, items in it)."""
+        if not self.is_windowed:
+            return 0, 0, len(self.dataset)
         _, ends = self._order(epoch)
         first = int(np.searchsorted(ends, at, "right")) // WINDOW * WINDOW
         before = int(ends[first - 1]) if first else 0
@@ -649,26 +648,28 @@ class Stream(torch.utils.data.Dataset):
     def span(self, p):
         """(first, count) of the positions that may stand in for p: its window, else an epoch."""
         epoch, at = divmod(int(p), len(self.dataset))
-        if not self.is_windowed:
-            return 0, len(self.dataset)
         _, before, size = self._window(epoch, at)
-        return epoch * len(self.dataset) + before, size
+        return (epoch * len(self.dataset) if self.is_windowed else 0) + before, size
 
     def item(self, p, attempt=0):
-        """(index, epoch) of position p; of its attempt-th stand-in, which is of the same window."""
+        """(index, epoch) of position p; attempt k > 0: of the k-th item of its window that stands in for it."""
         epoch, at = divmod(int(p), len(self.dataset))
+        if not self.train and not attempt:
+            return at, epoch
+        first, before, size = self._window(epoch, at)
+        if attempt:
+            inside = seed_of(self.seed, "replace", p, attempt) % size
+        else:
+            seed = seed_of(self.seed, epoch, "window", first) if self.is_windowed else seed_of(self.seed, epoch)
+            inside = permute(at - before, size, seed)
         if not self.is_windowed:
-            if attempt:
-                return seed_of(self.seed, "replace", p, attempt) % len(self.dataset), epoch
-            return permute(at, len(self.dataset), seed_of(self.seed, epoch)) if self.train else at, epoch
-        (order, ends), (first, before, size) = self._order(epoch), self._window(epoch, at)
-        inside = permute(at - before, size, seed_of(self.seed, epoch, "window", first))
-        inside = seed_of(self.seed, "replace", p, attempt) % size if attempt else inside
+            return inside, epoch
+        order, ends = self._order(epoch)
         k = np.searchsorted(ends, before + inside, "right")
         return int(self.dataset.bounds[order[k] + 1] - ends[k]) + before + inside, epoch
 
     def _fetch_ahead(self, p):
-        """Fetches remote shards in the background: those of the window after that of position p."""
+        """Fetches the remote shards of the window after that of position p, in the background."""
         epoch, at = divmod(int(p), len(self.dataset))
         first, *_ = self._window(epoch, at)
         if self._fetched != (epoch, first):
@@ -678,11 +679,10 @@ class Stream(torch.utils.data.Dataset):
 
     def pick(self, p, attempt=0):
         """
-        All that is decided for position p before any pixel is read: dict(index, epoch, flip, u, text, caption, label,
-        key).
+        What is known of position p before its pixels are read: dict(index, epoch, flip, u, text, caption, label, key).
 
-        text is one str, the item's caption number `caption`, "" where there is none; u positions a random crop; attempt
-        k > 0 is the k-th stand-in.
+        text is one str, caption number `caption` of the item, "" where it has none; u positions a random crop; attempt
+        k > 0 is for the k-th stand-in.
         """
         index, epoch = self.item(p, attempt)
         meta = self.dataset.meta(index)
@@ -711,7 +711,7 @@ class Stream(torch.utils.data.Dataset):
 
 
 def first_good(read, dataset):
-    """read(attempt) | dict(bad) of the first attempt that raises no BadImage; bad: the messages of the others."""
+    """read(attempt) | dict(bad) of the first attempt that raises no BadImage; bad: the messages of those before."""
     bad = []
     for attempt in range(100):
         try:
@@ -775,9 +775,11 @@ def in_batches(items, positions, collate_fn, workers=0):
 
 
 def begin_worker(number):
-    """Ctrl-C, and torchrun's and slurm's SIGTERM, reach a worker too, but are for the trainer, which saves first.
+    """
+    Blocks SIGINT and SIGTERM in a worker, but for a SIGTERM that the training process itself sends.
 
-    So both are blocked, and SIGTERM ends the worker only when it comes from the trainer.
+    Ctrl-C, torchrun and slurm send both to all processes, but the training process still needs its workers: it saves
+    before it ends.
     """
 
     def wait():
@@ -791,7 +793,9 @@ def begin_worker(number):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m data.dataset", description="What a data set is, and how fast.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.dataset", description="What a data set holds, how fast it reads."
+    )
     parser.add_argument("path")
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=10, help="how long to decode")

@@ -107,30 +107,25 @@ class KeptIndexes(torch.utils.data.Dataset):
 
     def __getitem__(self, s):
         """The header of shard s, or the error that prevents it; for _build."""
-        with contextlib.suppress(Exception):  # not there, or damaged
-            return self._load(s)[0]
         try:
-            header, arrays = self._make(s)
-            write_whole(self.paths[s], lambda f: np.savez_compressed(f, header=json.dumps(header), **arrays))
-            return header
+            return self._load(s)[0]
         except (UserError, OSError) as e:
             return e
 
-    def _make(self, s):
-        shard, stamp = self.jobs[s]
-        return self.index(shard).arrays(stamp)
+    def load(self, s):
+        """arrays of shard s."""
+        return self._load(s)[1]
 
     def _load(self, s):
-        with np.load(self.paths[s]) as f:
+        """(header, arrays) of shard s from its file; made again if that is gone or damaged."""
+        with contextlib.suppress(Exception), np.load(self.paths[s]) as f:
             header, arrays = json.loads(str(f["header"])), {name: f[name] for name in ("keys", "ends", "rows", "held")}
-        assert arrays["rows"].dtype.names == COLUMNS and len(arrays["rows"]) == len(arrays["ends"]) == header["n"]
+            assert arrays["rows"].dtype.names == COLUMNS and len(arrays["rows"]) == len(arrays["ends"]) == header["n"]
+            return header, arrays
+        shard, stamp = self.jobs[s]
+        header, arrays = self.index(shard).arrays(stamp)
+        write_whole(self.paths[s], lambda f: np.savez_compressed(f, header=json.dumps(header), **arrays))
         return header, arrays
-
-    def load(self, s):
-        """arrays of shard s; made again if its file is gone or damaged."""
-        with contextlib.suppress(Exception):
-            return self._load(s)[1]
-        return self._make(s)[1]
 
 
 class Remote:
