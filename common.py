@@ -261,7 +261,9 @@ class Log:
         self.print(f"git {git_revision()}, python {platform.python_version()}, torch {torch.__version__}")
         self.print(f"{machine.world} x {hardware}, {machine.precision}; settings not default: {cfg.changed}")
         start = f"resumed from {resume_from} at step {step}" if resume_from else f"a new run in {cfg.out_dir}"
-        self.print(f"{start}; {images_per_step} images per step on {machine.world} processes")
+        accumulated = images_per_step // (cfg.batch_size * machine.world)
+        size = f"{machine.world} processes x {cfg.batch_size} x {accumulated} accumulated"
+        self.print(f"{start}; {images_per_step} images per step: {size}")
         if resume_from and saved:
             now = json.loads(json.dumps(cfg))  # tuples as lists
             others = [f"{k}={now[k]} was {saved[k]}" for k in now if k in saved and now[k] != saved[k]]

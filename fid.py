@@ -25,11 +25,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 import checkpoint
 from checkpoint import UserError, reject, write_whole
-from common import install_excepthook, setup
+from common import install_excepthook, progress_bar, setup
 from configurator import configure
 from data.dataset import BadImage, Dataset, to_tensor
 from lpips_train import LPIPS, MIN_SIDE, TAPS
@@ -145,7 +144,7 @@ def generate_many(path, count, chunk, generate_rows, labels, settings, machine):
     starts = range(0, count, chunk)
     parts = [f"{folder}/{start:08d}.npy" for start in starts]
     mine = [k for k in range(machine.rank, len(starts), machine.world) if not os.path.exists(parts[k])]
-    for k in tqdm(mine, unit="batch", disable=None if machine.rank == 0 else True):
+    for k in progress_bar(mine, "generating"):
         images = generate_rows(range(starts[k], min(starts[k] + chunk, count)))
         write_whole(parts[k], functools.partial(np.save, arr=images))
     if machine.world > 1:
@@ -241,7 +240,7 @@ def crop_and_resize(image, side):
 def features(extract, images, which, name, side, as_is, batch_size, device):
     """extract(uint8 (B,3,side,side)) -> (B,D) of all images that decode: (N,D). as_is: do not crop or resize."""
     found, batch = [], []
-    for n, i in enumerate(tqdm(which, desc=name, unit="image", disable=None), 1):
+    for n, i in enumerate(progress_bar(which, name), 1):
         try:
             image = images.rgb(i)
             if as_is and image.size != (side, side):

@@ -617,8 +617,6 @@ if __name__ == "__main__":
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
     log.print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {cfg.dataset}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
-    if micro_steps != cfg.grad_accum:
-        log.print(f"grad_accum={micro_steps} in place of {cfg.grad_accum}, to keep {images_per_step} images per step")
     if disc:
         size = f"{sum(p.numel() for p in disc.parameters()):,} parameters{'' if old_disc else ', a new one'}"
         first = f"trains from step {max(1, cfg.disc_start - cfg.disc_warmup)}, GAN loss from step {cfg.disc_start}"

@@ -52,7 +52,7 @@ from data.forms import CAPTIONS, COLUMNS, HELD_OUT, IMAGES, MAPS, NAMES, OBJECTS
 from data.shards import Indexes, KeptIndexes, Remote, digest
 
 CELLS = dict(image=PIXELS, text=CAPTIONS, record=OBJECTS, map=MAPS)  # parquet columns with the parts of an item
-VISIBLE = 0.2  # share of a box's area that must lie inside the crop, else the object is not there
+VISIBLE = 0.2  # share of a box's area that must lie inside the crop, else the object is left out
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
 WINDOW = 32  # shards that are shuffled together, where there are more
 TIMEOUT = 600  # seconds after which a worker that returns no batch ends the run
@@ -252,7 +252,7 @@ class Dataset:
     # what is there, and which of it this split has
 
     def _find(self, paths, cache_dir):
-        """(form, indexes) of what lies at these paths."""
+        """(form, indexes) of what is at these paths."""
         npy = [path for path in paths if path in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
         tars = [path for path in paths if path.endswith(".tar")]
         shards = tars or [path for path in paths if path.endswith(".parquet")]
@@ -268,7 +268,7 @@ class Dataset:
         return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths))
 
     def _not_read(self, paths):
-        """What could be read, but lies beside images of another form."""
+        """Files that could be read, beside images of another form."""
         read = {name for header in self._indexes.headers for name in header["files"]}
         read |= {os.path.splitext(name)[0] + ".parquet" for name in read}  # img2dataset writes one beside each tar
         endings = (*IMAGES, ".tar", ".parquet", ".npy")
@@ -325,7 +325,7 @@ class Dataset:
     @functools.cached_property
     def fingerprint(self):
         """
-        Hash of the images wherever they lie: form, split, keys, sizes, modification times, and of local files 64
+        Hash of the images, wherever they are: form, split, keys, sizes, modification times, and of local files 64
         samples of 4 KB. It does not see an edit that keeps size and time, outside of those samples.
         """
         h = hashlib.blake2b(repr((self.form, self.split, len(self))).encode(), digest_size=16)
@@ -342,7 +342,7 @@ class Dataset:
 
     # names
 
-    def _given_names(self, *files):
+    def _listed_names(self, *files):
         """The names in the first of these files that has some, [] where none has."""
         folders = [os.path.join(self.root, split) for split in SPLITS]
         if os.path.basename(os.path.abspath(self.root)) in SPLITS:  # the path is itself a split folder
@@ -360,19 +360,19 @@ class Dataset:
             numbers = {str(label) for found in labels.values() for label in np.unique(found).tolist() if label >= 0}
             names = sorted(numbers.union(*(header["names"] for header in headers if header["named"])))
             highest = len(names) - 1
-        given, renumbered = self._given_names("classes.json", "meta.json") or names, None
-        if set(names) <= set(given):
-            place = {name: i for i, name in reversed(list(enumerate(given)))}
-            renumbered = [place[name] for name in names] if names and names != given else None
-        elif len(names) != len(given):  # where as many, they are the same in other words
-            odd = f"{min(set(names) - set(given))!r} is not among them"
-            what = f"has {len(names)} classes, classes.json {len(given)}, and {odd}"
+        listed, renumbered = self._listed_names("classes.json", "meta.json") or names, None
+        if set(names) <= set(listed):
+            number = {name: i for i, name in reversed(list(enumerate(listed)))}
+            renumbered = [number[name] for name in names] if names and names != listed else None
+        elif len(names) != len(listed):  # where as many, they are the same in other words
+            odd = f"{min(set(names) - set(listed))!r} is not among them"
+            what = f"has {len(names)} classes, classes.json {len(listed)}, and {odd}"
             reject(f"dataset {self.path}", what, "add what is missing")
-        if given and highest >= len(names if renumbered else given):
-            what = f"has label {highest} but only {len(given)} class names"
+        if listed and highest >= len(names if renumbered else listed):
+            what = f"has label {highest} but only {len(listed)} class names"
             reject(f"dataset {self.path}", what, "add the others")
-        self.classes, self._renumbered = given, renumbered
-        self.num_classes = max(len(given), highest + 1) if highest >= 0 else 0
+        self.classes, self._renumbered = listed, renumbered
+        self.num_classes = max(len(listed), highest + 1) if highest >= 0 else 0
         self._words = {name: i for i, name in enumerate(names)} if is_named else None
 
     def _number(self, header, labels):
@@ -431,8 +431,8 @@ class Dataset:
         """
         Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
 
-        crop "center" takes the short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), at a place
-        given by u = (side, x, y), three numbers in [0, 1).
+        crop "center" takes the short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), its side and
+        position from u = (side, x, y), three numbers in [0, 1).
         """
         image = self.rgb(i)
         x, y, side = crop_square(*image.size, crop, u)
@@ -449,7 +449,7 @@ class Dataset:
             return width, height
         data = self.encoded(i)
         with named(self.key(i)), Image.open(io.BytesIO(data)) as image:
-            is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
+            is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 are turned by 90 degrees
             return image.size[::-1] if is_turned else image.size
 
     # semantic maps and objects
@@ -494,7 +494,7 @@ class Dataset:
     @functools.cached_property
     def map_names(self):
         """Names of the maps' classes, [] without map_classes.json."""
-        return self._given_names("map_classes.json")
+        return self._listed_names("map_classes.json")
 
     @functools.cached_property
     def map_classes(self):
@@ -533,13 +533,13 @@ class Dataset:
     @functools.cached_property
     def _object_names(self):
         """{number: name} of objects' classes that are numbers."""
-        return dict(enumerate(self._given_names("object_classes.json") or self._given_names("classes.json")))
+        return dict(enumerate(self._listed_names("object_classes.json") or self._listed_names("classes.json")))
 
     @functools.cached_property
     def object_classes(self):
         """Names of the objects' classes: object_classes.json, else all that occur in 10000 items, spread over all."""
-        given = self._given_names("object_classes.json")
-        return given or sorted({name for objects in self._some(self.objects, 10000) for name, _ in objects})
+        listed = self._listed_names("object_classes.json")
+        return listed or sorted({name for objects in self._some(self.objects, 10000) for name, _ in objects})
 
     def _some(self, read, n):
         """read(i) of at most n items, spread over all, but for those that do not read."""
@@ -557,12 +557,12 @@ class Dataset:
 
     def _stored(self, i, part):
         """Bytes of the image, text, record or map of item i, or its parquet cell; None if it has none."""
-        key, _, header, place = self._item(i)
-        file, at, size = (place[f"{part}_{name}"] for name in ("file", "at", "size"))
+        key, _, header, row = self._item(i)
+        file, at, size = (row[f"{part}_{name}"] for name in ("file", "at", "size"))
         if not size and part != "image":
             return None
         if self.form == "parquet":
-            return self._cell(CELLS[part], header["files"][0], place["image_at"], place["image_size"])
+            return self._cell(CELLS[part], header["files"][0], row["image_at"], row["image_size"])
         name = header["files"][file] if file >= 0 else key if part == "image" else os.path.splitext(key)[0] + ".map.png"
         with self._open_file(name) as f:  # opened each time, so that workers share no file position
             f.seek(at)
@@ -582,16 +582,16 @@ class Dataset:
 
     def _cell(self, names, file, group, row):
         """One parquet cell, of the first column called one of names; some row groups are kept."""
-        place = (file, group, names)
-        if place not in self._groups:
+        cached = (file, group, names)
+        if cached not in self._groups:
             f = forms.open_parquet(file, self._open_file(file))
             column = next(name for name in names if name in f.schema_arrow.names)
             # no threads: pyarrow's pool does not outlive a fork
-            self._groups[place] = f.read_row_group(group, columns=[column], use_threads=False).column(0)
+            self._groups[cached] = f.read_row_group(group, columns=[column], use_threads=False).column(0)
             while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > GROUP_BYTES:
                 self._groups.popitem(last=False)
-        self._groups.move_to_end(place)
-        return self._groups[place][row].as_py()
+        self._groups.move_to_end(cached)
+        return self._groups[cached][row].as_py()
 
     def fetch(self, shards):
         """Begins to fetch remote shards, by number, those first that other processes do not."""
@@ -614,7 +614,7 @@ class Stream(torch.utils.data.Dataset):
     stream[p] -> dict(image, label, text, caption, key, index, flip, bad): the endless sequence over N items.
 
     Position p is item permute(p % N) of epoch p // N; of more than WINDOW shards, the shards are permuted, and then the
-    items of WINDOW shards at a time, so that what is read lies in few files. Crop, flip and which caption depend on
+    items of WINDOW shards at a time, so that few files are read at a time. Crop, flip and which caption depend on
     (seed, p) alone. An item that does not decode is named in bad and replaced by another, a function of (seed, p) too.
     With train=False: the items in their own order, center crop, no flip, first caption.
     """
@@ -678,7 +678,7 @@ class Stream(torch.utils.data.Dataset):
         All that is decided for position p before any pixel is read: dict(index, epoch, flip, u, text, caption, label,
         key).
 
-        text is one str, the item's caption number `caption`, "" where there is none; u places a random crop; attempt
+        text is one str, the item's caption number `caption`, "" where there is none; u positions a random crop; attempt
         k > 0 is the k-th stand-in.
         """
         index, epoch = self.item(p, attempt)

@@ -135,7 +135,7 @@ class Remote:
     recently used are removed.
 
     The URL is a folder, a file, or has `*` or `{000..123}` in it. `names` are relative to the folder before those;
-    stamps[name] tells one state of a file from another. Safe for any number of processes: a file has its name when it
+    stamps[name] changes when the file does. Safe for any number of processes: a file has its name when it
     is complete, and one that is removed stays as long as it is open.
     """
 

@@ -415,7 +415,7 @@ def test_what_is_found(tmp_path, case):
 
 
 def test_a_repeated_key_never_gets_the_others_caption(tmp_path):
-    """Items with the same key in one shard: then what lies side by side is an item."""
+    """Items with the same key in one shard: then what is side by side is an item."""
     for shard, second in (("0", "0.png"), ("1", "0.jpg")):
         members = [("0.png", png(1)), ("1.png", png(2)), ("1.txt", b"one"), (second, png(3)), ("0.txt", b"blue")]
         make_tar(tmp_path / f"set/{shard}.tar", members)
@@ -779,7 +779,7 @@ def test_loader_is_the_same_for_any_number_of_workers_and_any_start(pets):
     assert all_same(plain[8:], loader(stream, 4, 6, workers=1, **options))
     positions = [p for step in range(6) for micro in range(2) for p in step_positions(step, micro, 2, 2, 1, 2)]
     assert sum((batch["index"].tolist() for batch in plain), []) == [stream.item(p)[0] for p in positions]
-    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn from the global generator"
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is not used"
     batch = collate([stream[p] for p in range(3)])
     assert batch["image"].shape == (3, 3, 8, 8) and batch["image"].dtype == torch.float32
     assert batch["label"].dtype == batch["index"].dtype == torch.int64 and batch["flip"].dtype == torch.bool

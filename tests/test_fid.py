@@ -271,7 +271,7 @@ def test_two_ranks_generate_the_same(runs, command, tmp_path):
     processes = []
     for rank in range(2):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        line = ("fid.py", ["--device=cpu", *args, "--samples=two.npz"], str(tmp_path), environment)
+        line = (str(ROOT / "fid.py"), ["--device=cpu", *args, "--samples=two.npz"], str(tmp_path), environment)
         processes.append(helpers.context.Process(target=helpers._main, args=(*line, None, None, None, False)))
         processes[-1].start()
     for process in processes:

@@ -1,4 +1,4 @@
-"""Tokenizers against open_clip and tiktoken; encoders by golden values (against open_clip and transformers: test_convert)."""
+"""Tokenizers against open_clip and tiktoken; encoders by golden values (against transformers': test_convert.py)."""
 
 import base64
 import copy
@@ -389,15 +389,32 @@ def test_published_towers(merges):
         CLIPTextEncoder.named("clip_g", merges)
 
 
+INITIAL = [(TextEncoder, dict(text_width=16, text_layers=2, text_heads=2, text_length=12), 42.681892)]
+INITIAL += [(CLIPTextEncoder, SMALL, 50.615482)]
+
+
 def test_initial_weights():
     """Golden values: of the order in which modules are made, and of the scales."""
     torch.manual_seed(0)
-    made = [TextEncoder(16, 2, 2, 12), CLIPTextEncoder(**SMALL)]
-    found = [
-        sum((i + 1) * p.double().flatten()[::7].sum().item() for i, p in enumerate(m.parameters()) if p.ndim > 1)
-        for m in made
-    ]
-    assert found == pytest.approx([42.681892, 50.615482], rel=1e-5)
+    for make, settings, wanted in INITIAL:
+        weights = [(i + 1, p) for i, p in enumerate(make(**settings).parameters()) if p.ndim > 1]
+        assert sum(i * p.double().flatten()[::7].sum().item() for i, p in weights) == pytest.approx(wanted, rel=1e-5)
+
+
+OUTPUTS = [(*INITIAL[0][:2], 0.75825071), (CLIPTextEncoder, SMALL, 0.78683917)]
+OUTPUTS += [(CLIPTextEncoder, dict(**SMALL, activation="gelu"), 0.78926006)]
+OUTPUTS += [(CLIPTextEncoder, dict(**SMALL, layer="penultimate", pad="zero"), 0.81925957)]
+
+
+@pytest.mark.parametrize("make, settings, wanted", OUTPUTS)
+def test_outputs(make, settings, wanted):
+    """Golden values in float64, from weights by `fill`; gradients reach every parameter."""
+    encoder = fill(make(**settings)).double()
+    out = encoder(TEXTS)
+    assert out.diff(dim=1).std().item() == pytest.approx(wanted, rel=1e-6)
+    out.square().mean(dim=(0, 1)).mul(torch.arange(out.shape[2])).sum().backward()
+    for name, p in encoder.named_parameters():
+        assert p.grad.isfinite().all() and (name.endswith("to_k.bias") or p.grad.abs().sum() > 0), name
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from vae import (
     Quantized,
     Quantizer,
     Upsample,
+    tile_weights,
     turn_and_scale,
 )
 
@@ -307,6 +308,8 @@ def test_tiles_of_a_pointwise_decoder_are_seamless(tiny, monkeypatch, h, w, tile
 
 
 def test_tiles_of_the_decoder(tiny):
+    assert tile_weights(0, 8, 12, 4, 1).tolist() == [1, 1, 1, 1, 0.875, 0.625, 0.375, 0.125]
+    assert tile_weights(4, 12, 12, 4, 1).tolist() == [0.125, 0.375, 0.625, 0.875, 1, 1, 1, 1]
     z = normal(1, 3, 6, 6)
     with torch.no_grad():
         assert torch.equal(tiny.decode_tiled(z, 6, 2), tiny.decode(z)), "one tile"
