@@ -442,7 +442,7 @@ def evaluate_checkpoint(cfg, machine, autocast, lpips):
         path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"
         error_map = (y - x).abs().mean(dim=1, keepdim=True).expand_as(x)
         save_grid(path, (x, y, 4 * error_map - 1))  # white from an error of 64 grey levels on
-        print(f"{source} on {count} images of {cfg.dataset} at {cfg.image_size} px:")
+        print(f"{source} on {count} images at {cfg.image_size} px of {validation}")
         for name, value in scores.items():
             print(f"  {name.removeprefix('val_'):20} {value if isinstance(value, list) else format(value, '.4f')}")
         print(f"originals, reconstructions and error map: {path}")
@@ -615,7 +615,7 @@ if __name__ == "__main__":
     about["run"] = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
     tflop = count_tflop(model, cfg)
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
-    log.print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {cfg.dataset}")
+    log.print(f"{len(images)} training and {len(validation)} validation images; {images}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
     if disc:
         size = f"{sum(p.numel() for p in disc.parameters()):,} parameters{'' if old_disc else ', a new one'}"
