@@ -619,9 +619,8 @@ if __name__ == "__main__":
     if cfg.cond == "class" and not num_classes:
         reject(cfg.dataset, "has no labels", "set --cond=none or --cond=text")
     val_count = min(len(validation_images), cfg.val_images)
-    captions = []
-    if cfg.cond in ("text", "layout"):
-        captions = first_captions(validation_images, val_count, object_names)
+    described = cfg.cond in ("text", "layout")
+    captions = first_captions(validation_images, val_count, object_names) if described else []
     if cfg.cond == "text" and not captions:
         reject(cfg.dataset, "its validation images have no captions", "set --cond=none or --cond=class")
 
@@ -705,7 +704,7 @@ if __name__ == "__main__":
 
     # what the sample grids show: prompts, one class after the other, or nothing
     examples = [None] * cfg.n_samples
-    if cfg.cond in ("text", "layout"):
+    if described:
         examples = (read_prompts(cfg.prompts) if cfg.prompts else list(dict.fromkeys(captions)))[: cfg.n_samples]
     elif cfg.cond == "class":
         examples = [i % num_classes for i in range(cfg.n_samples)]
@@ -749,16 +748,9 @@ if __name__ == "__main__":
     # checkpoints and snapshots
     frozen = {} if text is None else {"text.bpe": torch.tensor(list(text.bpe()), dtype=torch.uint8)}
     started = time.time_ns()
-    meta = {
-        "stage": "ldm",
-        "model": about,
-        "vae": vae and vae.settings,
-        "config": cfg,
-        "classes": images.classes,
-        "examples": examples,
-        "git": common.git_revision(),
-        "run": meta["run"] if resumed else started,  # tells its snapshots from those of another run
-    }
+    run = meta["run"] if resumed else started  # tells its snapshots from those of another run
+    meta = dict(stage="ldm", model=about, vae=vae and vae.settings, config=cfg, classes=images.classes)
+    meta |= dict(examples=examples, git=common.git_revision(), run=run)
 
     def save(path, snapshot=False):
         """Write all that resuming and sampling need, or as a snapshot the averages only; every rank must call it."""
