@@ -178,7 +178,7 @@ def make_ldm_run(
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Tiny runs by name: an autoencoder (f4), denoisers of its latents told text, classes or nothing, one of pixels.
+    """Tiny runs by name: an autoencoder (f4), denoisers of its latents (text, class, unconditional), one of pixels.
 
     And those with a class as a token, or with a task: inpaint, sr (twice the side), semantic (5 classes).
     """
