@@ -1002,7 +1002,7 @@ def limits(to, vae, model):
             "transformers without middle_attention": diffusers and transformers and not s["middle_attention"],
             "num_res_blocks by level": diffusers and not transformers and several,
             "num_heads > 1 on several widths": diffusers and not transformers and head_width(s) is None,
-            "transformers without a context": compvis and transformers and not s["context_dim"],
+            "transformers with context_dim=0": compvis and transformers and not s["context_dim"],
             "middle_attention=False": compvis and not s["middle_attention"],
             "norm_groups of the U-Net (32 there)": compvis and s["norm_groups"] != 32,
         }
