@@ -115,7 +115,7 @@ beta1 = 0.9  # in [0, 1): of AdamW
 beta2 = 0.999  # in [0, 1): of AdamW
 weight_decay = 0.01  # >= 0: of AdamW, on matrices and kernels only
 grad_clip = 1.0  # >= 0: largest gradient norm; 0 disables clipping
-shard_optimizer = False  # each process keeps the optimizer state of a part of the parameters (ZeRO stage 1)
+shard_optimizer = False  # split the optimizer state between the processes (ZeRO stage 1)
 ema_decay = 0.9999  # in [0, 1]: of the averaged weights, warmed up as (1 + n) / (10 + n)
 ema_stds = ()  # each in [0.01, 0.25]: relative lengths of further averages, for sample.py --ema_std (EDM2)
 # run

@@ -1,4 +1,4 @@
-"""What all tests share: the repository on sys.path, the real data where they are, and runs as training leaves them."""
+"""Shared by all tests: the repository on sys.path, folders of data, and runs as training leaves them."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-if not torch.cuda.is_available():  # attention's kernels run on the CPU then; Triton reads this when it is imported
+if not torch.cuda.is_available():  # runs attention's kernels on the CPU; Triton reads it when imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,7 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
 
 
 def pytest_make_parametrize_id(val, argname):
-    """Bytes are not spelt out in a test's name: gzip's hold the time, and every worker must find the same names."""
+    """Name bytes by their argument: gzip's hold the time, and every worker must find the same test names."""
     return argname if isinstance(val, bytes) else None
 
 
@@ -39,7 +39,7 @@ def test_data():
 
 @pytest.fixture(scope="session")
 def with_torchvision():
-    """What is compared with imports torchvision, which may have been built for another torch than this one."""
+    """Reference packages import torchvision, which may have been built for another version of torch."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
@@ -72,7 +72,7 @@ def diffusers(with_torchvision):
 
 @torch.no_grad()
 def fill(model, seed=0):
-    """Gives every parameter, the zero-initialised too, noise that depends on its name, its shape and the seed alone."""
+    """Fill every parameter, also zero-initialised ones, with noise that depends only on name, shape and seed."""
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
         p.copy_(noise / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1 * noise + name.endswith("weight"))
@@ -151,9 +151,9 @@ def make_ldm_run(path, vae, classes=(), examples=None, unet=None, **model):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Tiny runs by name: an autoencoder (f4), denoisers of its latents told text, classes or nothing, one of pixels.
+    """Tiny runs by name: an autoencoder (f4), denoisers of its latents by condition, and one of pixels.
 
-    And those with a class as a token, or with a task: inpaint, sr (twice the side), semantic (5 classes).
+    "tokens" has classes as tokens; "inpaint", "sr" (twice the side) and "semantic" (5 classes) are tasks.
     """
     root = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
