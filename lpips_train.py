@@ -474,15 +474,13 @@ if __name__ == "__main__":
     images_per_step = cfg.batch_size * cfg.grad_accum * world
     if resumed:
         tensors, meta = checkpoint.read(latest)
-        common.check_same_settings(
-            latest, {"stage": meta["stage"]} | meta["model"], {"stage": "lpips"} | model.settings
-        )
+        saved, now = {"stage": meta["stage"]} | meta["model"], {"stage": "lpips"} | model.settings
+        common.check_same_settings(latest, saved, now)
         model.load_state_dict(checkpoint.part(tensors, "model"))
         common.load_optimizer_state(optimizer, model, "optim", tensors)
         step, images_per_step = meta["step"], meta["images_per_step"]
-    evaluation = Evaluation(
-        lpips if cfg.head_weights or resumed or not cfg.eval_only else None, validation, cfg, machine, autocast
-    )
+    ours = lpips if cfg.head_weights or resumed or not cfg.eval_only else None  # none: only what is published
+    evaluation = Evaluation(ours, validation, cfg, machine, autocast)
     if cfg.eval_only:
         evaluation()
         common.leave()
@@ -501,10 +499,9 @@ if __name__ == "__main__":
 
     # saving: every rank calls it, rank 0 writes
     def save(path=latest):
-        tensors = common.optimizer_state(optimizer, model, "optim") | checkpoint.with_prefix(
-            "model", model.state_dict()
-        )
+        tensors = common.optimizer_state(optimizer, model, "optim")
         if rank == 0:
+            tensors |= checkpoint.with_prefix("model", model.state_dict())
             checkpoint.write(path, tensors, about | {"step": step, "images_seen": step * images_per_step})
 
     def due(every):

@@ -435,7 +435,10 @@ def evaluate_checkpoint(cfg, machine, autocast, lpips):
     count = min(len(validation), cfg.val_images)
     if cfg.inception_weights and count < 2:
         raise UserError(f"rFID needs 2 images or more, {cfg.dataset} has 1: leave inception_weights out")
-    inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
+    try:
+        inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from None
     stream = Stream(validation, cfg.seed, train=False)
     scores, (x, y) = evaluate(vae, stream, cfg, machine, autocast, lpips, inception)
     if machine.rank == 0:
@@ -617,8 +620,6 @@ if __name__ == "__main__":
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
     log.print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {cfg.dataset}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
-    if micro_steps != cfg.grad_accum:
-        log.print(f"grad_accum={micro_steps} in place of {cfg.grad_accum}, to keep {images_per_step} images per step")
     if disc:
         size = f"{sum(p.numel() for p in disc.parameters()):,} parameters{'' if old_disc else ', a new one'}"
         first = f"trains from step {max(1, cfg.disc_start - cfg.disc_warmup)}, GAN loss from step {cfg.disc_start}"

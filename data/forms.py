@@ -24,14 +24,14 @@ from checkpoint import reject
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 HELD_OUT = ("val", "validation", "valid", "test")  # names that mean validation; where several are present, the first
-SPLITS = ("", "train", *HELD_OUT)  # where an item lies: a split folder, shards named so, or neither
+SPLITS = ("", "train", *HELD_OUT)  # of an item: a split folder, shards named so, or neither
 CAPTIONS = ("text", "caption", "captions", "txt")  # the fields that hold captions, in JSON and parquet
 LABELS = ("label", "labels", "cls")
 PIXELS = ("image", "img", "jpg", "jpeg", "png", "webp")  # the parquet column that holds the image
 MAPS = ("map", "segmentation", "annotation")  # and that with semantic maps
 OBJECTS = ("objects",)
 NAMES = ("classes.json", "meta.json", "map_classes.json", "object_classes.json")
-PARTS = ("image", "text", "record", "map")  # of an item: each lies at (file, offset, size)
+PARTS = ("image", "text", "record", "map")  # of an item, each at (file, offset, size)
 COLUMNS = ("label", *(f"{part}_{name}" for part in PARTS for name in ("file", "at", "size")))
 NOWHERE = (0, 0, 0)  # size 0: there is none
 
@@ -50,7 +50,7 @@ class Index:
     def __init__(self, split="", files=(), prefix="", names=(), **more):
         self.header = dict(split=split, files=list(files), prefix=prefix, names=list(names), named=False, **more)
         self.header |= dict(captions=0, objects=0, left={})
-        self.keys, self.labels, self.places, self.stamps = [], [], array("q"), []
+        self.keys, self.labels, self.where, self.stamps = [], [], array("q"), []
 
     def add(self, key, image, label=None, text=NOWHERE, record=NOWHERE, map=NOWHERE, captions=0, objects=0, stamp=""):
         """One item; captions and objects: whether it has some; stamp: anything that changes when its image does."""
@@ -61,7 +61,7 @@ class Index:
         is_label = isinstance(label, str) or (isinstance(label, int) and 0 <= label < 2**31)
         self.keys.append(os.fsencode(key))
         self.labels.append(label if is_label else None)
-        self.places.extend((*image, *text, *record, *map))
+        self.where.extend((*image, *text, *record, *map))
         self.stamps.append(stamp)
         self.header["captions"] += bool(captions)
         self.header["objects"] += bool(objects)
@@ -81,7 +81,7 @@ class Index:
             header["names"] = sorted({str(label) for label in labels if label is not None})
             number = {name: i for i, name in enumerate(header["names"])}
             labels = [None if label is None else number[str(label)] for label in labels]
-        columns = np.array(self.places, dtype=np.int64).reshape(-1, len(COLUMNS) - 1)
+        columns = np.array(self.where, dtype=np.int64).reshape(-1, len(COLUMNS) - 1)
         columns = np.column_stack([[-1 if label is None else label for label in labels], columns]).astype(np.int64)
         low, high = columns.min(0, initial=0), columns.max(0, initial=0)
         types = [np.promote_types(np.min_scalar_type(a), np.min_scalar_type(b)) for a, b in zip(low, high)]
@@ -203,9 +203,9 @@ def index_tar(open_shard, shard):
 
             record = parse(read(".json")) if ".json" in parts else {}
             label = read(".cls").decode("utf-8", "replace") if ".cls" in parts else field(record, LABELS)
-            places = (parts.get(extension, NOWHERE) for extension in (".txt", ".json", ".map.png"))
+            others = (parts.get(extension, NOWHERE) for extension in (".txt", ".json", ".map.png"))
             captions = parts.get(".txt", NOWHERE)[2] or captions_of(record)
-            index.add(key, image, label, *places, captions, field(record, OBJECTS) is not None)
+            index.add(key, image, label, *others, captions, field(record, OBJECTS) is not None)
     return index
 
 
@@ -220,7 +220,8 @@ def tar_samples(f, index):
                 if member.isfile() and stem and member.offset_data + member.size <= end:
                     key, extension = f"{folder}/{stem}" if folder else stem, "." + extension.lower()
                     files = samples.setdefault(key, [])
-                    repeated |= {key} if any(extension == other for _, other, _ in files) else set()
+                    if any(extension == other or {extension, other} <= set(IMAGES) for _, other, _ in files):
+                        repeated.add(key)
                     files.append((number, extension, (0, member.offset_data, member.size)))
                 elif member.isfile():
                     index.leave_out("hidden, or cut short", member.name)
@@ -229,11 +230,11 @@ def tar_samples(f, index):
         print(f"{f.name} is damaged ({e}): it is read up to there, {len(samples)} items", flush=True)
     for key, files in samples.items():
         sample, last = {}, -1
-        for number, extension, place in files:
-            if key in repeated and number != last + 1 and sample:  # then a sample is what lies side by side
+        for number, extension, where in files:
+            if key in repeated and number != last + 1 and sample:  # then a sample is what is side by side
                 yield key, sample
                 sample = {}
-            sample[extension], last = place, number
+            sample[extension], last = where, number
         yield key, sample
 
 
@@ -286,14 +287,14 @@ def index_npy(root, path):
             reject(f"{root}/{folder}maps.npy", f"is {maps.dtype} {maps.shape}", remedy)
     size = images.nbytes // max(len(images), 1)
     area = size // math.prod(images.shape[3:])  # bytes of a map
-    files = [path, folder + "captions.jsonl", folder + "maps.npy"]
+    files = [path, folder + "captions.jsonl", folder + "maps.npy", folder + "labels.npy"]
     index = Index(folder.rstrip("/"), files, folder, shape=images.shape[1:])
     index.stamps.append(stat(f"{root}/{path}"))
     for i in range(len(images)):
         at, length, value = lines[i] if lines else (0, 0, None)
-        map_place = NOWHERE if maps is None else (2, maps.offset + i * area, area)
-        place, has = (0, images.offset + i * size, size), (captions_of(value), field(value, OBJECTS) is not None)
-        index.add(f"{i:08d}", place, labels[i] if labels else None, NOWHERE, (1, at, length), map_place, *has)
+        map_where = NOWHERE if maps is None else (2, maps.offset + i * area, area)
+        where, has = (0, images.offset + i * size, size), (captions_of(value), field(value, OBJECTS) is not None)
+        index.add(f"{i:08d}", where, labels[i] if labels else None, NOWHERE, (1, at, length), map_where, *has)
     return index
 
 

@@ -639,30 +639,14 @@ def test_a_frozen_tower_is_named_and_not_trained(start, test_data, tmp_path):
     assert re.search("tower_hash=[0-9a-f]* in the checkpoint, [0-9a-f]* now", message)
 
 
-OWN_DENOISER = """
-class DiT(torch.nn.Module):
-    def __init__(self, in_channels, width=16, context_dim=0, num_classes=0, **other):
-        super().__init__()
-        self.settings = dict(in_channels=in_channels, width=width, context_dim=context_dim, num_classes=num_classes)
-        self.side_multiple = 1
-        self.inner = torch.nn.Conv2d(in_channels, width, 1)
-        self.outer = torch.nn.Conv2d(width, in_channels, 1)
-
-    def forward(self, x, t, context=None, y=None, concat=None):
-        return self.outer(torch.relu(self.inner(x) + t.view(-1, 1, 1, 1) / 1000))
-
-
-"""
-
-
 def test_a_copy_with_another_denoiser(start, tmp_path):
-    source = Path(train_ldm.__file__).read_text()
-    assert source.count("build(UNet, **arguments)") == 1 and source.count("signature(UNet)") == 1
-    source = source.replace("build(UNet,", "build(DiT,").replace("signature(UNet)", "signature(DiT)")
-    source = source.replace("# --- model ---", f"# --- model ---\n{OWN_DENOISER}")
-    (tmp_path / "mine.py").write_text(source)
+    source, line = Path(train_ldm.__file__).read_text(), "from unet import Denoiser, Rescaler, UNet\n"
+    assert line in source
+    other = "from examples.dit import DiT as UNet\nfrom unet import Denoiser, Rescaler\n"
+    (tmp_path / "mine.py").write_text(source.replace(line, other))
     run = start("ldm", "--max_steps=2", script=f"{tmp_path}/mine.py", folder=tmp_path).finish()
-    assert run.checkpoint[1]["model"]["unet"]["width"] == 16 and "model.unet.inner.weight" in run.checkpoint[0]
+    assert run.checkpoint[1]["model"]["unet"]["depth"] == 6
+    assert run.checkpoint[0]["model.unet.blocks.0.cross_attention.to_k.weight"].shape == (256, 16)
     start("ldm", "--max_steps=3", script=f"{tmp_path}/mine.py", folder=tmp_path).finish()
 
 
