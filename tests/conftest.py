@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import runpy
 import signal
 import sys
 import zlib
@@ -77,6 +78,28 @@ def fill(model, seed=0):
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
         p.copy_(noise / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1 * noise + name.endswith("weight"))
     return model
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """command("sample.py", *args) -> (exit status, stdout, stderr), in an empty folder and in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the script sets its own
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [script, *args])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        except BaseException as e:
+            sys.excepthook(type(e), e, e.__traceback__)
+            status = 1
+        return status, *capsys.readouterr()
+
+    return run
 
 
 # --- tiny runs, filled with noise ---
