@@ -1231,19 +1231,13 @@ def load_tower(path, weights="", merges=""):
     return tower
 
 
-class Exported(NamedTuple):
-    """A checkpoint of ours, ready for another layout. State dicts with our names; None for what it does not have."""
-
-    meta: dict
-    model: dict | None  # the settings of stage 2
-    vae: tuple | None  # settings, state, scaling
-    unet: dict | None
-    tower: tuple | None  # settings, state, merges
-    others: dict  # what was trained with the U-Net: class tokens, a text encoder, a rescaler
-
-
 def read_ours(path, to, ema_std, tower_weights, clip_vocab):
-    """A checkpoint of ours as Exported. UserError names what the layout cannot hold."""
+    """(meta, model, vae, unet, tower, others) of a checkpoint of ours, to be written in the layout `to`.
+
+    model: the settings of stage 2.  vae: (settings, state, scaling).  unet: state.  tower: (settings, state, merges).
+    Each is None if there is none.  others: class tokens, a text encoder or a rescaler, trained with the U-Net.
+    State dicts have our names. UserError names what the layout cannot hold.
+    """
     meta = checkpoint.read_meta(path)
     model = meta["model"] if meta["stage"] == "ldm" else None
     if not model and (meta["stage"] != "vae" or ema_std or tower_weights or clip_vocab):
@@ -1268,7 +1262,8 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
         if "quant_conv.weight" not in state and (to == "compvis" or s["bottleneck"] == "vq"):  # always there
             state |= identity_projections(len(mean), 1 if s["bottleneck"] == "vq" else 2)
         vae = s | {"latent_proj": "quant_conv.weight" in state}, state, scaling
-    return Exported(meta, model, vae, unet, tower, {name: t for name, t in ema.items() if not name.startswith("unet.")})
+    others = {name: t for name, t in ema.items() if not name.startswith("unet.")}
+    return meta, model, vae, unet, tower, others
 
 
 def pipeline_of(model, vae, tower):
@@ -1377,11 +1372,10 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
         layout, prefix = ("transformers", "transformer.text_model.") if last else ("open_clip", "model.")
         tensors = to_theirs(state, key_table(text_layers(used_blocks(s)), layout))
         add(PREFIXES["text"] + prefix, tensors, "the text tower")
-    names = {"class_tokens": ("embedding.weight", "the class tokens")}
-    names |= {"rescaler.conv": ("channel_mapper.weight", "the rescaler for maps")}
-    for ours, (theirs, what) in names.items():
-        if f"{ours}.weight" in others:
-            add(PREFIXES["text"], {theirs: others[f"{ours}.weight"]}, what)
+    if "class_tokens.weight" in others:
+        add(PREFIXES["text"], {"embedding.weight": others["class_tokens.weight"]}, "the class tokens")
+    if "rescaler.conv.weight" in others:
+        add(PREFIXES["text"], {"channel_mapper.weight": others["rescaler.conv.weight"]}, "the rescaler for maps")
     save(file, lambda temporary: write_tensors(temporary, out))
     return f"{file}: {', '.join(parts)}" + (f"; not in the file: {', '.join(left_out)}" if left_out else "")
 
