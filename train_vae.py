@@ -435,7 +435,10 @@ def evaluate_checkpoint(cfg, machine, autocast, lpips):
     count = min(len(validation), cfg.val_images)
     if cfg.inception_weights and count < 2:
         raise UserError(f"rFID needs 2 images or more, {cfg.dataset} has 1: leave inception_weights out")
-    inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
+    try:
+        inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from None
     stream = Stream(validation, cfg.seed, train=False)
     scores, (x, y) = evaluate(vae, stream, cfg, machine, autocast, lpips, inception)
     if machine.rank == 0:
