@@ -83,14 +83,6 @@ def reference(q, k, v, causal):
     return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
-def choose_backend(backend, device, dtype, head_dim):
-    """Return the backend that `attention` runs for a name; raise ValueError if it cannot run on this machine."""
-    problem = unavailable(backend, device, dtype)
-    if problem:
-        raise ValueError(f"attention={backend}: {problem}")
-    return "sdpa" if backend == "auto" or (backend == "triton" and head_dim > MAX_HEAD_DIM) else backend
-
-
 def unavailable(backend, device, dtype):
     """Return in one line why a backend cannot run, or an empty string."""
     if backend not in BACKENDS:

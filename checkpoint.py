@@ -7,6 +7,7 @@ A checkpoint is one .safetensors file: model.*, ema.*, ema_power_*, optim.*, dis
 text.bpe; its metadata holds the settings as JSON with a checksum. Files of other projects: convert.py.
 """
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -200,6 +201,17 @@ def part(tensors, prefix):
 def tuples(settings):
     """Settings read from JSON, with tuples for lists, as models are built with."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Context in which settings and tensors of unexpected form raise UserError with the path of their file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # settings and tensors of unexpected form can raise anything
+        reject(path, f"damaged: settings or tensors do not fit ({type(error).__name__}: {error})", "use another file")
 
 
 def build(model_class, settings, state, path, **more):

@@ -15,6 +15,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -261,7 +262,9 @@ class Log:
         self.print(f"git {git_revision()}, python {platform.python_version()}, torch {torch.__version__}")
         self.print(f"{machine.world} x {hardware}, {machine.precision}; settings not default: {cfg.changed}")
         start = f"resumed from {resume_from} at step {step}" if resume_from else f"a new run in {cfg.out_dir}"
-        self.print(f"{start}; {images_per_step} images per step on {machine.world} processes")
+        accumulated = images_per_step // (cfg.batch_size * machine.world)
+        size = f"{machine.world} processes x {cfg.batch_size} x {accumulated} accumulated"
+        self.print(f"{start}; {images_per_step} images per step: {size}")
         if resume_from and saved:
             now = json.loads(json.dumps(cfg))  # tuples as lists
             others = [f"{k}={now[k]} was {saved[k]}" for k in now if k in saved and now[k] != saved[k]]
@@ -397,9 +400,7 @@ def plot_log(out_dir, panels):
         for name in names:
             points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
             steps, values = zip(*points)
-            values = [
-                [math.nan if v is None else v for v in value] if isinstance(value, list) else value for value in values
-            ]
+            values = np.array(values, dtype=float)  # None becomes NaN
             axis.plot(steps, values, marker="." if len(points) < 30 else None, label=name)
         positive = all(line.get_ydata().min() > 0 for line in axis.lines)
         axis.set_yscale("log" if positive and any(word in title for word in ("loss", "norm")) else "linear")

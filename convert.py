@@ -93,11 +93,9 @@ TRANSFORMER += [Layer(("ff.0.proj", *["ff.net.0.proj"] * 2)), Layer(("ff.1", *["
 TEXT_BLOCK = [Layer(("norm1", "layer_norm1", "ln_1")), Layer(("norm2", "layer_norm2", "ln_2"))]
 TEXT_BLOCK += [Layer(("attn.to_out", "self_attn.out_proj", "attn.out_proj"))]
 TEXT_BLOCK += [Layer(("mlp.0", "mlp.fc1", "mlp.c_fc")), Layer(("mlp.2", "mlp.fc2", "mlp.c_proj"))]
-TEXT_BLOCK += [
-    Layer((f"attn.to_{x}.{end}", f"self_attn.{x}_proj.{end}", f"attn.in_proj_{end}"), ends=("",))
-    for x in "qkv"
-    for end in ("weight", "bias")
-]
+for end in ("weight", "bias"):
+    names = [(f"attn.to_{x}.{end}", f"self_attn.{x}_proj.{end}", f"attn.in_proj_{end}") for x in "qkv"]
+    TEXT_BLOCK += [Layer(row, ends=("",)) for row in names]
 
 
 def below(prefixes, layers):
@@ -303,7 +301,7 @@ def release_of(settings):
 
 
 def count(state, name):
-    """How many of 0, 1, ... in the place of {} give the name of a tensor."""
+    """How many of name.format(0), name.format(1), ... are in the state dict."""
     n = 0
     while name.format(n) in state:
         n += 1
@@ -324,16 +322,11 @@ def multiples(widths, base, path):
 
 def infer_vae(state, path="the file"):
     """(settings, layout) of an autoencoder, from names and shapes, which do not show norm_groups."""
-    names = {
-        "compvis": ("encoder.down.{}.block.{}.conv1.weight", "encoder.down.{}.attn.0.norm.weight", "mid.attn_1.norm"),
-        "diffusers": (
-            "encoder.down_blocks.{}.resnets.{}.conv1.weight",
-            "encoder.down_blocks.{}.attentions.0.group_norm.weight",
-            "mid_block.attentions.0.group_norm",
-        ),
-    }
-    layout = next((name for name in names if names[name][0].format(0, 0) in state), "compvis")
-    block, attention, middle = names[layout]
+    layout, level, block, attention, middle = "compvis", "down", "block", "attn.0.norm", "mid.attn_1.norm"
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in state:
+        layout, level, block = "diffusers", "down_blocks", "resnets"
+        attention, middle = "attentions.0.group_norm", "mid_block.attentions.0.group_norm"
+    block = f"encoder.{level}.{{}}.{block}.{{}}.conv1.weight"
     first = "encoder.conv_in.weight", "decoder.conv_in.weight", block.format(0, 0)
     require(state, first, "an autoencoder", path)
     levels = range(count(state, block.format("{}", 0)))
@@ -341,7 +334,7 @@ def infer_vae(state, path="the file"):
     ch, z_channels = len(state[first[0]]), state[first[1]].shape[1]
     s = dict(ch=ch, ch_mult=multiples(widths, ch, path), z_channels=z_channels, resolution=256)
     s["num_res_blocks"] = count(state, block.format(0, "{}"))
-    s["attn_resolutions"] = tuple(256 // 2**i for i in levels if attention.format(i) in state)
+    s["attn_resolutions"] = tuple(256 // 2**i for i in levels if f"encoder.{level}.{i}.{attention}.weight" in state)
     s["mid_attention"] = f"encoder.{middle}.weight" in state
     s["latent_proj"] = "post_quant_conv.weight" in state
     embed_dim = state["post_quant_conv.weight"].shape[1] if s["latent_proj"] else z_channels
@@ -587,14 +580,12 @@ def combine(path, defaults, inferred, known):
 
 
 def one_line_errors(read):
-    """Decorator for functions of a path: errors from tensors and configs of unexpected form name the file."""
+    """Decorator for functions of a path: tensors and configs of unexpected form raise UserError, see checkpoint."""
 
     @functools.wraps(read)
     def read_or_reject(path, *args, **options):
-        try:
+        with checkpoint.reading(path):
             return read(path, *args, **options)
-        except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as error:
-            reject(path, f"damaged, or of another architecture ({type(error).__name__}: {error})", "use another file")
 
     return read_or_reject
 
@@ -725,37 +716,30 @@ def load_clip(path, name="", merges=None, file=None):
         reject(path, "conditioned on classes, not on text", "give a file that holds a text encoder")
     if any("attn_layers." in key for key in state) or config.get("model_type") in ("ldmbert", "bert"):
         reject(path, "LDM's BERT", "only CLIP's text towers are supported")
-    table = next((key for key in state if key.endswith("token_embedding.weight")), "")
-    layout, end = "open_clip", "token_embedding.weight"
-    if table.endswith("embeddings.token_embedding.weight"):
-        layout, end = "transformers", "embeddings.token_embedding.weight"
-    elif table.replace("token_embedding.weight", "position_embedding") in state:
-        layout = "ours"
-    prefix = table.removesuffix(end)
+    for layout in ("transformers", "ours", "open_clip"):
+        table, position, norm = (key.theirs for key in key_table(text_layers(1), layout)[:3])
+        prefix = next((key.removesuffix(table) for key in state if key.endswith(table)), "")
+        if {prefix + table, prefix + position, prefix + norm} <= state.keys():
+            break
+    else:
+        reject(path, "no text tower of CLIP's", "give a file or folder that holds one")
     state = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-    block, position = {
-        "ours": ("blocks.{}.norm1.weight", "position_embedding"),
-        "transformers": ("encoder.layers.{}.layer_norm1.weight", "embeddings.position_embedding.weight"),
-        "open_clip": ("transformer.resblocks.{}.ln_1.weight", "positional_embedding"),
-    }[layout]
-    require(state, (end, position, block.format(0)), "CLIP's text tower", path)
-    blocks = count(state, block)
-    vocab, width = state[end].shape
-    s = dict(width=width, layers=blocks, heads=max(1, width // 64), length=len(state[position]), vocab=vocab)
+    blocks, length, (vocab, width) = count(state, norm.replace("0", "{}", 1)), len(state[position]), state[table].shape
+    s = dict(width=width, layers=blocks, heads=max(1, width // 64), length=length, vocab=vocab)
     s = clip_settings(path, s, config, layout, name)
     found = name_of_tower(s)
     if name not in ("", "other", found):
         reject(path, f"holds {found} of {blocks} blocks of width {s['width']}, not {name}", "give the right name")
     if merges is None:
         merges = next(filter(None, map(find_merges, tokenizer_folders(path))), None)
-    held = held_blocks(s)
-    unused = "|".join(map(str, range(held, blocks))) or "none"
+    used = used_blocks(s)
+    unused = "|".join(map(str, range(used, blocks))) or "none"
     unused = re.compile(
         r"visual\..*|logit_scale|text_projection(\.weight)?|attn_mask|.*position_ids|"
         rf"(encoder\.layers|transformer\.resblocks|blocks)\.({unused})\..*"
     )
     state = {key: t for key, t in state.items() if not unused.fullmatch(key)}
-    return s, to_ours(state, key_table(text_layers(held), layout), path), merges
+    return s, to_ours(state, key_table(text_layers(used), layout), path), merges
 
 
 def clip_settings(path, s, config, layout, name):
@@ -782,12 +766,12 @@ def clip_settings(path, s, config, layout, name):
         s["pad"] = "zero" if pad in ("!", "<|pad|>") else "end" if pad else s["pad"]
     for known in TOWERS.values():  # a file may or may not hold the block that is not used
         same = all(s[key] == known[key] for key in ("width", "heads", "activation", "pad"))
-        s |= known if same and blocks in (held_blocks(known), known["layers"]) else {}
+        s |= known if same and blocks in (used_blocks(known), known["layers"]) else {}
     return s
 
 
-def held_blocks(settings):
-    """Blocks of a text tower that are used, and held here."""
+def used_blocks(settings):
+    """Blocks of a text tower whose output is used; only these are loaded."""
     return settings["layers"] - (settings["layer"] == "penultimate")
 
 
@@ -801,7 +785,7 @@ def tokenizer_folders(path):
 
 
 def find_merges(folder):
-    """What read_merges takes of a tokenizer's folder: the folder, or the merges in its tokenizer.json; else None."""
+    """The argument of read_merges for a tokenizer's folder: itself, or the merges in its tokenizer.json; else None."""
     if os.path.exists(f"{folder}/merges.txt"):
         return folder
     if not os.path.exists(f"{folder}/tokenizer.json"):
@@ -843,10 +827,10 @@ def read_merges(source):
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         reject(where, f"cannot be read ({error})", remedy)
     lines = lines[1:] if "#version" in lines[0] else lines
-    return [line for line in lines[: 49152 - 256 - 2] if line.strip()], vocab  # the file goes on, CLIP does not
+    return [line for line in lines[: 49152 - 256 - 2] if line.strip()], vocab  # CLIP uses only these
 
 
-# --- whole pipelines ---
+# --- pipelines ---
 
 PROMPT = "a photograph of an astronaut riding a horse"  # sampled by default
 
@@ -855,44 +839,45 @@ PROMPT = "a photograph of an astronaut riding a horse"  # sampled by default
 def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     """The parts of a latent diffusion model: a pipeline folder of diffusers, or a file of CompVis or Stability AI.
 
-    Returns {"unet": (settings, state), "vae": (settings, state) or None, "text": as load_clip or None, "class_tokens":
-    tensor (N,D) or None, "meta": as in our checkpoints}.
+    Returns {"unet": (settings, state), "vae": (settings, state) or None, "text": what load_clip returns or None,
+    "class_tokens": tensor (N,D) or None, "meta": as in our checkpoints}.
 
-    clip_vocab: merges of the tokenizer, if not in the folder.  objective: eps | v, which a file does not say;
+    clip_vocab: merges of the tokenizer, if not in the folder.  objective: eps | v, which a file does not say.
     otherwise: the objective if the model is not a published one either.  known: see load_unet.
     """
     path = checkpoint.find(path)
     folder, index, file = os.path.isdir(path), {}, None
     if folder:
         if not os.path.exists(f"{path}/model_index.json"):
-            reject(path, "no model_index.json in it", "give the folder of a whole pipeline")
+            reject(path, "no model_index.json in it", "give the folder of a pipeline")
         index = read_json(f"{path}/model_index.json")
         others = "text_encoder_2 prior image_normalizer depth_estimator transformer controlnet bert".split()
         if other := next((name for name in others if index.get(name, [None])[0] is not None), None):
             reject(path, f"a {index.get('_class_name')} with a {other}", "this pipeline is not supported")
-        held = {name for name in FOLDERS for folder_name in FOLDERS[name] if os.path.isdir(f"{path}/{folder_name}")}
+        found = {name for name in FOLDERS for folder_name in FOLDERS[name] if os.path.isdir(f"{path}/{folder_name}")}
     else:
         file = read_tensors(path)
-        held = {name for name, prefix in PREFIXES.items() if any(tensor.startswith(prefix) for tensor in file)}
+        found = {name for name, prefix in PREFIXES.items() if any(tensor.startswith(prefix) for tensor in file)}
     unet = s, state = load_unet(path, file=file, **known)
     release = release_of(s)
     process = read_scheduler(path, objective) if folder else read_betas(path, file, release, objective, otherwise)
+    diffusion.make_schedule(process["schedule"], process["beta_start"], process["beta_end"])  # checks them
     if process["schedule"] == "cosine":  # a table in other layouts, whose U-Net counts from 0
         state["time_embed.0.weight"] = fold_time(state["time_embed.0.weight"], -1)
-    vae = load_vae(path, file=file) if "vae" in held else None
+    vae = load_vae(path, file=file) if "vae" in found else None
     if vae and not all(vae[1][name].isfinite().all() for name in ("latent_mean", "latent_std")):
         reject(path, "the scale of its latents is unknown", "this pipeline is not supported")
     if vae and latent_channels(vae[0]) != s["in_channels"]:
         channels = f"{s['in_channels']} channels in its U-Net, {latent_channels(vae[0])} in its autoencoder"
         reject(path, f"latents of {channels}", "use parts that belong together")
-    text, class_tokens, condition = read_condition(path, file or {}, s, "text" in held, clip_vocab)
+    text, class_tokens, condition = read_condition(path, file or {}, s, "text" in found, clip_vocab)
     factor = 2 ** (len(vae[0]["ch_mult"]) - 1) if vae else 1
     model = {"unet": s, "text": None, "first_stage": "vae" if vae else "none", "tower_hash": None}
     model |= {"uncertainty": False, "ema_stds": (), "map_classes": 0, **condition, **process}
     model |= read_task(path, index, s, condition["cond"], factor if vae else 0)
     side = release.get("side", 64)
     if folder:
-        side = by_level(read_json(f"{path}/unet/config.json").get("sample_size") or side, 1)[0]
+        side = int(by_level(read_json(f"{path}/unet/config.json").get("sample_size") or side, 1)[0])
     elif s["context_dim"] == 1024 and not s["concat_channels"] and process["objective"] == "v":
         side = 96
     model |= {"image_size": side * factor}
@@ -927,7 +912,7 @@ def read_scheduler(path, objective):
 
 
 def read_betas(path, file, release, objective, otherwise):
-    """Likewise of a CompVis file: by its betas, else as in the published model."""
+    """The same of a CompVis file: from its betas, else as in the published model."""
     process = {name: release.get(name) for name in ("schedule", "beta_start", "beta_end")}
     process["objective"] = objective or release.get("objective") or otherwise
     if "betas" in file:
@@ -1017,7 +1002,7 @@ def limits(to, vae, model):
             "transformers without middle_attention": diffusers and transformers and not s["middle_attention"],
             "num_res_blocks by level": diffusers and not transformers and several,
             "num_heads > 1 on several widths": diffusers and not transformers and head_width(s) is None,
-            "transformers without a context": compvis and transformers and not s["context_dim"],
+            "transformers with context_dim=0": compvis and transformers and not s["context_dim"],
             "middle_attention=False": compvis and not s["middle_attention"],
             "norm_groups of the U-Net (32 there)": compvis and s["norm_groups"] != 32,
         }
@@ -1045,10 +1030,10 @@ def head_width(s):
 def fold_statistics(tensors, mean, std):
     """(tensors, scalar): the statistics of an autoencoder's latents go into its weights. mean, std: (C,).
 
-    Other layouts have latents * scalar for the U-Net and latents / scalar for `decode`. If all means are 0 and all
-    deviations equal, the tensors stay and the scalar is 1 / std. Else it is 1: quant_conv gives (mean - m) / s and
-    logvar - 2 ln s, post_quant_conv has W s and b + W m. VQ's codes move along; that keeps the nearest one the nearest
-    only if all channels have one s. UserError if they have not, or if there are no statistics.
+    Other layouts scale: the U-Net sees latents * scalar, `decode` gets latents / scalar. If all means are 0 and all
+    deviations equal, the scalar is 1 / std and no weight changes. Otherwise it is 1: quant_conv returns (mean - m) / s
+    and logvar - 2 ln s, and post_quant_conv has weight W s and bias b + W m. A VQ codebook is normalized too, which
+    keeps the nearest code only if s is the same for all channels. UserError if it is not, or without statistics.
     """
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
         reject("the autoencoder", "no latent statistics", "run train_vae.py with --measure_latents")
@@ -1114,7 +1099,7 @@ def betas_of(alpha_bar):
 
 
 def schedule_of(betas):
-    """{schedule, beta_start, beta_end} of a table of betas (1000,) float64, or None if it is none of ours.
+    """{schedule, beta_start, beta_end} of a table of betas (1000,) float64, or None if it is another one.
 
     Includes "cosine", which is continuous here, for a U-Net that takes i: see fold_time.
     """
@@ -1206,7 +1191,7 @@ def clip_files(s, merges):
     start, end = len(names) - 2, len(names) - 1
     config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": s["width"]}
     config |= {"intermediate_size": 4 * s["width"], "projection_dim": s["width"], "num_attention_heads": s["heads"]}
-    config |= {"num_hidden_layers": held_blocks(s), "max_position_embeddings": s["length"], "layer_norm_eps": 1e-5}
+    config |= {"num_hidden_layers": used_blocks(s), "max_position_embeddings": s["length"], "layer_norm_eps": 1e-5}
     config |= {"vocab_size": s["vocab"], "hidden_act": s["activation"], "torch_dtype": "float32"}
     config |= {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end if s["pad"] == "end" else 0}
     special = {"bos_token": names[start], "eos_token": names[end], "unk_token": names[end], "pad_token": names[end]}
@@ -1225,10 +1210,11 @@ def clip_files(s, merges):
     }
 
 
+@one_line_errors
 def load_tower(path, weights="", merges=""):
-    """What load_clip gives of the frozen text encoder that a stage-2 checkpoint of ours was trained with; None without.
+    """(settings, state dict, merges) of the frozen text encoder of a stage-2 checkpoint of ours; None if it has none.
 
-    weights, merges: where they are now, if not where training found them.
+    weights, merges: their paths, if they have moved since training.
     """
     meta = checkpoint.read_meta(path)
     name = meta["model"]["text_encoder"]
@@ -1245,19 +1231,13 @@ def load_tower(path, weights="", merges=""):
     return tower
 
 
-class Exported(NamedTuple):
-    """A checkpoint of ours, ready for another layout. State dicts with our names; None for what it does not have."""
-
-    meta: dict
-    model: dict | None  # the settings of stage 2
-    vae: tuple | None  # settings, state, scaling
-    unet: dict | None
-    tower: tuple | None  # settings, state, merges
-    beside: dict  # what was trained beside the U-Net
-
-
 def read_ours(path, to, ema_std, tower_weights, clip_vocab):
-    """A checkpoint of ours as Exported. UserError names what the layout cannot hold."""
+    """(meta, model, vae, unet, tower, others) of a checkpoint of ours, to be written in the layout `to`.
+
+    model: the settings of stage 2.  vae: (settings, state, scaling).  unet: state.  tower: (settings, state, merges).
+    Each is None if there is none.  others: class tokens, a text encoder or a rescaler, trained with the U-Net.
+    State dicts have our names. UserError names what the layout cannot hold.
+    """
     meta = checkpoint.read_meta(path)
     model = meta["model"] if meta["stage"] == "ldm" else None
     if not model and (meta["stage"] != "vae" or ema_std or tower_weights or clip_vocab):
@@ -1266,7 +1246,7 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
         reject(path, "its denoiser is not a unet.UNet", "no other layout can hold it")
     vae = unet = tower = None
     if names := limits(to, meta["vae"] if model else meta["model"], model):
-        reject(path, f"{to} has no place for {'; '.join(names)}", "train without, or stay with this repository")
+        reject(path, f"{to} cannot hold {'; '.join(names)}", "train without")
     ema = {}
     if model:
         tensors = checkpoint.posthoc_ema(checkpoint.find(path), ema_std) if ema_std else checkpoint.read(path, "ema")[0]
@@ -1282,28 +1262,26 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
         if "quant_conv.weight" not in state and (to == "compvis" or s["bottleneck"] == "vq"):  # always there
             state |= identity_projections(len(mean), 1 if s["bottleneck"] == "vq" else 2)
         vae = s | {"latent_proj": "quant_conv.weight" in state}, state, scaling
-    return Exported(meta, model, vae, unet, tower, {name: t for name, t in ema.items() if not name.startswith("unet.")})
+    others = {name: t for name, t in ema.items() if not name.startswith("unet.")}
+    return meta, model, vae, unet, tower, others
 
 
 def pipeline_of(model, vae, tower):
     """(the name of diffusers' pipeline for a checkpoint of ours, or "", and the reason why there is none)."""
     if model is None:
         return "", "it is an autoencoder alone"
-    if vae is None:
-        return "", "no pipeline of this type generates pixels"
-    if model["task"] != "none":
-        return "", f"no pipeline for task={model['task']} as it was trained here"
-    if model["cond"] == "class":
-        return "", f"no pipeline for such classes; class_labels={model['num_classes']} is the empty condition"
-    if model["cond"] == "none" and model["unet"]["transformer_depth"]:
-        return "", "LDMPipeline takes plain attention, transformer_depth=0"
-    if model["cond"] == "none":
-        return "LDMPipeline", ""
-    if tower is None:
-        return "", "its text encoder was trained here and cannot be exported"
-    if vae[0]["bottleneck"] == "vq":
-        return "", "StableDiffusionPipeline takes no VQ"
-    return "StableDiffusionPipeline", ""
+    cond, classes = model["cond"], model["num_classes"]
+    reasons = {
+        "no pipeline of this type generates pixels": vae is None,
+        f"no pipeline for task={model['task']} as it was trained here": model["task"] != "none",
+        f"no pipeline for such classes; class_labels={classes} is the empty condition": cond == "class",
+        "LDMPipeline takes plain attention, transformer_depth=0": cond == "none" and model["unet"]["transformer_depth"],
+        "its text encoder was trained here and cannot be exported": cond == "text" and tower is None,
+        "StableDiffusionPipeline takes no VQ": cond == "text" and vae and vae[0]["bottleneck"] == "vq",
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), ""):
+        return "", reason
+    return "LDMPipeline" if cond == "none" else "StableDiffusionPipeline", ""
 
 
 @one_line_errors
@@ -1339,7 +1317,7 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
     if tower:
         s, state, merges = tower
         files |= clip_files(s, merges)
-        weights = to_theirs(state, key_table(text_layers(held_blocks(s)), "transformers"))
+        weights = to_theirs(state, key_table(text_layers(used_blocks(s)), "transformers"))
         files["text_encoder/model.safetensors"] = checkpoint.with_prefix("text_model", weights)
     components = ", ".join(f"{name} ({library_class[1]})" for name, library_class in index.items())
     if pipeline:
@@ -1363,7 +1341,7 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
     """
     if not file.endswith(".safetensors") or os.path.exists(file):
         reject(file, "exists already, or is not a .safetensors file", "give a new one")
-    _, model, vae, unet, tower, beside = read_ours(path, "compvis", ema_std, tower_weights, clip_vocab)
+    _, model, vae, unet, tower, others = read_ours(path, "compvis", ema_std, tower_weights, clip_vocab)
     out, parts, left_out = {}, [], []
 
     def add(prefix, tensors, what):
@@ -1392,13 +1370,12 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
         s, state, _ = tower
         last = s["layer"] == "last"
         layout, prefix = ("transformers", "transformer.text_model.") if last else ("open_clip", "model.")
-        tensors = to_theirs(state, key_table(text_layers(held_blocks(s)), layout))
+        tensors = to_theirs(state, key_table(text_layers(used_blocks(s)), layout))
         add(PREFIXES["text"] + prefix, tensors, "the text tower")
-    names = {"class_tokens": ("embedding.weight", "the class tokens")}
-    names |= {"rescaler.conv": ("channel_mapper.weight", "the rescaler for maps")}
-    for ours, (theirs, what) in names.items():
-        if f"{ours}.weight" in beside:
-            add(PREFIXES["text"], {theirs: beside[f"{ours}.weight"]}, what)
+    if "class_tokens.weight" in others:
+        add(PREFIXES["text"], {"embedding.weight": others["class_tokens.weight"]}, "the class tokens")
+    if "rescaler.conv.weight" in others:
+        add(PREFIXES["text"], {"channel_mapper.weight": others["rescaler.conv.weight"]}, "the rescaler for maps")
     save(file, lambda temporary: write_tensors(temporary, out))
     return f"{file}: {', '.join(parts)}" + (f"; not in the file: {', '.join(left_out)}" if left_out else "")
 
@@ -1435,9 +1412,9 @@ def write_files(folder, files):
 ckpt = ""  # a checkpoint of ours, of either stage, or its out_dir
 to = "diffusers"  # diffusers | compvis: a folder, or one .safetensors file
 out = ""  # the new folder or file
-ema_std = 0.0  # >= 0: relative length of a post-hoc EMA, as in sample.py; 0 is the stored EMA
-tower_weights = ""  # weights of a frozen text encoder, if they are not where training found them
-clip_vocab = ""  # merges of its tokenizer, likewise
+ema_std = 0.0  # 0 or in [0.01, 0.25]: relative length of a post-hoc EMA, as in sample.py; 0 is the stored EMA
+tower_weights = ""  # weights of a frozen text encoder, if they have moved since training
+clip_vocab = ""  # merges of its tokenizer, if they have moved
 
 if __name__ == "__main__":
     from common import install_excepthook

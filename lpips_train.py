@@ -54,13 +54,13 @@ max_steps = 30_280  # >= 1: optimizer steps
 lr = 1e-4  # > 0: absolute, nothing rescales it
 lr_schedule = "linear"  # linear | constant | cosine | onecycle | multistep: linear falls from half-time on to lr_end
 lr_end = 0.0  # in [0, 1]: where linear, cosine and onecycle end, as a share of lr
-lr_milestones = (0.6, 0.8, 0.9)  # in multistep, shares of max_steps after which lr is multiplied by lr_decay
+lr_milestones = (0.6, 0.8, 0.9)  # each in [0, 1]: multistep, shares of max_steps at which lr_decay applies
 lr_decay = 0.1  # > 0: multistep, factor at each milestone
 warmup_steps = 0  # >= 0: steps of linear warm-up
 beta1 = 0.5  # in [0, 1): Adam
 beta2 = 0.999  # in [0, 1): Adam
 grad_clip = 0.0  # >= 0: largest gradient norm; 0 disables clipping
-shard_optimizer = False  # each process keeps the optimizer state of its share of the parameters (ZeRO stage 1)
+shard_optimizer = False  # divide the optimizer state among the processes (ZeRO stage 1)
 # run
 out_dir = "out/lpips"  # checkpoint, log and curves
 seed = 0  # of weights, data order and dropout
@@ -474,15 +474,13 @@ if __name__ == "__main__":
     images_per_step = cfg.batch_size * cfg.grad_accum * world
     if resumed:
         tensors, meta = checkpoint.read(latest)
-        common.check_same_settings(
-            latest, {"stage": meta["stage"]} | meta["model"], {"stage": "lpips"} | model.settings
-        )
+        saved, now = {"stage": meta["stage"]} | meta["model"], {"stage": "lpips"} | model.settings
+        common.check_same_settings(latest, saved, now)
         model.load_state_dict(checkpoint.part(tensors, "model"))
         common.load_optimizer_state(optimizer, model, "optim", tensors)
         step, images_per_step = meta["step"], meta["images_per_step"]
-    evaluation = Evaluation(
-        lpips if cfg.head_weights or resumed or not cfg.eval_only else None, validation, cfg, machine, autocast
-    )
+    ours = lpips if cfg.head_weights or resumed or not cfg.eval_only else None  # none: only what is published
+    evaluation = Evaluation(ours, validation, cfg, machine, autocast)
     if cfg.eval_only:
         evaluation()
         common.leave()
@@ -501,10 +499,9 @@ if __name__ == "__main__":
 
     # saving: every rank calls it, rank 0 writes
     def save(path=latest):
-        tensors = common.optimizer_state(optimizer, model, "optim") | checkpoint.with_prefix(
-            "model", model.state_dict()
-        )
+        tensors = common.optimizer_state(optimizer, model, "optim")
         if rank == 0:
+            tensors |= checkpoint.with_prefix("model", model.state_dict())
             checkpoint.write(path, tensors, about | {"step": step, "images_seen": step * images_per_step})
 
     def due(every):

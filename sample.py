@@ -1,6 +1,6 @@
 """Generate images from a trained checkpoint.
 
-    python sample.py --ckpt=out/ldm                                  # the prompts or classes of training's grids
+    python sample.py --ckpt=out/ldm                                  # the examples of training's sample grids
     python sample.py --ckpt=out/ldm --prompt="a red star" --n=8 --steps=50 --sampler=ddim --guidance=5
     python sample.py --ckpt=out/ldm --cls=dog,cat                    # class-conditional
     python sample.py --ckpt=out/ldm --prompt="red circle 0.1 0.2 0.5 0.6; blue star 0.5 0.5 1 1"   # layout
@@ -48,7 +48,7 @@ from vae import VAE
 
 # what to generate
 ckpt = "out/ldm"  # stage-2 checkpoint or its out_dir; or another project's file, folder or Hugging Face id
-prompt = ""  # the prompt, or a layout; with no prompt, file or class: what training's sample grids show
+prompt = ""  # the prompt, or a layout; without prompt, prompts and cls: the examples of training's sample grids
 prompts = ""  # file with one prompt per line
 negative = ""  # prompt to guide away from, instead of the empty one
 cls = ""  # class number or name, or several separated by commas
@@ -63,7 +63,7 @@ eta = -1.0  # -1 or in [0, 1]: noise of ddim, euler_a and dpmpp_2m_sde; -1 is 0 
 noise_scale = 1.0  # >= 0: factor of ddpm's noise; below 1 is smoother
 variance = "small"  # small | large: of ddpm's noise
 order = 2  # in [1, 3]: of unipc
-guidance = 3.0  # classifier-free guidance scale; 1 disables it
+guidance = 3.0  # >= 0: classifier-free guidance scale; 1 disables it
 guidance_from = 0.0  # in [0, 1): guide at times t >= this (t = 0 is data)
 guidance_to = 1.0  # in (0, 1]: and t <= this
 guidance_rescale = 0.0  # in [0, 1]: how far the guided standard deviation is restored to the unguided one
@@ -92,7 +92,7 @@ mask = ""  # image of the size of init_image: white is generated, black is kept
 noise_level = 0  # >= 0: noise added to a low-resolution init_image, up to the checkpoint's sr_noise
 semantic_map = ""  # PNG of class indices or a folder of them, for a semantic checkpoint
 # output
-out_dir = ""  # for PNGs, samples.jsonl and grid.png; "" is the folder samples beside the checkpoint
+out_dir = ""  # for PNGs, samples.jsonl and grid.png; "" is the folder samples next to the checkpoint
 show = False  # open the grid
 
 SAMPLER_OPTIONS = ("eta", "noise_scale", "variance", "order")  # settings passed on to the sampler
@@ -172,7 +172,7 @@ def load_pipeline(
             reject(path, "has all its settings", f"leave out {', '.join(['objective'] * bool(objective) + [*known])}")
         model = Denoiser.from_pretrained(path, ema_std, unet_class)
         vae = VAE.from_pretrained(path) if meta["vae"] else None
-        tower = build_tower(path, convert.load_tower(path, tower_weights, clip_vocab))
+        tower = CLIPTextEncoder.of_checkpoint(path, tower_weights, clip_vocab)
     else:
         if ema_std or tower_weights:
             reject(path, "not a checkpoint of this repository", "leave out ema_std and tower_weights")
@@ -199,19 +199,15 @@ def load_pipeline(
 
 def build_foreign(path, parts):
     """(Denoiser, VAE or None, CLIPTextEncoder or None, meta) of what convert.load_pipeline read."""
-    tokens = parts["class_tokens"]
+    tokens, vae, tower = parts["class_tokens"], None, None
     tokens = None if tokens is None else torch.nn.Embedding.from_pretrained(tokens)
-    model = Denoiser(checkpoint.build(UNet, *parts["unet"], path), class_tokens=tokens)
-    vae = checkpoint.build(VAE, *parts["vae"], path) if parts["vae"] else None
-    return model.requires_grad_(False).eval(), vae, build_tower(path, parts["text"]), parts["meta"]
-
-
-def build_tower(path, parts):
-    """The frozen text encoder of (settings, state dict, merges), or None."""
-    if parts is None:
-        return None
-    settings, state, merges = parts
-    return checkpoint.build(CLIPTextEncoder, settings, state, path, merges=merges)
+    model = Denoiser(checkpoint.build(UNet, *parts["unet"], path), class_tokens=tokens).requires_grad_(False).eval()
+    if parts["vae"]:
+        vae = checkpoint.build(VAE, *parts["vae"], path)
+    if parts["text"]:
+        settings, state, merges = parts["text"]
+        tower = checkpoint.build(CLIPTextEncoder, settings, state, path, merges=merges)
+    return model, vae, tower, parts["meta"]
 
 
 def with_decoder(vae, path):
@@ -504,9 +500,7 @@ def load_from_settings(cfg, machine):
         if machine.compile:
             compile_unet(part)
     if guide and not is_comparable(pipeline, guide):
-        reject(
-            cfg.guide_ckpt, "has other latents, noise or conditions", "use an earlier run like ckpt, or a smaller one"
-        )
+        reject(cfg.guide_ckpt, "has other latents, noise or conditions", "use an earlier or smaller model like ckpt")
     names = "steps sampler spacing size batch_size guidance guidance_rescale negative decode_tile decode_batch".split()
     options = {name: cfg[name] for name in names} | dict(guide=guide)
     options["guidance_interval"] = (cfg.guidance_from, cfg.guidance_to)
@@ -517,6 +511,7 @@ def check_settings(cfg, pipeline):
     """UserError for a setting that has no effect with this checkpoint or with the other settings."""
     task, text, sampler = pipeline.task["task"], pipeline.text is not None, samplers[cfg.sampler]
     guidable = text or pipeline.num_classes > 0 or bool(cfg.guide_ckpt)
+    sr_noise = pipeline.task.get("sr_noise") or 0
     rules = [  # settings, whether they have an effect, what they need
         ("prompt prompts negative", text, "a checkpoint with text"),
         ("cls", pipeline.num_classes, "a checkpoint with classes"),
@@ -524,11 +519,10 @@ def check_settings(cfg, pipeline):
         ("negative guide_ckpt guidance_from guidance_to guidance_rescale", guidable and cfg.guidance != 1, "guidance"),
         ("negative", not cfg.guide_ckpt, "guidance without --guide_ckpt"),
         ("tower_weights clip_vocab", pipeline.tower is not None, "a checkpoint with a frozen text encoder"),
-        ("decode_tile decode_batch", pipeline.vae is not None, "a checkpoint with an autoencoder"),
         ("init_image", task != "semantic", "another checkpoint; use --semantic_map"),
         ("mask strength", cfg.get("init_image") and task in ("none", "inpaint"), "--init_image, without another task"),
         ("semantic_map", task == "semantic", "a checkpoint with task=semantic"),
-        ("noise_level", pipeline.task.get("sr_noise"), "a checkpoint with task=sr and sr_noise"),
+        ("noise_level", cfg.get("noise_level", 0) <= sr_noise, "task=sr with a larger sr_noise"),
         ("size", task != "sr", "a checkpoint with a task other than sr"),
         *((name, name in inspect.signature(sampler).parameters, "another sampler") for name in SAMPLER_OPTIONS),
     ]
@@ -570,7 +564,7 @@ def open_images(path):
             with Image.open(os.path.join(folder, name)) as image:
                 image.load()
                 images[name] = image
-        except Exception as error:  # Pillow's plugins raise many kinds
+        except Exception as error:  # Pillow's plugins raise exceptions of many types
             reject(os.path.join(folder, name), f"does not open as an image ({error})", "give an image")
     return images
 
@@ -611,7 +605,7 @@ def read_inputs(pipeline, cfg):
             step = multiple // math.gcd(multiple, pipeline.task["sr_scale"])
             rows.append({"low": to_tensor(fit(to_rgb(image), (), step))})
             if pipeline.task["sr_noise"]:
-                rows[-1]["level"] = torch.tensor(min(cfg.noise_level, pipeline.task["sr_noise"]))
+                rows[-1]["level"] = torch.tensor(cfg.noise_level)
         else:
             rows.append({"image": to_tensor(fit(to_rgb(image), size, multiple))})
             if mask is not None:
@@ -640,21 +634,14 @@ def choose_inputs(pipeline, cfg):
             if pipeline.num_classes:
                 raise UserError("this checkpoint needs --cls, the class to generate")
             conditions = [""] if pipeline.text is not None else [None]
-    elif conditions == [None] * len(conditions):
-        conditions = [None] * (cfg.n or len(conditions))
+    elif conditions[0] is None and cfg.n:
+        conditions = [None]
     pairs = [(i, condition) for i in range(len(names)) for condition in conditions]
-    unconditional = not inputs and conditions[0] is None
-    each = 1 if unconditional else cfg.n or (4 if len(pairs) == 1 else 1)
+    each = cfg.n or (4 if len(pairs) == 1 else 1)
     index, conditions = zip(*[pair for pair in pairs for _ in range(each)])
     seeds = list(range(cfg.seed, cfg.seed + len(index)))
     inputs = {name: rows[list(index)] for name, rows in inputs.items()}
     return list(conditions), seeds, [names[i] for i in index], inputs
-
-
-def save_gif(path, frames, seconds=2.0):
-    """PIL images as an animation of `seconds` that repeats after a pause."""
-    durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1000]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def save_samples(folder, images, records, settings):

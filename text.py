@@ -342,8 +342,9 @@ class CLIPTextEncoder(TextTransformer):
 
         weights, merges: their paths now, if moved since training. UserError if they are other weights.
         """
-        found = convert.load_tower(path, weights, merges)
-        if found is None:
-            return None
-        settings, state, merges = found
-        return checkpoint.build(cls, settings, state, path, merges=merges)
+        with checkpoint.reading(path):
+            found = convert.load_tower(path, weights, merges)
+            if found is None:
+                return None
+            settings, state, merges = found
+            return checkpoint.build(cls, settings, state, path, merges=merges)

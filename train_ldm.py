@@ -115,7 +115,7 @@ beta1 = 0.9  # in [0, 1): of AdamW
 beta2 = 0.999  # in [0, 1): of AdamW
 weight_decay = 0.01  # >= 0: of AdamW, on matrices and kernels only
 grad_clip = 1.0  # >= 0: largest gradient norm; 0 disables clipping
-shard_optimizer = False  # each process keeps the optimizer state of a part of the parameters (ZeRO stage 1)
+shard_optimizer = False  # divide the optimizer state among the processes (ZeRO stage 1)
 ema_decay = 0.9999  # in [0, 1]: of the averaged weights, warmed up as (1 + n) / (10 + n)
 ema_stds = ()  # each in [0.01, 0.25]: relative lengths of further averages, for sample.py --ema_std (EDM2)
 # run
@@ -127,7 +127,7 @@ prompts = ""  # file of prompts for the sample grids, one a line; "" uses captio
 n_samples = 16  # >= 1: images of a grid
 sampler = "unipc"  # ddpm | ddim | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | plms | unipc: of the grids
 sample_steps = 20  # in [1, 1000]: of the sampler
-guidance = 3.0  # scale of classifier-free guidance of the grids; 1 disables it
+guidance = 3.0  # >= 0: classifier-free guidance scale of the grids; 1 disables it
 save_every = 1000  # >= 1: steps between checkpoints
 snapshot_every = 0  # >= 0: steps between EMA snapshots ema_STEP.safetensors, which are kept; 0 keeps none
 log_every = 50  # >= 1: steps between progress lines
@@ -252,7 +252,7 @@ def update_ema(averaged, current, step, decay):
 
 @torch.no_grad()
 def update_power_ema(averaged, current, step, std):
-    """As update_ema, with d = (1 - 1/n)^(gamma + 1) (Karras et al. 2024, EDM2, eq. 127)."""
+    """As update_ema, with d = (1 - 1/n)^(gamma + 1) (Karras et al. 2024, EDM2, section 3.1)."""
     torch._foreach_lerp_(averaged, current, 1 - (1 - 1 / step) ** (power_exponent(std) + 1))
 
 
@@ -504,7 +504,7 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
         if low_side % side and low_side > side:
             raise UserError(f"sr_scale={cfg.sr_scale} gives images of side {low_side}, not a multiple of {side}")
         concat_channels = 3 * max(1, low_side // side) ** 2
-        unet_classes = 1000 if cfg.sr_noise else unet_classes  # the noise level is given as a class
+        unet_classes = 1000 if cfg.sr_noise else unet_classes  # noise levels in place of classes
     elif cfg.task == "semantic":
         concat_channels, rescaler = 3, Rescaler(map_classes, cfg.image_size // side)
     arguments = {name: cfg[name] for name in inspect.signature(UNet).parameters if name in cfg}
@@ -534,7 +534,8 @@ def read_initial(path, cfg):
         if meta["stage"] != "ldm":
             reject(path, "an autoencoder, not a denoiser", "set it as first_stage, not as init_from")
         files = {name: meta["config"][name] for name in ("first_stage", "tower_weights", "clip_vocab")}
-        files |= {"first_stage": path} if meta["vae"] else {}
+        if meta["vae"] and path != f"{cfg.out_dir}/latest.safetensors":  # not of a resumed run
+            files["first_stage"] = path
         return Initial(meta["model"], files, part(tensors, "ema"), tensors.get("text.bpe"))
     known = {name: cfg.given[name] for name in ("num_heads", "head_dim") if name in cfg.given}
     known |= {"objective": cfg.given.get("objective", ""), "otherwise": cfg.objective}
@@ -618,9 +619,8 @@ if __name__ == "__main__":
     if cfg.cond == "class" and not num_classes:
         reject(cfg.dataset, "has no labels", "set --cond=none or --cond=text")
     val_count = min(len(validation_images), cfg.val_images)
-    captions = []
-    if cfg.cond in ("text", "layout"):
-        captions = first_captions(validation_images, val_count, object_names)
+    described = cfg.cond in ("text", "layout")
+    captions = first_captions(validation_images, val_count, object_names) if described else []
     if cfg.cond == "text" and not captions:
         reject(cfg.dataset, "its validation images have no captions", "set --cond=none or --cond=class")
 
@@ -704,7 +704,7 @@ if __name__ == "__main__":
 
     # what the sample grids show: prompts, one class after the other, or nothing
     examples = [None] * cfg.n_samples
-    if cfg.cond in ("text", "layout"):
+    if described:
         examples = (read_prompts(cfg.prompts) if cfg.prompts else list(dict.fromkeys(captions)))[: cfg.n_samples]
     elif cfg.cond == "class":
         examples = [i % num_classes for i in range(cfg.n_samples)]
@@ -729,7 +729,7 @@ if __name__ == "__main__":
     # log
     tflop = count_tflop(ema, validation.inputs(range(1)))
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
-    log.print(f"training: {images}; validation: {validation_images}")
+    log.print(f"{len(images)} training and {len(validation_images)} validation images; {images}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image; latents {latent_shape}")
     if vae is not None and cfg.cache_latents:
         conditioner.keep_latents(resident, log.print)
@@ -748,16 +748,9 @@ if __name__ == "__main__":
     # checkpoints and snapshots
     frozen = {} if text is None else {"text.bpe": torch.tensor(list(text.bpe()), dtype=torch.uint8)}
     started = time.time_ns()
-    meta = {
-        "stage": "ldm",
-        "model": about,
-        "vae": vae and vae.settings,
-        "config": cfg,
-        "classes": images.classes,
-        "examples": examples,
-        "git": common.git_revision(),
-        "run": meta["run"] if resumed else started,  # tells its snapshots from those of another run
-    }
+    run = meta["run"] if resumed else started  # tells its snapshots from those of another run
+    meta = dict(stage="ldm", model=about, vae=vae and vae.settings, config=cfg, classes=images.classes)
+    meta |= dict(examples=examples, git=common.git_revision(), run=run)
 
     def save(path, snapshot=False):
         """Write all that resuming and sampling need, or as a snapshot the averages only; every rank must call it."""

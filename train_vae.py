@@ -96,14 +96,14 @@ max_steps = 250_000  # >= 1: optimizer steps
 lr = 1e-4  # > 0: absolute, nothing rescales it
 lr_schedule = "constant"  # constant | cosine | onecycle | multistep: cosine and onecycle end at lr_end
 lr_end = 0.0  # in [0, 1]: where cosine and onecycle end, as a share of lr
-lr_milestones = (0.6, 0.8, 0.9)  # in multistep, shares of max_steps after which lr is multiplied by lr_decay
+lr_milestones = (0.6, 0.8, 0.9)  # each in [0, 1]: multistep, shares of max_steps at which lr_decay applies
 lr_decay = 0.1  # > 0: multistep, factor at each milestone
 warmup_steps = 1000  # >= 0: steps of linear warm-up
 beta1 = 0.5  # in [0, 1): AdamW
 beta2 = 0.9  # in [0, 1): AdamW
 weight_decay = 0.0  # >= 0: AdamW, on matrices and kernels only
 grad_clip = 1.0  # >= 0: largest gradient norm of the autoencoder; 0 disables clipping
-shard_optimizer = False  # each process keeps the optimizer state of its share of the parameters (ZeRO stage 1)
+shard_optimizer = False  # divide the optimizer state among the processes (ZeRO stage 1)
 ema_decay = 0.9999  # in [0, 1]: of the averaged weights, warmed up as (1 + n) / (10 + n)
 # initial weights, trained parameters
 init_from = ""  # start from the EMA weights of this checkpoint, ours or another's, with its settings; "" starts anew
@@ -435,14 +435,17 @@ def evaluate_checkpoint(cfg, machine, autocast, lpips):
     count = min(len(validation), cfg.val_images)
     if cfg.inception_weights and count < 2:
         raise UserError(f"rFID needs 2 images or more, {cfg.dataset} has 1: leave inception_weights out")
-    inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
+    try:
+        inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from None
     stream = Stream(validation, cfg.seed, train=False)
     scores, (x, y) = evaluate(vae, stream, cfg, machine, autocast, lpips, inception)
     if machine.rank == 0:
         path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"
         error_map = (y - x).abs().mean(dim=1, keepdim=True).expand_as(x)
         save_grid(path, (x, y, 4 * error_map - 1))  # white from an error of 64 grey levels on
-        print(f"{source} on {count} images of {cfg.dataset} at {cfg.image_size} px:")
+        print(f"{source} on {count} images at {cfg.image_size} px of {validation}")
         for name, value in scores.items():
             print(f"  {name.removeprefix('val_'):20} {value if isinstance(value, list) else format(value, '.4f')}")
         print(f"originals, reconstructions and error map: {path}")
@@ -615,10 +618,8 @@ if __name__ == "__main__":
     about["run"] = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
     tflop = count_tflop(model, cfg)
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
-    log.print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {cfg.dataset}")
+    log.print(f"{len(images)} training and {len(validation)} validation images; {images}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
-    if micro_steps != cfg.grad_accum:
-        log.print(f"grad_accum={micro_steps} in place of {cfg.grad_accum}, to keep {images_per_step} images per step")
     if disc:
         size = f"{sum(p.numel() for p in disc.parameters()):,} parameters{'' if old_disc else ', a new one'}"
         first = f"trains from step {max(1, cfg.disc_start - cfg.disc_warmup)}, GAN loss from step {cfg.disc_start}"
@@ -646,8 +647,8 @@ if __name__ == "__main__":
         measure()
         if rank == 0:  # everything else in the file stays as it is
             tensors, meta = checkpoint.read(latest)
-            for name in ("latent_mean", "latent_std"):
-                tensors |= {f"{prefix}.{name}": getattr(ema, name) for prefix in ("model", "ema")}
+            for prefix, module in (("model", model), ("ema", ema)):
+                tensors |= {f"{prefix}.{name}": getattr(module, name) for name in ("latent_mean", "latent_std")}
             checkpoint.write(latest, tensors, meta)
         common.leave()
 

@@ -12,7 +12,7 @@ Stable Diffusion; those of LDM also have in_channels=3 and out_channels=3:
     text = TextEncoder(text_width=128)
     prediction = unet(x_t, 1000 * t, context=text(["a red star"]))    # (B,4,H,W)
 
-Another architecture can take the U-Net's place: a class with `settings` (the constructor's arguments), `side_multiple`
+Another architecture can replace the U-Net: a class with `settings` (the constructor's arguments), `side_multiple`
 and forward(x, t, context=None, y=None, concat=None).
 """
 
@@ -345,10 +345,11 @@ class UNet(nn.Module):
             return checkpoint.build(cls, *convert.load_unet(path, **known), path)
         if known:
             checkpoint.reject(path, "a checkpoint holds its settings", f"leave out {', '.join(known)}")
-        tensors, meta = checkpoint.read(path, "ema.unet")
-        if meta["stage"] != "ldm":
-            checkpoint.reject(path, f"stage {meta['stage']}, without a U-Net", "give a checkpoint of train_ldm.py")
-        return checkpoint.build(cls, meta["model"]["unet"], checkpoint.part(tensors, "ema.unet"), path)
+        with checkpoint.reading(path):
+            tensors, meta = checkpoint.read(path, "ema.unet")
+            if meta["stage"] != "ldm":
+                checkpoint.reject(path, f"stage {meta['stage']}, without a U-Net", "give a checkpoint of train_ldm.py")
+            return checkpoint.build(cls, meta["model"]["unet"], checkpoint.part(tensors, "ema.unet"), path)
 
 
 def by_level(value, levels):
@@ -380,7 +381,7 @@ def check_settings(s, res_blocks, self_attn):
         assert fits or not has_attention, f"{heads}: must divide the {width} channels of a level with attention"
 
 
-# --- the U-Net with what is trained beside it ---
+# --- the U-Net and the modules trained with it ---
 
 
 class Rescaler(nn.Module):
@@ -441,22 +442,24 @@ class Denoiser(nn.Module):
         unet_class: the class that the settings in the checkpoint are for.
         """
         path = checkpoint.find(path)
-        tensors, meta = checkpoint.read(path, "text", *(() if ema_std else ("ema",)))
-        if meta["stage"] != "ldm":
-            checkpoint.reject(path, f"stage {meta['stage']}, without a denoiser", "give a checkpoint of train_ldm.py")
-        bpe = tensors.get("text.bpe", torch.tensor([]))
-        ema = checkpoint.part(checkpoint.posthoc_ema(path, ema_std) if ema_std else tensors, "ema")
-        model, vae = meta["model"], meta["vae"]
-        unet = checkpoint.build(unet_class, model["unet"], checkpoint.part(ema, "unet"), path)
-        text = class_tokens = rescaler = None
-        if model["text"]:
-            state, tokenizer = checkpoint.part(ema, "text"), bytes(bpe.to(torch.uint8).tolist())
-            text = checkpoint.build(TextEncoder, model["text"], state, path, tokenizer=tokenizer)
-        if "class_tokens.weight" in ema:
-            class_tokens = nn.Embedding(*ema["class_tokens.weight"].shape)
-        if "rescaler.conv.weight" in ema:
-            out_channels, map_classes = ema["rescaler.conv.weight"].shape[:2]
-            factor = vae["patch_size"] * 2 ** (len(vae["ch_mult"]) - 1) if vae else 1  # pixels to a latent
-            rescaler = Rescaler(map_classes, factor, out_channels)
-        uncertainty = "log_variance.weight" in ema
-        return checkpoint.load(cls(unet, text, class_tokens, rescaler, uncertainty), ema, path)
+        with checkpoint.reading(path):
+            tensors, meta = checkpoint.read(path, "text", *(() if ema_std else ("ema",)))
+            if meta["stage"] != "ldm":
+                checkpoint.reject(
+                    path, f"stage {meta['stage']}, without a denoiser", "give a checkpoint of train_ldm.py"
+                )
+            ema = checkpoint.part(checkpoint.posthoc_ema(path, ema_std) if ema_std else tensors, "ema")
+            model, vae = meta["model"], meta["vae"]
+            unet = checkpoint.build(unet_class, model["unet"], checkpoint.part(ema, "unet"), path)
+            text = class_tokens = rescaler = None
+            if model["text"]:
+                bpe = bytes(tensors["text.bpe"].tolist())
+                text = checkpoint.build(TextEncoder, model["text"], checkpoint.part(ema, "text"), path, tokenizer=bpe)
+            if "class_tokens.weight" in ema:
+                class_tokens = nn.Embedding(*ema["class_tokens.weight"].shape)
+            if "rescaler.conv.weight" in ema:
+                out_channels, map_classes = ema["rescaler.conv.weight"].shape[:2]
+                factor = vae["patch_size"] * 2 ** (len(vae["ch_mult"]) - 1) if vae else 1  # pixels to a latent
+                rescaler = Rescaler(map_classes, factor, out_channels)
+            denoiser = cls(unet, text, class_tokens, rescaler, "log_variance.weight" in ema)
+            return checkpoint.load(denoiser, ema, path)

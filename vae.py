@@ -455,7 +455,8 @@ class VAE(nn.Module):
             return checkpoint.build(cls, *convert.load_vae(path, **known), path)
         if known:
             checkpoint.reject(path, "it holds its settings itself", f"remove {', '.join(known)}")
-        return checkpoint.build(cls, *checkpoint.read_vae(path), path)
+        with checkpoint.reading(path):
+            return checkpoint.build(cls, *checkpoint.read_vae(path), path)
 
 
 def tiles(side, tile, overlap):

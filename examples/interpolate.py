@@ -5,9 +5,10 @@ python -m examples.interpolate --ckpt=out/ldm --prompt="a cat" --prompt_to="a do
 
 import torch
 
+from common import install_excepthook
 from configurator import configure
 from diffusion import make_denoiser, randn, sample_times, samplers
-from sample import decode, load_pipeline, network_inputs, save_gif, to_pil
+from sample import decode, load_pipeline, network_inputs, to_pil
 
 ckpt = "out/ldm"  # stage-2 checkpoint
 prompt = ""  # prompt of the first image
@@ -18,7 +19,7 @@ seed_to = -1  # of the last; -1 is the same
 frames = 16  # >= 2: images
 sampler = "unipc"  # ddim | euler | heun | dpmpp_2m | unipc | plms: without noise of its own
 steps = 20  # in [1, 1000]: sampling steps
-guidance = 3.0  # classifier-free guidance scale
+guidance = 3.0  # >= 0: classifier-free guidance scale
 out = "interpolation.gif"  # file to write
 
 
@@ -35,29 +36,31 @@ def slerp(a, b, weights):
 @torch.no_grad()
 def interpolate(pipeline, ends, seeds, count, steps, sampler="unipc", guidance=3.0):
     """Images (count,3,H,W) between two conditions and between two seeds; class numbers must be equal."""
+    device = next(pipeline.denoiser.parameters()).device
     weights = torch.linspace(0, 1, count)
-    a, b = (randn((1, *pipeline.latent_shape), [torch.Generator().manual_seed(seed)])[0] for seed in seeds)
-    noise = slerp(a, b, weights)
+    noise = slerp(*randn((2, *pipeline.latent_shape), [torch.Generator().manual_seed(seed) for seed in seeds]), weights)
     null = "" if pipeline.text is not None else pipeline.num_classes or None
     first, last, null = (network_inputs(pipeline, [condition] * count) for condition in (*ends, null))
     cond = dict(first)
     if "context" in cond:  # of text, or of a class as a token
-        cond["context"] = torch.lerp(first["context"], last["context"], weights.view(-1, 1, 1))
+        cond["context"] = torch.lerp(first["context"], last["context"], weights.view(-1, 1, 1).to(device))
     schedule, objective = pipeline.schedule, pipeline.objective
     guidance = guidance if cond else 1.0
     denoise = make_denoiser(pipeline.denoiser.unet, schedule, objective, cond, null, guidance)
     times = sample_times(steps, schedule, objective)
-    x = samplers[sampler](denoise, schedule.sigma(times[:1]).item() * noise, times, schedule)
-    return decode(pipeline, x)
+    x = schedule.sigma(times[:1]).item() * noise.to(device)
+    return decode(pipeline, samplers[sampler](denoise, x, times, schedule))
 
 
 if __name__ == "__main__":
     cfg = configure(globals())
-    pipeline = load_pipeline(ckpt)
+    install_excepthook()
+    pipeline = load_pipeline(ckpt).to("cuda" if torch.cuda.is_available() else "cpu")
     ends = (cls, cls) if pipeline.num_classes else (None, None)
     if pipeline.text is not None:
         ends = prompt, prompt_to or prompt
     seeds = seed, seed_to if seed_to >= 0 else seed
     images = interpolate(pipeline, ends, seeds, frames, steps, sampler, guidance)
-    save_gif(out, [to_pil(image) for image in images])
+    first, *others = map(to_pil, images)
+    first.save(out, save_all=True, append_images=others, duration=100, loop=0)
     print(f"{len(images)} images in {out}")

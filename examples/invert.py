@@ -6,6 +6,7 @@ python -m examples.invert --ckpt=out/ldm --image=photo.png --source_prompt="a ca
 import torch
 from PIL import Image
 
+from common import install_excepthook
 from configurator import configure
 from data.dataset import to_rgb, to_tensor
 from diffusion import sample_ddim, sample_times, steps_of
@@ -17,7 +18,7 @@ source_prompt = ""  # what the image shows
 prompt = ""  # what it is to show
 cls = 0  # >= 0: class number of both, for a checkpoint with classes
 steps = 50  # in [1, 1000]: of the inversion, and of generating
-guidance = 2.0  # classifier-free guidance scale of generating
+guidance = 2.0  # >= 0: classifier-free guidance scale of generating
 iterations = 3  # >= 1: fixed-point iterations per step of the inversion
 out = "inverted.png"  # grid of the image, its reconstruction with source_prompt, and the edited image
 
@@ -52,11 +53,13 @@ def edit(pipeline, images, source, wanted, steps, guidance=2.0, iterations=3):
 
 if __name__ == "__main__":
     cfg = configure(globals())
-    pipeline = load_pipeline(ckpt)
+    install_excepthook()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = load_pipeline(ckpt).to(device)
     x = to_tensor(fit(to_rgb(Image.open(image)), (), pipeline.multiple))[None]
     ends = [cls if pipeline.num_classes else None] * 2
     if pipeline.text is not None:
         ends = [source_prompt, prompt]
-    again, edited = edit(pipeline, x, ends[:1], ends[1:], steps, guidance, iterations)
+    again, edited = edit(pipeline, x.to(device), ends[:1], ends[1:], steps, guidance, iterations)
     save_grid(out, torch.cat([x, again, edited]), ["image", "reconstruction", pipeline.caption(ends[1])], columns=3)
     print(out)

@@ -3,8 +3,11 @@
 python -m examples.trajectory --ckpt=out/ldm --prompt="a red star" --n=4
 """
 
+import torch
+
+from common import install_excepthook
 from configurator import configure
-from sample import generate, load_pipeline, make_grid, save_gif
+from sample import generate, load_pipeline, make_grid
 
 ckpt = "out/ldm"  # stage-2 checkpoint without a task
 prompt = ""  # prompt; "" is an example of the checkpoint's
@@ -13,7 +16,7 @@ n = 4  # in [1, 16]: images
 seed = 0  # of the first image
 sampler = "ddim"  # ddpm | ddim | plms | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | unipc
 steps = 20  # in [1, 1000]: sampling steps
-guidance = 3.0  # classifier-free guidance scale
+guidance = 3.0  # >= 0: classifier-free guidance scale
 out = "trajectory.gif"  # file to write
 
 
@@ -28,10 +31,12 @@ def trajectory(pipeline, conditions, seeds, steps, **options):
 
 if __name__ == "__main__":
     cfg = configure(globals())
-    pipeline = load_pipeline(ckpt)
+    install_excepthook()
+    pipeline = load_pipeline(ckpt).to("cuda" if torch.cuda.is_available() else "cpu")
     condition = prompt or (cls if cls >= 0 else pipeline.examples[0])
     conditions, captions = [condition] * n, [pipeline.caption(condition)] * n
     seeds = range(seed, seed + n)
     images, frames = trajectory(pipeline, conditions, seeds, steps, sampler=sampler, guidance=guidance)
-    save_gif(out, [make_grid(frame, captions) for frame in frames])
+    first, *others = [make_grid(frame, captions) for frame in frames]
+    first.save(out, save_all=True, append_images=others, duration=100, loop=0)
     print(f"{len(frames)} steps in {out}")

@@ -7,6 +7,7 @@ instruction (wgmma), Ampere's (mma) and asynchronous copies of 16 bytes (wide). 
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -68,14 +70,9 @@ if __name__ == "__main__":
     parser.add_argument("--first", action="store_true", help="only the config used without tuning")
     parser.add_argument("--causal", action="store_true")
     args = parser.parse_args()
-    for arch, dim, dtype, kernel in (
-        (int(arch), int(dim), dtype, kernel)
-        for arch in args.archs.split(",")
-        for dim in args.dims.split(",")
-        for dtype in args.dtypes.split(",")
-        for kernel in KERNELS
-    ):
-        example = attention.torch.empty(0, dtype=attention.torch.float32 if dtype == "fp32" else attention.torch.half)
+    lists = (text.split(",") for text in (args.archs, args.dims, args.dtypes))
+    for arch, dim, dtype, kernel in itertools.product(*lists, KERNELS):
+        example = torch.empty(0, dtype=torch.float32 if dtype == "fp32" else torch.half)
         configs = kernel.early_config_prune(kernel.configs, {"Q": example})
         for config in configs[: 1 if args.first else None]:
-            print(json.dumps(measure(kernel, config, dim, dtype, arch, args.causal)), flush=True)
+            print(json.dumps(measure(kernel, config, int(dim), dtype, int(arch), args.causal)), flush=True)

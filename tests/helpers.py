@@ -31,6 +31,9 @@ RUN_ARGS = (
     "--device=cpu --workers=0 --batch_size=4 --grad_accum=1 --lr=1e-3 --warmup_steps=2 --log_every=1 --max_steps=6"
 )
 ARGS = {"vae": f"{VAE_ARGS} {RUN_ARGS} --out_dir=out", "ldm": f"{UNET_ARGS} {RUN_ARGS} --out_dir=out"}
+ARGS["lpips"] = "--net=squeeze --device=cpu --workers=0 --batch_size=4 --lr=1e-2 --max_steps=6 --eval_every=3"
+ARGS["lpips"] += " --save_every=3 --log_every=1 --out_dir=out"
+SCRIPTS = {"vae": "train_vae.py", "ldm": "train_ldm.py", "lpips": "lpips_train.py"}
 
 context = multiprocessing.get_context("forkserver")
 preload = [
@@ -113,7 +116,7 @@ class Run:
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
             kept = f"{self.folder}/rank{rank}.safetensors" if keep else None
             arguments = [*([] if bare else ARGS[stage].split()), *args]
-            everything = (script or f"{ROOT}/train_{stage}.py", arguments, str(folder), environment)
+            everything = (script or f"{ROOT}/{SCRIPTS[stage]}", arguments, str(folder), environment)
             everything += (trap if rank == 0 else None, limit, kept, plots, first)
             self.processes.append(context.Process(target=_main, args=everything))
             self.processes[-1].start()
@@ -142,8 +145,9 @@ class Run:
         lines = [line for line in self.stderr.splitlines() if line.strip()]
         assert codes[0] not in (0, None) and codes[0] > 0 and len(lines) == 1, (codes, self.stderr)
         line = lines[0].removeprefix("[rank0]: ")  # as torch.distributed says of many
-        assert line.startswith(f"train_{self.stage}.py: "), lines
-        return line.removeprefix(f"train_{self.stage}.py: ")
+        name = f"{SCRIPTS[self.stage]}: "
+        assert line.startswith(name), lines
+        return line.removeprefix(name)
 
     @property
     def checkpoint(self):

@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import checkpoint
+import convert
 import train_ldm
 from checkpoint import UserError, part
 from common import Machine
 from configurator import configure
 from data.cache import LatentCache
-from data.dataset import Dataset, Stream, collate, seed_of
+from data.dataset import BadImage, Dataset, Stream, collate, seed_of
 from diffusion import to_x0
 from text import CLIPTextEncoder, TextEncoder
 from train_ldm import Conditioner, prediction_error, step_noise, train_step
@@ -379,6 +380,42 @@ def test_what_a_run_leaves(finished):
         assert not torch.equal(model[name], ema[name]) and not torch.equal(first[f"ema.{name}"], ema[name])
 
 
+SYNCS = """
+import sys, torch, common
+from torch.utils._python_dispatch import TorchDispatchMode
+aten = torch.ops.aten
+set_lr, calls, waits = common.set_lr, [0], (aten._local_scalar_dense, aten.lift_fresh, aten.nonzero)
+
+def counted(*args):
+    calls[0] += 1
+    set_lr(*args)
+
+class Syncs(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in waits and calls[0] in (1, 2):
+            frames, frame = [], sys._getframe(1)
+            while frame:
+                frames.append(frame.f_code.co_name)
+                frame = frame.f_back
+            if not {"tokenize", "__next__"} & set(frames):  # on the host
+                print("waits:", func, frames[:6], flush=True)
+        return func(*args, **(kwargs or {}))
+
+common.set_lr = counted
+Syncs().__enter__()
+"""
+
+
+def test_no_step_waits_for_the_device(start):
+    """.item(), bool(tensor), x[0] = 1 and the like would each wait for a GPU; two that are planted are found."""
+    args = ("--max_steps=3", "--log_every=10", "--val_images=2", "--ema_stds=0.1")
+    assert "waits:" not in start("ldm", *args, first=SYNCS).finish().stdout
+    planted = "lerp = torch._foreach_lerp_\ndef planted(*args):\n    bool(args[0][0].sum() > 0)\n"
+    planted += "    torch.zeros(2)[0] = 1\n    lerp(*args)\ntorch._foreach_lerp_ = planted"
+    found = start("ldm", *args, first=f"{SYNCS}\n{planted}").finish().stdout
+    assert found.count("waits: aten._local_scalar_dense") == found.count("waits: aten.lift_fresh") == 4
+
+
 # --- conditions and tasks ---
 
 RUNS = {
@@ -482,6 +519,17 @@ def test_snapshots(rich_run):
     assert not torch.equal(*power)
 
 
+def test_first_captions_are_spread_over_the_images():
+    class Images(list):
+        def meta(self, i):
+            if i == 4:
+                raise BadImage("its caption does not read")
+            return {"text": [f"caption {i}", "another"][: i + 1]}
+
+    found = train_ldm.first_captions(Images(range(10)), 5, None)
+    assert found == [f"caption {i}" for i in (0, 2, 6, 8)]
+
+
 def test_grids_of_a_task_use_the_same_images(monkeypatch):
     """Condition, class and sample in a grid are of one validation image."""
     grid, asked = {}, []
@@ -522,7 +570,8 @@ def test_init_from_a_run(start, rich_run, rich_data, tmp_path):
     tuned = start("ldm", *args, bare=True, folder=tmp_path).finish()
     assert_same(part(tuned.checkpoint[0], "model"), part(run.checkpoint[0], "ema"), atol=1e-6)
     assert tuned.checkpoint[1]["model"] == run.checkpoint[1]["model"]
-    assert start("ldm", *args, "--max_steps=2", bare=True, folder=tmp_path).finish().checkpoint[1]["step"] == 2
+    resumed = start("ldm", *args, "--max_steps=2", bare=True, folder=tmp_path).finish()
+    assert resumed.checkpoint[1]["step"] == 2 and "settings changed since: max_steps=2 was 1\n" in resumed.stdout
     message = start("ldm", *args, "--channels=320", "--norm_groups=4", bare=True).fail()
     assert "the model has channels=8, not 320; leave these settings out" in message
     assert "init_from=" in start("ldm", *RUNS["tokens"], f"--dataset={rich_data}", folder=tmp_path).fail()
@@ -531,6 +580,16 @@ def test_init_from_a_run(start, rich_run, rich_data, tmp_path):
     (tmp_path / "data/classes.json").write_text(json.dumps([f"class {i}" for i in range(20)]))
     message = start("ldm", *args, f"--dataset={tmp_path}/data", bare=True).fail()
     assert "num_classes=3 in the checkpoint, 20 now" in message
+
+
+def test_init_from_a_diffusers_pipeline(start, tmp_path):
+    run = start("ldm", *PLAIN, "--objective=eps", "--schedule=scaled_linear", "--max_steps=2").finish()
+    convert.to_diffusers(str(run.out), f"{tmp_path}/pipeline")
+    args = (f"--init_from={tmp_path}/pipeline", "--cond=none", "--lr=1e-9", "--warmup_steps=0", "--max_steps=1")
+    own = ("--device=cpu", "--workers=0", "--batch_size=4", "--sample_steps=1", "--image_size=16", "--out_dir=out")
+    tuned = start("ldm", *own, *args, bare=True).finish()
+    assert_same(part(tuned.checkpoint[0], "model"), part(run.checkpoint[0], "ema"), atol=1e-6)
+    assert tuned.checkpoint[1]["model"]["schedule"] == "scaled_linear"
 
 
 def test_resume_keeps_autoencoder_tokenizer_and_settings(start, finished, first_stage, tmp_path):
@@ -566,8 +625,10 @@ def test_a_frozen_tower_is_named_and_not_trained(start, test_data, tmp_path):
     save_file(tower.state_dict(), weights)
     first = f"import convert\nconvert.TOWERS['clip_l'] = {small}"
     args = ("--text_encoder=clip_l", f"--clip_vocab={merges}", f"--tower_weights={weights}")
-    run = start("ldm", *args, "--max_steps=2", first=first, folder=tmp_path).finish()
+    (tmp_path / "prompts.txt").write_text("a red blob\n\na dog\n")
+    run = start("ldm", *args, "--max_steps=2", "--prompts=prompts.txt", first=first, folder=tmp_path).finish()
     tensors, meta = run.checkpoint
+    assert meta["examples"] == ["a red blob", "a dog"]
     assert not any(name.startswith(("model.text", "ema.text", "text.")) for name in tensors)
     assert meta["model"]["text_encoder"] == "clip_l" and meta["model"]["tower_hash"] == checkpoint.hash_weights(tower)
     assert tensors["model.unet.middle_block.1.blocks.0.attn2.to_k.weight"].shape[1] == 64
@@ -578,30 +639,14 @@ def test_a_frozen_tower_is_named_and_not_trained(start, test_data, tmp_path):
     assert re.search("tower_hash=[0-9a-f]* in the checkpoint, [0-9a-f]* now", message)
 
 
-OWN_DENOISER = """
-class DiT(torch.nn.Module):
-    def __init__(self, in_channels, width=16, context_dim=0, num_classes=0, **other):
-        super().__init__()
-        self.settings = dict(in_channels=in_channels, width=width, context_dim=context_dim, num_classes=num_classes)
-        self.side_multiple = 1
-        self.inner = torch.nn.Conv2d(in_channels, width, 1)
-        self.outer = torch.nn.Conv2d(width, in_channels, 1)
-
-    def forward(self, x, t, context=None, y=None, concat=None):
-        return self.outer(torch.relu(self.inner(x) + t.view(-1, 1, 1, 1) / 1000))
-
-
-"""
-
-
 def test_a_copy_with_another_denoiser(start, tmp_path):
-    source = Path(train_ldm.__file__).read_text()
-    assert source.count("build(UNet, **arguments)") == 1 and source.count("signature(UNet)") == 1
-    source = source.replace("build(UNet,", "build(DiT,").replace("signature(UNet)", "signature(DiT)")
-    source = source.replace("# --- model ---", f"# --- model ---\n{OWN_DENOISER}")
-    (tmp_path / "mine.py").write_text(source)
+    source, line = Path(train_ldm.__file__).read_text(), "from unet import Denoiser, Rescaler, UNet\n"
+    assert line in source
+    other = "from examples.dit import DiT as UNet\nfrom unet import Denoiser, Rescaler\n"
+    (tmp_path / "mine.py").write_text(source.replace(line, other))
     run = start("ldm", "--max_steps=2", script=f"{tmp_path}/mine.py", folder=tmp_path).finish()
-    assert run.checkpoint[1]["model"]["unet"]["width"] == 16 and "model.unet.inner.weight" in run.checkpoint[0]
+    assert run.checkpoint[1]["model"]["unet"]["depth"] == 6
+    assert run.checkpoint[0]["model.unet.blocks.0.cross_attention.to_k.weight"].shape == (256, 16)
     start("ldm", "--max_steps=3", script=f"{tmp_path}/mine.py", folder=tmp_path).finish()
 
 

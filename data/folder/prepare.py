@@ -3,15 +3,14 @@
     python data/folder/prepare.py --source=DIR --out_dir=data/mine
     python data/folder/prepare.py --source=DIR --out_dir=data/mine --size=512 --vocab_size=8192
 
-DIR is all that data/dataset.py reads: images in folders (sub-folders are classes; train/ and val/ are splits;
-metadata.jsonl {file_name, text, label, objects} if wanted), tar shards of KEY.jpg with KEY.json, .txt or .cls, or
-parquet. It needs no preparing to be read; this makes it small and fast, and leaves out what is broken or there twice,
+DIR is anything that data/dataset.py reads: images in folders (sub-folders are classes; train/ and val/ are splits;
+optional metadata.jsonl {file_name, text, label, objects}), tar shards of KEY.jpg with KEY.json, .txt or .cls, or
+parquet. It can be trained on without this; this makes it small and fast, and leaves out broken and duplicate images,
 and semantic maps.
 Source and licence: yours. Size: about 45 KB an image at 256 pixels and quality 95. Time: 200 JPEG
 of 500 x 375 a second and core, 50 of 1024 x 768, 26 PNG of 1024 x 1024.
-On disk: train-*.tar, val-*.tar (the images that data/dataset.py would hold out of DIR), test-*.tar where DIR has test/
-beside val/, classes.json where there are classes, bpe.tiktoken where there are captions, meta.json, dropped.jsonl,
-sheet.png.
+On disk: train-*.tar, val-*.tar (the images that data/dataset.py would hold out of DIR), test-*.tar if DIR has test/
+beside val/, classes.json if there are classes, bpe.tiktoken if there are captions, meta.json, dropped.jsonl.
 """
 
 import functools
@@ -19,60 +18,54 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from data.dataset import PIXELS, BadImage, Dataset
-from data.prepare import make, need_source, run
+from checkpoint import reject
+from data.dataset import BadImage, Dataset
+from data.prepare import check_source, pack, run
 
 source = ""  # folder of images, of tar shards or of parquet files
-out_dir = "data/folder/shards"  # where the shards go
-size = 256  # short side in pixels; smaller images stay as they are
-crop = "none"  # keeps the ratio of the sides; center: the middle square
-quality = 95  # of JPEG; 0: PNG
-min_side = 32  # pixels; images with a shorter side are dropped
-drop_duplicates = True  # the first of equal images is kept
-vocab_size = 4096  # most tokens of a tokenizer trained on the captions; 0: none
-shard_mb = 256.0  # size of a shard
-workers = 4  # processes that decode and resize; 0: none but this
-
-
-def cell(ds, where):
-    value = ds._cell(PIXELS, *where)
-    return (value["bytes"] if isinstance(value, dict) else value) or b""
+out_dir = "data/folder/shards"  # folder for the shards
+size = 256  # >= 1: short side in pixels; smaller images are not enlarged
+crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
+quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
+min_side = 32  # >= 0: images with a shorter side are dropped
+drop_duplicates = True  # keep only the first of identical images
+vocab_size = 4096  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
+shard_mb = 256.0  # > 0: size of a shard
+workers = 4  # >= 0: processes that decode and resize; 0 uses only this one
 
 
 def items(splits):
-    for split, ds in splits.items():
-        for i in range(len(ds)):
-            key, _, (file, *where), _, _ = ds.place(i)
-            if ds.form == "parquet":
-                image = functools.partial(cell, ds, (file, *where))
-            else:
-                image = (f"{ds.root}/{ds.files[file] if file >= 0 else key}", *where)
+    for split, dataset in splits.items():
+        for i in range(len(dataset)):
+            item = dict(key=dataset.key(i), image=functools.partial(dataset.encoded, i), split=split)
             try:
-                item, objects = ds.meta(i), ds._objects(i)
+                meta, objects = dataset.meta(i), dataset.objects(i)
             except BadImage as e:
-                yield dict(key=ds.key(i), split=split, drop=f"broken: {e}")
+                yield item | dict(drop=f"broken: {e}")
                 continue
-            item = dict(key=item["key"], image=image, split=split, label=item["label"], text=item["text"])
+            if meta["label"] >= 0:
+                item["label"] = meta["label"]
+            if meta["text"]:
+                item["text"] = meta["text"]
             if objects:
                 item["objects"] = dict(bbox=[box for _, box in objects], categories=[name for name, _ in objects])
-            yield {name: value for name, value in item.items() if value not in (-1, [])}
+            yield item
 
 
 def prepare(cfg):
-    source = need_source(cfg, "a folder of images, of tar shards or of parquet files")
+    source = check_source(cfg.source, "a folder of images, of tar shards or of parquet files")
     if os.path.realpath(cfg.out_dir).startswith(os.path.realpath(source) + os.sep):
-        raise ValueError(f"out_dir {cfg.out_dir} is inside the source, whose files it would become: set another")
-    splits = {split: Dataset(source, split) for split in ("train", "val")}
-    if splits["train"].form == "npy":
-        raise ValueError(f"{source} holds images.npy: train on it as it is")
-    if splits["train"].has_maps:
-        print(f"the semantic maps in {source} are left out: for task=semantic train on it as it is")
-    whole = len(Dataset(source, "all"))
-    if whole == 1:
-        del splits["val"]
-    elif sum(map(len, splits.values())) < whole:  # test/ beside val/
+        reject(cfg.out_dir, "is inside the source, whose images the shards would become", "set another --out_dir")
+    everything = Dataset(source, "all")
+    print(everything)
+    if everything.form == "npy":
+        reject(source, "has images.npy", "train on it as it is")
+    if everything.has_maps:
+        print(f"{source}: the semantic maps are left out; for task=semantic train on it as it is")
+    splits = {split: Dataset(source, split) for split in ("train", "val")[: len(everything)]}  # of one image no val
+    if sum(map(len, splits.values())) < len(everything):  # test/ beside val/
         splits["test"] = Dataset(source, "test")
-    make(items(splits), cfg, splits["train"].classes, sum(map(len, splits.values())))
+    pack(items(splits), cfg, everything.classes, len(everything))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
     python data/lsun/prepare.py --source=DIR                                  # all categories that are there
     python data/lsun/prepare.py --source=DIR --categories=bedroom --fraction=0.1
 
-DIR holds bedroom_train_lmdb/, bedroom_val_lmdb/, church_outdoor_train_lmdb/, ..., which the zips of
+DIR has bedroom_train_lmdb/, bedroom_val_lmdb/, church_outdoor_train_lmdb/, ..., which the zips of
 `python download.py -c bedroom` of https://github.com/fyu/lsun unpack to. Reading them needs lmdb: pip install lmdb.
-Source: https://www.yf.io/p/lsun. Licence: none stated; for research. Size: bedroom 43 GB, church_outdoor 2.3 GB
-fetched; made at quality 95, 45 KB an image, three times as much (estimate). Time: 400 images/s and core.
-On disk: train-*.tar, val-*.tar (the published 300 a category), classes.json (the categories), meta.json, dropped.jsonl,
-sheet.png.
+Source: https://www.yf.io/p/lsun. Licence: none stated; for research. Size: bedroom 43 GB, church_outdoor 2.3 GB to
+download; made at quality 95, 45 KB an image, three times as much (estimate). Time: 400 images/s and core.
+On disk: train-*.tar, val-*.tar (the published 300 a category), classes.json (the categories), meta.json, dropped.jsonl.
 """
 
 import functools
@@ -17,19 +16,20 @@ import re
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from data.prepare import in_fraction, make, need, need_source, run
+from checkpoint import reject
+from data.prepare import check_source, in_fraction, need, pack, run
 
 source = ""  # folder with CATEGORY_train_lmdb/ and CATEGORY_val_lmdb/
-out_dir = "data/lsun/shards"  # where the shards go
-categories = ""  # which, with commas between; all that are there without
-fraction = 1.0  # of the training images; a smaller fraction is a part of a larger one
-size = 256  # short side in pixels
-crop = "none"  # keeps the ratio of the sides; center: the middle square
-quality = 95  # of JPEG; 0: PNG
-min_side = 32  # pixels; images with a shorter side are dropped
-drop_duplicates = True  # the first of equal images is kept
-shard_mb = 256.0  # size of a shard
-workers = 8  # processes that decode and resize; 0: none but this
+out_dir = "data/lsun/shards"  # folder for the shards
+categories = ""  # which, with commas between; empty for all that are there
+fraction = 1.0  # in (0, 1]: of the training images; a smaller fraction is a subset of a larger one
+size = 256  # >= 1: short side in pixels
+crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
+quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
+min_side = 32  # >= 0: images with a shorter side are dropped
+drop_duplicates = True  # keep only the first of identical images
+shard_mb = 256.0  # > 0: size of a shard
+workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
 
 
 def get(env, key):
@@ -43,32 +43,28 @@ def items(source, folders, classes, fraction):
         path = f"{source}/{category}_{split}_lmdb"
         try:
             env = lmdb.open(path, readonly=True, lock=False, readahead=False, max_readers=1)
+            with env.begin(write=False) as transaction:
+                for key in transaction.cursor().iternext(keys=True, values=False):
+                    name = f"{category}/{key.decode(errors='replace')}"
+                    if split == "val" or in_fraction(name, fraction):
+                        image = functools.partial(get, env, key)
+                        yield dict(key=name, image=image, split=split, label=classes.index(category))
         except lmdb.Error as e:
-            raise ValueError(f"{path} does not open ({e}): unpack it again") from None
-        with env.begin(write=False) as transaction:
-            for key in transaction.cursor().iternext(keys=True, values=False):
-                name = f"{category}/{key.decode(errors='replace')}"
-                if split == "val" or in_fraction(name, fraction):
-                    yield dict(
-                        key=name, image=functools.partial(get, env, key), split=split, label=classes.index(category)
-                    )
+            reject(path, f"damaged ({e})", "unpack it again")
 
 
 def prepare(cfg):
-    source = need_source(cfg, "the folder with bedroom_train_lmdb and others like it")
+    source = check_source(cfg.source, "the folder with bedroom_train_lmdb and others like it")
     found = [re.fullmatch(r"(\w+)_(train|val)_lmdb", name) for name in sorted(os.listdir(source))]
     folders = [(match[1], match[2]) for match in found if match]
     there = sorted({category for category, _ in folders})
-    wanted = [name.strip() for name in cfg.categories.split(",") if name.strip()] or there
-    if missing := [name for name in wanted if name not in there]:
-        raise ValueError(
-            f"{source} has no {missing[0]}_train_lmdb, it has {', '.join(there) or 'none'}: unpack it there"
-        )
-    if not there:
-        raise ValueError(f"{source} has no folder like bedroom_train_lmdb: unpack the zips there")
-    wanted = sorted(wanted)
+    wanted = sorted(name.strip() for name in cfg.categories.split(",") if name.strip()) or there
+    missing = [name for name in wanted if name not in there]
+    if missing or not there:
+        what = f"no folder {(missing or ['bedroom'])[0]}_train_lmdb, only {', '.join(there) or 'none of that form'}"
+        reject(source, what, "unpack the zips there")
     need("lmdb", "reading LSUN")
-    make(items(source, [f for f in folders if f[0] in wanted], wanted, cfg.fraction), cfg, wanted)
+    pack(items(source, [folder for folder in folders if folder[0] in wanted], wanted, cfg.fraction), cfg, wanted)
 
 
 if __name__ == "__main__":

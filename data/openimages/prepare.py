@@ -4,14 +4,14 @@
     python data/openimages/prepare.py --download=True --n_train=20000 --only=Cat,Dog
     python data/openimages/prepare.py --source=DIR                            # what the zoo, or you, fetched before
 
-DIR is laid out as the zoo does it, by default in ~/fiftyone/open-images-v7 (FIFTYONE_DATASET_ZOO_DIR moves it):
+DIR has the layout of the zoo, by default ~/fiftyone/open-images-v7 (FIFTYONE_DATASET_ZOO_DIR moves it):
 {train,validation}/data/ID.jpg, labels/detections.csv (ImageID, LabelName, XMin, XMax, YMin, YMax, ...) and
 metadata/classes.csv. A *captions*.jsonl in labels/, {image_id, caption} as in Localized Narratives, gives captions.
 Source: https://storage.googleapis.com/openimages/web/index.html. Licence: images CC BY 2.0, annotations CC BY 4.0.
 Size: all 1,743,042 training photos are 513 GB, 41,620 of validation 12 GB; made at 256 pixels about 45 KB each
 (estimate). Time: that of the download. On disk: train-*.tar, val-*.tar (of its validation split),
-object_classes.json, bpe.tiktoken where there are captions, meta.json, dropped.jsonl, sheet.png; the objects of an image
-are in KEY.json, in pixels of the resized image, for layout-to-image and box-conditioned training.
+object_classes.json, bpe.tiktoken if there are captions, meta.json, dropped.jsonl; the objects of an image are in
+KEY.json, in pixels of the resized image, for layout-to-image training.
 """
 
 import csv
@@ -21,29 +21,30 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from data.dataset import field, json_lines
-from data.prepare import list_images, make, need, need_source, run, write
+from checkpoint import reject
+from data.forms import field, json_lines
+from data.prepare import check_source, list_images, need, pack, run, save
 
-source = ""  # folder with train/ and validation/, as the zoo lays them out
-download = False  # fetch with FiftyOne what is not there yet
-n_train = 100000  # most training photos to fetch and use; 0: all
-n_val = 5000  # most validation photos; 0: all
-only = ""  # only photos with one of these classes, with commas between: Cat,Dog
-out_dir = "data/openimages"  # where the shards go
-size = 256  # short side in pixels; smaller images stay as they are
-crop = "none"  # keeps the ratio of the sides; center: the middle square
-quality = 95  # of JPEG; 0: PNG
-min_side = 64  # pixels; images with a shorter side are dropped
-drop_duplicates = True  # the first of equal images is kept
-vocab_size = 8192  # most tokens of a tokenizer trained on the captions; 0: none
-shard_mb = 256.0  # size of a shard
-workers = 8  # processes that decode and resize; 0: none but this
+source = ""  # folder with train/ and validation/, in the layout of the zoo
+download = False  # fetch what is missing with FiftyOne
+n_train = 100000  # >= 0: most training photos to fetch and use; 0 for all
+n_val = 5000  # >= 0: most validation photos; 0 for all
+only = ""  # only photos with one of these classes, with commas between, as Cat,Dog
+out_dir = "data/openimages"  # folder for the shards
+size = 256  # >= 1: short side in pixels; smaller images are not enlarged
+crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
+quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
+min_side = 64  # >= 0: images with a shorter side are dropped
+drop_duplicates = True  # keep only the first of identical images
+vocab_size = 8192  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
+shard_mb = 256.0  # > 0: size of a shard
+workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
 
 SPLITS = (("train", "train"), ("validation", "val"))
 
 
 def fetch_zoo(cfg):
-    """The folder in which FiftyOne's zoo keeps what it fetched; it continues by itself with what is missing."""
+    """Fetch what is missing with FiftyOne's zoo; returns its folder."""
     zoo = need("fiftyone.zoo", "--download=True")
     for (split, _), n in zip(SPLITS, (cfg.n_train, cfg.n_val)):
         options = dict(label_types=["detections"], max_samples=n or None)
@@ -54,7 +55,7 @@ def fetch_zoo(cfg):
 
 
 def read_names(source):
-    """{/m/01yrx: Cat, ...} of the first classes.csv below source."""
+    """{"/m/01yrx": "Cat", ...} of the first classes.csv below source."""
     names = {}
     for path in sorted(glob.glob(f"{glob.escape(source)}/**/metadata/classes.csv", recursive=True))[:1]:
         with open(path, newline="", encoding="utf-8", errors="replace") as f:
@@ -63,22 +64,19 @@ def read_names(source):
 
 
 def read_boxes(path, ids, names):
-    """{image id: [(class name, x0, y0, x1, y1) in shares of the image]} for the images that are there."""
+    """{image id: [(class name, x0, y0, x1, y1) as shares of the image]} of the images in ids."""
     boxes = {}
     if not os.path.exists(path):
         return boxes
     with open(path, newline="", encoding="utf-8", errors="replace") as f:
         reader = csv.DictReader(f)
-        columns = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax")
-        if missing := [name for name in columns if name not in (reader.fieldnames or [])]:
-            raise ValueError(f"{path} has no column {missing[0]}: fetch it again")
         try:
             for row in reader:
                 if row["ImageID"] in ids:
-                    box = tuple(float(row[name]) for name in columns[2:])
+                    box = tuple(float(row[name]) for name in ("XMin", "YMin", "XMax", "YMax"))
                     boxes.setdefault(row["ImageID"], []).append((names.get(row["LabelName"], row["LabelName"]), *box))
-        except (ValueError, TypeError, csv.Error) as e:
-            raise ValueError(f"{path} does not read about line {reader.line_num} ({e}): fetch it again") from None
+        except (ValueError, TypeError, KeyError, csv.Error) as e:
+            reject(path, f"line {reader.line_num} cannot be read ({type(e).__name__}: {e})", "download it again")
     return boxes
 
 
@@ -92,45 +90,40 @@ def read_captions(folder, ids):
     return captions
 
 
-def items(splits, source, names):
-    for folder, split, images in splits:
-        ids = {os.path.splitext(path)[0] for path, _ in images}
-        boxes = read_boxes(f"{source}/{folder}/labels/detections.csv", ids, names)
-        captions = read_captions(f"{source}/{folder}/labels", ids)
-        for path, image in images:
-            key = os.path.splitext(path)[0]
+def read_split(cfg, source, folder, names, n):
+    """[(key, image, boxes)] of the photos of a split, at most n."""
+    images = {os.path.splitext(path)[0]: image for path, image in list_images(f"{source}/{folder}/data")}
+    boxes = read_boxes(f"{source}/{folder}/labels/detections.csv", images, names)
+    only = {name.strip() for name in cfg.only.split(",") if name.strip()}
+    keys = [key for key in images if not only or only & {name for name, *_ in boxes.get(key, [])}]
+    return [(key, images[key], boxes.get(key)) for key in (keys[:n] if n else keys)]
+
+
+def items(splits, source):
+    for folder, split, photos in splits:
+        captions = read_captions(f"{source}/{folder}/labels", {key for key, *_ in photos})
+        for key, image, boxes in photos:
             item = dict(key=key, image=image, split=split)
             if key in captions:
                 item["text"] = captions[key]
-            if key in boxes:
-                item["objects"] = dict(
-                    bbox=[(x0, y0, x1 - x0, y1 - y0) for _, x0, y0, x1, y1 in boxes[key]],
-                    categories=[name for name, *_ in boxes[key]],
-                    unit="image",
-                )
+            if boxes:
+                bbox = [(x0, y0, x1 - x0, y1 - y0) for _, x0, y0, x1, y1 in boxes]
+                item["objects"] = dict(bbox=bbox, categories=[name for name, *_ in boxes], unit="image")
             yield item
 
 
 def prepare(cfg):
-    if cfg.download and not cfg.source:
-        cfg.source = fetch_zoo(cfg)
-    source = need_source(cfg, "a folder with train/data/*.jpg, or add --download=True")
-    splits, names, only = [], read_names(source), {name.strip() for name in cfg.only.split(",") if name.strip()}
+    source = fetch_zoo(cfg) if cfg.download and not cfg.source else cfg.source
+    check_source(source, "a folder with train/data/*.jpg, or add --download=True")
+    splits, names = [], read_names(source)
     for (folder, split), n in zip(SPLITS, (cfg.n_train, cfg.n_val)):
         if os.path.isdir(f"{source}/{folder}/data"):
-            images = list_images(f"{source}/{folder}/data")
-            if only:  # others may lie there, of an earlier call
-                ids = {os.path.splitext(path)[0] for path, _ in images}
-                boxes = read_boxes(f"{source}/{folder}/labels/detections.csv", ids, names)
-                having = {key for key, found in boxes.items() if only & {name for name, *_ in found}}
-                images = [(path, image) for path, image in images if os.path.splitext(path)[0] in having]
-            splits.append((folder, split, images[:n] if n else images))
+            splits.append((folder, split, read_split(cfg, source, folder, names, n)))
     if not splits:
-        raise ValueError(f"{source} has neither train/data nor validation/data: set source to open-images-v7")
-    os.makedirs(cfg.out_dir, exist_ok=True)
+        reject(source, "has neither train/data nor validation/data", "set --source to open-images-v7")
+    pack(items(splits, source), cfg, total=sum(len(photos) for *_, photos in splits))
     if names:
-        write(f"{cfg.out_dir}/object_classes.json", json.dumps(sorted(set(names.values())), ensure_ascii=False) + "\n")
-    make(items(splits, source, names), cfg, total=sum(len(images) for *_, images in splits))
+        save(f"{cfg.out_dir}/object_classes.json", json.dumps(sorted(set(names.values())), ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

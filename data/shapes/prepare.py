@@ -1,12 +1,12 @@
-"""Makes a small captioned data set, "a small red star on a blue background", and marks pictures drawn by its prompts.
+"""Make a small captioned data set, "a small red star on a blue background", and score images sampled from its prompts.
 
-    python data/shapes/prepare.py                        # seconds: pictures, captions, maps, boxes, tokenizer, prompts
-    python data/shapes/prepare.py --n_train=2000         # fewer pictures
-    python data/shapes/prepare.py --score=out/samples    # how many sampled pictures show what their prompt says
+    python data/shapes/prepare.py                        # seconds: images, captions, maps, boxes, tokenizer, prompts
+    python data/shapes/prepare.py --n_train=2000         # fewer images
+    python data/shapes/prepare.py --score=out/samples    # how many sampled images match their prompts
 
-Picture i of a split is a function of (seed, split, i) alone. A tenth of the shape-color-background combinations is held
-out of both splits, so that a prompt score on them tells composition from memory. The judge learns nothing: it draws the
-picture that it believes it sees, and compares. Here "color" is the shape's, "background" the other one.
+Image i of a split is a function of (seed, split, i) only. A tenth of the shape-color-background combinations is in
+neither split, so that the prompt score on them tells composition from memorization. The judge is not learned: it
+renders the image that it believes it sees, and compares. "color" is the shape's, "background" the other one.
 """
 
 import functools
@@ -22,28 +22,28 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from configurator import configure
-from data.prepare import is_made, train_bpe, write
+from checkpoint import UserError, reject
+from data.prepare import is_made, run, save, train_bpe
 
-n_train = 12000  # pictures in out_dir/train
-n_val = 1000  # pictures in out_dir/val
-size = 64  # side of a picture in pixels
-seed = 0  # of the pictures and of the choice of held-out combinations
-vocab_size = 512  # most tokens the tokenizer may have; it stops earlier when each word is one token
-out_dir = "data/shapes"  # where all of it goes
-score = ""  # a folder with samples.jsonl and its PNGs: score these instead of making anything
+n_train = 12000  # >= 1: images in out_dir/train
+n_val = 1000  # >= 1: images in out_dir/val
+size = 64  # >= 32: side of an image in pixels
+seed = 0  # of the images and of the held-out combinations
+vocab_size = 512  # >= 256: most tokens of the tokenizer; training stops earlier when each word is one token
+out_dir = "data/shapes"  # where everything is written
+score = ""  # a folder with samples.jsonl and its images; score these instead of making anything
 
 # the corners of the RGB cube, a little inside: as far apart as eight colors can be
 PALETTE = dict(red=(215, 40, 40), green=(40, 190, 60), blue=(45, 70, 215), yellow=(240, 215, 45))
 PALETTE |= dict(cyan=(60, 205, 220), magenta=(210, 50, 210), black=(25, 25, 25), white=(240, 240, 240))
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring")
-RADII = dict(small=0.26, large=0.39)  # half the extent of a shape, in picture sides
+RADII = dict(small=0.26, large=0.39)  # half the extent of a shape, as a share of the image side
 RADIUS_JITTER, BRIGHTNESS_JITTER = 0.04, 0.05  # relative, uniform, both ways
-POSITION = 0.4  # how far from the middle a shape may lie, as a share of its way to the border; 1 is far harder to learn
-MARGIN = 2  # pixels between a shape and the border, which are background for certain
-N_PROMPTS = 256  # every fourth one is held out
+POSITION = 0.4  # largest offset from the center, as a share of the way to the border; 1 is much harder to learn
+MARGIN = 2  # pixels at the border that are always background
+N_PROMPTS = 256  # every fourth is a held-out combination
 
-# -- captions ----------------------------------------------------------------------------------------------------------
+# --- captions ---
 
 ATTRIBUTES = ("size", "color", "shape", "background")
 COLOR = "|".join(PALETTE)
@@ -55,14 +55,14 @@ def caption(size, color, shape, background):
 
 
 def parse(text):
-    """The attributes that a caption names, in any letter case, or None where it is none of ours."""
+    """The attributes in a caption, in any letter case; None if it is not a caption of this data set."""
     match = re.fullmatch(GRAMMAR, " ".join(text.lower().split()))
     return dict(zip(ATTRIBUTES, match.groups())) if match else None
 
 
 @functools.cache
 def held_out(seed=0):
-    """The (shape, color, background) kept out of training: 39 of 392, no color pair twice, every shape 5 or 6 times."""
+    """The (shape, color, background) in neither split: 39 of 392, no color pair twice, every shape 5 or 6 times."""
     pairs = [(color, background) for color in PALETTE for background in PALETTE if color != background]
     rng = np.random.default_rng((seed, zlib.crc32(b"held out")))
     order = rng.permutation(len(pairs))[: len(SHAPES) * len(pairs) // 10]
@@ -75,17 +75,18 @@ def is_held_out(shape, color, background, seed=0):
 
 @functools.cache
 def combinations(seed=0):
-    """Every (size, color, shape, background) that may occur in training, in a fixed order."""
+    """Every (size, color, shape, background) that may occur in a split, in a fixed order."""
     every = itertools.product(RADII, PALETTE, SHAPES, PALETTE)
     return [(s, c, shape, b) for s, c, shape, b in every if c != b and not is_held_out(shape, c, b, seed)]
 
 
-# -- drawing -----------------------------------------------------------------------------------------------------------
+# --- rendering ---
 
 
 def signed_distance(shape, x, y):
     """Distance to the outline of a shape that fills about [-1, 1]^2, negative inside; x points right and y down."""
-    x = abs(x)  # all are symmetric
+    assert shape in SHAPES, shape
+    x = abs(x)  # every shape is symmetric
     if shape == "circle":
         return np.hypot(x, y) - 1
     if shape == "ring":
@@ -101,18 +102,16 @@ def signed_distance(shape, x, y):
         h = 0.586
         y = y - 0.146 * h
         return np.minimum((x + abs(y)) / 2**0.5 - h, np.hypot(x - h / 2**0.5, y + h / 2**0.5) - h)
-    if shape == "star":  # five tips: turn each into the first, halve it, and what remains is one straight edge
-        y = y - 0.1
-        angle = np.arctan2(x, -y)
-        angle = abs((angle + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
-        tip, notch = 1.05, 0.53  # distances from the middle; 0.4 would be the pentagram, too thin for a small star
-        ex, ey = notch * math.cos(math.pi / 5) - tip, notch * math.sin(math.pi / 5)
-        rho = np.hypot(x, y)
-        return ((rho * np.cos(angle) - tip) * ey - rho * np.sin(angle) * ex) / math.hypot(ex, ey)
-    raise ValueError(f"shape {shape!r} is none of {', '.join(SHAPES)}")
+    y = y - 0.1  # star: turn each of the five tips into the first, halve it; one straight edge remains
+    angle = np.arctan2(x, -y)
+    angle = abs((angle + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
+    tip, notch = 1.05, 0.53  # distances from the middle; 0.4 would be the pentagram, too thin for a small star
+    ex, ey = notch * math.cos(math.pi / 5) - tip, notch * math.sin(math.pi / 5)
+    rho = np.hypot(x, y)
+    return ((rho * np.cos(angle) - tip) * ey - rho * np.sin(angle) * ex) / math.hypot(ex, ey)
 
 
-def draw_mask(shape, cx, cy, radius, side):
+def render_mask(shape, cx, cy, radius, side):
     """Coverage in [0, 1] of each pixel by a shape; cx, cy, radius (N,) in pixels -> (N, side, side)."""
     cx, cy, radius = (np.asarray(a, dtype=np.float32).reshape(-1, 1, 1) for a in (cx, cy, radius))
     centers = np.arange(side, dtype=np.float32) + 0.5
@@ -123,8 +122,8 @@ def draw_mask(shape, cx, cy, radius, side):
 def make_split(split, n, side, seed):
     """images (n, side, side, 3), captions, labels, maps (n, side, side), boxes (n, 4) [x, y, w, h], their names.
 
-    Picture i depends on (seed, split, i) alone. A map is 0 on the background and label + 1 where the shape covers more
-    than half of the pixel; the box holds these; its name is color and shape.
+    Image i depends on (seed, split, i) only. A map is 0 on the background and label + 1 where the shape covers more
+    than half of the pixel; the box bounds these; its name is color and shape.
     """
     key = (seed, zlib.crc32(split.encode()))
     u = np.stack([np.random.default_rng((*key, i)).random(6, dtype=np.float32) for i in range(n)])  # (n, 6) in [0, 1)
@@ -140,8 +139,8 @@ def make_split(split, n, side, seed):
     images, maps = np.empty((n, side, side, 3), dtype=np.uint8), np.empty((n, side, side), dtype=np.uint8)
     for label, shape in enumerate(SHAPES):
         members = np.flatnonzero(labels == label)
-        for i in np.split(members, range(64, len(members), 64)):  # 64 at a time stay in the cache
-            mask = draw_mask(shape, cx[i], cy[i], radius[i], side)[..., None]
+        for i in np.split(members, range(64, len(members), 64)):  # 64 at a time fit in the cache
+            mask = render_mask(shape, cx[i], cy[i], radius[i], side)[..., None]
             images[i] = bg[i, None, None] + mask * (fg - bg)[i, None, None] + 0.5
             maps[i] = (mask[..., 0] > 0.5) * (label + 1)
     columns, rows = maps.any(1), maps.any(2)
@@ -151,11 +150,11 @@ def make_split(split, n, side, seed):
     return images, [caption(*scene) for scene in scenes], labels, maps, boxes, names
 
 
-# -- judging -----------------------------------------------------------------------------------------------------------
+# --- judging ---
 
 
 def blur(a, times=1):
-    """(..., H, W) smoothed by (1, 2, 1) / 4 both ways: once takes most of the noise and little of the shape."""
+    """(..., H, W) smoothed by (1, 2, 1) / 4 in both directions; once removes most noise and little of the shape."""
     for _ in range(times):
         p = np.pad(a, [(0, 0)] * (a.ndim - 2) + [(1, 1), (1, 1)], mode="edge")
         p = (p[..., :-2, :] + 2 * p[..., 1:-1, :] + p[..., 2:, :]) / 4
@@ -174,8 +173,8 @@ def templates(side):
     """K pairs (shape, radius in sides), their masks in the middle (K, side, side), and the masks' conjugate spectra."""
     radii = np.geomspace(0.12, 0.40, 13)  # 11 % apart
     middle = np.full(len(radii), side / 2)
-    masks = np.concatenate([draw_mask(shape, middle, middle, radii * side, side) for shape in SHAPES])
-    masks = np.concatenate([blur(masks), blur(masks, 7)])  # a sharp picture as the judge sees it, and a soft one
+    masks = np.concatenate([render_mask(shape, middle, middle, radii * side, side) for shape in SHAPES])
+    masks = np.concatenate([blur(masks), blur(masks, 7)])  # a sharp image as the judge sees it, and a soft one
     names = [(shape, radius) for shape in SHAPES for radius in radii] * 2
     return names, masks, np.conj(np.fft.rfft2(normalize(masks)))
 
@@ -188,15 +187,15 @@ def nearest_color(rgb):
 
 
 def read(image):
-    """What a picture (S, S, 3) uint8 or PIL shows: size, color, shape, background, each None where it cannot be told.
+    """Size, color, shape and background of an image, (S, S, 3) uint8 or PIL; each None if it cannot be recognized.
 
-    The border's median is the background. The distance from it, a picture of all that is not background, is correlated
-    with every shape at every radius and place. The best of these, in its best color, must explain what is there: most
-    of it, and all but specks. So two things, a wrong outline or two colors are read as nothing.
+    The border's median is the background. The distance from it is correlated with every shape at every radius and
+    position. The best match, in its best color, must explain the image: most of it, and everything but specks. So two
+    objects, a wrong outline or two colors are not recognized.
     """
     image = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"a picture to judge is (S, S, 3) uint8, not {image.shape} {image.dtype}: crop or convert it")
+    if image.shape != (len(image), len(image), 3) or image.dtype != np.uint8:
+        raise UserError(f"an image to judge must be (S, S, 3) uint8, not {image.shape} {image.dtype}")
     found = dict.fromkeys(ATTRIBUTES)
     side = len(image)
     border = np.ones((side, side), dtype=bool)
@@ -214,7 +213,7 @@ def read(image):
     contrast = (mask * difference).sum((1, 2)) / (mask * mask).sum()  # (3,) by least squares
     residual = difference - mask * contrast[:, None, None]
     speck = np.linalg.norm(blur(residual, 6), axis=0).max()
-    # clean pictures have 0.05 and 0.26, at 26 dB it is 0.2 and 0.3; a foreign disc a fifth as wide makes a speck of 0.9
+    # clean images have 0.05 and 0.26, at 26 dB it is 0.2 and 0.3; another disc a fifth as wide makes a speck of 0.9
     if (residual**2).sum() > 0.2 * (difference**2).sum() or speck > 0.4 * np.linalg.norm(contrast):
         return found
     found["shape"], radius = names[best]
@@ -224,23 +223,23 @@ def read(image):
 
 
 def judge(image, text):
-    """Whether a picture shows all that its caption says."""
+    """Whether an image matches its caption in all four attributes."""
     wanted = parse(text)
     if wanted is None:
-        raise ValueError(f"{text!r} is no caption of this data set: write it like {caption(*combinations()[0])!r}")
+        raise UserError(f"{text!r} is not a caption of this data set, such as {caption(*combinations()[0])!r}")
     return read(image) == wanted
 
 
 def accuracy(images, captions):
-    """Share of the pictures that show what their captions say."""
+    """Share of the images that match their captions."""
     return float(np.mean([judge(image, text) for image, text in zip(images, captions, strict=True)]))
 
 
 def score_folder(folder, seed):
-    """Prints how many samples in a folder show what their prompts say, in all and in parts."""
+    """Print how many samples in a folder match their prompts, in total and by attribute."""
     index = os.path.join(folder, "samples.jsonl")
     if not os.path.exists(index):
-        raise ValueError(f"{index} is missing: set score to a folder that sample.py wrote")
+        reject(index, "no such file", "set --score to a folder that sample.py wrote")
     with open(index) as f:
         lines = f.read().splitlines()
     rows, bad = [], []
@@ -248,14 +247,12 @@ def score_folder(folder, seed):
         try:
             record = json.loads(line)
             wanted = parse(record["prompt"])
-            if wanted is None:
-                raise ValueError(f"{record['prompt']!r} is no caption of this data set")
             with Image.open(os.path.join(folder, os.path.basename(record["file"]))) as image:
                 got = read(image)
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            bad.append(f"line {number}: {type(e).__name__}: {e}")
+            held = is_held_out(wanted["shape"], wanted["color"], wanted["background"], seed)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:  # wanted is None: not a caption of ours
+            bad.append(f"line {number} {line[:99]}: {type(e).__name__}: {e}")
             continue
-        held = is_held_out(wanted["shape"], wanted["color"], wanted["background"], seed)
         rows.append((held, [got[name] == wanted[name] for name in ATTRIBUTES]))
 
     def report(name, hits):
@@ -268,14 +265,14 @@ def score_folder(folder, seed):
     for j, name in enumerate(ATTRIBUTES):
         report(f"  {name}", [hits[j] for _, hits in rows])
     if bad or not rows:
-        raise ValueError(f"{len(bad)} of {len(lines)} samples in {index} cannot be scored: {'; '.join(bad[:3])}")
+        reject(index, f"{len(bad)} of {len(lines)} samples cannot be scored", "; ".join(bad[:3]) or "sample some first")
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def choose_prompts(train_captions, seed):
-    """N_PROMPTS captions, all different as long as there are; three that occur in training, one held out, and so on."""
+    """N_PROMPTS captions, different while there are enough: three that occur in training, one held out, and so on."""
     rng = np.random.default_rng((seed, zlib.crc32(b"prompts")))
     unseen = sorted(caption(s, color, shape, background) for s in RADII for shape, color, background in held_out(seed))
     unseen = itertools.cycle(rng.permutation(unseen).tolist())
@@ -295,43 +292,42 @@ def contact_sheet(images, captions, columns=8):
     return sheet
 
 
-def prepare(out_dir, n_train, n_val, size, seed, vocab_size):
-    """Makes everything below out_dir that is not there already; meta.json comes last and tells what a split is."""
-    if n_train < 1 or n_val < 1 or size < 32:
-        raise ValueError(f"n_train={n_train}, n_val={n_val}, size={size}: set these to at least 1, 1 and 32")
-    drawing = dict(size=size, seed=seed, vocab_size=vocab_size, palette={k: list(v) for k, v in PALETTE.items()})
-    drawing |= dict(shapes=list(SHAPES), radii=RADII, radius_jitter=RADIUS_JITTER, brightness_jitter=BRIGHTNESS_JITTER)
-    drawing |= dict(position=POSITION, map_classes=["background", *SHAPES])
-    for split, n in (("val", n_val), ("train", n_train)):
-        folder, meta = os.path.join(out_dir, split), dict(drawing, split=split, count=n)
+def make(cfg):
+    """Make each split below out_dir that is missing or has other settings; its meta.json is written last."""
+    recipe = dict(size=cfg.size, seed=cfg.seed, vocab_size=cfg.vocab_size, palette=PALETTE, shapes=SHAPES, radii=RADII)
+    recipe |= dict(radius_jitter=RADIUS_JITTER, brightness_jitter=BRIGHTNESS_JITTER, position=POSITION)
+    recipe |= dict(map_classes=["background", *SHAPES])
+    recipe = json.loads(json.dumps(recipe))  # as meta.json has it: tuples are lists
+    for split, n in (("val", cfg.n_val), ("train", cfg.n_train)):
+        folder, meta = os.path.join(cfg.out_dir, split), recipe | dict(split=split, count=n)
         if is_made(folder, meta):
             continue
-        images, captions, labels, maps, boxes, names = make_split(split, n, size, seed)
+        images, captions, labels, maps, boxes, names = make_split(split, n, cfg.size, cfg.seed)
         objects = [{"bbox": [box], "categories": [name]} for box, name in zip(boxes.tolist(), names)]
         records = [{"text": [text], "objects": of_image} for text, of_image in zip(captions, objects)]
-        write(os.path.join(folder, "images.npy"), images)
-        write(os.path.join(folder, "labels.npy"), labels)
-        write(os.path.join(folder, "maps.npy"), maps)
-        write(os.path.join(folder, "captions.jsonl"), "".join(json.dumps(record) + "\n" for record in records))
+        save(f"{folder}/images.npy", images)
+        save(f"{folder}/labels.npy", labels)
+        save(f"{folder}/maps.npy", maps)
+        save(f"{folder}/captions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         if split == "val":
-            write(os.path.join(out_dir, "sheet.png"), contact_sheet(images[:40], captions[:40]))
+            save(f"{cfg.out_dir}/sheet.png", contact_sheet(images[:40], captions[:40]))
         else:
-            write(os.path.join(out_dir, "classes.json"), json.dumps(SHAPES) + "\n")
-            write(os.path.join(out_dir, "map_classes.json"), json.dumps(["background", *SHAPES]) + "\n")
             every = [f"{color} {shape}" for color in PALETTE for shape in SHAPES]
-            write(os.path.join(out_dir, "object_classes.json"), json.dumps(every) + "\n")
-            write(os.path.join(out_dir, "bpe.tiktoken"), train_bpe(captions, vocab_size))
-            write(os.path.join(out_dir, "prompts.txt"), "\n".join(choose_prompts(captions, seed)) + "\n")
-        write(os.path.join(folder, "meta.json"), json.dumps(meta, indent=1) + "\n")
-        print(f"{folder}: {n} pictures of {size} x {size}")
+            save(f"{cfg.out_dir}/classes.json", json.dumps(SHAPES) + "\n")
+            save(f"{cfg.out_dir}/map_classes.json", json.dumps(["background", *SHAPES]) + "\n")
+            save(f"{cfg.out_dir}/object_classes.json", json.dumps(every) + "\n")
+            save(f"{cfg.out_dir}/bpe.tiktoken", train_bpe(captions, cfg.vocab_size))
+            save(f"{cfg.out_dir}/prompts.txt", "\n".join(choose_prompts(captions, cfg.seed)) + "\n")
+        save(f"{folder}/meta.json", json.dumps(meta, indent=1) + "\n")
+        print(f"{folder}: {n} images of {cfg.size} x {cfg.size}")
+
+
+def prepare(cfg):
+    if cfg.score:
+        score_folder(cfg.score, cfg.seed)
+    else:
+        make(cfg)
 
 
 if __name__ == "__main__":
-    configure(globals())
-    try:
-        if score:
-            score_folder(score, seed)
-        else:
-            prepare(out_dir, n_train, n_val, size, seed, vocab_size)
-    except (ValueError, OSError) as e:
-        sys.exit(f"prepare.py: {e}")
+    run(prepare, globals())

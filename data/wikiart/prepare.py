@@ -5,38 +5,39 @@
     python data/wikiart/prepare.py --source=DIR --label=artist
 
 Source: https://huggingface.co/datasets/huggan/wikiart (of the ArtGAN project, of wikiart.org). Licence: non-commercial
-research only; the paintings' own vary. Size: 34 GB fetched, about 4 GB made at 256 pixels
-(estimate). Time: half an hour of one core (estimate).
+research only; the paintings' own vary. Size: 34 GB to download, about 4 GB made at 256 pixels (estimate).
+Time: half an hour of one core (estimate).
 On disk: train-*.tar, val-*.tar (one in a hundred), classes.json (of the chosen label), bpe.tiktoken, meta.json,
-dropped.jsonl, sheet.png. A caption is "landscape by claude monet, impressionism", of what is known; all three are also
-in each KEY.json.
+dropped.jsonl. A caption is "landscape by claude monet, impressionism", of what is known; all three are also in each
+KEY.json.
 """
 
 import os
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from data.dataset import PIXELS
-from data.prepare import from_hub, make, need_source, parquet_files, parquet_names, parquet_rows, run
+from checkpoint import reject
+from data.forms import PIXELS
+from data.prepare import check_source, from_hub, pack, parquet_files, parquet_names, parquet_rows, run
 
 source = ""  # folder of the parquet files
 download = False  # fetch them to the hub's cache (HF_HOME)
-out_dir = "data/wikiart"  # where the shards go
-label = "style"  # style, genre or artist
-size = 256  # short side in pixels; smaller images stay as they are
-crop = "none"  # keeps the ratio of the sides; center: the middle square
-quality = 95  # of JPEG; 0: PNG
-min_side = 64  # pixels; images with a shorter side are dropped
-drop_duplicates = True  # the first of equal images is kept
-vocab_size = 1024  # most tokens of a tokenizer trained on the captions; 0: none
-shard_mb = 256.0  # size of a shard
-workers = 4  # processes that decode and resize; 0: none but this
+out_dir = "data/wikiart"  # folder for the shards
+label = "style"  # style | genre | artist: which of them is the class
+size = 256  # >= 1: short side in pixels; smaller images are not enlarged
+crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
+quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
+min_side = 64  # >= 0: images with a shorter side are dropped
+drop_duplicates = True  # keep only the first of identical images
+vocab_size = 1024  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
+shard_mb = 256.0  # > 0: size of a shard
+workers = 4  # >= 0: processes that decode and resize; 0 uses only this one
 
 COLUMNS = ("style", "genre", "artist")
 
 
 def caption(style, genre, artist):
-    """What is known of a painting in words; names as the hub has them, "Unknown Genre" among them."""
+    """What is known of a painting in words; the hub's names include "Unknown Genre"."""
     style, genre, artist = (
         "" if name.lower().startswith("unknown") else name.replace("_", " ").replace("-", " ").lower()
         for name in (style, genre, artist)
@@ -62,15 +63,14 @@ def items(files, names, label):
 
 
 def prepare(cfg):
-    if cfg.label not in COLUMNS:
-        raise ValueError(f"label {cfg.label!r} is not known: choose style, genre or artist")
-    if cfg.download and not cfg.source:
-        cfg.source = from_hub("huggan/wikiart", ["data/*.parquet"])
-    files = parquet_files(need_source(cfg, "a folder of huggan/wikiart's parquet files, or add --download=True"))
+    source = cfg.source
+    if cfg.download and not source:
+        source = from_hub("huggan/wikiart", ["data/*.parquet"])
+    files = parquet_files(check_source(source, "a folder of huggan/wikiart's parquet files, or add --download=True"))
     if not files:
-        raise ValueError(f"{cfg.source} has no parquet files: set source to their folder")
+        reject(source, "no parquet files", "set --source to their folder")
     names = {column: parquet_names(files[0], column) for column in COLUMNS}
-    make(items(files, names, cfg.label), cfg, names[cfg.label])
+    pack(items(files, names, cfg.label), cfg, names[cfg.label])
 
 
 if __name__ == "__main__":
