@@ -147,11 +147,8 @@ def load_trunk(net, path=None):
         try:
             tensors = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
-            reject(
-                path,
-                f"could not be fetched ({error})",
-                "download it and set trunk_weights (train_vae.py: lpips_trunk) to the file",
-            )
+            remedy = "download it and set trunk_weights (train_vae.py: lpips_trunk) to the file"
+            reject(path, f"could not be fetched ({error})", remedy)
     tensors = {name.removeprefix("features."): t for name, t in tensors.items()}
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in make_trunk(net).state_dict().items()}

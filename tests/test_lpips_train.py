@@ -273,14 +273,6 @@ def test_ranks_and_accumulation_are_one_in_float64(start):
         assert all(a[name] == pytest.approx(b[name], rel=1e-6) for name in a.keys() - {"images_per_s"})
 
 
-def test_a_sharded_optimizer_changes_nothing(start, finished, tmp_path):
-    args = ("--batch_size=2", "--shard_optimizer=True")
-    run = start(*args, ranks=2, trap=("step 4,", signal.SIGKILL), folder=tmp_path)
-    assert run.wait()[0] == -signal.SIGKILL and run.checkpoint[1]["step"] == 3
-    resumed = start(*args, ranks=2, folder=tmp_path).finish()
-    assert_same(resumed.checkpoint[0], finished[2].checkpoint[0])
-
-
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_a_judgement_that_is_not_a_number_stops_the_run(ranks, start, tmp_path):
     path = make_judgements(tmp_path / "judgements") / "2afc/train/more/judge.npy"
