@@ -203,19 +203,14 @@ def tuples(settings):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
-# what settings and tensors of unexpected form raise
-MALFORMED = ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError
-MALFORMED += (ValueError,)
-
-
 @contextlib.contextmanager
 def reading(path):
-    """Context in which settings and tensors of unexpected form, of an altered file, raise UserError with its path."""
+    """Context in which settings and tensors of unexpected form raise UserError with the path of their file."""
     try:
         yield
     except UserError:
         raise
-    except MALFORMED as error:
+    except Exception as error:  # settings and tensors of unexpected form can raise anything
         reject(path, f"damaged: settings or tensors do not fit ({type(error).__name__}: {error})", "use another file")
 
 

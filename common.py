@@ -15,6 +15,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -457,9 +458,7 @@ def plot_log(out_dir, panels):
         for name in names:
             points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
             steps, values = zip(*points)
-            values = [
-                [math.nan if v is None else v for v in value] if isinstance(value, list) else value for value in values
-            ]
+            values = np.array(values, dtype=float)  # None becomes NaN
             axis.plot(steps, values, marker="." if len(points) < 30 else None, label=name)
         positive = all(line.get_ydata().min() > 0 for line in axis.lines)
         axis.set_yscale("log" if positive and any(word in title for word in ("loss", "norm")) else "linear")

@@ -30,7 +30,7 @@ import checkpoint
 from checkpoint import UserError, reject, write_whole
 from common import install_excepthook, progress_bar, setup
 from configurator import configure
-from data.dataset import BadImage, Dataset, to_tensor
+from data.dataset import BadImage, Dataset
 from lpips_train import LPIPS, MIN_SIDE, TAPS
 from metrics import NEIGHBOURS, frechet, gaussian, load_inception, mmd, precision_recall
 from sample import choose_conditions, generate, latent_sides, load_from_settings, to_pil
@@ -243,10 +243,11 @@ def features(extract, images, which, name, side, as_is, batch_size, device):
     for n, i in enumerate(progress_bar(which, name), 1):
         try:
             image = images.rgb(i)
-            if as_is and image.size != (side, side):
+            if not as_is:
+                image = crop_and_resize(image, side)
+            elif image.size != (side, side):
                 reject(images.key(i), f"{image.width}x{image.height}, not {side}x{side}", "set image_size to resize")
-            image = image if as_is else crop_and_resize(image, side)
-            batch.append(((to_tensor(image) + 1) * 127.5).round().byte())
+            batch.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         except BadImage as error:
             print(f"skipped a bad image of {name}: {error}")
         if batch and (len(batch) == batch_size or n == len(which)):
@@ -301,9 +302,12 @@ def load_extractor(inception_weights, trunk, trunk_weights, device):
     """A function from uint8 images (B,3,S,S) to features (B,D), by whichever weights are named."""
     if bool(inception_weights) == bool(trunk_weights):
         raise UserError("set one of --inception_weights (for FID) and --trunk_weights")
-    if inception_weights:
+    if not inception_weights:
+        return load_trunk_features(trunk, trunk_weights, device)
+    try:
         return load_inception(inception_weights, device)
-    return load_trunk_features(trunk, trunk_weights, device)
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from None
 
 
 def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze", trunk_weights="", batch_size=64,

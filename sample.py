@@ -519,7 +519,6 @@ def check_settings(cfg, pipeline):
         ("negative guide_ckpt guidance_from guidance_to guidance_rescale", guidable and cfg.guidance != 1, "guidance"),
         ("negative", not cfg.guide_ckpt, "guidance without --guide_ckpt"),
         ("tower_weights clip_vocab", pipeline.tower is not None, "a checkpoint with a frozen text encoder"),
-        ("decode_tile decode_batch", pipeline.vae is not None, "a checkpoint with an autoencoder"),
         ("init_image", task != "semantic", "another checkpoint; use --semantic_map"),
         ("mask strength", cfg.get("init_image") and task in ("none", "inpaint"), "--init_image, without another task"),
         ("semantic_map", task == "semantic", "a checkpoint with task=semantic"),
@@ -643,12 +642,6 @@ def choose_inputs(pipeline, cfg):
     seeds = list(range(cfg.seed, cfg.seed + len(index)))
     inputs = {name: rows[list(index)] for name, rows in inputs.items()}
     return list(conditions), seeds, [names[i] for i in index], inputs
-
-
-def save_gif(path, frames, seconds=2.0):
-    """PIL images as an animation of `seconds` that repeats after a pause."""
-    durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1000]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def save_samples(folder, images, records, settings):

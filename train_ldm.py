@@ -113,7 +113,7 @@ beta1 = 0.9  # in [0, 1): of AdamW
 beta2 = 0.999  # in [0, 1): of AdamW
 weight_decay = 0.01  # >= 0: of AdamW, on matrices and kernels only
 grad_clip = 1.0  # >= 0: largest gradient norm; 0 disables clipping
-shard_optimizer = False  # each process keeps the optimizer state of a part of the parameters (ZeRO stage 1)
+shard_optimizer = False  # divide the optimizer state among the processes (ZeRO stage 1)
 ema_decay = 0.9999  # in [0, 1]: of the averaged weights, warmed up as (1 + n) / (10 + n)
 ema_stds = ()  # each in [0.01, 0.25]: relative lengths of further averages, for sample.py --ema_std (EDM2)
 # run
@@ -125,7 +125,7 @@ prompts = ""  # file of prompts for the sample grids, one a line; "" uses captio
 n_samples = 16  # >= 1: images of a grid
 sampler = "unipc"  # ddpm | ddim | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | plms | unipc: of the grids
 sample_steps = 20  # in [1, 1000]: of the sampler
-guidance = 3.0  # scale of classifier-free guidance of the grids; 1 disables it
+guidance = 3.0  # >= 0: classifier-free guidance scale of the grids; 1 disables it
 save_every = 1000  # >= 1: steps between checkpoints
 snapshot_every = 0  # >= 0: steps between EMA snapshots ema_STEP.safetensors, which are kept; 0 keeps none
 log_every = 50  # >= 1: steps between progress lines

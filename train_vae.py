@@ -400,7 +400,10 @@ def evaluate_checkpoint(cfg, machine, autocast, lpips):
     vae = VAE.from_pretrained(source).to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     if cfg.inception_weights and len(validation) < 2:
         raise UserError(f"rFID needs 2 images or more, {cfg.dataset} has 1: leave inception_weights out")
-    inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
+    try:
+        inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from None
     scores, (x, y) = evaluate(vae, validation, cfg, machine, autocast, lpips, inception)
     if machine.rank == 0:
         path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"

@@ -63,12 +63,12 @@ class KeptIndexes(torch.utils.data.Dataset):
     """
     The indexes of shards, a file each in `folder`, and their headers in one file, so that opening many costs nothing.
 
-    jobs: [(shard, stamp), ...]; an index is made again if the stamp is another. make(shard, stamp) -> (header, arrays).
+    jobs: [(shard, stamp), ...]; an index is made again if the stamp is another. index(shard) -> data.forms.Index.
     Of many processes one makes them, the others wait; after a kill it continues.
     """
 
-    def __init__(self, folder, jobs, make):
-        self.folder, self.jobs, self.make = folder, jobs, make
+    def __init__(self, folder, jobs, index):
+        self.folder, self.jobs, self.index = folder, jobs, index
         names = [digest(job) for job in jobs]
         self.paths, kept = [f"{folder}/{name}.npz" for name in names], self._read_headers()
         if not kept.keys() >= set(names):
@@ -107,26 +107,25 @@ class KeptIndexes(torch.utils.data.Dataset):
 
     def __getitem__(self, s):
         """The header of shard s, or the error that prevents it; for _build."""
-        with contextlib.suppress(Exception):  # not there, or damaged
-            return self._load(s)[0]
         try:
-            header, arrays = self.make(*self.jobs[s])
-            write_whole(self.paths[s], lambda f: np.savez_compressed(f, header=json.dumps(header), **arrays))
-            return header
+            return self._load(s)[0]
         except (UserError, OSError) as e:
             return e
 
-    def _load(self, s):
-        with np.load(self.paths[s]) as f:
-            header, arrays = json.loads(str(f["header"])), {name: f[name] for name in ("keys", "ends", "rows", "held")}
-        assert arrays["rows"].dtype.names == COLUMNS and len(arrays["rows"]) == len(arrays["ends"]) == header["n"]
-        return header, arrays
-
     def load(self, s):
-        """arrays of shard s; made again if its file is gone or damaged."""
-        with contextlib.suppress(Exception):
-            return self._load(s)[1]
-        return self.make(*self.jobs[s])[1]
+        """arrays of shard s."""
+        return self._load(s)[1]
+
+    def _load(self, s):
+        """(header, arrays) of shard s from its file; made again if that is gone or damaged."""
+        with contextlib.suppress(Exception), np.load(self.paths[s]) as f:
+            header, arrays = json.loads(str(f["header"])), {name: f[name] for name in ("keys", "ends", "rows", "held")}
+            assert arrays["rows"].dtype.names == COLUMNS and len(arrays["rows"]) == len(arrays["ends"]) == header["n"]
+            return header, arrays
+        shard, stamp = self.jobs[s]
+        header, arrays = self.index(shard).arrays(stamp)
+        write_whole(self.paths[s], lambda f: np.savez_compressed(f, header=json.dumps(header), **arrays))
+        return header, arrays
 
 
 class Remote:
