@@ -600,8 +600,8 @@ if __name__ == "__main__":
         measure()
         if rank == 0:  # everything else in the file stays as it is
             tensors, meta = checkpoint.read(latest)
-            for prefix in ("model", "ema"):
-                tensors |= with_prefix(prefix, {"latent_mean": ema.latent_mean, "latent_std": ema.latent_std})
+            for prefix, module in (("model", model), ("ema", ema)):
+                tensors |= {f"{prefix}.{name}": getattr(module, name) for name in ("latent_mean", "latent_std")}
             checkpoint.write(latest, tensors, meta)
         common.leave()
 

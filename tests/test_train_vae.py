@@ -631,37 +631,34 @@ def test_eval_only(adversarial, start, small_data, trunk, tmp_path):
 # --- wrong settings ---
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ("--image_size=16 --disc_weight=1 --disc_layers=3", "image_size=16 is below 24, which is the least of SSIM"),
-        ("--image_size=16 --lpips_trunk=FILE --lpips_net=squeeze", "image_size=16 is below 17"),
-        ("--image_size=8", "image_size=8 is below 11"),
-        ("--train=decoder", "needs a trained autoencoder; set init_from"),
-        ("--adaptive_min=2", "adaptive_min must be <= adaptive_max"),
-        ("--ckpt=out", "--ckpt is only used with --eval_only=True"),
-        ("--eval_split=val", "--eval_split is only used with --eval_only=True"),
-    ],
-)
-def test_settings_that_do_not_fit_together(args, message):
-    with pytest.raises(UserError, match=re.escape(message)):
+UNFIT = {
+    "--image_size=16 --disc_weight=1 --disc_layers=3": "image_size=16 is below 24, which is the least of SSIM",
+    "--image_size=16 --lpips_trunk=FILE --lpips_net=squeeze": "image_size=16 is below 17",
+    "--image_size=8": "image_size=8 is below 11",
+    "--train=decoder": "needs a trained autoencoder; set init_from",
+    "--adaptive_min=2": "adaptive_min must be <= adaptive_max",
+    "--ckpt=out --eval_split=val": "--ckpt --eval_split is only used with --eval_only=True",
+}
+WRONG = {
+    "--disc_loss=wgan": "--disc_loss=wgan must be one of hinge | vanilla | least_squares",
+    "--init_from=nowhere": "nowhere: no such checkpoint",
+    "--dataset=nowhere": "nowhere",
+    "--image_size=17": "image_size=17 is not a multiple of 2",
+    "--norm_groups=3": "norm_groups=3: must divide ch * ch_mult",
+    "--measure_latents": "no such checkpoint, which --measure_latents needs",
+    "--image_size=32 --perceptual_weight=1 --lpips_trunk=none.pth": "none.pth: does not load",
+}
+
+
+@pytest.mark.parametrize("args", UNFIT)
+def test_settings_that_do_not_fit_together(args):
+    with pytest.raises(UserError, match=re.escape(UNFIT[args])):
         train_vae.check_settings(settings(*args.split()))
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ("--disc_loss=wgan", "--disc_loss=wgan must be one of hinge | vanilla | least_squares"),
-        ("--init_from=nowhere", "nowhere: no such checkpoint"),
-        ("--dataset=nowhere", "nowhere"),
-        ("--image_size=17", "image_size=17 is not a multiple of 2"),
-        ("--norm_groups=3", "norm_groups=3: must divide ch * ch_mult"),
-        ("--measure_latents", "no such checkpoint, which --measure_latents needs"),
-        ("--image_size=32 --perceptual_weight=1 --lpips_trunk=none.pth", "none.pth: does not load"),
-    ],
-)
-def test_a_wrong_setting_is_one_line(args, message, start):
-    assert message in start("vae", *args.split()).fail()
+@pytest.mark.parametrize("args", WRONG)
+def test_a_wrong_setting_is_one_line(args, start):
+    assert WRONG[args] in start("vae", *args.split()).fail()
 
 
 def test_a_checkpoint_with_other_settings_is_refused(start, finished, first_stage, tmp_path):
