@@ -319,6 +319,9 @@ def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze
     extract = load_extractor(inception_weights, trunk, trunk_weights, device)
     a, chosen = open_set(samples, "samples")
     b, real = open_set(reference, "reference", split)
+    for images in (a, b):
+        if isinstance(images, Dataset):
+            print(images, flush=True)  # what was opened, and what was left out
     side = image_size
     for i in chosen if not side else ():
         with contextlib.suppress(BadImage):

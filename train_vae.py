@@ -409,7 +409,7 @@ def evaluate_checkpoint(cfg, machine, autocast, lpips):
         path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"
         error_map = (y - x).abs().mean(dim=1, keepdim=True).expand_as(x)
         save_grid(path, (x, y, 4 * error_map - 1))  # white from an error of 64 grey levels on
-        print(f"{source} on {len(validation)} images of {cfg.dataset} at {cfg.image_size} px:")
+        print(f"{source} on {len(validation)} images at {cfg.image_size} px of {images}")
         for name, value in scores.items():
             print(f"  {name.removeprefix('val_'):20} {value if isinstance(value, list) else format(value, '.4f')}")
         print(f"originals, reconstructions and error map: {path}")

@@ -12,8 +12,8 @@ Images from disk, and the order in which training sees them.
         parquet column map; map_classes.json names the classes. Objects are a field or column
         objects: {"bbox": [[x, y, w, h] in pixels, ...], "categories": [...]}; object_classes.json names numbers.
         A path may be an fsspec URL of tar or parquet shards, s3://bucket/set/*.tar: see data/shards.py.
-    Stream    makes of it one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
-    loader    cuts the sequence into micro-batches, for this rank, from any step on.
+    Stream    turns it into one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
+    loader    cuts the sequence into the micro-batches of one rank, starting at any step.
 
 Everything random is a pure function of (seed, position): there is no state to save, and the sequence is the same for
 any number of processes and workers. To read a tar of images:
@@ -201,14 +201,14 @@ class Dataset:
             self.root, paths = os.path.dirname(self.path) or ".", [os.path.basename(self.path)]
         else:
             remedy = "pass --dataset=DIR, a folder of images or shards, or images.npy"
-            reject(f"dataset {self.path}", "is not there", remedy)
+            reject(f"dataset {self.path}", "does not exist", remedy)
         self.form, self._indexes = self._index(paths, cache_dir)
         self.headers = self._indexes.headers
         self._unread = self._not_read(paths) if self.form != "folder" else []
         if not any(header["n"] for header in self.headers):
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
-            if os.path.exists(f"{self.root}/prepare.py"):  # data/openimages, say, as it comes
+            if os.path.exists(f"{self.root}/prepare.py"):  # such as data/openimages, before it is run
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
             reject(f"dataset {self.path}", f"({self.form}) holds no images", looked)
         self._part, counts = self._choose(split)
@@ -223,7 +223,7 @@ class Dataset:
         self._last = None, None  # number of the item that was read last, and its Item
         self._groups = OrderedDict()  # parquet: (file, row group, column names) -> column, last used last
 
-    def __getstate__(self):  # a worker opens its own
+    def __getstate__(self):  # a worker opens its own files
         return self.__dict__ | dict(_opened=OrderedDict(), _groups=OrderedDict())
 
     def __len__(self):
@@ -257,7 +257,7 @@ class Dataset:
         parts += [f"left out: {count} {reason} ({example})" for reason, (count, example) in left.items()]
         return f"{self.path}: {', '.join(parts)}"
 
-    # what is there, and which of it this split has
+    # finding files, choosing a split
 
     def _index(self, paths, cache_dir):
         """(form, indexes) of what is at these paths."""
@@ -286,7 +286,7 @@ class Dataset:
         """
         (part, {shard: number of its items}) of a split.
 
-        part is "all" of the shards' items, or, where no shards are named val, the "train" or "val" part of each.
+        part: "all" items of these shards, or only their "train" or "val" part, where no shards are held out.
         """
         present = {header["split"] for header in self.headers if header["n"]}
         held_out = next((name for name in HELD_OUT if name in present), None)
@@ -317,8 +317,8 @@ class Dataset:
         return self._opened[k]
 
     def _item(self, i):
-        """The Item number i."""
-        if i == self._last[0]:  # an item is asked for several times in a row
+        """Item i of this split."""
+        if i == self._last[0]:  # an item is read several times in a row: caption, image, map
             return self._last[1]
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
@@ -336,7 +336,7 @@ class Dataset:
     @functools.cached_property
     def fingerprint(self):
         """
-        Hash of the images, wherever they are: form, split, keys, sizes, modification times, and of local files 64
+        Hash of the images, not of their path: form, split, keys, sizes, modification times, and of local files 64
         samples of 4 KB. It does not see an edit that keeps size and time, outside of those samples.
         """
         h = hashlib.blake2b(repr((self.form, self.split, len(self))).encode(), digest_size=16)
@@ -362,7 +362,7 @@ class Dataset:
         return next((names for path in files if os.path.exists(path) and (names := forms.read_classes(path))), [])
 
     def _name_classes(self):
-        """Sets classes, num_classes, and _class_of: {label or word of an index, as str: class}, None if they agree."""
+        """Sets classes, num_classes, and _class_of: {label or word of an index, as str: class} or None."""
         headers, highest = self.headers, max(header["highest"] for header in self.headers)
         names = next((header["names"] for header in headers if header["names"]), [])
         is_named = any(header["named"] for header in headers)
@@ -372,11 +372,11 @@ class Dataset:
             names = sorted(numbers.union(*(header["names"] for header in headers if header["named"])))
             highest = len(names) - 1
         self.classes = self._listed_names("classes.json", "meta.json") or names
-        order = list(range(len(names)))  # the class of each of names
+        order = list(range(len(names)))  # order[i]: the class of names[i]
         if set(names) <= set(self.classes):
             number = {name: i for i, name in reversed(list(enumerate(self.classes)))}
             order = [number[name] for name in names]
-        elif len(names) != len(self.classes):  # where as many, they are the same in other words
+        elif len(names) != len(self.classes):  # as many names are the same classes, renamed
             odd = f"{min(set(names) - set(self.classes))!r} is not among them"
             what = f"has {len(names)} classes, classes.json {len(self.classes)}, and {odd}"
             reject(f"dataset {self.path}", what, "add what is missing")
@@ -402,7 +402,7 @@ class Dataset:
         """The class of each item, (N,) int64, -1 where it has none."""
         return np.concatenate([self._open_shard(k)[2] for k in range(len(self.shards))])
 
-    # what an item holds
+    # items
 
     def key(self, i):
         return self._item(i).key
@@ -506,7 +506,7 @@ class Dataset:
 
     @functools.cached_property
     def map_classes(self):
-        """How many classes the maps have: those in map_classes.json, else what 500 maps, spread over all, have."""
+        """Number of classes of the maps: of map_classes.json, else of 500 maps, spread over all."""
         found = (np.array(image) for image in self._some(self._map, 500) if image is not None)
         return len(self.map_names) or 1 + max((int(image[image < 255].max(initial=0)) for image in found), default=-1)
 
@@ -545,7 +545,7 @@ class Dataset:
 
     @functools.cached_property
     def object_classes(self):
-        """Names of the objects' classes: object_classes.json, else all that occur in 10000 items, spread over all."""
+        """Names of the objects' classes: those of object_classes.json, else of 10000 items, spread over all."""
         listed = self._listed_names("object_classes.json")
         return listed or sorted({name for objects in self._some(self.objects, 10000) for name, _ in objects})
 
@@ -632,7 +632,7 @@ class Stream(torch.utils.data.Dataset):
         if epoch not in self._orders:
             sizes = np.diff(self.dataset.bounds)
             order = permute(np.arange(len(sizes)), len(sizes), seed_of(self.seed, epoch, "shards"))
-            latest = list(self._orders.items())[-1:]  # at its end an epoch and the next are asked for
+            latest = list(self._orders.items())[-1:]  # around the end of an epoch two are in use
             self._orders = dict(latest) | {epoch: (order, np.cumsum(sizes[order]))}
         return self._orders[epoch]
 
@@ -764,12 +764,12 @@ def in_batches(items, positions, collate_fn, workers=0):
         items,
         batch_sampler=positions,
         collate_fn=collate_fn,
-        num_workers=workers,  # torch gives each one thread
+        num_workers=workers,  # PyTorch gives each worker one thread
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         timeout=TIMEOUT if workers else 0,
         worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
+        generator=torch.Generator(),  # for the workers' seed: the global generator is left alone
     )
     return iter(batches)  # workers start here, not when the first batch is asked for
 

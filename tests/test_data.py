@@ -506,7 +506,7 @@ def test_splits(tmp_path, case):
         assert keys(ds) == names and len(ds.labels) == len(names)
         assert ds.classes == Dataset(tmp_path / "set", "all").classes, "numbered alike in every split"
     assert f"(train {len(wanted['train'])}, " in str(ds)
-    for path, message in (("set", "has no valid images, it has "), ("nowhere", "is not there")):
+    for path, message in (("set", "has no valid images, it has "), ("nowhere", "does not exist")):
         with pytest.raises(UserError, match=message):
             Dataset(tmp_path / path, "valid", 8)
 
@@ -864,7 +864,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def test_over_http(memory, monkeypatch):
-    """Sizes and times are not in the list, and what is not there is an error of another type."""
+    """Sizes and times are not in the list, and a missing file is an error of another type."""
     pytest.importorskip("aiohttp")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:  # of the current directory
         threading.Thread(target=server.serve_forever, daemon=True).start()

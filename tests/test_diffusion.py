@@ -228,7 +228,6 @@ def test_published_spacings():
     assert indices(sample_times(3, schedule, "eps", "leading")) == [667, 334, 1], "where CompVis' index is out of range"
     quadratic = ((np.linspace(0, np.sqrt(1000 * 0.8), 25)) ** 2).astype(int) + 1  # CompVis' "quad"
     assert indices(sample_times(25, schedule, "eps", "quadratic")) == quadratic[::-1].tolist()
-    assert indices(sample_times(28, schedule, "eps", "linspace")) == list(range(999, -1, -37))
     assert indices(sample_times(5, schedule, "eps", "trailing")) == [999, 799, 599, 399, 199]
 
 
@@ -327,7 +326,9 @@ def test_every_sampler_with_every_spacing(sampler, spacing):
             evaluations = {"heun": 2 * steps - int(times[-1] == 0), "plms": steps + int(warm)}
             assert len(seen) == evaluations.get(sampler, steps)
             if steps == 1 and process.alpha(times[0]) == 0 and times[-1] == 0:
-                torch.testing.assert_close(x0, MEAN.expand(4, 2), rtol=0, atol=1e-6)  # all that noise tells
+                torch.testing.assert_close(
+                    x0, MEAN.expand(4, 2), rtol=0, atol=1e-6
+                )  # the best estimate from pure noise
 
 
 def test_samplers_that_are_equal_and_options():

@@ -209,7 +209,8 @@ def test_command_generates_and_scores(runs, command, tmp_path, squeeze):
     expected = generate(load_pipeline(runs["class"].path), labels.tolist(), range(3, 13), 2, 3.0, "unipc")
     assert abs(images.astype(int) - np.stack([to_pil(x) for x in expected])).max() <= 1
     wanted = score(images, real, trunk_weights=squeeze)
-    first, *lines, last = out.splitlines()
+    first, opened, *lines, last = out.splitlines()
+    assert opened.startswith(f"{real}: folder, 7 images (train 6, val 1)")
     assert first == "10 images in samples.npz" and "few images" in last and len(lines) == 4
     about = "  # 10 samples, 7 real (all); 32 px, centre crop, Lanczos, uint8; squeeze layer 12, unit length"
     for line, name in zip(lines, ("frechet", "mmd", "precision", "recall")):

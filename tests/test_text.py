@@ -421,9 +421,9 @@ def test_the_frozen_encoder_of_a_checkpoint(tmp_path, monkeypatch):
     assert torch.equal(found(TEXTS), tower(TEXTS)) and not any(p.requires_grad for p in found.parameters())
     for name, changes in (("joint", dict(text_encoder="joint")), ("classes", dict(cond="class"))):
         assert CLIPTextEncoder.of_checkpoint(run(name, **changes)) is None
-    for place in (other, f"{tmp_path}/nowhere.pt"):
+    for path in (other, f"{tmp_path}/nowhere.pt"):
         with pytest.raises(UserError, match="set --tower_weights=FILE"):
-            CLIPTextEncoder.of_checkpoint(ours, weights=place)
+            CLIPTextEncoder.of_checkpoint(ours, weights=path)
     os.rename(weights, f"{tmp_path}/moved.pt")
     assert torch.equal(CLIPTextEncoder.of_checkpoint(ours, f"{tmp_path}/moved.pt")(TEXTS), tower(TEXTS))
     assert CLIPTextEncoder.towers is convert.TOWERS

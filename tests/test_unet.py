@@ -292,7 +292,7 @@ def test_bad_settings(settings, message):
 
 
 def test_denoiser_with_every_condition():
-    """What the U-Net gets, written out; gradients reach what is trained beside it."""
+    """The U-Net's inputs for each condition, written out; gradients reach the modules trained with it."""
     x, t, y = normal(2, 3, 8, 8), torch.tensor([10.0, 500.0]), torch.tensor([0, 2])
     text, tokens = fill(TextEncoder(16, 1, 2, 12)), torch.nn.Embedding(3, 16)
     ids, context = text.tokenize(["a red star", "circle"]), normal(2, 4, 16, seed=2)
