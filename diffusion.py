@@ -149,7 +149,7 @@ def to_x0(objective, prediction, x, alpha, sigma):
 def t_max(objective, schedule):
     """Where sampling starts and training ends: 1, or 0.995 for eps where alpha(1) = 0 and eps cannot give x0.
 
-    A table that ends at alpha = 0 is refused with eps: zero_snr exists to train the last entry.
+    A table that ends at alpha = 0 is rejected with eps: zero_snr exists to train the last entry.
     """
     assert objective in OBJECTIVES, f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}"
     if objective != "eps" or schedule.alpha(torch.ones(1)).item() > 0:
@@ -368,7 +368,7 @@ def sample_unipc(denoise, x, times, schedule, generators=None, order=2):
     """UniPC of x0_hat with B_2(h) = exp(h) - 1 (Zhao et al. 2023, arXiv 2302.04867), h in log(alpha / sigma).
 
     order: 1 to 3, of the predictor. The corrector, one order higher, uses x0_hat at the predicted point, which the
-        next step needs in any case: S steps take S evaluations. The order grows from 1 at the first step and falls to
+        next step needs anyway: S steps take S evaluations. The order grows from 1 at the first step and falls to
         1 at the last. x0_hat at alpha = 0, infinitely far away, is not used by later steps.
     """
     assert order in (1, 2, 3), f"order must be 1, 2 or 3, got {order}"
@@ -437,7 +437,7 @@ def make_denoiser(
     cond, null: the condition and the empty one, dicts with the same keys of tensors batched like x. A negative prompt
         is another `null`.
     guidance: scale w: x0_null + w (x0_cond - x0_null) (Ho & Salimans 2022, eq. 6 with w - 1 for their w; linear, so
-        the same for eps and x0), both in one batch of twice the size. 1 evaluates the condition alone.
+        the same for eps and x0), both in one batch of twice the size. 1 evaluates the condition only.
     guidance_interval: (low, high): no guidance outside of low <= t <= high (Kynkaanniemi et al. 2024, arXiv
         2404.07724).
     guidance_rescale: in [0, 1], how far the std of each image's guided prediction is restored to the unguided one

@@ -5,10 +5,10 @@
     python fid.py --samples=out.npz --reference=DIR --inception_weights=FILE            # score
     python fid.py --samples=out/ldm/samples --reference=DIR --trunk_weights=FILE        # without Inception: not a FID
 
-Generating is resumed by the same command. Both sets get the same preprocessing: centre crop of the short side, Lanczos
+Generating is resumed by the same command. Both sets get the same preprocessing: center crop of the short side, Lanczos
 to image_size if the side differs, uint8; with image_size=0, the side of the samples, these are used as they are.
 With inception_weights, features and scores are torch-fidelity's. With trunk_weights the features are the last ones of
-LPIPS; these scores carry the trunk's name, compare only with each other, and favour models trained with that LPIPS.
+LPIPS; these scores carry the trunk's name, compare only with each other, and favor models trained with that LPIPS.
 Most scores depend on the number of images: compare equal numbers only (FID is reported for 50,000 samples).
 """
 
@@ -31,8 +31,9 @@ from checkpoint import UserError, reject, write_whole
 from common import install_excepthook, progress_bar, setup
 from configurator import configure
 from data.dataset import BadImage, Dataset
+from diffusion import SPACINGS, samplers  # noqa: F401  of the settings `sampler` and `spacing`
 from lpips_train import LPIPS, MIN_SIDE, TAPS
-from metrics import NEIGHBOURS, frechet, gaussian, load_inception, mmd, precision_recall
+from metrics import NEIGHBORS, frechet, gaussian, load_inception, mmd, precision_recall
 from sample import choose_conditions, generate, latent_sides, load_from_settings, to_pil
 
 # the two sets
@@ -53,9 +54,9 @@ negative = ""  # prompt to guide away from, instead of the empty one
 cls = ""  # class number or name, or several separated by commas, used in turns
 size = ()  # each >= 1: side in pixels, or height,width; () is the trained size
 seed = 0  # in [-4e18, 4e18]: image i starts from the noise of seed + i
-sampler = "unipc"  # ddpm | ddim | plms | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | unipc
+sampler = "unipc"  # one of samplers: see diffusion.py
 steps = 20  # in [1, 1000]: sampling steps
-spacing = "trailing"  # trailing | leading | linspace | karras | quadratic: of the steps
+spacing = "trailing"  # one of SPACINGS: how the steps are distributed over time
 eta = -1.0  # -1 or in [0, 1]: noise of ddim, euler_a and dpmpp_2m_sde; -1 is 0 for ddim and 1 for the others
 noise_scale = 1.0  # >= 0: factor of ddpm's noise; below 1 is smoother
 variance = "small"  # small | large: of ddpm's noise
@@ -129,7 +130,7 @@ def generate_many(path, count, chunk, generate_rows, labels, settings, machine):
     """generate_rows(range) -> uint8 (n,H,W,3), of all rows 0 to count - 1, into the .npz `path`, labels as arr_1.
 
     Chunk k of the rows is made by rank k % world. Chunks are kept in PATH.parts until all are there; those of an
-    interrupted run are used if its `settings` (JSON) were the same, and refused otherwise.
+    interrupted run are used if its `settings` (JSON) were the same, and rejected otherwise.
     """
     settings, folder = json.loads(json.dumps(settings)), f"{path}.parts"
     if os.path.exists(path) and not os.path.exists(folder):
@@ -162,7 +163,7 @@ def check_same_settings(path, before, settings):
 
 
 def read_settings(path):
-    """The settings that an .npz was generated with, {} if it does not say."""
+    """The settings that an .npz was generated with, {} if it has none."""
     with contextlib.suppress(zipfile.BadZipFile, ValueError), zipfile.ZipFile(path) as archive:
         return json.loads(archive.comment)
     return {}
@@ -254,8 +255,8 @@ def features(extract, images, which, name, side, as_is, batch_size, device):
             found.append(extract(torch.stack(batch).to(device)))
             batch = []
     count = sum(map(len, found))
-    if count <= NEIGHBOURS:
-        reject(name, f"{count} images", f"give at least {NEIGHBOURS + 1}")
+    if count <= NEIGHBORS:
+        reject(name, f"{count} images", f"give at least {NEIGHBORS + 1}")
     return torch.cat(found)
 
 
@@ -291,7 +292,7 @@ def inception_scores(f, g):
     subset = min(1000, len(f), len(g))
     found = fid_statistics_to_metric(fid_features_to_statistics(f), fid_features_to_statistics(g), False)
     found |= kid_features_to_metric(f, g, kid_subset_size=subset, verbose=False)
-    found |= prc_features_to_metric(f, g, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+    found |= prc_features_to_metric(f, g, prc_neighborhood=NEIGHBORS, save_cpu_ram=True, verbose=False)
     names = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean"}
     names |= {"kid_std": "kernel_inception_distance_std", "precision": "precision", "recall": "recall"}
     about = f"torch-fidelity {__version__}: inception-v3-compat 2048, KID 100 x {subset}"
@@ -344,19 +345,19 @@ if __name__ == "__main__":
     cfg = configure(globals())
     install_excepthook()
     machine = setup(cfg.replace(deterministic=False))
-    networks = dict(inception_weights=inception_weights, trunk=trunk, trunk_weights=trunk_weights)
-    if num_samples:
-        if reference and machine.rank == 0:  # mistakes in these are found before generating
+    networks = {name: cfg[name] for name in ("inception_weights", "trunk", "trunk_weights")}
+    if cfg.num_samples:
+        if cfg.reference and machine.rank == 0:  # mistakes in these are found before generating
             load_extractor(**networks, device=machine.device)
-            open_set(reference, "reference", split)
+            open_set(cfg.reference, "reference", cfg.split)
         generate_samples(cfg, machine)
-    if num_samples and machine.rank == 0:
-        print(f"{num_samples} images in {samples}")
-    if reference and machine.rank == 0:
-        options = dict(batch_size=batch_size, device=machine.device, split=split)
-        result = score(samples, reference, image_size, **networks, **options)
-        sets = f"{result['samples']} samples, {result['reference']} real ({split})"
-        images = f"{result['image_size']} px, centre crop, Lanczos, uint8"
+    if cfg.num_samples and machine.rank == 0:
+        print(f"{cfg.num_samples} images in {cfg.samples}")
+    if cfg.reference and machine.rank == 0:
+        options = dict(batch_size=cfg.batch_size, device=machine.device, split=cfg.split)
+        result = score(cfg.samples, cfg.reference, cfg.image_size, **networks, **options)
+        sets = f"{result['samples']} samples, {result['reference']} real ({cfg.split})"
+        images = f"{result['image_size']} px, center crop, Lanczos, uint8"
         for name, value in result.items():
             if isinstance(value, float):
                 about = f"{sets}; {images}; {result['features']}; sha256 {result['sha256'][:16]}"

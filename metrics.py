@@ -8,7 +8,7 @@ import io
 import torch
 import torch.nn.functional as F
 
-NEIGHBOURS = 3  # k of precision and recall
+NEIGHBORS = 3  # k of precision and recall
 ROWS = 512  # rows of an (N,M) matrix in memory at once
 
 # --- pairs of images ---
@@ -56,8 +56,8 @@ def check_pairs(x, y):
 def gaussian(f):
     """Mean (D,) and covariance (D,D), with N - 1 degrees of freedom, of features (N,D)."""
     f = f.double()
-    centred = f - f.mean(dim=0)
-    return f.mean(dim=0), centred.T @ centred / (len(f) - 1)
+    centered = f - f.mean(dim=0)
+    return f.mean(dim=0), centered.T @ centered / (len(f) - 1)
 
 
 def frechet(mean1, cov1, mean2, cov2):
@@ -93,7 +93,7 @@ def mmd(f, g):
     return (within(f) + within(g) - 2 * total(f, g) / (len(f) * len(g))).item()
 
 
-def precision_recall(f, g, k=NEIGHBOURS):
+def precision_recall(f, g, k=NEIGHBORS):
     """(precision, recall) of generated features f (N,D) and real ones g (M,D) (Kynkaanniemi et al. 2019).
 
     Precision is the share of f inside the manifold of g, recall the share of g inside that of f. A manifold is the

@@ -41,7 +41,16 @@ from configurator import configure
 from data.dataset import to_rgb, to_tensor
 from data.forms import IMAGES
 from data.tasks import augment_low, image_condition
-from diffusion import Schedule, keep_known, make_denoiser, make_schedule, randn, sample_times, samplers
+from diffusion import (
+    SPACINGS,  # noqa: F401  of the setting `spacing`
+    Schedule,
+    keep_known,
+    make_denoiser,
+    make_schedule,
+    randn,
+    sample_times,
+    samplers,
+)
 from text import CLIPTextEncoder
 from unet import Denoiser, UNet
 from vae import VAE
@@ -56,13 +65,15 @@ n = 0  # >= 0: images per prompt, class or input image; 0 is 4 if there is one o
 size = ()  # each >= 1: side in pixels, or height,width; () is the trained size, or that of the input image
 seed = 0  # in [-4e18, 4e18]: image i starts from the noise of seed + i
 # how
-sampler = "unipc"  # ddpm | ddim | plms | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | unipc
+sampler = "unipc"  # one of samplers: see diffusion.py
 steps = 20  # in [1, 1000]: sampling steps
-spacing = "trailing"  # trailing | leading | linspace | karras | quadratic: of the steps
+spacing = "trailing"  # one of SPACINGS: how the steps are distributed over time
+# options of samplers; -1 is the sampler's default
 eta = -1.0  # -1 or in [0, 1]: noise of ddim, euler_a and dpmpp_2m_sde; -1 is 0 for ddim and 1 for the others
 noise_scale = 1.0  # >= 0: factor of ddpm's noise; below 1 is smoother
 variance = "small"  # small | large: of ddpm's noise
 order = 2  # in [1, 3]: of unipc
+# guidance
 guidance = 3.0  # >= 0: classifier-free guidance scale; 1 disables it
 guidance_from = 0.0  # in [0, 1): guide at times t >= this (t = 0 is data)
 guidance_to = 1.0  # in (0, 1]: and t <= this
@@ -95,7 +106,6 @@ semantic_map = ""  # PNG of class indices or a folder of them, for a semantic ch
 out_dir = ""  # for PNGs, samples.jsonl and grid.png; "" is the folder samples next to the checkpoint
 show = False  # open the grid
 
-SAMPLER_OPTIONS = ("eta", "noise_scale", "variance", "order")  # settings passed on to the sampler
 # inputs of `generate` that a task needs, and those that it can use
 TASK_INPUTS = {
     "none": (set(), {"image", "mask"}),
@@ -184,16 +194,16 @@ def load_pipeline(
     side = about["image_size"] // (vae.factor if vae else 1)
     ends = about["beta_start"], about["beta_end"]
     return Pipeline(
-        model,
-        vae,
-        make_schedule(about["schedule"], *ends, zero_snr=about["zero_snr"]),
-        about["objective"],
-        (vae.latent_channels if vae else 3, side, side),
-        about["num_classes"] if about["cond"] == "class" else 0,
-        meta["classes"],
-        meta["examples"],
-        {name: about.get(name) for name in ("task", "sr_scale", "sr_noise", "sr_schedule", "map_classes")},
-        tower,
+        denoiser=model,
+        vae=vae,
+        schedule=make_schedule(about["schedule"], *ends, zero_snr=about["zero_snr"]),
+        objective=about["objective"],
+        latent_shape=(vae.latent_channels if vae else 3, side, side),
+        num_classes=about["num_classes"] if about["cond"] == "class" else 0,
+        classes=meta["classes"],
+        examples=meta["examples"],
+        task={name: about.get(name) for name in ("task", "sr_scale", "sr_noise", "sr_schedule", "map_classes")},
+        tower=tower,
     )
 
 
@@ -277,7 +287,6 @@ def generate(
     times = times[-1 - max(1, round(steps * strength)) :]
     guided = dict(guidance=guidance, negative=negative, guide=guide)
     guided |= dict(guidance_interval=guidance_interval, guidance_rescale=guidance_rescale)
-    run = functools.partial(samplers[sampler], **options)
     total, unit = (len(conditions), "image") if several else (len(times) - 1, "step")
     bar = tqdm(total=total, unit=unit, leave=False, disable=None if progress else True)
 
@@ -287,14 +296,13 @@ def generate(
         if callback is not None and not images:
             callback(decode(pipeline, x0[:16], decode_tile, decode_batch))
 
+    job = dict(sides=sides, times=times, strength=strength, sampler=functools.partial(samplers[sampler], **options))
     for start in range(0, len(conditions), batch_size):
         rows = slice(start, start + batch_size)
         batch = {name: t[rows] for name, t in inputs.items()}
         full = len(conditions[rows]) == batch_size or not getattr(pipeline.denoiser.unet, "is_compiled", False)
         with contextlib.nullcontext() if full else torch.compiler.set_stance("force_eager"):  # no second compilation
-            x = sample_batch(
-                pipeline, conditions[rows], seeds[rows], batch, sides, times, strength, run, guided, on_step
-            )
+            x = sample_batch(pipeline, conditions[rows], seeds[rows], batch, guided, on_step, **job)
         images.append(decode(pipeline, x, decode_tile, decode_batch))
         bar.update(len(x) if several else 0)
     bar.close()
@@ -304,8 +312,12 @@ def generate(
     return images
 
 
-def sample_batch(pipeline, conditions, seeds, inputs, sides, times, strength, run, guided, on_step):
-    """Latents (B,C,*sides) of one batch of `generate`; run: a sampler; guided: keyword arguments of guided_denoiser."""
+def sample_batch(pipeline, conditions, seeds, inputs, guided, on_step, *, sides, times, strength, sampler):
+    """Latents (B,C,*sides) of one batch of `generate`.
+
+    guided: keyword arguments of guided_denoiser.  on_step: called as on_step(x0_hat, t) at every evaluation.
+    sampler: a function of `samplers` with its options bound.
+    """
     schedule, weight = pipeline.schedule, next(pipeline.denoiser.parameters())
     device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
     inputs = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in inputs.items()}
@@ -327,7 +339,7 @@ def sample_batch(pipeline, conditions, seeds, inputs, sides, times, strength, ru
         on_step(x0, t)
         return x0
 
-    x = run(observed, x, times, schedule, generators)
+    x = sampler(observed, x, times, schedule, generators)
     generate.evaluations = network.evaluations
     return x
 
@@ -479,10 +491,28 @@ def save_grid(path, images, captions, settings=None, columns=0):
 # --- the command ---
 
 
+def load_class(path):
+    """The class that the setting `denoiser` names, MODULE:CLASS; `UNet` for ""."""
+    if not path:
+        return UNet
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name, None) if module and name else None
+    except ModuleNotFoundError as error:
+        raise UserError(f"--denoiser={path}: {error}; name a module in this folder or on PYTHONPATH") from None
+    if not isinstance(found, type):
+        raise UserError(f"--denoiser={path} names no class: write MODULE:CLASS, such as examples.dit:DiT")
+    return found
+
+
+def sampler_options(sampler):
+    """Names of a sampler's options: its arguments after denoise, x, times, schedule, generators."""
+    return list(inspect.signature(samplers[sampler]).parameters)[5:]
+
+
 def load_from_settings(cfg, machine):
     """(pipeline on `machine`, keyword arguments of `generate`) from the settings of this script or of fid.py."""
-    module, _, name = cfg.denoiser.partition(":")
-    parts = dict(unet_class=getattr(importlib.import_module(module), name) if module else UNet)
+    parts = dict(unet_class=load_class(cfg.denoiser))
     parts |= {name: cfg[name] for name in ("tower_weights", "clip_vocab", "first_stage")}
     known = {name: cfg[name] for name in ("objective", "num_heads", "head_dim") if cfg[name]}
     weights = torch.bfloat16 if machine.precision == "bfloat16" else torch.float32
@@ -504,14 +534,19 @@ def load_from_settings(cfg, machine):
     names = "steps sampler spacing size batch_size guidance guidance_rescale negative decode_tile decode_batch".split()
     options = {name: cfg[name] for name in names} | dict(guide=guide)
     options["guidance_interval"] = (cfg.guidance_from, cfg.guidance_to)
-    return pipeline, options | {name: cfg[name] for name in SAMPLER_OPTIONS if name in cfg.changed}
+    chosen = [name for name in sampler_options(cfg.sampler) if cfg.get(name, -1) != -1]  # -1: the sampler's default
+    return pipeline, options | {name: cfg[name] for name in chosen}
 
 
 def check_settings(cfg, pipeline):
     """UserError for a setting that has no effect with this checkpoint or with the other settings."""
-    task, text, sampler = pipeline.task["task"], pipeline.text is not None, samplers[cfg.sampler]
+    task, text = pipeline.task["task"], pipeline.text is not None
     guidable = text or pipeline.num_classes > 0 or bool(cfg.guide_ckpt)
     sr_noise = pipeline.task.get("sr_noise") or 0
+    takers = {}  # option: the samplers that have it
+    for sampler in samplers:
+        for option in sampler_options(sampler):
+            takers.setdefault(option, []).append(sampler)
     rules = [  # settings, whether they have an effect, what they need
         ("prompt prompts negative", text, "a checkpoint with text"),
         ("cls", pipeline.num_classes, "a checkpoint with classes"),
@@ -524,7 +559,7 @@ def check_settings(cfg, pipeline):
         ("semantic_map", task == "semantic", "a checkpoint with task=semantic"),
         ("noise_level", cfg.get("noise_level", 0) <= sr_noise, "task=sr with a larger sr_noise"),
         ("size", task != "sr", "a checkpoint with a task other than sr"),
-        *((name, name in inspect.signature(sampler).parameters, "another sampler") for name in SAMPLER_OPTIONS),
+        *((name, cfg.sampler in having, f"another sampler: {', '.join(having)}") for name, having in takers.items()),
     ]
     for names, used, need in rules:
         for name in names.split():
@@ -543,7 +578,7 @@ def choose_conditions(pipeline, cfg):
     if not cfg.cls:
         return pipeline.examples
     numbers = {name: i for i, name in enumerate(pipeline.classes)}
-    numbers = {str(i): i for i in range(pipeline.num_classes)} | numbers  # a name goes before a number
+    numbers = {str(i): i for i in range(pipeline.num_classes)} | numbers  # a name has precedence over a number
     names = [cfg.cls] if cfg.cls in numbers else [name.strip() for name in cfg.cls.split(",")]  # names can have commas
     for name in names:
         if name not in numbers:
@@ -665,16 +700,16 @@ if __name__ == "__main__":
     machine = setup(cfg.replace(deterministic=False))
     pipeline, options = load_from_settings(cfg, machine)
     conditions, seeds, names, inputs = choose_inputs(pipeline, cfg)
-    share = strength if strength > 0 else 0.75 if "image" in inputs and "mask" not in inputs else 1.0
-    options["batch_size"] = min(batch_size, len(conditions))
+    share = cfg.strength if cfg.strength > 0 else 0.75 if "image" in inputs and "mask" not in inputs else 1.0
+    options["batch_size"] = min(cfg.batch_size, len(conditions))
 
     started = time.time()
     with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16"):
         images = generate(pipeline, conditions, seeds, inputs=inputs, strength=share, progress=True, **options)
     seconds = time.time() - started
 
-    file = checkpoint.find(ckpt)
-    folder = out_dir or os.path.join(file if os.path.isdir(file) else os.path.dirname(file), "samples")
+    file = checkpoint.find(cfg.ckpt)
+    folder = cfg.out_dir or os.path.join(file if os.path.isdir(file) else os.path.dirname(file), "samples")
     records = []
     for i, condition in enumerate(conditions):
         records.append({"file": f"{i:05d}.png", "prompt": pipeline.caption(condition), "seed": seeds[i]})
@@ -683,5 +718,5 @@ if __name__ == "__main__":
     grid = save_samples(folder, images, records, cfg)
     speed = f"{len(images) / seconds:.2f} images/s, {generate.evaluations} network evaluations each"
     print(f"{len(images)} images in {seconds:.1f} s, {speed}: {folder}/grid.png")
-    if show:
+    if cfg.show:
         grid.show()

@@ -143,7 +143,7 @@ class CLIPTokenizer:
         import tiktoken
 
         lines, vocab = convert.read_merges(merges)
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves, and come first
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these are written as themselves, and come first
         other = [b for b in range(256) if b not in plain]
         byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
         token = {name: bytes([b]) for name, b in byte.items()}

@@ -16,6 +16,7 @@ Another architecture can replace the U-Net: a class with `settings` (the constru
 and forward(x, t, context=None, y=None, concat=None).
 """
 
+import inspect
 import math
 
 import torch
@@ -314,7 +315,8 @@ class UNet(nn.Module):
     def forward(self, x, t, context=None, y=None, concat=None):
         """Noisy latents -> prediction (B,out_channels,H,W).
 
-        x: (B,in_channels,H,W), sides multiples of side_multiple.  t: (B,) in [0, 1000].
+        x: (B,in_channels,H,W), sides multiples of side_multiple.
+        t: (B,) in [0, 1000]: diffusion.unet_time of the times in [0, 1] of schedules and samplers.
         context: (B,L,context_dim).  y: (B,) class indices.  concat: (B,concat_channels,H,W).
         """
         s = self.settings
@@ -349,6 +351,7 @@ class UNet(nn.Module):
             tensors, meta = checkpoint.read(path, "ema.unet")
             if meta["stage"] != "ldm":
                 checkpoint.reject(path, f"stage {meta['stage']}, without a U-Net", "give a checkpoint of train_ldm.py")
+            check_class(cls, meta["model"]["unet"], path)
             return checkpoint.build(cls, meta["model"]["unet"], checkpoint.part(tensors, "ema.unet"), path)
 
 
@@ -439,7 +442,7 @@ class Denoiser(nn.Module):
         """Load the EMA denoiser of a stage-2 checkpoint, frozen and in eval mode.
 
         ema_std: > 0 combines an EMA of that relative length from the run's snapshots, see checkpoint.posthoc_ema.
-        unet_class: the class that the settings in the checkpoint are for.
+        unet_class: the class that the checkpoint was trained with.
         """
         path = checkpoint.find(path)
         with checkpoint.reading(path):
@@ -448,6 +451,7 @@ class Denoiser(nn.Module):
                 checkpoint.reject(
                     path, f"stage {meta['stage']}, without a denoiser", "give a checkpoint of train_ldm.py"
                 )
+            check_class(unet_class, meta["model"]["unet"], path)
             ema = checkpoint.part(checkpoint.posthoc_ema(path, ema_std) if ema_std else tensors, "ema")
             model, vae = meta["model"], meta["vae"]
             unet = checkpoint.build(unet_class, model["unet"], checkpoint.part(ema, "unet"), path)
@@ -463,3 +467,12 @@ class Denoiser(nn.Module):
                 rescaler = Rescaler(map_classes, factor, out_channels)
             denoiser = cls(unet, text, class_tokens, rescaler, "log_variance.weight" in ema)
             return checkpoint.load(denoiser, ema, path)
+
+
+def check_class(unet_class, settings, path):
+    """UserError if a checkpoint's settings are not arguments of `unet_class`: it was trained with another class."""
+    try:
+        inspect.signature(unet_class).bind(**settings)
+    except TypeError as error:
+        what = f"its denoiser is not a {unet_class.__name__} ({error})"
+        checkpoint.reject(path, what, "name its class with --denoiser=MODULE:CLASS (unet_class= in Python)")

@@ -123,7 +123,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the encoder or decoder: residual blocks, attention after each if asked for, a resampler."""
+    """One resolution of the encoder or decoder: residual blocks, optionally attention after each, a resampler."""
 
     def __init__(self, channels, groups, gated, dropout, with_attention, resampler):
         super().__init__()
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         self.conv_out = Conv2d(c, 3 * s["patch_size"] ** 2, 3, padding=1)
 
     def features(self, z):
-        """All but the last layer. Compiled apart from it, gradients at the last layer alone stay cheap."""
+        """All but the last layer; compiled separately, so that a gradient at the last layer does not need the rest."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = run(level, h, self.checkpointing)
@@ -423,7 +423,7 @@ class VAE(nn.Module):
         return out / total
 
     def normalize(self, z):
-        """Latents -> unit variance in each channel."""
+        """Latents -> mean 0 and variance 1, in each channel (KL) or with one scale for all channels (VQ)."""
         return (z - self.latent_mean.view(1, -1, 1, 1)) / self.latent_std.view(1, -1, 1, 1)
 
     def denormalize(self, x0):
@@ -454,7 +454,7 @@ class VAE(nn.Module):
         if not checkpoint.is_ours(path):
             return checkpoint.build(cls, *convert.load_vae(path, **known), path)
         if known:
-            checkpoint.reject(path, "it holds its settings itself", f"remove {', '.join(known)}")
+            checkpoint.reject(path, "a checkpoint has all its settings", f"leave out {', '.join(known)}")
         with checkpoint.reading(path):
             return checkpoint.build(cls, *checkpoint.read_vae(path), path)
 

@@ -1,6 +1,6 @@
 """A denoiser of your own: a small DiT (Peebles & Xie 2023, arXiv 2212.09748) with cross-attention to a context.
 
-Train it with a copy of train_ldm.py in which `DiT` stands for `UNet` where the model is built, and sample with
+Train it with a copy of train_ldm.py in which `DiT` replaces `UNet` where the model is built, and sample with
 
     python sample.py --ckpt=out/mine --denoiser=examples.dit:DiT
 """
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """forward(x (B,C,h,w), t (B,) in [0, 1000]) -> (B,C,h,w), as of unet.UNet; `settings` build it again."""
+    """forward(x (B,C,h,w), t (B,) in [0, 1000]) -> (B,C,h,w), like unet.UNet; DiT(**settings) builds it again."""
 
     def __init__(self, in_channels=4, out_channels=4, concat_channels=0, context_dim=0, num_classes=0, width=256,
                  depth=6, heads=4, patch=2):  # fmt: skip

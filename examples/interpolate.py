@@ -17,7 +17,7 @@ cls = 0  # >= 0: class number, for a checkpoint with classes
 seed = 0  # of the first image
 seed_to = -1  # of the last; -1 is the same
 frames = 16  # >= 2: images
-sampler = "unipc"  # ddim | euler | heun | dpmpp_2m | unipc | plms: without noise of its own
+sampler = "unipc"  # one of samplers: those that add noise make the animation flicker
 steps = 20  # in [1, 1000]: sampling steps
 guidance = 3.0  # >= 0: classifier-free guidance scale
 out = "interpolation.gif"  # file to write
@@ -55,12 +55,12 @@ def interpolate(pipeline, ends, seeds, count, steps, sampler="unipc", guidance=3
 if __name__ == "__main__":
     cfg = configure(globals())
     install_excepthook()
-    pipeline = load_pipeline(ckpt).to("cuda" if torch.cuda.is_available() else "cpu")
-    ends = (cls, cls) if pipeline.num_classes else (None, None)
+    pipeline = load_pipeline(cfg.ckpt).to("cuda" if torch.cuda.is_available() else "cpu")
+    ends = (cfg.cls, cfg.cls) if pipeline.num_classes else (None, None)
     if pipeline.text is not None:
-        ends = prompt, prompt_to or prompt
-    seeds = seed, seed_to if seed_to >= 0 else seed
-    images = interpolate(pipeline, ends, seeds, frames, steps, sampler, guidance)
+        ends = cfg.prompt, cfg.prompt_to or cfg.prompt
+    seeds = cfg.seed, cfg.seed_to if cfg.seed_to >= 0 else cfg.seed
+    images = interpolate(pipeline, ends, seeds, cfg.frames, cfg.steps, cfg.sampler, cfg.guidance)
     first, *others = map(to_pil, images)
-    first.save(out, save_all=True, append_images=others, duration=100, loop=0)
-    print(f"{len(images)} images in {out}")
+    first.save(cfg.out, save_all=True, append_images=others, duration=100, loop=0)
+    print(f"{len(images)} images in {cfg.out}")

@@ -14,8 +14,8 @@ from sample import decode, encode, fit, guided_denoiser, load_pipeline, save_gri
 
 ckpt = "out/ldm"  # stage-2 checkpoint without a task
 image = "photo.png"  # file
-source_prompt = ""  # what the image shows
-prompt = ""  # what it is to show
+source_prompt = ""  # prompt that describes the image
+prompt = ""  # prompt of the edited image
 cls = 0  # >= 0: class number of both, for a checkpoint with classes
 steps = 50  # in [1, 1000]: of the inversion, and of generating
 guidance = 2.0  # >= 0: classifier-free guidance scale of generating
@@ -55,11 +55,11 @@ if __name__ == "__main__":
     cfg = configure(globals())
     install_excepthook()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(ckpt).to(device)
-    x = to_tensor(fit(to_rgb(Image.open(image)), (), pipeline.multiple))[None]
-    ends = [cls if pipeline.num_classes else None] * 2
+    pipeline = load_pipeline(cfg.ckpt).to(device)
+    x = to_tensor(fit(to_rgb(Image.open(cfg.image)), (), pipeline.multiple))[None]
+    ends = [cfg.cls if pipeline.num_classes else None] * 2
     if pipeline.text is not None:
-        ends = [source_prompt, prompt]
-    again, edited = edit(pipeline, x.to(device), ends[:1], ends[1:], steps, guidance, iterations)
-    save_grid(out, torch.cat([x, again, edited]), ["image", "reconstruction", pipeline.caption(ends[1])], columns=3)
-    print(out)
+        ends = [cfg.source_prompt, cfg.prompt]
+    again, edited = edit(pipeline, x.to(device), ends[:1], ends[1:], cfg.steps, cfg.guidance, cfg.iterations)
+    save_grid(cfg.out, torch.cat([x, again, edited]), ["image", "reconstruction", pipeline.caption(ends[1])], columns=3)
+    print(cfg.out)

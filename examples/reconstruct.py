@@ -51,13 +51,13 @@ def make_sheet(pairs):
 if __name__ == "__main__":
     cfg = configure(globals())
     install_excepthook()
-    vae, pairs, scores = VAE.from_pretrained(ckpt), [], []
-    for key, x, y in reconstruct(vae, Dataset(images, "all"), decode_tile):
+    vae, pairs, scores = VAE.from_pretrained(cfg.ckpt), [], []
+    for key, x, y in reconstruct(vae, Dataset(cfg.images, "all"), cfg.decode_tile):
         scores.append((psnr(y, x).item(), ssim(y, x).item()))
         print(f"{key} {x.shape[3]}x{x.shape[2]}: PSNR {scores[-1][0]:.2f} dB, SSIM {scores[-1][1]:.4f}", flush=True)
         pairs = [*pairs, (x, y)][:8]
     if not scores:
-        reject(images, "no image that can be reconstructed", "give a folder of images")
-    make_sheet(pairs).save(out)
+        reject(cfg.images, "no image that can be reconstructed", "give a folder of images")
+    make_sheet(pairs).save(cfg.out)
     mean = [sum(values) / len(scores) for values in zip(*scores)]
-    print(f"{len(scores)} images: PSNR {mean[0]:.2f} dB, SSIM {mean[1]:.4f}; {out}")
+    print(f"{len(scores)} images: PSNR {mean[0]:.2f} dB, SSIM {mean[1]:.4f}; {cfg.out}")

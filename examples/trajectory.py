@@ -7,14 +7,15 @@ import torch
 
 from common import install_excepthook
 from configurator import configure
+from diffusion import samplers  # noqa: F401  of the setting `sampler`
 from sample import generate, load_pipeline, make_grid
 
 ckpt = "out/ldm"  # stage-2 checkpoint without a task
-prompt = ""  # prompt; "" is an example of the checkpoint's
-cls = -1  # >= -1: class number; -1 is an example of the checkpoint's
+prompt = ""  # prompt; "" is the checkpoint's first example
+cls = -1  # >= -1: class number; -1 is the checkpoint's first example
 n = 4  # in [1, 16]: images
 seed = 0  # of the first image
-sampler = "ddim"  # ddpm | ddim | plms | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | unipc
+sampler = "ddim"  # one of samplers: see diffusion.py
 steps = 20  # in [1, 1000]: sampling steps
 guidance = 3.0  # >= 0: classifier-free guidance scale
 out = "trajectory.gif"  # file to write
@@ -32,11 +33,11 @@ def trajectory(pipeline, conditions, seeds, steps, **options):
 if __name__ == "__main__":
     cfg = configure(globals())
     install_excepthook()
-    pipeline = load_pipeline(ckpt).to("cuda" if torch.cuda.is_available() else "cpu")
-    condition = prompt or (cls if cls >= 0 else pipeline.examples[0])
-    conditions, captions = [condition] * n, [pipeline.caption(condition)] * n
-    seeds = range(seed, seed + n)
-    images, frames = trajectory(pipeline, conditions, seeds, steps, sampler=sampler, guidance=guidance)
+    pipeline = load_pipeline(cfg.ckpt).to("cuda" if torch.cuda.is_available() else "cpu")
+    condition = cfg.prompt or (cfg.cls if cfg.cls >= 0 else pipeline.examples[0])
+    conditions, captions = [condition] * cfg.n, [pipeline.caption(condition)] * cfg.n
+    seeds = range(cfg.seed, cfg.seed + cfg.n)
+    images, frames = trajectory(pipeline, conditions, seeds, cfg.steps, sampler=cfg.sampler, guidance=cfg.guidance)
     first, *others = [make_grid(frame, captions) for frame in frames]
-    first.save(out, save_all=True, append_images=others, duration=100, loop=0)
-    print(f"{len(frames)} steps in {out}")
+    first.save(cfg.out, save_all=True, append_images=others, duration=100, loop=0)
+    print(f"{len(frames)} steps in {cfg.out}")

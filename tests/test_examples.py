@@ -11,6 +11,7 @@ from test_diffusion import MEAN, mixture_denoiser, normal
 
 import checkpoint
 import sample
+from checkpoint import UserError
 from configurator import configure
 from diffusion import make_denoiser, make_schedule, randn, sample_times, samplers
 from examples.dit import DiT
@@ -19,7 +20,7 @@ from examples.invert import ddim_invert, edit
 from examples.trajectory import trajectory
 from metrics import psnr, ssim
 from sample import decode, encode, generate, load_pipeline
-from unet import Denoiser
+from unet import Denoiser, UNet
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,9 @@ def test_dit_from_a_checkpoint(runs, tmp_path, name):
     kept = {key: value for key, value in tensors.items() if not key.startswith(("ema.unet.", "model."))}
     meta["model"]["unet"] = dit.settings
     checkpoint.write(f"{tmp_path}/mine.safetensors", kept | checkpoint.with_prefix("ema.unet", dit.state_dict()), meta)
+    for model_class in (Denoiser, UNet):
+        with pytest.raises(UserError, match=r"not a UNet \(.*'width'\); name its class with --denoiser=MODULE:CLASS"):
+            model_class.from_pretrained(f"{tmp_path}/mine.safetensors")
     args = [f"--ckpt={tmp_path}/mine.safetensors", "--denoiser=examples.dit:DiT"]
     cfg = configure(dict(vars(sample)), args)
     pipeline, _ = sample.load_from_settings(cfg, sample.setup(cfg.replace(deterministic=False, device="cpu")))

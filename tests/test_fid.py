@@ -212,7 +212,7 @@ def test_command_generates_and_scores(runs, command, tmp_path, squeeze):
     first, opened, *lines, last = out.splitlines()
     assert opened.startswith(f"{real}: folder, 7 images (train 6, val 1)")
     assert first == "10 images in samples.npz" and "few images" in last and len(lines) == 4
-    about = "  # 10 samples, 7 real (all); 32 px, centre crop, Lanczos, uint8; squeeze layer 12, unit length"
+    about = "  # 10 samples, 7 real (all); 32 px, center crop, Lanczos, uint8; squeeze layer 12, unit length"
     for line, name in zip(lines, ("frechet", "mmd", "precision", "recall")):
         assert line.startswith(f"squeeze_{name} {wanted[f'squeeze_{name}']:.6g}{about}")
         assert line.endswith(f"sha256 {wanted['sha256'][:16]}")

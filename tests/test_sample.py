@@ -466,7 +466,7 @@ DO_NOT_FIT = [
     ("none", ["--guidance=2"], "--guidance=2.0 has no effect here"),
     ("text", ["--guidance_from=0.2", "--guidance=1"], "--guidance_from=0.2 has no effect here; it needs guidance"),
     ("text", ["--negative=x", "--guide_ckpt=y"], "--negative=x has no effect here; .* without --guide_ckpt"),
-    ("text", ["--eta=1", "--sampler=heun"], "--eta=1.0 has no effect here; it needs another sampler"),
+    ("text", ["--eta=1", "--sampler=heun"], "--eta=1.0 has no effect here; it needs another sampler: ddim, "),
     ("none", ["--tower_weights=x"], "it needs a checkpoint with a frozen text encoder"),
     ("none", ["--mask=mask.png"], "--mask=mask.png has no effect here; it needs --init_image"),
     ("sr", ["--init_image=small.png", "--strength=0.5"], "--strength=0.5 has no effect"),
@@ -486,6 +486,12 @@ DO_NOT_FIT = [
     ("none", [PHOTO, "--mask=small.png"], r"small.png: is \(16, 24\), photo.png is \(40, 32\)"),
     ("none", [PHOTO, "--mask=black.png"], "black.png: is all black"),
 ]
+
+
+@pytest.mark.parametrize("name", ["nomod:DiT", "examples.dit", "examples.dit:Foo", ":DiT", "examples.dit:torch"])
+def test_denoiser_that_is_no_class(name):
+    with pytest.raises(UserError, match=f"--denoiser={name}(: No module named 'nomod'; name a| names no class: write)"):
+        sample.load_class(name)
 
 
 @pytest.mark.parametrize("name, args, message", DO_NOT_FIT)
