@@ -197,10 +197,10 @@ def unet_training(bench, side, count, peer):
     ema, optimizer = copy.deepcopy(net).requires_grad_(False), adamw(net, cfg)
     parameters, averaged = list(net.parameters()), list(ema.parameters())
     called = torch.compile(net) if bench.compiled else net
-    inputs = {"x0": bench.latents(count, side)}
+    inputs = {"x0": bench.latents(count, side), "condition": {}, "null": {}}
     if bench.unet["context_dim"]:
-        inputs["context"] = bench.randn(count, 77, bench.unet["context_dim"])
-        inputs["null_context"] = torch.zeros_like(inputs["context"])
+        inputs["condition"]["context"] = bench.randn(count, 77, bench.unet["context_dim"])
+        inputs["null"]["context"] = torch.zeros_like(inputs["condition"]["context"][:1])
     noise = {"eps": torch.randn_like(inputs["x0"])}
     noise |= {name: torch.rand(count, device=bench.device) for name in ("t", "drop")}
 
@@ -209,10 +209,11 @@ def unet_training(bench, side, count, peer):
             terms = train_ldm.train_step(called, inputs, noise, cfg)
         terms["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-        optimizer.found_inf = (~common.all_finite(norm, *terms.values())).float()
+        ok = common.all_finite(norm, *terms.values())
+        optimizer.found_inf = (~ok).float()
         optimizer.step()
         optimizer.zero_grad()
-        train_ldm.update_ema(averaged, parameters, 10**6, cfg.ema_decay)
+        train_ldm.update_ema(averaged, parameters, cfg.ema_decay, ok)
 
     return run
 
@@ -246,7 +247,7 @@ def vae_training(bench, side, count, peer):
             one.found_inf = (~ok).float()
             one.step()
             one.zero_grad()
-        train_vae.update_ema(averaged, parameters, 10**6, cfg.ema_decay, ok)
+        train_vae.update_ema(averaged, parameters, cfg.ema_decay, ok)
         adaptive.copy_(torch.where(ok, train_vae.adaptive_ratio(torch.stack(both), cfg), adaptive))
 
     return run
@@ -486,13 +487,8 @@ def main(cfg):
         if group == "loop":
             steps = max(2, math.ceil(1e3 * cfg.seconds / float(cells[1])))
             ms = training_script(bench, 64 if small else 256, row.images, steps)
-            add(
-                [
-                    f"train_ldm.py, the same step: {ms / float(cells[1]) - 1:+.1%}",
-                    f"{ms:.2f}",
-                    f"{1e3 * row.images / ms:.4g}",
-                ]
-            )
+            more = ms / float(cells[1]) - 1
+            add([f"train_ldm.py, the same step: {more:+.1%}", f"{ms:.2f}", f"{1e3 * row.images / ms:.4g}"])
     return lines
 
 

@@ -15,8 +15,11 @@ import sys
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from checkpoint import UserError, reject
@@ -108,9 +111,9 @@ def leave(status=0):
 
 
 class Stop:
-    """SIGTERM and SIGINT ask a run to save and end; all ranks end at the same step.
+    """SIGTERM or SIGINT asks a run to save and end; all ranks end at the same step. A second one ends it at once.
 
-    Asked once a step, in host memory, so that nothing waits for a GPU.
+    `agreed` is called once a step and works in host memory, so that nothing waits for a GPU.
     """
 
     def __init__(self):
@@ -121,6 +124,7 @@ class Stop:
 
     def _ask(self, number, frame):
         self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
     def agreed(self):
         if self.group is not None:
@@ -139,12 +143,46 @@ def all_finite(*values):
     return finite.bool()
 
 
+def gathered(items):
+    """The lists of all ranks as one."""
+    ranks = [items]
+    if dist.is_initialized():
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, items)
+    return sum(ranks, [])
+
+
+def average_gradients(module):
+    """Over all ranks, in one message; for a network that DDP cannot wrap, as it runs several times a step."""
+    gradients = [p.grad for p in module.parameters()]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
+        g.copy_(mean.view_as(g))
+
+
+# --- models and data ---
+
+
 def build(model_class, *args, **settings):
     """model_class(...); settings that do not fit together are the user's mistake, not the caller's."""
     try:
         return model_class(*args, **settings)
     except AssertionError as error:
         raise UserError(str(error)) from None
+
+
+def spread(size, count):
+    """`count` of range(size), or all if it has fewer, evenly spread: items may be sorted by class."""
+    count = min(size, count)
+    return [i * size // count for i in range(count)]
+
+
+def count_tflop(function, *inputs, **more):
+    """TFLOP of one call, counted operator by operator; on the device "meta" nothing is computed."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function(*inputs, **more)
+    return counter.get_total_flops() / 1e12
 
 
 # --- optimizer ---
@@ -164,6 +202,15 @@ def learning_rate(step, cfg):
         return cfg.lr * (1 / 25 + (1 - 1 / 25) * 0.5 * (1 - math.cos(math.pi * step / cfg.warmup_steps)))
     done = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def adamw(groups, cfg, machine):
+    """AdamW of the settings; with shard_optimizer each rank has the state of a part of the parameters."""
+    # fused: the one that reads found_inf, so that a bad step is skipped without waiting for the GPU
+    options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
+    if cfg.shard_optimizer and machine.world > 1:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def set_lr(optimizer, lr):
@@ -202,26 +249,33 @@ def load_optimizer_state(optimizer, model, prefix, tensors):
 # --- resuming ---
 
 
-def check_same_settings(path, saved, now):
-    """Raise UserError with both values where a model's settings differ from its checkpoint's."""
+def check_same_settings(path, saved, now, free=()):
+    """Raise UserError with both values where settings differ from those in a checkpoint, but for the names in `free`.
+
+    saved, now: dicts, and dicts in them are searched too.
+    """
 
     def flat(settings):
         parts = (flat(value) if isinstance(value, dict) else {name: value} for name, value in settings.items())
         return {name: value for part in parts for name, value in part.items()}
 
     saved, now = (flat(json.loads(json.dumps(settings))) for settings in (saved, now))  # tuples as lists
-    rows = [f"{k}={saved.get(k)} in the checkpoint, {now[k]} now" for k in now if saved.get(k) != now[k]]
+    rows = [
+        f"{k}={saved.get(k)} in the checkpoint, {now[k]} now" for k in now if k not in free and saved.get(k) != now[k]
+    ]
     if rows:
         reject(path, f"has other settings: {', '.join(rows)}", "use those, or another out_dir")
 
 
-def accumulation(cfg, world, images_per_step, path):
-    """Micro-steps that keep a resumed run's images per step with this batch_size and number of processes."""
-    grad_accum, rest = divmod(images_per_step, cfg.batch_size * world)
+def start(cfg, world, meta, path):
+    """(step, images per step, micro-steps) at which a run begins: those of the checkpoint at `path`, or if meta is {}
+    of a new run. Images per step stay the same with another batch_size or number of processes."""
+    images_per_step = meta.get("images_per_step", cfg.batch_size * cfg.grad_accum * world)
+    micro_steps, rest = divmod(images_per_step, cfg.batch_size * world)
     if rest:
         have = f"{images_per_step} images per step, not a multiple of batch_size={cfg.batch_size} x {world} processes"
         reject(path, have, "change batch_size")
-    return grad_accum
+    return meta.get("step", 0), images_per_step, micro_steps
 
 
 # --- log ---
@@ -249,7 +303,7 @@ class Log:
         """
         self.cfg, self.machine, self.images_per_step, self.tflop = cfg, machine, images_per_step, tflop
         self.path, self.wandb, self.pending = f"{cfg.out_dir}/log.jsonl", None, []
-        self.last_step = step
+        self.last_step, self.bad_images = step, 0
         self.restart_clock()
         on_gpu = machine.device.type == "cuda"
         hardware = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
@@ -261,7 +315,9 @@ class Log:
         self.print(f"git {git_revision()}, python {platform.python_version()}, torch {torch.__version__}")
         self.print(f"{machine.world} x {hardware}, {machine.precision}; settings not default: {cfg.changed}")
         start = f"resumed from {resume_from} at step {step}" if resume_from else f"a new run in {cfg.out_dir}"
-        self.print(f"{start}; {images_per_step} images per step on {machine.world} processes")
+        accumulated = images_per_step // (cfg.batch_size * machine.world)
+        size = f"processes {machine.world} x batch_size {cfg.batch_size} x grad_accum {accumulated}"
+        self.print(f"{start}; {images_per_step} images per step: {size}")
         if resume_from and saved:
             now = json.loads(json.dumps(cfg))  # tuples as lists
             others = [f"{k}={now[k]} was {saved[k]}" for k in now if k in saved and now[k] != saved[k]]
@@ -278,6 +334,12 @@ class Log:
         """On rank 0."""
         if self.machine.rank == 0:
             print(text, flush=True)
+
+    def skipped(self, lines):
+        """Name and count images that did not decode, on every rank."""
+        for line in lines:
+            self.bad_images += 1
+            print(f"skipped a bad image ({self.bad_images} so far on rank {self.machine.rank}): {line}", flush=True)
 
     def step(self, step, terms, grad_norm, ok, lr, keys=()):
         """After optimizer step number `step` (from 1); returns what is logged now, {} for most steps.
@@ -397,9 +459,7 @@ def plot_log(out_dir, panels):
         for name in names:
             points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
             steps, values = zip(*points)
-            values = [
-                [math.nan if v is None else v for v in value] if isinstance(value, list) else value for value in values
-            ]
+            values = np.array(values, dtype=float)  # None becomes NaN
             axis.plot(steps, values, marker="." if len(points) < 30 else None, label=name)
         positive = all(line.get_ydata().min() > 0 for line in axis.lines)
         axis.set_yscale("log" if positive and any(word in title for word in ("loss", "norm")) else "linear")

@@ -15,9 +15,11 @@ The text before the first colon of a comment is checked if all of it is one of t
     in [0, 1)     an interval; a round bracket excludes its end
     each >= 1     for a tuple, each of its elements
     0 or >= 2     either
+    one of NAME   one of the keys or entries of NAME, a global of the script
 """
 
 import ast
+import contextlib
 import difflib
 import io
 import operator
@@ -104,8 +106,14 @@ def find_settings(scope):
             while first > 1 and lines[first - 2].startswith("#"):
                 first -= 1
             heading = " ".join(comments[line] for line in range(first, node.lineno))
-            settings[name] = Setting(scope[name], comments.get(node.end_lineno, ""), heading)
+            settings[name] = Setting(scope[name], expanded(comments.get(node.end_lineno, ""), scope), heading)
     return settings
+
+
+def expanded(comment, scope):
+    """A comment `one of NAME: ...` with the entries of the script's global NAME, as `a | b | c: ...`."""
+    match = re.match(r"one of (\w+)(.*)", comment)
+    return " | ".join(scope[match[1]]) + match[2] if match else comment
 
 
 def is_setting(name, value):
@@ -169,7 +177,7 @@ def checked(name, value, setting):
         value = value.lower()  # True for true
     if not check(value):
         allowed = f"one of {text}" if "|" in text else text
-        raise SettingError(f"--{name}={shown(value)} must be {allowed} (default {shown(setting.default)})")
+        raise SettingError(f"--{name}={as_text(value)} must be {allowed} (default {as_text(setting.default)})")
     return value
 
 
@@ -186,7 +194,7 @@ def parse(argv, settings):
         name, equals, text = argument.removeprefix("--").partition("=")
         setting = find(name, settings)
         if not equals and not isinstance(setting.default, bool):
-            raise SettingError(f"--{name} has no value: write --{name}=value (default {shown(setting.default)})")
+            raise SettingError(f"--{name} has no value: write --{name}=value (default {as_text(setting.default)})")
         values[name] = checked(name, literal(text, setting.default) if equals else True, setting)
     return values
 
@@ -221,7 +229,7 @@ def parse_file(path, settings):
 
 def find(name, settings):
     if name not in settings:
-        nearest = difflib.get_close_matches(name, settings, n=1, cutoff=0)
+        nearest = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
         hint = f": did you mean {nearest[0]!r}?" if nearest else ""
         raise SettingError(f"unknown setting {name!r}{hint} (--help lists all)")
     return settings[name]
@@ -229,58 +237,53 @@ def find(name, settings):
 
 def literal(text, default):
     """Command-line text as the Python value that it spells in the type of `default`; the text itself if none."""
-    if isinstance(default, str):
-        return text
-    source = text.strip()
-    if isinstance(default, bool):
-        source = source.capitalize()  # true, TRUE -> True
+    text = text.strip() if not isinstance(default, str) else text
     if isinstance(default, tuple):  # 1,2,4,4 or (1,2,4,4) or [1,2,4,4]
-        source = source.strip("()[] ")
-        if default and isinstance(default[0], bool):
-            source = source.title()
-        if default and isinstance(default[0], str):
-            return [element.strip() for element in source.split(",") if element]
-        source = f"[{source}]"
+        elements = text.strip("()[] ").split(",")
+        return tuple(literal(element.strip(), element_of(default)) for element in elements if element.strip())
+    if isinstance(default, bool):
+        text = text.capitalize()  # true, TRUE -> True
     try:
-        return ast.literal_eval(source)
+        return text if isinstance(default, str) else ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deep
         return text
+
+
+def element_of(default):
+    """An element of a tuple whose type stands for all: a float, if there is one."""
+    return next((element for element in default if isinstance(element, float)), default[0] if default else 0.0)
 
 
 def typed(name, value, default):
     """`value` in the type of `default` (int for float, 1e5 for int, list for tuple); raises SettingError."""
     wanted = type(default).__name__
     if isinstance(default, tuple):
-        like = next((element for element in default if isinstance(element, float)), default[0] if default else 0.0)
-        wanted = f"tuple of {type(like).__name__ if default else 'numbers'}"
+        wanted = f"tuple of {type(element_of(default)).__name__ if default else 'numbers'}"
         if isinstance(value, (tuple, list)):
             if not default and all(type(element) in (int, float) for element in value):
                 return tuple(value)
-            try:
-                return tuple(typed(name, element, like) for element in value)
-            except SettingError:  # named below, for the tuple
-                pass
+            with contextlib.suppress(SettingError):  # named below, for the tuple
+                return tuple(typed(name, element, element_of(default)) for element in value)
     elif type(value) is type(default):
         return value
     elif type(value) is int and type(default) is float and abs(value) < 2**1023:  # the largest float
         return float(value)
     elif type(value) is float and type(default) is int and value.is_integer():
         return int(value)
-    got = repr(value) if len(str(value)) < 200 else f"{str(value)[:200]}..."
-    raise SettingError(f"--{name} must be {wanted} (default {shown(default)}), got {got}")
+    raise SettingError(f"--{name} must be {wanted} (default {as_text(default)}), got {repr(value)[:200]}")
 
 
 # --- writing ---
 
 
-def shown(value):
+def as_text(value):
     """A value as one would write it on the command line."""
     return ",".join(str(element) for element in value) if isinstance(value, tuple) else str(value)
 
 
 def help_text(doc, settings):
     """The script's docstring, then every setting with its default and comment, under the headings of their groups."""
-    texts = {name: f"  --{name}={shown(setting.default)}" for name, setting in settings.items()}
+    texts = {name: f"  --{name}={as_text(setting.default)}" for name, setting in settings.items()}
     width = min(40, max(map(len, texts.values()), default=0))
     lines = [doc.strip()] if doc else []
     for name, setting in settings.items():

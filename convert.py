@@ -785,7 +785,7 @@ def tokenizer_folders(path):
 
 
 def find_merges(folder):
-    """What read_merges takes of a tokenizer's folder: the folder, or the merges in its tokenizer.json; else None."""
+    """The argument of read_merges for a tokenizer's folder: itself, or the merges in its tokenizer.json; else None."""
     if os.path.exists(f"{folder}/merges.txt"):
         return folder
     if not os.path.exists(f"{folder}/tokenizer.json"):
@@ -827,7 +827,7 @@ def read_merges(source):
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         reject(where, f"cannot be read ({error})", remedy)
     lines = lines[1:] if "#version" in lines[0] else lines
-    return [line for line in lines[: 49152 - 256 - 2] if line.strip()], vocab  # the file goes on, CLIP does not
+    return [line for line in lines[: 49152 - 256 - 2] if line.strip()], vocab  # CLIP uses only these
 
 
 # --- pipelines ---
@@ -912,7 +912,7 @@ def read_scheduler(path, objective):
 
 
 def read_betas(path, file, release, objective, otherwise):
-    """Likewise of a CompVis file: by its betas, else as in the published model."""
+    """The same of a CompVis file: from its betas, else as in the published model."""
     process = {name: release.get(name) for name in ("schedule", "beta_start", "beta_end")}
     process["objective"] = objective or release.get("objective") or otherwise
     if "betas" in file:
@@ -1002,7 +1002,7 @@ def limits(to, vae, model):
             "transformers without middle_attention": diffusers and transformers and not s["middle_attention"],
             "num_res_blocks by level": diffusers and not transformers and several,
             "num_heads > 1 on several widths": diffusers and not transformers and head_width(s) is None,
-            "transformers without a context": compvis and transformers and not s["context_dim"],
+            "transformers with context_dim=0": compvis and transformers and not s["context_dim"],
             "middle_attention=False": compvis and not s["middle_attention"],
             "norm_groups of the U-Net (32 there)": compvis and s["norm_groups"] != 32,
         }
@@ -1030,10 +1030,10 @@ def head_width(s):
 def fold_statistics(tensors, mean, std):
     """(tensors, scalar): the statistics of an autoencoder's latents go into its weights. mean, std: (C,).
 
-    Other layouts have latents * scalar for the U-Net and latents / scalar for `decode`. If all means are 0 and all
-    deviations equal, the tensors stay and the scalar is 1 / std. Else it is 1: quant_conv gives (mean - m) / s and
-    logvar - 2 ln s, post_quant_conv has W s and b + W m. VQ's codes move along; that keeps the nearest one the nearest
-    only if all channels have one s. UserError if they have not, or if there are no statistics.
+    Other layouts scale: the U-Net sees latents * scalar, `decode` gets latents / scalar. If all means are 0 and all
+    deviations equal, the scalar is 1 / std and no weight changes. Otherwise it is 1: quant_conv returns (mean - m) / s
+    and logvar - 2 ln s, and post_quant_conv has weight W s and bias b + W m. A VQ codebook is normalized too, which
+    keeps the nearest code only if s is the same for all channels. UserError if it is not, or without statistics.
     """
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
         reject("the autoencoder", "no latent statistics", "run train_vae.py with --measure_latents")
@@ -1099,7 +1099,7 @@ def betas_of(alpha_bar):
 
 
 def schedule_of(betas):
-    """{schedule, beta_start, beta_end} of a table of betas (1000,) float64, or None if it is none of ours.
+    """{schedule, beta_start, beta_end} of a table of betas (1000,) float64, or None if it is another one.
 
     Includes "cosine", which is continuous here, for a U-Net that takes i: see fold_time.
     """
@@ -1212,9 +1212,9 @@ def clip_files(s, merges):
 
 @one_line_errors
 def load_tower(path, weights="", merges=""):
-    """What load_clip gives of the frozen text encoder that a stage-2 checkpoint of ours was trained with; None without.
+    """(settings, state dict, merges) of the frozen text encoder of a stage-2 checkpoint of ours; None if it has none.
 
-    weights, merges: where they are now, if not where training found them.
+    weights, merges: their paths, if they have moved since training.
     """
     meta = checkpoint.read_meta(path)
     name = meta["model"]["text_encoder"]
@@ -1231,19 +1231,13 @@ def load_tower(path, weights="", merges=""):
     return tower
 
 
-class Exported(NamedTuple):
-    """A checkpoint of ours, ready for another layout. State dicts with our names; None for what it does not have."""
-
-    meta: dict
-    model: dict | None  # the settings of stage 2
-    vae: tuple | None  # settings, state, scaling
-    unet: dict | None
-    tower: tuple | None  # settings, state, merges
-    beside: dict  # what was trained beside the U-Net
-
-
 def read_ours(path, to, ema_std, tower_weights, clip_vocab):
-    """A checkpoint of ours as Exported. UserError names what the layout cannot hold."""
+    """(meta, model, vae, unet, tower, others) of a checkpoint of ours, to be written in the layout `to`.
+
+    model: the settings of stage 2.  vae: (settings, state, scaling).  unet: state.  tower: (settings, state, merges).
+    Each is None if there is none.  others: class tokens, a text encoder or a rescaler, trained with the U-Net.
+    State dicts have our names. UserError names what the layout cannot hold.
+    """
     meta = checkpoint.read_meta(path)
     model = meta["model"] if meta["stage"] == "ldm" else None
     if not model and (meta["stage"] != "vae" or ema_std or tower_weights or clip_vocab):
@@ -1268,28 +1262,26 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
         if "quant_conv.weight" not in state and (to == "compvis" or s["bottleneck"] == "vq"):  # always there
             state |= identity_projections(len(mean), 1 if s["bottleneck"] == "vq" else 2)
         vae = s | {"latent_proj": "quant_conv.weight" in state}, state, scaling
-    return Exported(meta, model, vae, unet, tower, {name: t for name, t in ema.items() if not name.startswith("unet.")})
+    others = {name: t for name, t in ema.items() if not name.startswith("unet.")}
+    return meta, model, vae, unet, tower, others
 
 
 def pipeline_of(model, vae, tower):
     """(the name of diffusers' pipeline for a checkpoint of ours, or "", and the reason why there is none)."""
     if model is None:
         return "", "it is an autoencoder alone"
-    if vae is None:
-        return "", "no pipeline of this type generates pixels"
-    if model["task"] != "none":
-        return "", f"no pipeline for task={model['task']} as it was trained here"
-    if model["cond"] == "class":
-        return "", f"no pipeline for such classes; class_labels={model['num_classes']} is the empty condition"
-    if model["cond"] == "none" and model["unet"]["transformer_depth"]:
-        return "", "LDMPipeline takes plain attention, transformer_depth=0"
-    if model["cond"] == "none":
-        return "LDMPipeline", ""
-    if tower is None:
-        return "", "its text encoder was trained here and cannot be exported"
-    if vae[0]["bottleneck"] == "vq":
-        return "", "StableDiffusionPipeline takes no VQ"
-    return "StableDiffusionPipeline", ""
+    cond, classes = model["cond"], model["num_classes"]
+    reasons = {
+        "no pipeline of this type generates pixels": vae is None,
+        f"no pipeline for task={model['task']} as it was trained here": model["task"] != "none",
+        f"no pipeline for such classes; class_labels={classes} is the empty condition": cond == "class",
+        "LDMPipeline takes plain attention, transformer_depth=0": cond == "none" and model["unet"]["transformer_depth"],
+        "its text encoder was trained here and cannot be exported": cond == "text" and tower is None,
+        "StableDiffusionPipeline takes no VQ": cond == "text" and vae and vae[0]["bottleneck"] == "vq",
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), ""):
+        return "", reason
+    return "LDMPipeline" if cond == "none" else "StableDiffusionPipeline", ""
 
 
 @one_line_errors
@@ -1349,7 +1341,7 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
     """
     if not file.endswith(".safetensors") or os.path.exists(file):
         reject(file, "exists already, or is not a .safetensors file", "give a new one")
-    _, model, vae, unet, tower, beside = read_ours(path, "compvis", ema_std, tower_weights, clip_vocab)
+    _, model, vae, unet, tower, others = read_ours(path, "compvis", ema_std, tower_weights, clip_vocab)
     out, parts, left_out = {}, [], []
 
     def add(prefix, tensors, what):
@@ -1380,11 +1372,10 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
         layout, prefix = ("transformers", "transformer.text_model.") if last else ("open_clip", "model.")
         tensors = to_theirs(state, key_table(text_layers(used_blocks(s)), layout))
         add(PREFIXES["text"] + prefix, tensors, "the text tower")
-    names = {"class_tokens": ("embedding.weight", "the class tokens")}
-    names |= {"rescaler.conv": ("channel_mapper.weight", "the rescaler for maps")}
-    for ours, (theirs, what) in names.items():
-        if f"{ours}.weight" in beside:
-            add(PREFIXES["text"], {theirs: beside[f"{ours}.weight"]}, what)
+    if "class_tokens.weight" in others:
+        add(PREFIXES["text"], {"embedding.weight": others["class_tokens.weight"]}, "the class tokens")
+    if "rescaler.conv.weight" in others:
+        add(PREFIXES["text"], {"channel_mapper.weight": others["rescaler.conv.weight"]}, "the rescaler for maps")
     save(file, lambda temporary: write_tensors(temporary, out))
     return f"{file}: {', '.join(parts)}" + (f"; not in the file: {', '.join(left_out)}" if left_out else "")
 
@@ -1422,8 +1413,8 @@ ckpt = ""  # a checkpoint of ours, of either stage, or its out_dir
 to = "diffusers"  # diffusers | compvis: a folder, or one .safetensors file
 out = ""  # the new folder or file
 ema_std = 0.0  # 0 or in [0.01, 0.25]: relative length of a post-hoc EMA, as in sample.py; 0 is the stored EMA
-tower_weights = ""  # weights of a frozen text encoder, if they are not where training found them
-clip_vocab = ""  # merges of its tokenizer, likewise
+tower_weights = ""  # weights of a frozen text encoder, if they have moved since training
+clip_vocab = ""  # merges of its tokenizer, if they have moved
 
 if __name__ == "__main__":
     from common import install_excepthook

@@ -25,13 +25,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 import checkpoint
 from checkpoint import UserError, reject, write_whole
-from common import install_excepthook, setup
+from common import install_excepthook, progress_bar, setup
 from configurator import configure
-from data.dataset import BadImage, Dataset, to_tensor
+from data.dataset import BadImage, Dataset
 from lpips_train import LPIPS, MIN_SIDE, TAPS
 from metrics import NEIGHBOURS, frechet, gaussian, load_inception, mmd, precision_recall
 from sample import choose_conditions, generate, latent_sides, load_from_settings, to_pil
@@ -145,7 +144,7 @@ def generate_many(path, count, chunk, generate_rows, labels, settings, machine):
     starts = range(0, count, chunk)
     parts = [f"{folder}/{start:08d}.npy" for start in starts]
     mine = [k for k in range(machine.rank, len(starts), machine.world) if not os.path.exists(parts[k])]
-    for k in tqdm(mine, unit="batch", disable=None if machine.rank == 0 else True):
+    for k in progress_bar(mine, "generating"):
         images = generate_rows(range(starts[k], min(starts[k] + chunk, count)))
         write_whole(parts[k], functools.partial(np.save, arr=images))
     if machine.world > 1:
@@ -241,13 +240,14 @@ def crop_and_resize(image, side):
 def features(extract, images, which, name, side, as_is, batch_size, device):
     """extract(uint8 (B,3,side,side)) -> (B,D) of all images that decode: (N,D). as_is: do not crop or resize."""
     found, batch = [], []
-    for n, i in enumerate(tqdm(which, desc=name, unit="image", disable=None), 1):
+    for n, i in enumerate(progress_bar(which, name), 1):
         try:
             image = images.rgb(i)
-            if as_is and image.size != (side, side):
+            if not as_is:
+                image = crop_and_resize(image, side)
+            elif image.size != (side, side):
                 reject(images.key(i), f"{image.width}x{image.height}, not {side}x{side}", "set image_size to resize")
-            image = image if as_is else crop_and_resize(image, side)
-            batch.append(((to_tensor(image) + 1) * 127.5).round().byte())
+            batch.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         except BadImage as error:
             print(f"skipped a bad image of {name}: {error}")
         if batch and (len(batch) == batch_size or n == len(which)):
@@ -302,9 +302,12 @@ def load_extractor(inception_weights, trunk, trunk_weights, device):
     """A function from uint8 images (B,3,S,S) to features (B,D), by whichever weights are named."""
     if bool(inception_weights) == bool(trunk_weights):
         raise UserError("set one of --inception_weights (for FID) and --trunk_weights")
-    if inception_weights:
+    if not inception_weights:
+        return load_trunk_features(trunk, trunk_weights, device)
+    try:
         return load_inception(inception_weights, device)
-    return load_trunk_features(trunk, trunk_weights, device)
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from None
 
 
 def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze", trunk_weights="", batch_size=64,
@@ -316,6 +319,9 @@ def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze
     extract = load_extractor(inception_weights, trunk, trunk_weights, device)
     a, chosen = open_set(samples, "samples")
     b, real = open_set(reference, "reference", split)
+    for images in (a, b):
+        if isinstance(images, Dataset):
+            print(images, flush=True)  # what was opened, and what was left out
     side = image_size
     for i in chosen if not side else ():
         with contextlib.suppress(BadImage):

@@ -26,13 +26,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import common
-from checkpoint import UserError, reject
+from checkpoint import UserError, part, reject, with_prefix
 from configurator import configure
 from data.dataset import loader, permute, seed_of
 from data.forms import open_npy
@@ -74,6 +72,8 @@ dtype = "auto"  # auto | float32 | bfloat16 | float64: auto is bfloat16 (autocas
 compile = "auto"  # auto | true | false: torch.compile; auto is true on CUDA
 deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # send the log to Weights & Biases too
+
+PANELS = {"loss": ("loss",), "accuracy": ("accuracy", "val_2afc", "val_jnd"), "gradient norm": ("grad_norm",)}
 
 # the layers of torchvision's `features` after which LPIPS v0.1 taps activations, and their channels
 TAPS = {
@@ -147,11 +147,8 @@ def load_trunk(net, path=None):
         try:
             tensors = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
-            reject(
-                path,
-                f"could not be fetched ({error})",
-                "download it and set trunk_weights (train_vae.py: lpips_trunk) to the file",
-            )
+            remedy = "download it and set trunk_weights (train_vae.py: lpips_trunk) to the file"
+            reject(path, f"could not be fetched ({error})", remedy)
     tensors = {name.removeprefix("features."): t for name, t in tensors.items()}
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in make_trunk(net).state_dict().items()}
@@ -179,8 +176,8 @@ def load_heads(net, path=None):
     path = str(path)
     if os.path.isdir(path) or path.endswith(".safetensors"):
         tensors, meta = checkpoint.read(path, "model")
-        trunk, trunk_hash = checkpoint.part(tensors, "model.trunk"), meta["model"].get("trunk_hash")
-        heads = [t for _, t in sorted(checkpoint.part(tensors, "model.heads").items())]  # fewer than ten
+        trunk, trunk_hash = part(tensors, "model.trunk"), meta["model"].get("trunk_hash")
+        heads = [t for _, t in sorted(part(tensors, "model.heads").items())]  # fewer than ten
     else:
         tensors = read_pth(path)
         heads = [tensors.get(f"lin{k}.model.1.weight", torch.zeros(0)).flatten().float() for k in range(len(tensors))]
@@ -276,10 +273,10 @@ class Judgements(torch.utils.data.Dataset):
         return len(self.judge)
 
     def item(self, i):
-        images, (name, part) = next(pair for pair in zip(self.images, self.parts.items()) if i < pair[1][1].stop)
-        x = torch.from_numpy(images[i - part.start].astype(np.float32) / 127.5 - 1)  # (K,S,S,3)
+        images, (name, rows) = next(pair for pair in zip(self.images, self.parts.items()) if i < pair[1][1].stop)
+        x = torch.from_numpy(images[i - rows.start].astype(np.float32) / 127.5 - 1)  # (K,S,S,3)
         x = x.permute(0, 3, 1, 2).contiguous()
-        return {"images": x, "judge": self.judge[i], "key": f"{name}/{i - part.start}"}
+        return {"images": x, "judge": self.judge[i], "key": f"{name}/{i - rows.start}"}
 
     def __getitem__(self, p):
         epoch, at = divmod(int(p), len(self))
@@ -355,9 +352,8 @@ def evaluate(metrics, judgements, cfg, machine, autocast):
     """{metric: {category: score}} of functions of two batches: 2AFC agreement, or for JND average precision."""
     count, others = len(judgements), judgements.per_item - 1
     distances = torch.zeros(len(metrics), count, others, dtype=torch.float64, device=machine.device)
-    for start in common.progress_bar(
-        range(machine.rank * cfg.batch_size, count, machine.world * cfg.batch_size), "evaluation"
-    ):
+    starts = range(machine.rank * cfg.batch_size, count, machine.world * cfg.batch_size)
+    for start in common.progress_bar(starts, "evaluating"):
         end = min(start + cfg.batch_size, count)
         x = torch.stack([judgements.item(i)["images"] for i in range(start, end)])
         x = x.to(machine.device, machine.param_dtype)
@@ -369,7 +365,7 @@ def evaluate(metrics, judgements, cfg, machine, autocast):
         dist.all_reduce(distances)  # every pair was measured by one rank
     score, judge = two_afc if others == 2 else average_precision, judgements.judge.to(machine.device)
     return {
-        name: {category: score(d[part], judge[part]).item() for category, part in judgements.parts.items()}
+        name: {category: score(d[rows], judge[rows]).item() for category, rows in judgements.parts.items()}
         for name, d in zip(metrics, distances)
     }
 
@@ -377,7 +373,7 @@ def evaluate(metrics, judgements, cfg, machine, autocast):
 def table(task, scores, judgements):
     """The scores of `evaluate` as text: a row for each category, a column for each metric."""
     means = {name: sum(row.values()) / len(row) for name, row in scores.items()}
-    counts = {name: part.stop - part.start for name, part in judgements.parts.items()} | {"mean": len(judgements)}
+    counts = {name: rows.stop - rows.start for name, rows in judgements.parts.items()} | {"mean": len(judgements)}
     width = max(map(len, [*counts, "category"])) + 2
     lines = [f"{task:5}{'category':{width}}{'judged':>7}" + "".join(f"{name:>11}" for name in scores)]
     for category, count in counts.items():
@@ -386,54 +382,42 @@ def table(task, scores, judgements):
     return "\n".join(lines)
 
 
-class Evaluation:
-    """Tables of our heads beside the other metrics, which never change and are measured once."""
-
-    def __init__(self, ours, validation, cfg, machine, autocast):
-        """ours: LPIPS, or None.  validation: {task: Judgements}."""
-        self.validation, self.cfg, self.machine, self.autocast = validation, cfg, machine, autocast
-        self.metrics = {"ours": ours} if ours is not None else {}
-        self.scores = {task: {} for task in validation}
-
-        def frozen(heads):
-            return LPIPS(cfg.net, cfg.trunk_weights, heads).to(machine.device, machine.param_dtype)
-
-        if importlib.util.find_spec("lpips"):  # optional
-            self.metrics["published"] = frozen(None)
-        self.metrics |= {"uniform": frozen("uniform"), "L2": lambda x, y: (x - y).square().mean(dim=(1, 2, 3))}
-        self.metrics["SSIM"] = lambda x, y: -ssim(x, y)
-
-    def __call__(self):
-        """Print the tables; return the mean scores of our heads."""
-        record = {}
-        for task, judgements in self.validation.items():
-            scores = self.scores[task]
-            due = {name: metric for name, metric in self.metrics.items() if name == "ours" or name not in scores}
-            scores |= evaluate(due, judgements, self.cfg, self.machine, self.autocast)
-            if self.machine.rank == 0:
-                print(table(task, {name: scores[name] for name in self.metrics}, judgements), flush=True)
-            if "ours" in scores:
-                record[f"val_{task}"] = sum(scores["ours"].values()) / len(scores["ours"])
-                record |= {f"val_{task}_{category}": score for category, score in scores["ours"].items()}
-        return record
+def other_metrics(cfg, machine):
+    """{name: function of two batches}: what trained heads are compared with."""
+    heads = {"published": None} if importlib.util.find_spec("lpips") else {}  # optional
+    metrics = {name: LPIPS(cfg.net, cfg.trunk_weights, head) for name, head in (heads | {"uniform": "uniform"}).items()}
+    metrics = {name: metric.to(machine.device, machine.param_dtype) for name, metric in metrics.items()}
+    return metrics | {"L2": lambda x, y: (x - y).square().mean(dim=(1, 2, 3)), "SSIM": lambda x, y: -ssim(x, y)}
 
 
-PANELS = {"loss": ("loss",), "accuracy": ("accuracy", "val_2afc", "val_jnd"), "gradient norm": ("grad_norm",)}
-
-
-def count_tflop(cfg, side):
-    """TFLOP of one judgement: three images forward, and backward where the trunk is trained, operator by operator."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        make_trunk(cfg.net)(torch.zeros(3, 3, side, side))
-    return (3 if cfg.train_trunk else 1) * counter.get_total_flops() / 1e12
+def evaluate_heads(ours, others, validation, cfg, machine, autocast):
+    """Print a table for each task, return our scores.  ours: LPIPS or None.  others: of `evaluate`, by task."""
+    record = {}
+    for task, judgements in validation.items():
+        scores = {} if ours is None else evaluate({"ours": ours}, judgements, cfg, machine, autocast)
+        if machine.rank == 0:
+            print(table(task, scores | others[task], judgements), flush=True)
+        for row in scores.values():
+            record[f"val_{task}"] = sum(row.values()) / len(row)
+            record |= {f"val_{task}_{category}": score for category, score in row.items()}
+    return record
 
 
 if __name__ == "__main__":
     common.install_excepthook()
     cfg = configure(globals())
+
+    # processes, device, precision
     machine = common.setup(cfg)
     rank, world = machine.rank, machine.world
     autocast = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16")
+
+    # a checkpoint to resume
+    latest, tensors, meta = f"{cfg.out_dir}/latest.safetensors", {}, {}
+    resumed = os.path.exists(latest) and not (cfg.eval_only and cfg.head_weights)
+    if resumed:
+        tensors, meta = checkpoint.read(latest)
+        common.check_same_settings(latest, meta, {"stage": "lpips"})
 
     # data
     images = Judgements(cfg.dataset, "2afc", "val" if cfg.eval_only else "train", cfg.seed)
@@ -449,8 +433,6 @@ if __name__ == "__main__":
         description = json.load(file)["what"]
 
     # model
-    latest = f"{cfg.out_dir}/latest.safetensors"
-    resumed = os.path.exists(latest) and not (cfg.eval_only and cfg.head_weights)
     torch.manual_seed(seed_of(cfg.seed, "init"))
     if cfg.head_weights and load_heads(cfg.net, cfg.head_weights)[1] and not (cfg.train_trunk or cfg.eval_only):
         reject(cfg.head_weights, "holds a trained trunk too, which only --train_trunk=True keeps", "set that")
@@ -463,60 +445,57 @@ if __name__ == "__main__":
 
     # optimizer: AdamW without weight decay is Adam
     parameters = list(model.parameters())
-    options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
-    if cfg.shard_optimizer and world > 1:
-        optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **options)
-    else:
-        optimizer = torch.optim.AdamW(parameters, **options)
+    optimizer = common.adamw(parameters, cfg, machine)
 
-    # resume
-    step, micro_steps, meta = 0, cfg.grad_accum, {}
-    images_per_step = cfg.batch_size * cfg.grad_accum * world
+    # weights and state of a checkpoint
     if resumed:
-        tensors, meta = checkpoint.read(latest)
-        common.check_same_settings(
-            latest, {"stage": meta["stage"]} | meta["model"], {"stage": "lpips"} | model.settings
-        )
-        model.load_state_dict(checkpoint.part(tensors, "model"))
+        common.check_same_settings(latest, meta["model"], model.settings)
+        model.load_state_dict(part(tensors, "model"))
         common.load_optimizer_state(optimizer, model, "optim", tensors)
-        step, images_per_step = meta["step"], meta["images_per_step"]
-    evaluation = Evaluation(
-        lpips if cfg.head_weights or resumed or not cfg.eval_only else None, validation, cfg, machine, autocast
-    )
+    del tensors
+
+    # what the other metrics score never changes
+    metrics = other_metrics(cfg, machine)
+    others = {task: evaluate(metrics, judged, cfg, machine, autocast) for task, judged in validation.items()}
+    del metrics
     if cfg.eval_only:
-        evaluation()
+        ours = lpips if cfg.head_weights or resumed else None  # None: only what is published
+        evaluate_heads(ours, others, validation, cfg, machine, autocast)
         common.leave()
-    if resumed:
-        micro_steps = common.accumulation(cfg, world, images_per_step, latest)
+
+    step, images_per_step, micro_steps = common.start(cfg, world, meta, latest)
     common.assert_same_on_all_ranks(step=step, images=len(images))
 
     # log
-    about = {"stage": "lpips", "model": model.settings, "config": cfg, "git": common.git_revision()}
-    about |= {"images_per_step": images_per_step, "run": meta["run"] if resumed else time.time_ns()}
-    tflop = count_tflop(cfg, images.size)
+    with torch.device("meta"):  # three images forward, and backward where the trunk is trained
+        x = torch.zeros(3, 3, images.size, images.size)
+        tflop = (3 if cfg.train_trunk else 1) * common.count_tflop(make_trunk(cfg.net), x)
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
     counts = f"{len(images)} training and {len(validation['2afc'])} validation judgements"
     log.print(f"{counts} in {cfg.dataset}: {description}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
 
-    # saving: every rank calls it, rank 0 writes
-    def save(path=latest):
-        tensors = common.optimizer_state(optimizer, model, "optim") | checkpoint.with_prefix(
-            "model", model.state_dict()
-        )
-        if rank == 0:
-            checkpoint.write(path, tensors, about | {"step": step, "images_seen": step * images_per_step})
+    # saving
+    run = meta["run"] if resumed else time.time_ns()
+    header = dict(stage="lpips", model=model.settings, config=cfg, git=common.git_revision(), run=run)
 
-    def due(every):
-        return step % every == 0 and step > start_step
+    def save(path):
+        """All that resuming needs; every rank calls it, rank 0 writes."""
+        state = common.optimizer_state(optimizer, model, "optim") | with_prefix("model", model.state_dict())
+        progress = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
+        if rank == 0:
+            checkpoint.write(path, state, header | progress)
 
     # compile, DDP, loader
-    judge = torch.compile(model) if machine.compile else model
+    net = torch.compile(model) if machine.compile else model
     if world > 1:
-        judge = DistributedDataParallel(judge, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True, forward_sync_buffers=False)
     collate = torch.utils.data.default_collate
     batches = loader(images, step, cfg.max_steps, cfg.batch_size, micro_steps, rank, world, cfg.workers, collate)
     model.train()
+
+    def due(every):
+        return step % every == 0 and step > start_step
 
     # training loop
     stop, start_step, started = common.Stop(), step, time.time()
@@ -527,14 +506,15 @@ if __name__ == "__main__":
 
         # evaluate, save, stop
         last, stopping = step >= cfg.max_steps, stop.agreed()
+        saving = last or stopping or due(cfg.save_every)
+        if saving or due(cfg.eval_every):
+            log.check()  # nothing is saved after a step that was not finite
         if last or due(cfg.eval_every):
-            log.check()
-            log.evaluation(step, evaluation())
+            log.evaluation(step, evaluate_heads(lpips, others, validation, cfg, machine, autocast))
             if rank == 0:
                 common.plot_log(cfg.out_dir, PANELS)
-        if last or stopping or due(cfg.save_every):
-            log.check()  # nothing is saved after a step that was not finite
-            save()
+        if saving:
+            save(latest)
         if last or stopping:
             break
 
@@ -544,19 +524,19 @@ if __name__ == "__main__":
         for micro in range(micro_steps):
             batch = next(batches)
             keys += batch["key"]
-            names = ("images", "judge")
-            batch = {name: batch[name].to(machine.device, machine.param_dtype, non_blocking=True) for name in names}
-            judge.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
+            for name in ("images", "judge"):
+                batch[name] = batch[name].to(machine.device, machine.param_dtype, non_blocking=True)
+            net.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
             with autocast:
-                terms = train_step(judge, batch, cfg)
+                terms = train_step(net, batch, cfg)
             (terms["loss"] / micro_steps).backward()
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0.0) + term.detach() / micro_steps
 
-        # optimizer step, heads >= 0
+        # optimizer step, heads >= 0: nothing carried to the next step changes where ok is false
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-        ok = common.all_finite(grad_norm, *totals.values())
-        common.inner(optimizer).found_inf = (~ok).float()  # AdamW leaves weights and moments alone where this is 1
+        ok = common.all_finite(grad_norm, *totals.values())  # the same on all ranks
+        common.inner(optimizer).found_inf = (~ok).float()
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -566,6 +546,5 @@ if __name__ == "__main__":
         # log
         log.step(step, totals, grad_norm, ok, lr_now, keys)
 
-    seconds = time.time() - started
-    log.print(f"{'finished' if last else 'stopped'} at step {step} after {seconds:.0f} s: {latest}")
+    log.print(f"{'finished' if last else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")
     common.leave(0 if last else 128 + stop.signal)

@@ -1,6 +1,6 @@
 """Generate images from a trained checkpoint.
 
-    python sample.py --ckpt=out/ldm                                  # the prompts or classes of training's grids
+    python sample.py --ckpt=out/ldm                                  # the examples of training's sample grids
     python sample.py --ckpt=out/ldm --prompt="a red star" --n=8 --steps=50 --sampler=ddim --guidance=5
     python sample.py --ckpt=out/ldm --cls=dog,cat                    # class-conditional
     python sample.py --ckpt=out/ldm --prompt="red circle 0.1 0.2 0.5 0.6; blue star 0.5 0.5 1 1"   # layout
@@ -48,7 +48,7 @@ from vae import VAE
 
 # what to generate
 ckpt = "out/ldm"  # stage-2 checkpoint or its out_dir; or another project's file, folder or Hugging Face id
-prompt = ""  # the prompt, or a layout; with no prompt, file or class: what training's sample grids show
+prompt = ""  # the prompt, or a layout; without prompt, prompts and cls: the examples of training's sample grids
 prompts = ""  # file with one prompt per line
 negative = ""  # prompt to guide away from, instead of the empty one
 cls = ""  # class number or name, or several separated by commas
@@ -92,7 +92,7 @@ mask = ""  # image of the size of init_image: white is generated, black is kept
 noise_level = 0  # >= 0: noise added to a low-resolution init_image, up to the checkpoint's sr_noise
 semantic_map = ""  # PNG of class indices or a folder of them, for a semantic checkpoint
 # output
-out_dir = ""  # for PNGs, samples.jsonl and grid.png; "" is the folder samples beside the checkpoint
+out_dir = ""  # for PNGs, samples.jsonl and grid.png; "" is the folder samples next to the checkpoint
 show = False  # open the grid
 
 SAMPLER_OPTIONS = ("eta", "noise_scale", "variance", "order")  # settings passed on to the sampler
@@ -519,7 +519,6 @@ def check_settings(cfg, pipeline):
         ("negative guide_ckpt guidance_from guidance_to guidance_rescale", guidable and cfg.guidance != 1, "guidance"),
         ("negative", not cfg.guide_ckpt, "guidance without --guide_ckpt"),
         ("tower_weights clip_vocab", pipeline.tower is not None, "a checkpoint with a frozen text encoder"),
-        ("decode_tile decode_batch", pipeline.vae is not None, "a checkpoint with an autoencoder"),
         ("init_image", task != "semantic", "another checkpoint; use --semantic_map"),
         ("mask strength", cfg.get("init_image") and task in ("none", "inpaint"), "--init_image, without another task"),
         ("semantic_map", task == "semantic", "a checkpoint with task=semantic"),
@@ -565,7 +564,7 @@ def open_images(path):
             with Image.open(os.path.join(folder, name)) as image:
                 image.load()
                 images[name] = image
-        except Exception as error:  # Pillow's plugins raise many kinds
+        except Exception as error:  # Pillow's plugins raise exceptions of many types
             reject(os.path.join(folder, name), f"does not open as an image ({error})", "give an image")
     return images
 
@@ -643,12 +642,6 @@ def choose_inputs(pipeline, cfg):
     seeds = list(range(cfg.seed, cfg.seed + len(index)))
     inputs = {name: rows[list(index)] for name, rows in inputs.items()}
     return list(conditions), seeds, [names[i] for i in index], inputs
-
-
-def save_gif(path, frames, seconds=2.0):
-    """PIL images as an animation of `seconds` that repeats after a pause."""
-    durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1000]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def save_samples(folder, images, records, settings):

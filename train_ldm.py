@@ -10,19 +10,17 @@ DIR is the dataset of stage 1 or another one; captions or labels are part of it.
 """
 
 import copy
-import functools
 import inspect
 import json
 import math
 import os
 import time
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 
 import checkpoint
 import common
@@ -33,7 +31,7 @@ from configurator import configure
 from data.cache import LatentCache
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
 from data.tasks import WithCondition, augment_low, check_task, image_condition, layout_string, show_condition
-from diffusion import make_schedule, t_max, target, to_x0, unet_time
+from diffusion import make_denoiser, make_schedule, t_max, target, to_x0, unet_time
 from sample import Pipeline, generate, read_prompts, save_grid
 from text import CLIPTextEncoder, TextEncoder, make_tokenizer
 from unet import Denoiser, Rescaler, UNet
@@ -115,7 +113,7 @@ beta1 = 0.9  # in [0, 1): of AdamW
 beta2 = 0.999  # in [0, 1): of AdamW
 weight_decay = 0.01  # >= 0: of AdamW, on matrices and kernels only
 grad_clip = 1.0  # >= 0: largest gradient norm; 0 disables clipping
-shard_optimizer = False  # each process keeps the optimizer state of a part of the parameters (ZeRO stage 1)
+shard_optimizer = False  # divide the optimizer state among the processes (ZeRO stage 1)
 ema_decay = 0.9999  # in [0, 1]: of the averaged weights, warmed up as (1 + n) / (10 + n)
 ema_stds = ()  # each in [0.01, 0.25]: relative lengths of further averages, for sample.py --ema_std (EDM2)
 # run
@@ -127,7 +125,7 @@ prompts = ""  # file of prompts for the sample grids, one a line; "" uses captio
 n_samples = 16  # >= 1: images of a grid
 sampler = "unipc"  # ddpm | ddim | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | plms | unipc: of the grids
 sample_steps = 20  # in [1, 1000]: of the sampler
-guidance = 3.0  # scale of classifier-free guidance of the grids; 1 disables it
+guidance = 3.0  # >= 0: classifier-free guidance scale of the grids; 1 disables it
 save_every = 1000  # >= 1: steps between checkpoints
 snapshot_every = 0  # >= 0: steps between EMA snapshots ema_STEP.safetensors, which are kept; 0 keeps none
 log_every = 50  # >= 1: steps between progress lines
@@ -140,13 +138,28 @@ attention = "auto"  # auto | triton | xformers | sdpa | sdpa_flash | sdpa_cudnn 
 deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # also log to Weights & Biases
 
-CONDITIONS = ("tokens", "context", "y", "concat")  # arguments of Denoiser.forward that `Conditioner` makes
+# settings that a checkpoint holds as its model's, beside those of U-Net and text encoder
 MODEL_SETTINGS = ("cond", "class_embed", "image_size", "objective", "schedule", "beta_start", "beta_end", "zero_snr",
                   "ema_stds", "text_encoder", "task", "sr_scale", "sr_noise")  # fmt: skip
-USED_WITH = {"text_encoder": "cond=text", "tokenizer": "text_encoder=joint", "class_embed": "cond=class",
-             "prompts": "task=none", "sr_scale": "task=sr", "sr_degradation": "task=sr", "sr_noise": "task=sr",
-             "latents_on_device": "cache_latents=True"}  # fmt: skip
 PANELS = {"loss": ("error", "val_loss"), "gradient norm": ("grad_norm",), "val_loss by tenths of t": ("val_loss_by_t",)}
+
+
+def check_settings(cfg):
+    """What involves several settings; `configure` has checked each by itself."""
+    frozen = cfg.cond == "text" and cfg.text_encoder != "joint"
+    guided = cfg.cond != "none" and cfg.guidance != 1
+    for wrong, message in (
+        (cfg.beta_start >= cfg.beta_end, "beta_start must be below beta_end"),
+        (cfg.zero_snr and cfg.objective == "eps", "zero_snr cannot be used with objective=eps"),
+        (cfg.zero_snr and cfg.schedule in ("flow", "cosine"), "zero_snr is for tables; flow and cosine have zero SNR"),
+        (cfg.sr_noise and cfg.task != "sr", "sr_noise is only used with task=sr"),
+        (cfg.sr_noise and cfg.cond == "class", "sr_noise and cond=class both use the class embedding: choose one"),
+        (frozen != bool(cfg.tower_weights), "a frozen text_encoder needs --tower_weights=FILE, a joint one has none"),
+        (guided and not (cfg.cond_drop or cfg.init_from), "guidance needs cond_drop > 0: set it, or --guidance=1"),
+    ):
+        if wrong:
+            raise UserError(message)
+
 
 # --- loss ---
 
@@ -178,7 +191,7 @@ def prediction_error(denoiser, inputs, noise, cfg):
         eps = eps + cfg.offset_noise * noise["offset"]
     table, t = noise_schedule(cfg), training_times(noise["t"], cfg)
     alpha, sigma = (f(t).to(x0.dtype).view(-1, 1, 1, 1) for f in (table.alpha, table.sigma))
-    condition = drop_conditions(inputs, noise["drop"] < cfg.cond_drop)
+    condition = drop_condition(inputs["condition"], inputs["null"], noise["drop"] < cfg.cond_drop)
     prediction = denoiser(alpha * x0 + sigma * eps, unet_time(table, t).to(x0.dtype), **condition)
     prediction, log_variance = prediction if isinstance(prediction, tuple) else (prediction, None)
     prediction, wanted = prediction.to(x0.dtype), target(cfg.objective, x0, eps, alpha, sigma)
@@ -197,14 +210,10 @@ def prediction_error(denoiser, inputs, noise, cfg):
     return error.mean(dim=(1, 2, 3)), weight, log_variance
 
 
-def drop_conditions(inputs, dropped):
-    """The denoiser's conditions; where `dropped` (B,), null_NAME in place of NAME. What has no such twin is kept."""
-    condition = {name: inputs[name] for name in CONDITIONS if name in inputs}
-    for name, value in condition.items():
-        if f"null_{name}" in inputs:
-            mask = dropped.view(-1, *[1] * (value.ndim - 1))
-            condition[name] = torch.where(mask, inputs[f"null_{name}"], value)
-    return condition
+def drop_condition(condition, null, dropped):
+    """The condition, with the empty one where `dropped` (B,); what `null` lacks is never dropped."""
+    masks = {name: dropped.view(-1, *[1] * (condition[name].ndim - 1)) for name in null}
+    return condition | {name: torch.where(masks[name], null[name], condition[name]) for name in null}
 
 
 def train_step(denoiser, inputs, noise, cfg):
@@ -223,81 +232,77 @@ def step_noise(step, shape, cfg, machine, micro_steps):
     "posterior" and "eps" are like x0; "t" and "drop" (B,) uniform in [0,1); "offset" (B,C,1,1) with offset_noise;
     "level" (B,) uniform and "low" like the small image with sr_noise.
     """
+    slots = (micro_steps, machine.world, cfg.batch_size)
     generator = torch.Generator(machine.device).manual_seed(seed_of(cfg.seed, "ldm noise", step))
-    slots, options = (micro_steps, machine.world, cfg.batch_size), dict(generator=generator, device=machine.device)
-    noise = {name: torch.randn(*slots, *shape, **options) for name in ("posterior", "eps")}
-    noise |= {name: torch.rand(slots, **options) for name in ("t", "drop", *(["level"] if cfg.sr_noise else []))}
-    if cfg.offset_noise:
-        noise["offset"] = torch.randn(*slots, shape[0], 1, 1, **options)
+
+    def normal(*shape):
+        return torch.randn(*slots, *shape, generator=generator, device=machine.device)
+
+    def uniform():
+        return torch.rand(slots, generator=generator, device=machine.device)
+
+    noise = {"posterior": normal(*shape), "eps": normal(*shape), "t": uniform(), "drop": uniform()}
     if cfg.sr_noise:
-        side = cfg.image_size // cfg.sr_scale
-        noise["low"] = torch.randn(*slots, 3, side, side, **options)
-    return [
-        {name: n[micro, machine.rank].to(machine.param_dtype) for name, n in noise.items()}
-        for micro in range(micro_steps)
-    ]
-
-
-# --- averaged weights ---
-
-
-@torch.no_grad()
-def update_ema(averaged, current, step, decay):
-    """averaged <- d averaged + (1 - d) current with d = min(decay, (1 + n) / (10 + n)); lists of tensors.
-
-    step: n = 1, 2, ..., the number of the optimizer step that was just taken.
-    """
-    torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + step) / (10 + step)))
+        noise["level"] = uniform()
+    if cfg.offset_noise:
+        noise["offset"] = normal(shape[0], 1, 1)
+    if cfg.sr_noise:
+        noise["low"] = normal(3, cfg.image_size // cfg.sr_scale, cfg.image_size // cfg.sr_scale)
+    mine = {name: n[:, machine.rank].to(machine.param_dtype) for name, n in noise.items()}
+    return [{name: n[micro] for name, n in mine.items()} for micro in range(micro_steps)]
 
 
 @torch.no_grad()
-def update_power_ema(averaged, current, step, std):
-    """As update_ema, with d = (1 - 1/n)^(gamma + 1) (Karras et al. 2024, EDM2, section 3.1)."""
-    torch._foreach_lerp_(averaged, current, 1 - (1 - 1 / step) ** (power_exponent(std) + 1))
+def update_ema(averaged, current, decay, ok):
+    """averaged <- decay averaged + (1 - decay) current, lists of tensors; ok: () bool, where False nothing changes."""
+    rate = ok.to(averaged[0].dtype) * (1 - decay)
+    torch._foreach_lerp_(averaged, current, [rate] * len(averaged))
 
 
 # --- conditioning ---
 
 
 class Conditioner:
-    """Collated batch -> inputs of `train_step` on the device: x0, and each condition with its empty twin null_NAME.
+    """Collated batch -> inputs of `train_step` on the device: {"x0", "condition", "null"}.
 
-    A new condition is one more entry of the result of __call__, and its name in CONDITIONS.
+    condition: arguments of `Denoiser.forward`, batched.  null: of some of them what a dropped one becomes, (1,...).
+    A new condition is one more entry of both.
     """
 
     def __init__(self, cfg, machine, autocast, vae, text, tower, num_classes, map_classes, sr_schedule):
         """text: of the denoiser, trained.  tower: a frozen text encoder.  Those that a run does not have are None."""
         self.cfg, self.device, self.dtype, self.autocast = cfg, machine.device, machine.param_dtype, autocast
         self.vae, self.text, self.tower = vae, text, tower
-        self.num_classes, self.map_classes, self.sr_schedule = num_classes, map_classes, sr_schedule
-        side = cfg.image_size // (vae.factor if vae else 1)
-        self.latent_shape = (vae.latent_channels if vae else 3, side, side)
+        self.map_classes, self.sr_schedule = map_classes, sr_schedule
         self.resident, self.flips = None, 1  # cached latents in device memory: see keep_latents
+        self.null = {}
+        if text is not None or tower is not None:
+            self.null = self.prompts([""])
+        elif cfg.cond == "class":
+            self.null = {"y": torch.tensor([num_classes], device=self.device)}
 
     @torch.no_grad()
-    def __call__(self, batch, noise):
-        """noise: "posterior" like x0; with sr_noise "level" (B,) and "low" like the small image: see step_noise."""
-        inputs = {"x0": self.latents(batch, noise).contiguous(memory_format=torch.channels_last)}
-        n = len(batch["label"])
-        if self.text is not None:
-            inputs["tokens"] = self.send(self.text.tokenize(batch["text"]))  # (B,L)
-            inputs["null_tokens"] = self.send(self.text.tokenize([""])).expand(n, -1)
-        elif self.tower is not None:
-            inputs["context"], inputs["null_context"] = self.embed(batch["text"]), self.null_context.expand(n, -1, -1)
+    def __call__(self, batch, noise=None):
+        """noise: of `step_noise`; None takes the posterior's mean and small images as they are, for evaluation."""
+        if noise is None:
+            zero = torch.zeros(len(batch["label"]), 1, 1, 1, device=self.device, dtype=self.dtype)
+            noise = {"posterior": zero, "low": zero, "level": zero.flatten()}
+        x0, condition = self.latents(batch, noise).contiguous(memory_format=torch.channels_last), {}
+        if self.text is not None or self.tower is not None:
+            condition = self.prompts(batch["text"])
         elif self.cfg.cond == "class":
-            inputs["null_y"] = torch.full((n,), self.num_classes, device=self.device)
             y = self.send(batch["label"])
-            inputs["y"] = torch.where(y < 0, inputs["null_y"], y)  # images without a label have no condition
+            condition["y"] = torch.where(y < 0, self.null["y"], y)  # images without a label have no condition
         if self.cfg.task != "none":
-            condition = {name: self.send(t) for name, t in batch["condition"].items()}
-            condition = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in condition.items()}
+            images = {name: self.send(t) for name, t in batch["condition"].items()}
+            images = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in images.items()}
             if self.cfg.sr_noise:
-                inputs["y"] = (noise["level"] * (self.cfg.sr_noise + 1)).long()
-                condition["low"] = augment_low(condition["low"], inputs["y"], noise["low"], self.sr_schedule)
+                condition["y"] = (noise["level"] * (self.cfg.sr_noise + 1)).long()
+                images["low"] = augment_low(images["low"], condition["y"], noise["low"], self.sr_schedule)
             with self.autocast:
-                concat = image_condition(self.cfg.task, self.vae, condition, self.latent_shape[1:], self.map_classes)
-            inputs["concat"] = concat.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return inputs
+                concat = image_condition(self.cfg.task, self.vae, images, x0.shape[2:], self.map_classes)
+            condition["concat"] = concat.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return {"x0": x0, "condition": condition, "null": self.null}
 
     def latents(self, batch, noise):
         """x0 (B,C,h,w): pixels, or a sample of the posterior, cached or encoded now, with unit variance."""
@@ -313,82 +318,59 @@ class Conditioner:
         mean, std = moments.to(self.dtype).unbind(1)
         return self.vae.normalize(mean + std * noise["posterior"])
 
-    def embed(self, prompts):
-        """(B,L,D) of the frozen text encoder."""
+    @torch.no_grad()
+    def prompts(self, prompts):
+        """{"tokens": (B,L)} for the text encoder in the denoiser, or {"context": (B,L,D)} of the frozen one."""
+        tokens = self.send((self.text or self.tower).tokenize(prompts))
+        if self.text is not None:
+            return {"tokens": tokens}
         with self.autocast:
-            return self.tower(self.send(self.tower.tokenize(prompts))).to(self.dtype)
-
-    @functools.cached_property
-    def null_context(self):
-        return self.embed([""])
+            return {"context": self.tower(tokens).to(self.dtype)}
 
     def send(self, t):
         """To the device. From memory that is not pinned, a copy would wait for all work queued there."""
         pinned = t.pin_memory() if self.device.type == "cuda" and not t.is_pinned() else t
         return pinned.to(self.device, non_blocking=True)
 
-    def keep_latents(self, cache, log_line):
-        """Load a LatentCache into device memory, as latents_on_device says."""
-        wanted, size, free = self.cfg.latents_on_device, cache.bytes / 2**30, math.inf
-        if self.device.type == "cuda":
+    def keep_latents(self, cache):
+        """Load a LatentCache into device memory if latents_on_device says so."""
+        auto = self.cfg.latents_on_device == "auto" and self.device.type == "cuda"
+        if auto:
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info()[0] / 2**30
-        if wanted == "true" and size > free:
-            what = f"takes {size:.3g} GiB, {free:.3g} GiB are free on {self.device}"
-            reject("latents_on_device=true", what, "set it to auto or false")
-        if wanted == "true" or (wanted == "auto" and self.device.type == "cuda" and size < free / 5):
-            log_line(f"keeping the latents on {self.device}: {size:.3g} GiB in each process")
+            auto = cache.bytes < torch.cuda.mem_get_info()[0] / 5
+        if auto or self.cfg.latents_on_device == "true":
             self.resident, self.flips = cache.load(self.device), cache.flips
-
-
-class Validation:
-    """The `count` images of a run's evaluations, spread over their dataset, which may be sorted by class."""
-
-    def __init__(self, stream, size, count, conditioner):
-        """size: images in the dataset of `stream`."""
-        self.stream, self.size, self.count, self.conditioner = stream, size, count, conditioner
-
-    def batch(self, rows):
-        return collate([self.stream[i * self.size // self.count] for i in rows])
-
-    def inputs(self, rows):
-        """As in training, from the mean of the posterior and small images without added noise."""
-        device = self.conditioner.device
-        noise = {"posterior": torch.zeros((), device=device), "level": torch.zeros(len(rows), device=device)}
-        return self.conditioner(self.batch(rows), noise | {"low": torch.zeros(len(rows), 1, 1, 1, device=device)})
 
 
 # --- evaluation ---
 
 
 @torch.no_grad()
-def evaluate(denoiser, validation, cfg, machine, autocast):
+def evaluate(denoiser, validation, conditioner, cfg, machine, autocast):
     """Validation loss, not weighted, in all and by tenths of t; an image's noise and t are always the same."""
-    cfg = cfg.replace(timesteps="uniform", cond_drop=0.0)
-    sums = torch.zeros(2, 10, dtype=torch.float64, device=machine.device)  # of losses and of images
-    starts = range(machine.rank, validation.count, machine.world * cfg.batch_size)
-    for start in common.progress_bar(starts, "evaluating"):
-        rows = range(start, min(start + machine.world * cfg.batch_size, validation.count), machine.world)
-        inputs = validation.inputs(rows)
-        like, shape = inputs["x0"], inputs["x0"].shape[1:]
-        eps = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("val", i))) for i in rows]
-        t = (0.5 + torch.tensor(rows, dtype=torch.float64) * 0.6180339887498949) % 1.0  # golden ratio: evenly spread
-        noise = {"eps": torch.stack(eps).to(like), "t": t.to(like), "drop": torch.ones(len(rows), device=like.device)}
+    cfg, count = cfg.replace(timesteps="uniform", cond_drop=0.0), len(validation)
+    losses = torch.zeros(count, dtype=torch.float64, device=machine.device)
+    times = (0.5 + torch.arange(count, dtype=torch.float64) * 0.6180339887498949) % 1.0  # golden ratio: evenly spread
+    stride = machine.world * cfg.batch_size
+    for start in common.progress_bar(range(machine.rank, count, stride), "evaluating"):
+        rows = range(start, min(start + stride, count), machine.world)
+        inputs = conditioner(collate([validation[i] for i in rows]))
+        x0 = inputs["x0"]
+        eps = [torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(seed_of("val", i))) for i in rows]
+        noise = {"eps": torch.stack(eps).to(x0), "t": times[list(rows)].to(x0), "drop": x0.new_ones(len(rows))}
         with autocast:
-            losses, _, _ = prediction_error(denoiser, inputs, noise, cfg)
-        for row, values in zip(sums, (losses.double(), torch.ones_like(losses).double())):
-            row.index_add_(0, (t * 10).long().to(like.device), values)
+            losses[list(rows)] = prediction_error(denoiser, inputs, noise, cfg)[0].double()
     if machine.world > 1:
-        dist.all_reduce(sums)
-    bins = [total / n if n else None for total, n in sums.T.tolist()]
-    return {"val_loss": (sums[0].sum() / sums[1].sum()).item(), "val_loss_by_t": bins}
+        dist.all_reduce(losses)  # every image was on one rank
+    losses, tenth = losses.cpu(), (times * 10).long()
+    bins = [losses[tenth == k] for k in range(10)]
+    return {"val_loss": losses.mean().item(), "val_loss_by_t": [b.mean().item() if len(b) else None for b in bins]}
 
 
 def first_captions(images, count, object_names):
     """The first caption, or the layout, of `count` images of a dataset.  object_names: of layouts, else None."""
     captions = []
-    for i in range(count):
-        i = i * len(images) // count
+    for i in common.spread(len(images), count):
         try:
             layout = None if object_names is None else layout_string(images.boxes(i), object_names)
             captions += images.meta(i)["text"][:1] if layout is None else [layout]
@@ -401,7 +383,7 @@ def save_samples(path, pipeline, validation, cfg, autocast):
     """Write a grid of samples; with a task, each beside the condition of a validation image that it was made from."""
     conditions, images, grid, captions = pipeline.examples, None, [], []
     if cfg.task != "none":  # conditions, prompts and classes of the same images
-        batch = validation.batch(range(min(cfg.n_samples, validation.count)))
+        batch = collate([validation[i] for i in range(min(cfg.n_samples, len(validation)))])
         images, conditions = batch["condition"], [None] * len(batch["label"])
         if pipeline.text is not None:
             conditions = batch["text"]
@@ -420,42 +402,29 @@ def save_samples(path, pipeline, validation, cfg, autocast):
     save_grid(path, torch.stack(grid), captions, columns=columns)
 
 
-@torch.no_grad()
-def predictions(denoiser, vae, inputs, eps, cfg, autocast):
-    """(B,6,3,H,W) on the CPU: images, and what the network predicts of them at t = 0.1, 0.3, 0.5, 0.7, 0.9."""
-    table, x0, results = noise_schedule(cfg), inputs["x0"], [inputs["x0"]]
-    condition = {name: inputs[name] for name in CONDITIONS if name in inputs}
-    for t in (0.1, 0.3, 0.5, 0.7, 0.9):
-        t = torch.full((len(x0),), t, dtype=x0.dtype, device=x0.device)
-        alpha, sigma = (f(t).view(-1, 1, 1, 1) for f in (table.alpha, table.sigma))
-        x_t = alpha * x0 + sigma * eps
-        with autocast:
-            prediction = denoiser(x_t, unet_time(table, t), **condition)
-        results.append(to_x0(cfg.objective, prediction.to(x0.dtype), x_t, alpha, sigma))
-    with autocast:
-        results = [x if vae is None else vae.decode(vae.denormalize(x)) for x in results]
-    return torch.stack(results, dim=1).float().cpu().clamp(-1, 1)
-
-
-def save_predictions(path, pipeline, validation, cfg, autocast):
-    """Write a grid of `predictions`, a row for each image."""
-    inputs = validation.inputs(range(min(6, validation.count)))
-    eps = torch.randn(inputs["x0"].shape, generator=torch.Generator().manual_seed(0)).to(inputs["x0"])
-    rows = predictions(pipeline.denoiser, pipeline.vae, inputs, eps, cfg, autocast)
-    captions = ["image", *(f"x0_hat at t={t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9))]
-    save_grid(path, rows.flatten(0, 1), captions * len(rows), columns=6)
+def save_predictions(path, pipeline, inputs, autocast):
+    """Write a row for each image: itself, then what the network predicts of it at some t."""
+    x0, times = inputs["x0"], (0.1, 0.3, 0.5, 0.7, 0.9)
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
+    denoise = make_denoiser(pipeline.denoiser, pipeline.schedule, pipeline.objective, inputs["condition"])
+    rows = [x0]
+    with torch.no_grad(), autocast:
+        for t in torch.tensor(times, dtype=torch.float64):
+            alpha, sigma = pipeline.schedule.alpha(t).item(), pipeline.schedule.sigma(t).item()
+            rows.append(denoise(alpha * x0 + sigma * eps, t))
+        if pipeline.vae is not None:
+            rows = [pipeline.vae.decode(pipeline.vae.denormalize(x)) for x in rows]
+    grid = torch.stack(rows, dim=1).flatten(0, 1).float().cpu().clamp(-1, 1)
+    save_grid(path, grid, ["image", *(f"x0_hat at t={t}" for t in times)] * len(x0), columns=len(rows))
 
 
 def count_tflop(denoiser, inputs):
-    """TFLOP of training on one image: forward, and twice that for backward; inputs: of any batch."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """TFLOP of training on one image: forward, and twice that for backward.  inputs: of a batch of one."""
     twin = copy.deepcopy(denoiser).to("meta", torch.float32)
-    inputs = {name: t[:1].to("meta", torch.float32 if t.is_floating_point() else None) for name, t in inputs.items()}
-    condition = {name: inputs[name] for name in CONDITIONS if name in inputs}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(inputs["x0"], torch.zeros(1, device="meta"), **condition)
-    return 3 * counter.get_total_flops() / 1e12
+    condition = {n: t.to("meta", torch.float32 if t.is_floating_point() else t.dtype)
+                 for n, t in inputs["condition"].items()}  # fmt: skip
+    x0, t = inputs["x0"].to("meta", torch.float32), torch.zeros(1, device="meta")
+    return 3 * common.count_tflop(twin, x0, t, **condition)
 
 
 # --- model ---
@@ -482,6 +451,7 @@ def build_text(cfg, object_names, bpe):
         source = "layout " + json.dumps({"names": object_names})
     elif source == "auto":
         source = file if os.path.exists(file) else "bytes"
+    bpe = None if bpe is None else bytes(bpe.tolist())
     arguments = (cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.text_length, bpe or source)
     text = common.build(TextEncoder, *arguments)
     if bpe and cfg.tokenizer != "auto":
@@ -517,287 +487,223 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
     return Denoiser(unet, text, class_tokens, rescaler, cfg.loss_weight == "uncertainty")
 
 
-class Initial(NamedTuple):
-    """A trained model that a run starts from."""
-
-    model: dict  # as meta["model"] of a checkpoint
-    settings: dict  # of files that it needs: first_stage, tower_weights, clip_vocab
-    state: dict  # of a Denoiser, without what the model does not have
-    bpe: torch.Tensor | None  # the tokenizer's
-
-
-def read_initial(path, cfg):
-    """The `Initial` in our checkpoint or in another project's file or folder."""
-    path = checkpoint.find(path)
+def read_initial(cfg):
+    """(tensors, meta) of the model in init_from, as `checkpoint.read` returns them for one of ours."""
+    path = checkpoint.find(cfg.init_from)
     if checkpoint.is_ours(path):
         tensors, meta = checkpoint.read(path, "ema", "text")
         if meta["stage"] != "ldm":
             reject(path, "an autoencoder, not a denoiser", "set it as first_stage, not as init_from")
-        files = {name: meta["config"][name] for name in ("first_stage", "tower_weights", "clip_vocab")}
-        if meta["vae"] and path != f"{cfg.out_dir}/latest.safetensors":  # not of a resumed run
-            files["first_stage"] = path
-        return Initial(meta["model"], files, part(tensors, "ema"), tensors.get("text.bpe"))
+        if meta["vae"]:
+            meta["config"]["first_stage"] = path
+        return tensors, meta
     known = {name: cfg.given[name] for name in ("num_heads", "head_dim") if name in cfg.given}
     known |= {"objective": cfg.given.get("objective", ""), "otherwise": cfg.objective}
     parts = convert.load_pipeline(path, cfg.clip_vocab, **known)
-    state = with_prefix("unet", parts["unet"][1])
+    settings, state = parts["unet"]
+    with torch.device("meta"):
+        settings = UNet(**settings).settings  # with the defaults
+    tensors, meta = with_prefix("ema.unet", state), parts["meta"]
     if parts["class_tokens"] is not None:
-        state["class_tokens.weight"] = parts["class_tokens"]
-    files = {"first_stage": path if parts["vae"] else "none"} | ({"tower_weights": path} if parts["text"] else {})
-    return Initial(parts["meta"]["model"], files, state, None)
+        tensors["ema.class_tokens.weight"] = parts["class_tokens"]
+    for name in ("num_res_blocks", "self_attention"):
+        settings[name] = settings[name] if isinstance(settings[name], tuple) else (settings[name],)
+    files = {"first_stage": path if parts["vae"] else "none", "tower_weights": path if parts["text"] else ""}
+    return tensors, meta | {"model": meta["model"] | {"unet": settings}, "config": files}
 
 
-def inherited(cfg, initial, path):
-    """The settings of the model to start from; UserError where the user's differ."""
-    model = initial.model
+def inherited(cfg, meta):
+    """The settings of the model to start from, but for those that the user has named."""
+    model, found = meta["model"], {}
     if model["cond"] == "layout":
-        reject(path, "a layout model has the object names of its own dataset", "train a new one")
-    found = {name: model[name] for name in MODEL_SETTINGS if name not in ("image_size", "ema_stds")}
-    found |= model["unet"] | (model["text"] or {})
+        reject(cfg.init_from, "a layout model has the object names of its own dataset", "train a new one")
     if model["class_embed"] == "token":
         found["text_width"] = model["unet"]["context_dim"]
-    for name in {"num_res_blocks", "self_attention"} & found.keys():
-        found[name] = found[name] if isinstance(found[name], (tuple, list)) else (found[name],)
-    found = {name: value for name, value in checkpoint.tuples(found).items() if name in cfg}
-    free = {"unet_dropout"} | initial.settings.keys()
-    found = {name: v for name, v in (initial.settings | found).items() if name not in free or name not in cfg.given}
-    wrong = [f"{name}={v}, not {cfg[name]}" for name, v in found.items() if name in cfg.given and cfg[name] != v]
-    if wrong:
-        reject(path, f"the model has {', '.join(wrong)}", "leave these settings out")
-    return found
-
-
-def check_settings(cfg):
-    """What involves several settings; `configure` has checked each by itself."""
-    frozen = cfg.cond == "text" and cfg.text_encoder != "joint"
-    guided = cfg.cond != "none" and cfg.guidance != 1
-    for name, other in USED_WITH.items():
-        setting, _, value = other.partition("=")
-        if name in cfg.changed and str(cfg[setting]) != value:
-            raise UserError(f"--{name} is only used with --{other}")
-    for wrong, message in (
-        (cfg.beta_start >= cfg.beta_end, "beta_start must be below beta_end"),
-        (cfg.zero_snr and cfg.objective == "eps", "zero_snr cannot be used with objective=eps"),
-        (cfg.zero_snr and cfg.schedule in ("flow", "cosine"), "zero_snr is for tables; flow and cosine have zero SNR"),
-        (cfg.sr_noise and cfg.cond == "class", "sr_noise and cond=class both use the class embedding: choose one"),
-        (frozen != bool(cfg.tower_weights), "a frozen text_encoder needs --tower_weights=FILE, a joint one has none"),
-        (guided and not (cfg.cond_drop or cfg.init_from), "guidance needs cond_drop > 0: set it, or --guidance=1"),
-    ):
-        if wrong:
-            raise UserError(message)
+    found |= {name: meta["config"].get(name, "") for name in ("first_stage", "tower_weights", "clip_vocab")}
+    found |= {name: model[name] for name in MODEL_SETTINGS if name not in ("image_size", "ema_stds")}
+    found |= checkpoint.tuples(model["unet"] | (model["text"] or {}))
+    return {name: value for name, value in found.items() if name in cfg and name not in cfg.given}
 
 
 if __name__ == "__main__":
-    cfg = configure(globals())
     common.install_excepthook()
+    cfg = configure(globals())
 
-    # a model to start from determines its settings; of a resumed run they are in its checkpoint
-    latest, initial = f"{cfg.out_dir}/latest.safetensors", None
+    # a checkpoint to resume, or a model to start from, has its settings and its tokenizer
+    latest, tensors, meta = f"{cfg.out_dir}/latest.safetensors", {}, {}
     resumed = os.path.exists(latest)
+    if resumed:
+        tensors, meta = checkpoint.read(latest)
+        common.check_same_settings(latest, meta, {"stage": "ldm", "init_from": cfg.init_from})
+    elif cfg.init_from:
+        tensors, meta = read_initial(cfg)
     if cfg.init_from:
-        initial = read_initial(latest if resumed else cfg.init_from, cfg)
-        cfg = cfg.replace(**inherited(cfg, initial, cfg.init_from))
+        cfg = cfg.replace(**inherited(cfg, meta))
     check_settings(cfg)
 
-    # processes, device
+    # processes, device, precision
     machine = common.setup(cfg)
     rank, world = machine.rank, machine.world
     autocast = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16")
     if reason := unavailable(cfg.attention, machine.device, getattr(torch, machine.precision)):
         raise UserError(f"attention={cfg.attention}: {reason}")
+    step, images_per_step, micro_steps = common.start(cfg, world, meta if resumed else {}, latest)
 
     # data
     images = Dataset(cfg.dataset, "train", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
     try:
         validation_images = Dataset(cfg.dataset, "val", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
-    except ValueError:  # too few images to set some aside
+    except ValueError:  # too few images to set any aside
         validation_images = images
+    common.assert_same_on_all_ranks(step=step, images=len(images))
     check_task(images, cfg.task, cfg.sr_scale, cfg.sr_degradation, cfg.cond == "layout")
     num_classes = images.num_classes if cfg.cond == "class" else 0
     map_classes = images.map_classes if cfg.task == "semantic" else 0
     object_names = images.object_classes if cfg.cond == "layout" else None
     if cfg.cond == "class" and not num_classes:
         reject(cfg.dataset, "has no labels", "set --cond=none or --cond=text")
-    val_count = min(len(validation_images), cfg.val_images)
-    captions = []
+
+    # what the sample grids show: prompts, one class after the other, or nothing
+    examples = [None] * cfg.n_samples
     if cfg.cond in ("text", "layout"):
-        captions = first_captions(validation_images, val_count, object_names)
-    if cfg.cond == "text" and not captions:
-        reject(cfg.dataset, "its validation images have no captions", "set --cond=none or --cond=class")
+        captions = first_captions(validation_images, cfg.val_images, object_names)
+        if cfg.cond == "text" and not captions:
+            reject(cfg.dataset, "its validation images have no captions", "set --cond=none or --cond=class")
+        examples = (read_prompts(cfg.prompts) if cfg.prompts else list(dict.fromkeys(captions)))[: cfg.n_samples]
+    elif cfg.cond == "class":
+        examples = [i % num_classes for i in range(cfg.n_samples)]
 
-    # resume: a checkpoint has its own autoencoder and tokenizer
-    step, micro_steps, images_per_step = 0, cfg.grad_accum, cfg.batch_size * cfg.grad_accum * world
-    tensors, meta = checkpoint.read(latest) if resumed else ({}, {})
-    if resumed:
-        if meta["stage"] != "ldm":
-            reject(latest, f"a checkpoint of stage {meta['stage']}, not ldm", "use another out_dir")
-        now = {name: cfg[name] for name in ("cond", "text_encoder", "task")}
-        now["first_stage"] = "none" if cfg.first_stage == "none" else "vae"
-        common.check_same_settings(latest, meta["model"], now)
-        common.check_same_settings(latest, meta["config"], {"init_from": cfg.init_from})
-        step, images_per_step = meta["step"], meta["images_per_step"]
-        micro_steps = common.accumulation(cfg, world, images_per_step, latest)
-    common.assert_same_on_all_ranks(step=step, images=len(images))
-
-    # first stage: frozen, or none
+    # frozen models: first stage, text encoder
     vae = None if cfg.first_stage == "none" else load_first_stage(cfg, latest if resumed else "")
-    if vae is not None:
-        vae.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
-
-    # text encoder: trained here, or frozen
     text = tower = tower_hash = None
     if cfg.cond == "text" and cfg.text_encoder != "joint":
         tower = CLIPTextEncoder.from_pretrained(cfg.tower_weights, name=cfg.text_encoder, merges=cfg.clip_vocab)
         tower_hash = checkpoint.hash_weights(tower)
-        tower.to(machine.device, machine.param_dtype)
-    torch.manual_seed(seed_of(cfg.seed, "init"))
-    if cfg.cond == "layout" or (cfg.cond == "text" and tower is None):
-        bpe = tensors.get("text.bpe") if resumed else initial and initial.bpe
-        text = build_text(cfg, object_names, None if bpe is None else bytes(bpe.tolist()))
+        use_attention(tower, cfg.attention)
+    for frozen in filter(None, (vae, tower)):
+        frozen.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
 
     # model
-    conditions = (vae, text, tower, num_classes, map_classes, initial and initial.model["sr_schedule"])
-    conditioner = Conditioner(cfg, machine, autocast, *conditions)
-    latent_shape = conditioner.latent_shape
-    context_dim = (text or tower).width if text or tower else 0
-    model = build_denoiser(cfg, latent_shape, text, context_dim, num_classes, map_classes)
-    if initial and not resumed:
-        counts = {name: n for name, n in (("num_classes", num_classes), ("map_classes", map_classes)) if n}
-        common.check_same_settings(cfg.init_from, {name: initial.model[name] for name in counts}, counts)
-        names = ("in_channels", "concat_channels", "context_dim", "num_classes")
-        widths = {name: value for name, value in model.unet.settings.items() if name in names}
-        common.check_same_settings(cfg.init_from, initial.model["unet"], widths)
-        for name, child in model.named_children():
-            if state := part(initial.state, name):
-                child.load_state_dict(state)
-    initial = None  # free its memory
+    torch.manual_seed(seed_of(cfg.seed, "init"))
+    if cfg.cond == "layout" or (cfg.cond == "text" and tower is None):
+        text = build_text(cfg, object_names, tensors.get("text.bpe"))
+    encoder = text or tower
+    channels, factor = (vae.latent_channels, vae.factor) if vae else (3, 1)
+    latent_shape = (channels, cfg.image_size // factor, cfg.image_size // factor)
+    model = build_denoiser(cfg, latent_shape, text, encoder.width if encoder else 0, num_classes, map_classes)
     model.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     model.unet.checkpointing = cfg.checkpointing
-    for network in (model, tower) if tower else (model,):
-        use_attention(network, cfg.attention)
+    use_attention(model, cfg.attention)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     averages = {"ema": ema} | {f"ema_power_{i}": copy.deepcopy(ema) for i in range(len(cfg.ema_stds))}
-    parameters = list(model.parameters())
+    parameters = list(model.parameters())  # listed once: walking modules is slow
     averaged = {name: list(average.parameters()) for name, average in averages.items()}
 
     # optimizer: no weight decay on biases and norms
-    decayed = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)  # of AdamW's forms fused has found_inf
-    if cfg.shard_optimizer and world > 1:
-        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
-    else:
-        optimizer = torch.optim.AdamW(groups, **options)
+    decayed, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others}]
+    optimizer = common.adamw(groups, cfg, machine)
 
-    # what a checkpoint holds, and the state of a resumed run
-    about = {"unet": model.unet.settings, "text": text and text.settings, "first_stage": "vae" if vae else "none"}
-    about |= {name: cfg[name] for name in MODEL_SETTINGS} | {"num_classes": num_classes, "map_classes": map_classes}
-    about |= {"uncertainty": cfg.loss_weight == "uncertainty", "tower_hash": tower_hash}
-    about |= {"sr_schedule": conditioner.sr_schedule}
+    # weights and state of a checkpoint, or weights of a model to start from
+    sr_schedule = meta["model"]["sr_schedule"] if meta else None
+    about = {name: cfg[name] for name in MODEL_SETTINGS}
+    about |= dict(unet=model.unet.settings, text=text and text.settings, first_stage="vae" if vae else "none")
+    about |= dict(uncertainty=cfg.loss_weight == "uncertainty", tower_hash=tower_hash, sr_schedule=sr_schedule)
+    about |= dict(num_classes=num_classes, map_classes=map_classes)
     if resumed:
         common.check_same_settings(latest, meta["model"], about)
         model.load_state_dict(part(tensors, "model"))
         for name, average in averages.items():
             average.load_state_dict(part(tensors, name))
         common.load_optimizer_state(optimizer, model, "optim", tensors)
-    tensors = {}
-
-    # what the sample grids show: prompts, one class after the other, or nothing
-    examples = [None] * cfg.n_samples
-    if cfg.cond in ("text", "layout"):
-        examples = (read_prompts(cfg.prompts) if cfg.prompts else list(dict.fromkeys(captions)))[: cfg.n_samples]
-    elif cfg.cond == "class":
-        examples = [i % num_classes for i in range(cfg.n_samples)]
-    task_settings = {name: about[name] for name in ("task", "sr_scale", "sr_noise", "sr_schedule", "map_classes")}
-    pipeline = Pipeline(ema, vae, noise_schedule(cfg), cfg.objective, latent_shape, num_classes, images.classes,
-                        examples, task_settings, tower)  # fmt: skip
+    elif cfg.init_from:
+        free = ("image_size", "ema_stds", "uncertainty", "unet_dropout", "first_stage", "tower_hash")
+        common.check_same_settings(cfg.init_from, meta["model"], about, free)
+        for name, child in model.named_children():  # all but a new log_variance
+            if state := part(tensors, f"ema.{name}"):
+                child.load_state_dict(state)
+        for average in averages.values():
+            average.load_state_dict(model.state_dict())
+    del tensors
 
     # latents: cached on disk and perhaps on the device, or encoded at every step, or the pixels themselves
-    stream = Stream(images, cfg.seed, flip=cfg.flip)
-    validation_stream = Stream(validation_images, cfg.seed, train=False)
-    if vae is not None and cfg.cache_latents:
-        stream, validation_stream = (
-            LatentCache(s, vae, cfg.cache_dir, machine.precision) for s in (stream, validation_stream)
-        )
-        for cache in (validation_stream, stream):
+    conditioner = Conditioner(cfg, machine, autocast, vae, text, tower, num_classes, map_classes, sr_schedule)
+    streams = [Stream(images, cfg.seed, flip=cfg.flip), Stream(validation_images, cfg.seed, train=False)]
+    if vae and cfg.cache_latents:
+        streams = [LatentCache(stream, vae, cfg.cache_dir, machine.precision) for stream in streams]
+        for cache in streams:
             cache.build(vae, machine.device, autocast, cfg.workers, rank, world)
-        resident = stream
+        conditioner.keep_latents(streams[0])
     options = (cfg.task, cfg.seed, cfg.sr_scale, cfg.sr_degradation, object_names)
-    stream, validation_stream = (WithCondition(s, *options) for s in (stream, validation_stream))
-    validation = Validation(validation_stream, len(validation_images), val_count, conditioner)
+    stream, validation_stream = (WithCondition(stream, *options) for stream in streams)
+    validation = Subset(validation_stream, common.spread(len(validation_images), cfg.val_images))
 
     # log
-    tflop = count_tflop(ema, validation.inputs(range(1)))
+    tflop = count_tflop(ema, conditioner(collate([validation[0]])))
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
-    log.print(f"training: {images}; validation: {validation_images}")
+    log.print(f"{len(images)} training and {len(validation_images)} validation images; {images}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image; latents {latent_shape}")
-    if vae is not None and cfg.cache_latents:
-        conditioner.keep_latents(resident, log.print)
-    if micro_steps != cfg.grad_accum:
-        log.print(f"grad_accum={micro_steps} in place of {cfg.grad_accum}, to keep {images_per_step} images per step")
-    for prompt in examples if text or tower else ():
-        if (text or tower).count_tokens(prompt) > (text or tower).length:
-            log.print(f"prompt cut to {(text or tower).length} tokens: {prompt[:60]}")
+    if conditioner.resident is not None:
+        log.print(f"latents kept on {machine.device}: {streams[0].bytes / 2**30:.3g} GiB in each process")
+    for prompt in examples if encoder else ():
+        if encoder.count_tokens(prompt) > encoder.length:
+            log.print(f"prompt cut to {encoder.length} tokens: {prompt[:60]}")
+
+    # saving
+    run = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
+    header = dict(stage="ldm", model=about, config=cfg, git=common.git_revision(), run=run)
+    header |= dict(images_per_step=images_per_step, vae=vae and vae.settings, classes=images.classes, examples=examples)
+
+    def save(path, snapshot=False):
+        """All that resuming and sampling need, or of a snapshot the averages; every rank calls it, rank 0 writes."""
+        state = {} if snapshot else common.optimizer_state(optimizer, model, "optim")
+        if rank > 0:
+            return
+        for name, average in averages.items():
+            state |= with_prefix(name, average.state_dict())
+        if text:
+            state["text.bpe"] = torch.tensor(list(text.bpe()), dtype=torch.uint8)
+        if not snapshot:
+            state |= with_prefix("model", model.state_dict()) | (with_prefix("vae", vae.state_dict()) if vae else {})
+        progress = {"step": step, "images_seen": step * images_per_step, "snapshot": snapshot}
+        checkpoint.write(path, state, header | progress)
 
     # compile, DDP, loader
     net = torch.compile(model) if machine.compile else model
     if world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True, forward_sync_buffers=False)
     batches = loader(stream, step, cfg.max_steps, cfg.batch_size, micro_steps, rank, world, cfg.workers)
-
-    # checkpoints and snapshots
-    frozen = {} if text is None else {"text.bpe": torch.tensor(list(text.bpe()), dtype=torch.uint8)}
-    started = time.time_ns()
-    meta = {
-        "stage": "ldm",
-        "model": about,
-        "vae": vae and vae.settings,
-        "config": cfg,
-        "classes": images.classes,
-        "examples": examples,
-        "git": common.git_revision(),
-        "run": meta["run"] if resumed else started,  # tells its snapshots from those of another run
-    }
-
-    def save(path, snapshot=False):
-        """Write all that resuming and sampling need, or as a snapshot the averages only; every rank must call it."""
-        state = dict(frozen)
-        for name, average in averages.items():
-            state |= with_prefix(name, average.state_dict())
-        if not snapshot:
-            state |= common.optimizer_state(optimizer, model, "optim") | with_prefix("model", model.state_dict())
-            state |= with_prefix("vae", vae.state_dict()) if vae else {}
-        progress = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
-        if rank == 0:
-            checkpoint.write(path, state, meta | progress | {"snapshot": snapshot})
-
-    # training loop
+    pipeline = Pipeline(ema, vae, noise_schedule(cfg), cfg.objective, latent_shape, num_classes, images.classes,
+                        examples, about, tower)  # fmt: skip
     model.train()
-    stop, start_step = common.Stop(), step
 
     def due(every):
         return every > 0 and step % every == 0 and step > start_step
 
+    # training loop
+    stop, start_step, started = common.Stop(), step, time.time()
     while True:
         # learning rate
-        common.set_lr(optimizer, common.learning_rate(step, cfg))
+        lr_now = common.learning_rate(step, cfg)
+        common.set_lr(optimizer, lr_now)
 
         # evaluate, save, stop
         last, stopping = step >= cfg.max_steps, stop.agreed()
+        saving = last or stopping or due(cfg.save_every)
+        snapshot = due(cfg.snapshot_every) or (last and cfg.snapshot_every > 0)
+        if saving or snapshot or due(cfg.eval_every):
+            log.check()  # nothing is saved after a step that was not finite
         if last or due(cfg.eval_every):
-            log.check()
-            log.evaluation(step, evaluate(ema, validation, cfg, machine, autocast))
+            log.evaluation(step, evaluate(ema, validation, conditioner, cfg, machine, autocast))
             if rank == 0:
                 save_samples(f"{cfg.out_dir}/samples_{step:08d}.png", pipeline, validation, cfg, autocast)
-                save_predictions(f"{cfg.out_dir}/predictions_{step:08d}.png", pipeline, validation, cfg, autocast)
+                batch = collate([validation[i] for i in range(min(6, len(validation)))])
+                save_predictions(f"{cfg.out_dir}/predictions_{step:08d}.png", pipeline, conditioner(batch), autocast)
                 common.plot_log(cfg.out_dir, PANELS)
             log.restart_clock()
-        if (last and cfg.snapshot_every) or due(cfg.snapshot_every):
-            log.check()
+        if snapshot:
             save(f"{cfg.out_dir}/ema_{step:08d}.safetensors", snapshot=True)
-        if last or stopping or due(cfg.save_every):
-            log.check()
+        if saving:
             save(latest)
         if last or stopping:
             break
@@ -810,30 +716,29 @@ if __name__ == "__main__":
         for micro in range(micro_steps):
             batch = next(batches)
             keys += batch["key"]
-            for item in batch["bad"]:
-                print(f"skipped a bad image: {item}", flush=True)
-            net.require_backward_grad_sync = micro == micro_steps - 1  # of DDP: one all-reduce a step
+            log.skipped(batch["bad"])
+            net.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
             inputs = conditioner(batch, noise[micro])
             with autocast:
                 terms = train_step(net, inputs, noise[micro], cfg)
             (terms["loss"] / micro_steps).backward()
             for name, term in terms.items():
-                totals[name] = totals.get(name, 0) + term.detach() / micro_steps
+                totals[name] = totals.get(name, 0.0) + term.detach() / micro_steps
 
-        # optimizer step, EMA
+        # optimizer step, EMA: nothing carried to the next step changes where ok is false
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-        ok = common.all_finite(grad_norm, *totals.values())
-        common.inner(optimizer).found_inf = (~ok).float()  # AdamW leaves weights and moments alone where this is 1
+        ok = common.all_finite(grad_norm, *totals.values())  # the same on all ranks
+        common.inner(optimizer).found_inf = (~ok).float()
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        update_ema(averaged["ema"], parameters, step, cfg.ema_decay)
-        for i, std in enumerate(cfg.ema_stds):
-            update_power_ema(averaged[f"ema_power_{i}"], parameters, step, std)
+        update_ema(averaged["ema"], parameters, min(cfg.ema_decay, (1 + step) / (10 + step)), ok)
+        for i, std in enumerate(cfg.ema_stds):  # Karras et al. 2024 (EDM2), section 3.1
+            decay = (1 - 1 / step) ** (power_exponent(std) + 1)
+            update_ema(averaged[f"ema_power_{i}"], parameters, decay, ok)
 
         # log
-        log.step(step, totals, grad_norm, ok, common.learning_rate(step - 1, cfg), keys)
+        log.step(step, totals, grad_norm, ok, lr_now, keys)
 
-    took = (time.time_ns() - started) / 1e9
-    log.print(f"{'finished' if last else 'stopped'} at step {step} after {took:.0f} s: {latest}")
+    log.print(f"{'finished' if last else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")
     common.leave(0 if last else 128 + stop.signal)

@@ -10,6 +10,7 @@
 DIR is a folder of images, of tar or parquet shards, or images.npy. The same command again resumes the run.
 """
 
+import contextlib
 import copy
 import inspect
 import math
@@ -20,13 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import Subset
 
 import checkpoint
 import common
-from checkpoint import UserError
+from checkpoint import UserError, part, reject, with_prefix
 from configurator import configure
 from data.dataset import BadImage, Dataset, Stream, loader, seed_of, uniform
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
@@ -131,25 +131,26 @@ deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # send the log to Weights & Biases too
 
 
-def check_settings(cfg, machine):
-    """What involves several settings."""
+PANELS = {"loss": ("loss", "recon", "perceptual"), "kl": ("kl", "val_kl"), "codebook": ("codebook",)}
+PANELS |= {"codes used": ("codes_used", "val_codes_used"), "gan": ("gan", "disc_loss"), "gan_weight": ("gan_weight",)}
+PANELS |= {"logits": ("logits_real", "logits_fake"), "gradient norm": ("grad_norm", "disc_grad_norm")}
+PANELS |= {name: (name,) for name in ("val_psnr", "val_ssim", "val_lpips", "val_largest_activation")}
+PANELS |= {"val_kl_per_channel": ("val_kl_per_channel",)}  # a line for each channel
+
+
+def check_settings(cfg):
+    """What involves several settings; `configure` has checked each by itself."""
     eval_settings = " ".join(f"--{name}" for name in ("ckpt", "eval_split", "inception_weights") if name in cfg.changed)
     side = max(min_side(cfg), MIN_SIDE[cfg.lpips_net] if cfg.lpips_trunk else 1)  # measured without a weight too
     parts = f"SSIM, LPIPS ({cfg.lpips_net}) and the discriminator; lower disc_layers or disable one of them"
-    interpolates = machine.device.type == "cuda" and (cfg.upsample != "nearest" or cfg.equivariance_prob > 0)
-    problems = [
-        (
-            cfg.adaptive_min > cfg.adaptive_max,
-            f"adaptive_min={cfg.adaptive_min} is above adaptive_max={cfg.adaptive_max}",
-        ),
+    for wrong, message in (
+        (cfg.adaptive_min > cfg.adaptive_max, "adaptive_min must be <= adaptive_max"),
         (eval_settings and not cfg.eval_only, f"{eval_settings} is only used with --eval_only=True"),
         (cfg.train == "decoder" and not cfg.init_from, "--train=decoder needs a trained autoencoder; set init_from"),
         (cfg.image_size < side, f"image_size={cfg.image_size} is below {side}, which is the least of {parts}"),
-        (cfg.deterministic and interpolates, "--deterministic on CUDA needs nearest upsample and no equivariance_prob"),
-    ]
-    for found, problem in problems:
-        if found:
-            raise UserError(problem)
+    ):
+        if wrong:
+            raise UserError(message)
 
 
 def min_side(cfg):
@@ -265,15 +266,6 @@ def latent_transform(step, cfg, factor):
     return choices[int(uniform(cfg.seed, "which equivariance", step) * len(choices))]
 
 
-def disc_verdict(record, cfg):
-    """A warning where the means of a log record look as if the discriminator had collapsed or won, else ""."""
-    loss, blind = record["disc_loss"], {"hinge": 1.0, "vanilla": math.log(2), "least_squares": 0.25}[cfg.disc_loss]
-    if abs(loss - blind) < 0.03 * blind and abs(record["logits_real"] - record["logits_fake"]) < 0.03:
-        return "the discriminator does not tell images from reconstructions: raise disc_lr or disc_warmup"
-    won = "the discriminator has won: lower disc_lr or disc_weight, or set r1_weight or lecam_weight"
-    return won if loss < 0.03 * blind else ""
-
-
 # --- codebook ---
 
 
@@ -321,75 +313,46 @@ def restart_codes(model, ema, optimizer, unused, candidates):
         state[name].masked_fill_(unused[:, None], 0.0)
 
 
-# --- optimization ---
-
-
-def average_gradients(module):
-    """Over all ranks, in one message; for the discriminator, which DDP cannot wrap: it runs several times a step."""
-    gradients = [p.grad for p in module.parameters()]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    for g, part in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
-        g.copy_(part.view_as(g))
+# --- averaged weights ---
 
 
 @torch.no_grad()
-def update_ema(averaged, current, step, decay, ok):
-    """averaged <- d averaged + (1 - d) current, lists of tensors, with d = min(decay, (1 + n) / (10 + n)).
-
-    step: n = 1, 2, ..., the number of the optimizer step before.  ok: () bool; where False nothing changes.
-    """
-    rate = ok.to(averaged[0].dtype) * (1 - min(decay, (1 + step) / (10 + step)))
-    change = torch._foreach_sub(current, averaged)
-    torch._foreach_mul_(change, rate)
-    torch._foreach_add_(averaged, change)
-
-
-def make_optimizer(groups, cfg, machine):
-    # fused: the AdamW that reads found_inf, so that a bad step is skipped without waiting for the GPU
-    options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
-    if cfg.shard_optimizer and machine.world > 1:
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
-    return torch.optim.AdamW(groups, **options)
+def update_ema(averaged, current, decay, ok):
+    """averaged <- decay averaged + (1 - decay) current, lists of tensors; ok: () bool, where False nothing changes."""
+    rate = ok.to(averaged[0].dtype) * (1 - decay)
+    torch._foreach_lerp_(averaged, current, [rate] * len(averaged))
 
 
 # --- evaluation ---
 
 
 @torch.no_grad()
-def evaluate(vae, stream, cfg, machine, autocast, lpips=None, inception=None):
+def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None):
     """({name: score}, (originals, reconstructions)) on the validation images; the images are up to 8 of this rank's.
 
     Scores are means over images; lists by channel: KL, and mean, deviation and farthest value of the latents; the
     largest activation of any block; for VQ the use of the codebook; with inception the rFID.
     """
-    C, dtype, rows, features, examples = vae.latent_channels, vae.latent_mean.dtype, [], ([], []), None
-    names = ["val_l1", "val_psnr", "val_ssim", "val_kl", "val_posterior_std"] + ["val_lpips"] * (lpips is not None)
+    rows, features, examples, activations = [], ([], []), None, []
     codes = torch.zeros(len(vae.quantize.embedding.weight) if vae.quantize else 0, device=machine.device).double()
-    activations = []  # the largest of each block in this batch
     hooks = [
         block.register_forward_hook(lambda module, inputs, output: activations.append(output.abs().amax()))
         for block in vae.modules()
         if isinstance(block, (ResBlock, Attention))
     ]
-    count = min(len(stream.dataset), cfg.val_images)
-    spread = len(stream.dataset) / count  # over all of them, which may be sorted by class
-    stride = machine.world * cfg.batch_size
-    for start in common.progress_bar(range(machine.rank, count, stride), "evaluation"):
-        positions = range(start, min(start + stride, count), machine.world)
-        x = torch.stack([stream[int(i * spread)]["image"] for i in positions]).to(machine.device)
+    count, stride = len(validation), machine.world * cfg.batch_size
+    for start in common.progress_bar(range(machine.rank, count, stride), "evaluating"):
+        x = [validation[i]["image"] for i in range(start, min(start + stride, count), machine.world)]
+        x = torch.stack(x).to(machine.device)
         activations.clear()
         with autocast:
-            posterior = vae.encode(x.to(dtype))
+            posterior = vae.encode(x.to(vae.latent_mean.dtype))
             y = vae.decode(posterior.mode()).float()
-            pair = (a.clamp(-1, 1).to(dtype) for a in (y, x))
-            perceptual = [lpips(*pair)] if lpips is not None else []
-        mean, std, kl = posterior.mean.double(), posterior.std.double(), posterior.kl()
-        by_image = [(y - x).abs().mean(dim=(1, 2, 3)), psnr(y, x), ssim(y, x), kl.sum(dim=(1, 2, 3)) / x[0].numel()]
-        by_image += [std.mean(dim=(1, 2, 3)), *perceptual, torch.stack(activations).max().expand(len(x))]
-        by_channel = [kl.sum(dim=(2, 3)), mean.mean(dim=(2, 3)), (mean**2 + std**2).mean(dim=(2, 3))]
-        by_channel += [mean.amax(dim=(2, 3)), mean.amin(dim=(2, 3))]
-        rows.append(torch.cat([t.double().view(len(x), -1) for t in (*by_image, *by_channel)], dim=1).cpu())
+            row = image_scores(x, y, posterior)
+            if lpips is not None:
+                row["val_lpips"] = lpips(*(a.clamp(-1, 1).to(vae.latent_mean.dtype) for a in (y, x)))
+        row["val_largest_activation"] = torch.stack(activations).max().expand(len(x))
+        rows.append({name: t.double().cpu() for name, t in row.items()})
         if vae.quantize:
             codes += torch.bincount(vae.quantize.nearest(posterior.mean).flatten(), minlength=len(codes))
         for images, f in zip((x, y), features if inception else ()):
@@ -397,52 +360,56 @@ def evaluate(vae, stream, cfg, machine, autocast, lpips=None, inception=None):
         examples = examples or (x[:8].cpu(), y[:8].cpu())
     for hook in hooks:
         hook.remove()
-    rows = gathered(rows)
-    scores = dict(zip(names, rows.mean(dim=0).tolist())) | {"val_largest_activation": rows[:, len(names)].max().item()}
-    scores |= latent_scores(rows[:, len(names) + 1 :].view(len(rows), 5, C))
+    scores = mean_scores(common.gathered(rows))
     if vae.quantize:
         if machine.world > 1:
             dist.all_reduce(codes)
         scores |= dict(zip(("val_codes_used", "val_perplexity"), (t.item() for t in code_use(codes))))
     if inception:
-        scores["val_rfid"] = frechet(*gaussian(gathered(features[0])), *gaussian(gathered(features[1])))
+        scores["val_rfid"] = frechet(*(g for f in features for g in gaussian(torch.cat(common.gathered(f)))))
     return scores, examples
 
 
-def latent_scores(rows):
-    """Lists by channel of rows (N,5,C): KL, and mean, mean square, highest and lowest value of the latents."""
-    kl, mean, square = rows[:, :3].mean(dim=0)
-    std = (square - mean**2).sqrt()
-    farthest = torch.maximum(rows[:, 3].amax(dim=0) - mean, mean - rows[:, 4].amin(dim=0)) / std
-    lists = {"val_kl_per_channel": kl, "val_latent_mean": mean, "val_latent_std": std, "val_latent_farthest": farthest}
-    return {name: [round(v, 5) for v in t.tolist()] for name, t in lists.items()}
+def image_scores(x, y, posterior):
+    """Scores of images x, their reconstructions y and their latents: {name: (B,), or by channel (B,C)}."""
+    mean, std, kl = posterior.mean.double(), posterior.std.double(), posterior.kl()
+    scores = {"val_l1": (y - x).abs().mean(dim=(1, 2, 3)), "val_psnr": psnr(y, x), "val_ssim": ssim(y, x)}
+    scores |= {"val_kl": kl.sum(dim=(1, 2, 3)) / x[0].numel(), "val_posterior_std": std.mean(dim=(1, 2, 3))}
+    scores |= {"val_kl_per_channel": kl.sum(dim=(2, 3)), "val_latent_mean": mean.mean(dim=(2, 3))}
+    scores["square"] = (mean**2 + std**2).mean(dim=(2, 3))
+    return scores | {"high": mean.amax(dim=(2, 3)), "low": mean.amin(dim=(2, 3))}
 
 
-def gathered(rows):
-    """A list of tensors (n,D), concatenated over all ranks."""
-    ranks = [rows]
-    if dist.is_initialized():
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, rows)
-    return torch.cat(sum(ranks, []))
+def mean_scores(rows):
+    """{name: number, or list by channel} of all images from [scores of a batch, ...]."""
+    rows = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    high, low, square = rows.pop("high").amax(dim=0), rows.pop("low").amin(dim=0), rows.pop("square").mean(dim=0)
+    largest = rows.pop("val_largest_activation").max()
+    scores = {name: t.mean(dim=0) for name, t in rows.items()} | {"val_largest_activation": largest}
+    mean = scores["val_latent_mean"]
+    scores["val_latent_std"] = std = (square - mean**2).sqrt()
+    scores["val_latent_farthest"] = torch.maximum(high - mean, mean - low) / std
+    return {name: [round(v, 5) for v in t.tolist()] if t.ndim else t.item() for name, t in scores.items()}
 
 
 def evaluate_checkpoint(cfg, machine, autocast, lpips):
     """--eval_only: print the scores of cfg.ckpt, save eval.png beside it."""
     source = cfg.ckpt or cfg.out_dir
-    validation = Dataset(cfg.dataset, cfg.eval_split, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
+    images = Dataset(cfg.dataset, cfg.eval_split, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
+    validation = Subset(Stream(images, cfg.seed, train=False), common.spread(len(images), cfg.val_images))
     vae = VAE.from_pretrained(source).to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
-    count = min(len(validation), cfg.val_images)
-    if cfg.inception_weights and count < 2:
+    if cfg.inception_weights and len(validation) < 2:
         raise UserError(f"rFID needs 2 images or more, {cfg.dataset} has 1: leave inception_weights out")
-    inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
-    stream = Stream(validation, cfg.seed, train=False)
-    scores, (x, y) = evaluate(vae, stream, cfg, machine, autocast, lpips, inception)
+    try:
+        inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from None
+    scores, (x, y) = evaluate(vae, validation, cfg, machine, autocast, lpips, inception)
     if machine.rank == 0:
         path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"
         error_map = (y - x).abs().mean(dim=1, keepdim=True).expand_as(x)
         save_grid(path, (x, y, 4 * error_map - 1))  # white from an error of 64 grey levels on
-        print(f"{source} on {count} images of {cfg.dataset} at {cfg.image_size} px:")
+        print(f"{source} on {len(validation)} images at {cfg.image_size} px of {images}")
         for name, value in scores.items():
             print(f"  {name.removeprefix('val_'):20} {value if isinstance(value, list) else format(value, '.4f')}")
         print(f"originals, reconstructions and error map: {path}")
@@ -456,21 +423,17 @@ def latent_statistics(vae, images, cfg, machine, autocast):
     The variance of a sample is the variance of the mean plus the mean of the variance, so no noise is needed.
     """
     sums = torch.zeros(3, vae.latent_channels, dtype=torch.float64, device=machine.device)  # of 1, z, z^2
-    count = min(len(images), cfg.latent_images)
-    picks = [i * len(images) // count for i in range(count)]  # spread over the dataset
-    for start in common.progress_bar(range(machine.rank, count, machine.world * cfg.batch_size), "latent statistics"):
+    picks, stride = common.spread(len(images), cfg.latent_images), machine.world * cfg.batch_size
+    for start in common.progress_bar(range(machine.rank, len(picks), stride), "latent statistics"):
         rows = []
-        for i in picks[start : start + machine.world * cfg.batch_size : machine.world]:
-            try:
+        for i in picks[start : start + stride : machine.world]:
+            with contextlib.suppress(BadImage):  # training has reported it
                 rows.append(images[i]["image"])
-            except BadImage:  # training has reported it
-                continue
         if rows:
             with autocast:
                 posterior = vae.encode(torch.stack(rows).to(machine.device, vae.latent_mean.dtype))
             mean, var = posterior.mean.double(), posterior.std.double() ** 2
-            for k, value in enumerate((torch.ones_like(mean), mean, mean**2 + var)):
-                sums[k] += value.sum(dim=(0, 2, 3))
+            sums += torch.stack([value.sum(dim=(0, 2, 3)) for value in (torch.ones_like(mean), mean, mean**2 + var)])
     if machine.world > 1:
         dist.all_reduce(sums)
     mean = sums[1] / sums[0]
@@ -484,38 +447,27 @@ def save_grid(path, rows):
     Image.fromarray(((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
-PANELS = {"loss": ("loss", "recon", "perceptual"), "kl": ("kl", "val_kl"), "codebook": ("codebook",)}
-PANELS |= {"codes used": ("codes_used", "val_codes_used"), "gan": ("gan", "disc_loss"), "gan_weight": ("gan_weight",)}
-PANELS |= {"logits": ("logits_real", "logits_fake"), "gradient norm": ("grad_norm", "disc_grad_norm")}
-PANELS |= {name: (name,) for name in ("val_psnr", "val_ssim", "val_lpips", "val_largest_activation")}
-PANELS |= {"val_kl_per_channel": ("val_kl_per_channel",)}  # a line for each channel
-
-
 def count_tflop(vae, cfg):
-    """TFLOP of training on one image, counted operator by operator; the backward pass of all weights is two forward."""
-
-    def count(module, x):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module(x)
-        return counter.get_total_flops()
-
+    """TFLOP of training on one image; the backward pass of all weights is two forward."""
     with torch.device("meta"):
         twin, side = VAE(**vae.settings), cfg.image_size // vae.factor
         x, z = torch.zeros(1, 3, cfg.image_size, cfg.image_size), torch.zeros(1, vae.latent_channels, side, side)
-        total = (3 if cfg.train == "all" else 1) * count(twin.encode, x)
-        total += 3 * count(lambda z: twin.decoder(twin.post_quant_conv(z)), z)
+        total = (3 if cfg.train == "all" else 1) * common.count_tflop(twin.encode, x)
+        total += 3 * common.count_tflop(lambda z: twin.decoder(twin.post_quant_conv(z)), z)
         if cfg.perceptual_weight:  # image, reconstruction, back to the latter
-            total += 3 * count(make_trunk(cfg.lpips_net), x)
+            total += 3 * common.count_tflop(make_trunk(cfg.lpips_net), x)
         if cfg.disc_weight:  # 2 likewise, and 3 for each of the two
-            total += 8 * count(Discriminator(cfg.disc_layers, "none", channels=cfg.disc_channels), x)
-    return total / 1e12
+            total += 8 * common.count_tflop(Discriminator(cfg.disc_layers, "none", channels=cfg.disc_channels), x)
+    return total
 
 
 if __name__ == "__main__":
     common.install_excepthook()
     cfg = configure(globals())
+    check_settings(cfg)
+
+    # processes, device, precision
     machine = common.setup(cfg)
-    check_settings(cfg, machine)
     rank, world = machine.rank, machine.world
     autocast = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16")
     lpips = None
@@ -526,39 +478,44 @@ if __name__ == "__main__":
         evaluate_checkpoint(cfg, machine, autocast, lpips)
         common.leave()
 
+    # a checkpoint to resume, or a model to start from, has its settings
+    latest, tensors, meta, source = f"{cfg.out_dir}/latest.safetensors", {}, {}, None
+    resumed = os.path.exists(latest)
+    if resumed:
+        tensors, meta = checkpoint.read(latest)
+        common.check_same_settings(latest, meta, {"stage": "vae", "train": cfg.train, "init_from": cfg.init_from})
+    elif cfg.measure_latents:
+        reject(latest, "no such checkpoint, which --measure_latents needs", "set out_dir")
+    elif cfg.init_from:
+        source = VAE.from_pretrained(cfg.init_from)
+        if checkpoint.is_ours(checkpoint.find(cfg.init_from)):
+            tensors, meta = checkpoint.read(cfg.init_from, "disc", "disc_optim")
+    if cfg.init_from:
+        inherited = checkpoint.tuples(meta["model"] if resumed else source.settings)
+        cfg = cfg.replace(**{k: v for k, v in inherited.items() if k in cfg and k not in cfg.given})
+    step, images_per_step, micro_steps = common.start(cfg, world, meta if resumed else {}, latest)
+
     # data
     images = Dataset(cfg.dataset, "train", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
-    stream = Stream(images, cfg.seed, crop=cfg.crop, flip=cfg.flip)
     try:
-        validation = Dataset(cfg.dataset, "val", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
+        validation_images = Dataset(cfg.dataset, "val", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
     except ValueError:  # too few images to set any aside
-        validation = images
-    validation_stream = Stream(validation, cfg.seed, train=False)
-
-    # a model to start from brings its settings, where the user names none
-    latest = f"{cfg.out_dir}/latest.safetensors"
-    resumed = os.path.exists(latest)
-    source = VAE.from_pretrained(latest if resumed else cfg.init_from) if cfg.init_from else None
-    if source:
-        cfg = cfg.replace(**{k: v for k, v in source.settings.items() if k in cfg and k not in cfg.given})
+        validation_images = images
+    common.assert_same_on_all_ranks(step=step, images=len(images))
+    stream = Stream(images, cfg.seed, crop=cfg.crop, flip=cfg.flip)
+    validation = common.spread(len(validation_images), cfg.val_images)
+    validation = Subset(Stream(validation_images, cfg.seed, train=False), validation)
 
     # model
     torch.manual_seed(seed_of(cfg.seed, "init"))
     model = common.build(VAE, **{name: cfg[name] for name in inspect.signature(VAE).parameters if name in cfg})
     if cfg.image_size % model.factor:
         raise UserError(f"image_size={cfg.image_size} is not a multiple of {model.factor}, the autoencoder's factor")
-    if source and not resumed:
-        free = ["tanh_out", "dropout", "vq_beta", "vq_legacy"]
-        if source.state_dict().keys() == model.state_dict().keys():  # attention at the same levels
-            free.append("resolution")
-        wanted = source.settings | {name: model.settings[name] for name in free}
-        common.check_same_settings(cfg.init_from, wanted, model.settings)
-        model.load_state_dict(source.state_dict())
     model.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     model.encoder.checkpointing = model.decoder.checkpointing = cfg.checkpointing
     model.requires_grad_(cfg.train == "all")
-    for part in (model.decoder, model.post_quant_conv):
-        part.requires_grad_(True)
+    for module in (model.decoder, model.post_quant_conv):
+        module.requires_grad_(True)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     disc = None
     if cfg.disc_weight:
@@ -567,73 +524,70 @@ if __name__ == "__main__":
         disc.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
 
     # optimizers: no weight decay on biases and norms
-    trained = [p for p in model.parameters() if p.requires_grad]
+    parameters, averaged = list(model.parameters()), list(ema.parameters())  # listed once: walking modules is slow
+    trained = [p for p in parameters if p.requires_grad]
     decayed, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others}]
-    optimizer = make_optimizer(groups, cfg, machine)
-    disc_optimizer = make_optimizer(list(disc.parameters()), cfg, machine) if disc else None
-    parameters, averaged = list(model.parameters()), list(ema.parameters())  # listed once: walking modules is slow
+    optimizer = common.adamw(groups, cfg, machine)
+    disc_optimizer = common.adamw(list(disc.parameters()), cfg, machine) if disc else None
     # carried from step to step: the adaptive weight, and how often each code was used since the last restart
-    state = {"adaptive": torch.zeros((), device=machine.device, dtype=machine.param_dtype)}
-    codes = cfg.codebook_size if model.quantize else 0
-    state["code_counts"] = torch.zeros(codes, device=machine.device, dtype=machine.param_dtype)
+    options = dict(device=machine.device, dtype=machine.param_dtype)
+    state = {"adaptive": torch.zeros((), **options)}
+    state["code_counts"] = torch.zeros(cfg.codebook_size if model.quantize else 0, **options)
 
-    # resume
-    step, micro_steps, tensors, meta = 0, cfg.grad_accum, {}, {}
-    images_per_step = cfg.batch_size * cfg.grad_accum * world
+    # weights and state of a checkpoint, or weights of a model to start from
     if resumed:
-        tensors, meta = checkpoint.read(latest)
-        saved = {"stage": meta["stage"]} | {name: meta["config"].get(name) for name in ("train", "init_from")}
-        now = {"stage": "vae", "train": cfg.train, "init_from": cfg.init_from} | model.settings
-        common.check_same_settings(latest, saved | meta["model"], now)
-        model.load_state_dict(checkpoint.part(tensors, "model"))
-        ema.load_state_dict(checkpoint.part(tensors, "ema"))
+        common.check_same_settings(latest, meta["model"], model.settings)
+        model.load_state_dict(part(tensors, "model"))
+        ema.load_state_dict(part(tensors, "ema"))
         common.load_optimizer_state(optimizer, model, "optim", tensors)
-        for name, t in checkpoint.part(tensors, "state").items():
+        for name, t in part(tensors, "state").items():
             state[name].copy_(t)
-        step, images_per_step = meta["step"], meta["images_per_step"]
-        micro_steps = common.accumulation(cfg, world, images_per_step, latest)
-    elif cfg.measure_latents:
-        checkpoint.reject(latest, "no such checkpoint, which --measure_latents needs", "set out_dir")
-    elif cfg.init_from and checkpoint.is_ours(checkpoint.find(cfg.init_from)):
-        tensors, meta = checkpoint.read(cfg.init_from, "disc")
+    elif source:
+        free = ["tanh_out", "dropout", "vq_beta", "vq_legacy"]
+        if source.state_dict().keys() == model.state_dict().keys():  # attention at the same levels
+            free.append("resolution")
+        common.check_same_settings(cfg.init_from, source.settings, model.settings, free)
+        for module in (model, ema):
+            module.load_state_dict(source.state_dict())
     if cfg.train == "all" and step < cfg.max_steps and not cfg.measure_latents:
         for buffer in (model.latent_mean, model.latent_std, ema.latent_mean, ema.latent_std):
             buffer.fill_(math.nan)  # measured at the end; those of an earlier end do not hold for what follows
-    old_disc = checkpoint.part(tensors, "disc")
+    old_disc = part(tensors, "disc")
     if disc and old_disc:
         common.check_same_settings(latest if resumed else cfg.init_from, meta["disc"], disc.settings)
         disc.load_state_dict(old_disc)
         common.load_optimizer_state(disc_optimizer, disc, "disc_optim", tensors)
     # a discriminator that this run does not train stays in its checkpoint
-    resting = {} if disc or not resumed else {k: t for k, t in tensors.items() if k.startswith("disc")}
-    common.assert_same_on_all_ranks(step=step, images=len(images))
+    resting = {} if disc or not resumed else {name: t for name, t in tensors.items() if name.startswith("disc")}
+    del source, tensors
 
     # log
-    about = {"stage": "vae", "model": model.settings, "config": cfg, "git": common.git_revision()}
-    about |= {"disc": disc.settings if disc else meta["disc"] if resting else None, "images_per_step": images_per_step}
-    about["run"] = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
     tflop = count_tflop(model, cfg)
     log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
-    log.print(f"{len(images)} training and {len(validation)} validation images ({images.form}) in {cfg.dataset}")
+    log.print(f"{len(images)} training and {len(validation_images)} validation images; {images}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
-    if micro_steps != cfg.grad_accum:
-        log.print(f"grad_accum={micro_steps} in place of {cfg.grad_accum}, to keep {images_per_step} images per step")
     if disc:
         size = f"{sum(p.numel() for p in disc.parameters()):,} parameters{'' if old_disc else ', a new one'}"
         first = f"trains from step {max(1, cfg.disc_start - cfg.disc_warmup)}, GAN loss from step {cfg.disc_start}"
         log.print(f"discriminator: {size}, {first}{' (beyond max_steps)' if cfg.disc_start > cfg.max_steps else ''}")
-    del source, tensors, old_disc
 
-    # saving: every rank calls it, rank 0 writes
-    def save(path=latest):
-        tensors = common.optimizer_state(optimizer, model, "optim")
-        tensors |= common.optimizer_state(disc_optimizer, disc, "disc_optim") if disc else resting
+    # saving
+    run = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
+    header = dict(stage="vae", model=model.settings, config=cfg, git=common.git_revision(), run=run)
+    header |= dict(images_per_step=images_per_step, disc=disc.settings if disc else meta["disc"] if resting else None)
+
+    def save(path, snapshot=False):
+        """All that resuming needs, or of a snapshot the averages; every rank calls it, rank 0 writes."""
+        tensors = {} if snapshot else common.optimizer_state(optimizer, model, "optim") | resting
+        if disc and not snapshot:
+            tensors |= common.optimizer_state(disc_optimizer, disc, "disc_optim")
+            tensors |= with_prefix("disc", disc.state_dict())
+        if not snapshot:
+            tensors |= with_prefix("model", model.state_dict()) | with_prefix("state", state)
+        progress = {"step": step, "images_seen": step * images_per_step, "snapshot": snapshot}
         if rank == 0:
-            tensors |= checkpoint.with_prefix("disc", disc.state_dict()) if disc else {}
-            for prefix, part in (("model", model.state_dict()), ("ema", ema.state_dict()), ("state", state)):
-                tensors |= checkpoint.with_prefix(prefix, part)
-            checkpoint.write(path, tensors, about | {"step": step, "images_seen": step * images_per_step})
+            checkpoint.write(path, tensors | with_prefix("ema", ema.state_dict()), header | progress)
 
     def measure():
         mean, std = latent_statistics(ema, images, cfg, machine, autocast)
@@ -657,7 +611,7 @@ if __name__ == "__main__":
         model.decoder.features = torch.compile(model.decoder.features)
     net = model
     if world > 1:
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True, forward_sync_buffers=False)
     batches = loader(stream, step, cfg.max_steps, cfg.batch_size, micro_steps, rank, world, cfg.workers)
     latent_shape = (model.latent_channels, cfg.image_size // model.factor, cfg.image_size // model.factor)
     last_layer = model.decoder.conv_out.weight
@@ -669,7 +623,7 @@ if __name__ == "__main__":
         return every > 0 and step % every == 0 and step > start_step
 
     # training loop
-    stop, start_step, started, bad_images = common.Stop(), step, time.time(), 0
+    stop, start_step, started = common.Stop(), step, time.time()
     while True:
         # learning rate; does the discriminator train, and does the autoencoder see it?
         lr_now = common.learning_rate(step, cfg)
@@ -683,22 +637,21 @@ if __name__ == "__main__":
         last, stopping = step >= cfg.max_steps, stop.agreed()
         before_gan = disc and step == cfg.disc_start - 1 and step > 0
         saving = last or stopping or due(cfg.save_every)
-        if saving or before_gan or due(cfg.eval_every) or due(cfg.snapshot_every):
+        snapshot = due(cfg.snapshot_every)
+        if saving or snapshot or before_gan or due(cfg.eval_every):
             log.check()  # nothing is saved after a step that was not finite
         if last or due(cfg.eval_every):
-            scores, examples = evaluate(ema, validation_stream, cfg, machine, autocast, lpips)
+            scores, examples = evaluate(ema, validation, cfg, machine, autocast, lpips)
             log.evaluation(step, scores)
             if rank == 0:
                 save_grid(f"{cfg.out_dir}/recon_{step:08d}.png", examples)
                 common.plot_log(cfg.out_dir, PANELS)
         if last and not (cfg.train == "decoder" and ema.has_latent_statistics):
             measure()
-        if due(cfg.snapshot_every) and rank == 0:
-            snapshot = checkpoint.with_prefix("ema", ema.state_dict())
-            now = {"step": step, "images_seen": step * images_per_step, "snapshot": True}
-            checkpoint.write(f"{cfg.out_dir}/ema_{step:08d}.safetensors", snapshot, about | now)
+        if snapshot:
+            save(f"{cfg.out_dir}/ema_{step:08d}.safetensors", snapshot=True)
         if saving:
-            save()
+            save(latest)
         if before_gan:
             save(f"{cfg.out_dir}/before_gan.safetensors")  # to go back to
         if last or stopping:
@@ -712,21 +665,20 @@ if __name__ == "__main__":
         # the ratio measured in the step before: this step's is known only after all micro-steps and ranks
         adaptive = state["adaptive"] if cfg.adaptive_weight else torch.ones_like(state["adaptive"])
         gan_weight = None if ramp is None else ramp * cfg.disc_weight * adaptive
+        measured = gan_weight is not None and cfg.adaptive_weight
         opponent = disc if disc_trains else None
         gradients = torch.zeros(2, *last_layer.shape, device=machine.device, dtype=machine.param_dtype)  # nll, GAN
         totals, keys, posteriors = {}, [], []
         for micro in range(micro_steps):
             batch = next(batches)
             keys += batch["key"]
-            for line in batch["bad"]:
-                bad_images += 1
-                print(f"skipped a bad image ({bad_images} so far on rank {rank}): {line}", flush=True)
+            log.skipped(batch["bad"])
             options = dict(non_blocking=True, memory_format=torch.channels_last)
             batch["image"] = batch["image"].to(machine.device, machine.param_dtype, **options)
             net.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
             with autocast:
                 terms, posterior = train_step(net, batch, noise[micro], cfg, lpips, opponent, gan_weight, transform)
-            if gan_weight is not None and cfg.adaptive_weight:
+            if measured:
                 for k, name in enumerate(("nll", "gan")):
                     gradients[k] += torch.autograd.grad(terms[name], last_layer, retain_graph=True)[0] / micro_steps
             (terms["loss"] / micro_steps).backward()
@@ -740,27 +692,27 @@ if __name__ == "__main__":
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
         if disc_trains:
             if world > 1:
-                average_gradients(disc)
+                common.average_gradients(disc)
             totals["disc_grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in disc.parameters()])
         ok = common.all_finite(grad_norm, *totals.values())  # one for both optimizers, the same on all ranks
-        for one in [optimizer] + [disc_optimizer] * disc_trains:
+        for one in (optimizer, disc_optimizer) if disc_trains else (optimizer,):
             common.inner(one).found_inf = (~ok).float()
             one.step()
             one.zero_grad()
         step += 1
-        update_ema(averaged, parameters, step, cfg.ema_decay, ok)
+        update_ema(averaged, parameters, min(cfg.ema_decay, (1 + step) / (10 + step)), ok)
         if disc_trains:
             logits = torch.stack([totals["logits_real"], totals["logits_fake"]]).to(disc.mean_logits.dtype)
             if world > 1:
                 dist.all_reduce(logits)
             disc.mean_logits.lerp_(torch.where(ok, logits / world, disc.mean_logits), 0.01)  # for LeCam
-        if gan_weight is not None and cfg.adaptive_weight:
+        if measured:
             if world > 1:
                 dist.all_reduce(gradients)
             state["adaptive"].copy_(torch.where(ok, adaptive_ratio(gradients / world, cfg), state["adaptive"]))
         if model.quantize:
             indices, latents = zip(*posteriors)
-            counts = count_codes(indices, codes, machine.param_dtype)
+            counts = count_codes(indices, cfg.codebook_size, machine.param_dtype)
             totals["codes_used"], totals["perplexity"] = code_use(counts)
             state["code_counts"] += torch.where(ok, counts, 0.0)
             if cfg.train == "all" and due(cfg.restart_every):
@@ -769,11 +721,7 @@ if __name__ == "__main__":
                 state["code_counts"].mul_(~ok)
 
         # log
-        record = log.step(step, totals, grad_norm, ok, lr_now, keys)
-        if disc_trains and record and step >= cfg.disc_start - cfg.disc_warmup + 500:
-            if verdict := disc_verdict(record, cfg):
-                log.print(f"warning at step {step}: {verdict}")
+        log.step(step, totals, grad_norm, ok, lr_now, keys)
 
-    seconds = time.time() - started
-    log.print(f"{'finished' if last else 'stopped'} at step {step} after {seconds:.0f} s: {latest}")
+    log.print(f"{'finished' if last else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")
     common.leave(0 if last else 128 + stop.signal)

@@ -12,7 +12,7 @@ Stable Diffusion; those of LDM also have in_channels=3 and out_channels=3:
     text = TextEncoder(text_width=128)
     prediction = unet(x_t, 1000 * t, context=text(["a red star"]))    # (B,4,H,W)
 
-Another architecture can take the U-Net's place: a class with `settings` (the constructor's arguments), `side_multiple`
+Another architecture can replace the U-Net: a class with `settings` (the constructor's arguments), `side_multiple`
 and forward(x, t, context=None, y=None, concat=None).
 """
 
@@ -381,7 +381,7 @@ def check_settings(s, res_blocks, self_attn):
         assert fits or not has_attention, f"{heads}: must divide the {width} channels of a level with attention"
 
 
-# --- the U-Net with what is trained beside it ---
+# --- the U-Net and the modules trained with it ---
 
 
 class Rescaler(nn.Module):

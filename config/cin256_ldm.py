@@ -1,5 +1,5 @@
-# LDM-4 on ImageNet, 256 px, by class, as published (cin256-v2): 400.9 M parameters, FID 3.60 at guidance 1.5. Not yet run.
-# 8 GPUs x 75 x 2 are the published 1,200 images a step. A class is a context of one token, as there; for your own
+# LDM-4 on ImageNet, 256 px, by class, as published (cin256-v2): 400.9 M parameters, FID 3.60 at guidance 1.5.
+# Not yet run. 8 GPUs x 75 x 2 are the published 1,200 images a step. A class is a context of one token; for your own
 # model class_embed = "add" is better: with a single key the softmax of attention is constant.
 dataset = "data/imagenet"
 first_stage = "out/vq_f4"

@@ -1,4 +1,4 @@
-# LDM inpainting, 256 px, as published: 387.2 M parameters, shown mask and masked latents (VQ-f4). Not yet run.
+# LDM inpainting, 256 px, as published: 387.2 M parameters, conditioned on mask and masked latents (VQ-f4). Not yet run.
 # Masks are strokes, boxes and outpainting (data/tasks.py), not the published generator's.
 dataset = "data/openimages"
 first_stage = "out/vq_f4"

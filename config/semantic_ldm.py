@@ -1,5 +1,5 @@
 # LDM from label maps, 256 px, as published: 215.2 M parameters, maps through a rescaler (VQ-f4). Not yet run.
-# The published attention_ds (32, 16, 8) names levels that are not there: attention is in the middle alone, here too.
+# The published attention_ds (32, 16, 8) names levels that do not exist: only the middle has attention, here too.
 dataset = "data/landscapes"
 first_stage = "out/vq_f4"
 cond = "none"

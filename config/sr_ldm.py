@@ -1,5 +1,5 @@
-# LDM super-resolution x4 to 256 px, as published: 113.6 M parameters, shown the small image (VQ-f4). Not yet run.
-# The degradation is a lighter BSRGAN than the published one (data/tasks.py).
+# LDM super-resolution x4 to 256 px, as published: 113.6 M parameters, conditioned on the small image (VQ-f4).
+# Not yet run. The degradation is a lighter BSRGAN than the published one (data/tasks.py).
 dataset = "data/openimages"
 first_stage = "out/vq_f4"
 cond = "none"

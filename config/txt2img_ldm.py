@@ -1,5 +1,5 @@
 # LDM text-to-image, 256 px, as published: 872.3 M parameters, its text encoder trained with it. Not yet run.
-# Published: 390,000 steps of 680 images, 8 GPUs x 17 x 5. It reads through BERT's tokenizer; here DATASET/bpe.tiktoken.
+# Published: 390,000 steps of 680 images, 8 GPUs x 17 x 5; with BERT's tokenizer, here with DATASET/bpe.tiktoken.
 dataset = "data/laion400m"
 first_stage = "out/vae"
 cond = "text"

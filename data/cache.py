@@ -5,8 +5,8 @@ Latents on disk, which stage 2 reads instead of images.
     cache.build(vae, device, autocast, workers, rank, world)   # every rank its part; what is there stays
     cache[position]                                            # an item of the stream, with latents for its image
 
-A cache is a folder named by a hash of all that its content depends on, so a change of any makes another. A file is
-complete or not there, so a build that was killed continues.
+A cache is a folder named by a hash of all that its content depends on: a change makes another cache. Files are written
+to a temporary name first, so after a kill the next build makes only what is missing.
 """
 
 import io
@@ -54,7 +54,7 @@ class LatentCache(torch.utils.data.Dataset):
         self.flips = 2 if stream.flip else 1
         side = self.dataset.image_size // vae.factor
         self.shape = (self.flips, 2, vae.latent_channels, side, side)
-        encoder = hash_weights(vae, but=("decoder.", "post_quant_conv."))  # another decoder has the same latents
+        encoder = hash_weights(vae, but=("decoder.", "post_quant_conv."))  # the decoder does not matter
         key = seed_of(encoder, precision, self.dataset.fingerprint, self.dataset.image_size, self.flips)
         self.folder, self.files, self.undecoded = f"{cache_dir}/latents-{key:016x}", {}, None
         self.count = -(-len(self.dataset) // SHARD)
@@ -80,7 +80,7 @@ class LatentCache(torch.utils.data.Dataset):
 
     @torch.no_grad()
     def build(self, vae, device, autocast, workers, rank, world):
-        """Every rank encodes its shards, except those that are there, then waits for the others'."""
+        """Encodes this rank's missing files, then waits for those of the other ranks."""
         os.makedirs(self.folder, exist_ok=True)
         missing = [shard for shard in range(self.count) if not self.is_complete(shard)]
         if missing and rank == 0:
@@ -90,7 +90,8 @@ class LatentCache(torch.utils.data.Dataset):
             if size > free:
                 what = f"has no room for the latents ({size / 2**30:.3g} GiB to write, {free / 2**30:.3g} GiB free)"
                 reject(self.folder, what, "make room, or set another cache_dir")
-        mine = [self.members(shard) for shard in missing if shard % world == rank]  # ranks may find others missing
+        # by number: ranks may see different files missing
+        mine = [self.members(shard) for shard in missing if shard % world == rank]
         spans, parts = [span[at : at + 32] for span in mine for at in range(0, len(span), 32)], []
         batches = in_batches(Images(self.dataset), spans, torch.stack, workers)
         with tqdm(
@@ -124,7 +125,7 @@ class LatentCache(torch.utils.data.Dataset):
     def load(self, device):
         """All latents as one tensor (N * flips, 2, C, h, w) float16: image i in row i * flips, its mirror after it."""
         latents = torch.empty(len(self.dataset), *self.shape, dtype=torch.float16, device=device)
-        self.undecoded = np.empty((len(self.dataset), self.flips), dtype=bool)  # the workers must know
+        self.undecoded = np.empty((len(self.dataset), self.flips), dtype=bool)  # workers skip these
         for shard in range(self.count):
             part = np.load(self.path(shard))
             self.undecoded[shard * SHARD :][: len(part)] = np.isnan(part).any(axis=(2, 3, 4, 5))
@@ -152,4 +153,4 @@ class LatentCache(torch.utils.data.Dataset):
         return first_good(read, self.dataset)
 
     def __getstate__(self):
-        return {**self.__dict__, "files": {}}  # a worker maps its own
+        return {**self.__dict__, "files": {}}  # a worker opens its own

@@ -12,8 +12,8 @@ Images from disk, and the order in which training sees them.
         parquet column map; map_classes.json names the classes. Objects are a field or column
         objects: {"bbox": [[x, y, w, h] in pixels, ...], "categories": [...]}; object_classes.json names numbers.
         A path may be an fsspec URL of tar or parquet shards, s3://bucket/set/*.tar: see data/shards.py.
-    Stream    makes of it one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
-    loader    cuts the sequence into micro-batches, for this rank, from any step on.
+    Stream    turns it into one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
+    loader    cuts the sequence into the micro-batches of one rank, starting at any step.
 
 Everything random is a pure function of (seed, position): there is no state to save, and the sequence is the same for
 any number of processes and workers. To read a tar of images:
@@ -41,6 +41,7 @@ import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,19 +49,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from checkpoint import UserError, reject
 from data import forms
-from data.forms import CAPTIONS, COLUMNS, HELD_OUT, IMAGES, MAPS, NAMES, OBJECTS, PIXELS, SPLITS, captions_of, field
+from data.forms import CAPTIONS, HELD_OUT, IMAGES, MAPS, NAMES, OBJECTS, PIXELS, SPLITS, captions_of, field
 from data.shards import Indexes, KeptIndexes, Remote, digest
 
 CELLS = dict(image=PIXELS, text=CAPTIONS, record=OBJECTS, map=MAPS)  # parquet columns with the parts of an item
-VISIBLE = 0.2  # share of a box's area that must lie inside the crop, else the object is not there
+VISIBLE = 0.2  # share of a box's area that must lie inside the crop, else the object is left out
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
 WINDOW = 32  # shards that are shuffled together, where there are more
 TIMEOUT = 600  # seconds after which a worker that returns no batch ends the run
-
-
-def is_lack(error):
-    """Whether this process lacks memory or file handles: then what it reads may well be good."""
-    return isinstance(error, MemoryError) or getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class BadImage(ValueError):
@@ -72,12 +68,12 @@ class BadImage(ValueError):
 
 @contextlib.contextmanager
 def named(key, what="{}"):
-    """Any error within is a BadImage, unless this process lacks something; what: the text around the reason."""
+    """Any error within becomes a BadImage; what: the text around the reason."""
     try:
         yield
     except Exception as e:  # a damaged file can raise anything
-        if is_lack(e):
-            raise
+        if isinstance(e, MemoryError) or getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # this process lacks memory or file handles: the file may be good
         is_foreign = isinstance(e, UnidentifiedImageError)  # its own message has an address in it
         reason = "not an image that Pillow can read" if is_foreign else str(e) or type(e).__name__
         raise BadImage(f"{key}: {what.format(reason)}") from None
@@ -173,6 +169,15 @@ def to_tensor(image):
 # the dataset
 
 
+class Item(NamedTuple):
+    """Where an item is: its key, its label, the header of its shard, and {part: (file, offset, size)}."""
+
+    key: str
+    label: int  # class number, -1 for none
+    header: dict  # see data.forms.Index
+    where: dict
+
+
 class Dataset:
     """
     Images at a path: ds[i] -> dict(image float32 (3,S,S) in [-1,1], label int or -1, text list of str, key str).
@@ -190,32 +195,35 @@ class Dataset:
         if self.remote:
             self.root, paths = self.remote.folder, self.remote.names
             self.remote.copy(NAMES)
-        elif not os.path.exists(self.path):
-            remedy = "pass --dataset=DIR, a folder of images or shards, or images.npy"
-            reject(f"dataset {self.path}", "is not there", remedy)
+        elif os.path.isdir(self.path):
+            self.root, paths = self.path, forms.list_files(self.path)
+        elif os.path.exists(self.path):
+            self.root, paths = os.path.dirname(self.path) or ".", [os.path.basename(self.path)]
         else:
-            self.root = self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
-            paths = forms.list_files(self.root) if os.path.isdir(self.path) else [os.path.basename(self.path)]
-        self.form, self._indexes = self._find(paths, cache_dir)
-        if not any(header["n"] for header in self._indexes.headers):
+            remedy = "pass --dataset=DIR, a folder of images or shards, or images.npy"
+            reject(f"dataset {self.path}", "does not exist", remedy)
+        self.form, self._indexes = self._index(paths, cache_dir)
+        self.headers = self._indexes.headers
+        self._unread = self._not_read(paths) if self.form != "folder" else []
+        if not any(header["n"] for header in self.headers):
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
-            if os.path.exists(f"{self.root}/prepare.py"):  # data/openimages, say, as it comes
+            if os.path.exists(f"{self.root}/prepare.py"):  # such as data/openimages, before it is run
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
             reject(f"dataset {self.path}", f"({self.form}) holds no images", looked)
-        self._lone = {}  # shard -> the one row that is held out, where crc32 holds out none
-        self._part, self.shards, counts = self._choose(split)
-        self.bounds = np.append(0, np.cumsum(counts)).astype(np.int64)  # (shards + 1,): items before each shard
+        self._part, counts = self._choose(split)
+        self.shards = list(counts)
+        self.bounds = np.cumsum([0, *counts.values()])  # (shards + 1,) int64: items before each shard
         if not len(self):
-            splits = {header["split"] for header in self._indexes.headers if header["n"]} - {""}
+            splits = {header["split"] for header in self.headers if header["n"]} - {""}
             there = " and ".join(sorted(splits)) or "no split folders"
             reject(f"dataset {self.path}", f"has no {split} images, it has {there}", "ask for those, or all")
         self._name_classes()
-        self._opened = OrderedDict()  # number of a shard -> its index, the latest last
-        self._last = None, None  # index and _item of the item that was asked for last
-        self._groups = OrderedDict()  # parquet: (file, row group, column names) -> column, the latest last
+        self._opened = OrderedDict()  # shard of this split -> its index, last used last
+        self._last = None, None  # number of the item that was read last, and its Item
+        self._groups = OrderedDict()  # parquet: (file, row group, column names) -> column, last used last
 
-    def __getstate__(self):  # a worker opens its own
+    def __getstate__(self):  # a worker opens its own files
         return self.__dict__ | dict(_opened=OrderedDict(), _groups=OrderedDict())
 
     def __len__(self):
@@ -226,72 +234,82 @@ class Dataset:
 
     def __str__(self):
         """One line: what was opened, of all splits, and what was left out."""
-        headers, left = self._indexes.headers, {}
-        total, shards = sum(header["n"] for header in headers), len(headers)
-        held_out = [split for split in HELD_OUT if any(h["n"] and h["split"] == split for h in headers)]
-        sizes = {split: sum(self._choose(split)[2]) for split in ("train", *(held_out or ["val"]))}
-        if sum(sizes.values()) < total:
-            left["in no split"] = total - sum(sizes.values()), "beside train/"
-        for header in headers:
-            for reason, (count, example) in header["left"].items():
-                before, first = left.get(reason, (0, example))
-                left[reason] = before + count, first
+        total, shards = sum(header["n"] for header in self.headers), len(self.headers)
+        held_out = [split for split in HELD_OUT if any(h["n"] and h["split"] == split for h in self.headers)]
+        sizes = {split: sum(self._choose(split)[1].values()) for split in ("train", *(held_out or ["val"]))}
         where = f"images in {shards} shards" if self.form in ("tar", "parquet") else "images"
         parts = [f"{self.form}, {total} {where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"]
         if self.num_classes:
             names = ", ".join(self.classes[:5] + ["..."] * (len(self.classes) > 5))
             parts.append(f"{self.num_classes} classes" + (f" ({names})" if names else ""))
         for name in ("labels", "captions", "maps", "objects"):
-            count = sum(header[name] for header in headers)
+            count = sum(header[name] for header in self.headers)
             parts += [f"{name} on {count}"] if count else []
+        left = {}  # reason -> (count, example)
+        if self._unread:
+            left["of another form"] = len(self._unread), self._unread[0]
+        if sum(sizes.values()) < total:
+            left["in no split"] = total - sum(sizes.values()), "beside train/"
+        for header in self.headers:
+            for reason, (count, example) in header["left"].items():
+                before, first = left.get(reason, (0, example))
+                left[reason] = before + count, first
         parts += [f"left out: {count} {reason} ({example})" for reason, (count, example) in left.items()]
         return f"{self.path}: {', '.join(parts)}"
 
-    # what is there, and which of it this split has
+    # finding files, choosing a split
 
-    def _find(self, paths, cache_dir):
-        """(form, indexes) of what lies at these paths."""
+    def _index(self, paths, cache_dir):
+        """(form, indexes) of what is at these paths."""
         npy = [path for path in paths if path in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
         tars = [path for path in paths if path.endswith(".tar")]
-        shards = tars or [path for path in paths if path.endswith(".parquet")]  # img2dataset writes one beside each tar
+        shards = tars or [path for path in paths if path.endswith(".parquet")]
         if shards and (self.remote or not npy):
-            form, indexed = ("tar", forms.index_tar) if tars else ("parquet", forms.index_parquet)
+            form, index = ("tar", forms.index_tar) if tars else ("parquet", forms.index_parquet)
             with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
                 stamps = list(pool.map(self.remote.stamps.get if self.remote else self._stat, shards))
             origin = self.path if self.remote else os.path.realpath(self.path)
-            make = functools.partial(make_index, indexed, self._open_file)
-            return form, KeptIndexes(f"{cache_dir}/index-{digest('v4', form, origin)}", list(zip(shards, stamps)), make)
+            folder, index = f"{cache_dir}/index-{digest('v4', form, origin)}", functools.partial(index, self._open_file)
+            return form, KeptIndexes(folder, list(zip(shards, stamps)), index)
         if npy and not self.remote:
             return "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
         return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths))
 
+    def _not_read(self, paths):
+        """Files that could be read, beside images of another form."""
+        read = {name for header in self.headers for name in header["files"]}
+        read |= {os.path.splitext(name)[0] + ".parquet" for name in read}  # img2dataset writes one beside each tar
+        endings = (*IMAGES, ".tar", ".parquet", ".npy")
+        return [path for path in paths if path.lower().endswith(endings) and path not in read]
+
     def _choose(self, split):
-        """(part, shards, counts) of a split: which rows it has of its shards ("all", or the "train" or "val" part), the
-        numbers of its shards, and how many of their items it has."""
-        headers = self._indexes.headers
-        present = {header["split"] for header in headers if header["n"]}
+        """
+        (part, {shard: number of its items}) of a split.
+
+        part: "all" items of these shards, or only their "train" or "val" part, where no shards are held out.
+        """
+        present = {header["split"] for header in self.headers if header["n"]}
         held_out = next((name for name in HELD_OUT if name in present), None)
         training = "train" if "train" in present else ""
-        pool = [s for s, header in enumerate(headers) if header["n"] and header["split"] == training]
-        if split in ("train", "val") and not held_out and sum(headers[s]["n"] for s in pool) > 1:
-            if not any(headers[s]["held"] for s in pool):  # few images: that with the least crc32 is held out
-                least = min(pool, key=lambda s: headers[s]["least"][0])
-                self._lone = {least: headers[least]["least"][1]}
-            held = {s: headers[s]["held"] + (s in self._lone) for s in pool}
-            counts = {s: held[s] if split == "val" else headers[s]["n"] - held[s] for s in pool}
-            shards = [s for s in pool if counts[s]]
-            return split, shards, [counts[s] for s in shards]
         wanted = {"train": training, "val": held_out or training}.get(split, split)
-        shards = [s for s, h in enumerate(headers) if h["n"] and (split == "all" or h["split"] == wanted)]
-        return "all", shards, [headers[s]["n"] for s in shards]
+        sizes = {s: h["n"] for s, h in enumerate(self.headers) if h["n"] and (split == "all" or h["split"] == wanted)}
+        if split not in ("train", "val") or held_out or sum(sizes.values()) < 2:
+            return "all", sizes
+        held = {s: self.headers[s]["held"] for s in sizes}
+        if not any(held.values()):  # few items: that with the least crc32 is held out
+            held[min(sizes, key=lambda s: self.headers[s]["least"][0])] = 1
+        counts = {s: held[s] if split == "val" else sizes[s] - held[s] for s in sizes}
+        return split, {s: count for s, count in counts.items() if count}
 
     def _open_shard(self, k):
         """(arrays, rows, labels) of the k-th shard of this split: its rows' numbers in arrays, and their labels."""
         if k not in self._opened:
-            s = self.shards[k]
-            arrays, header = self._indexes.load(s), self._indexes.headers[s]
-            rows, held = np.arange(header["n"]), arrays["held"] if s not in self._lone else np.array([self._lone[s]])
-            rows = dict(all=rows, val=held, train=np.delete(rows, held))[self._part]
+            header, arrays = self.headers[self.shards[k]], self._indexes.load(self.shards[k])
+            rows, count = np.arange(header["n"]), self.bounds[k + 1] - self.bounds[k]
+            if self._part != "all":
+                n_held = count if self._part == "val" else header["n"] - count
+                held = arrays["held"] if n_held == header["held"] else header["least"][1:]  # few items, see _choose
+                rows = rows[held] if self._part == "val" else np.delete(rows, held)
             self._opened[k] = arrays, rows, self._number(header, arrays["rows"]["label"][rows].astype(np.int64))
             while len(self._opened) > 2 * WINDOW:
                 self._opened.popitem(last=False)
@@ -299,30 +317,32 @@ class Dataset:
         return self._opened[k]
 
     def _item(self, i):
-        """(key, label, the header of its shard, {column: value}) of item i; see data.forms.Index."""
-        if i == self._last[0]:  # an item is asked for several times in a row
+        """Item i of this split."""
+        if i == self._last[0]:  # an item is read several times in a row: caption, image, map
             return self._last[1]
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
         k = int(np.searchsorted(self.bounds, i, "right")) - 1
-        arrays, rows, labels = self._open_shard(k)
-        at, header = int(i - self.bounds[k]), self._indexes.headers[self.shards[k]]
+        (arrays, rows, labels), header = self._open_shard(k), self.headers[self.shards[k]]
+        at = int(i - self.bounds[k])
         row = rows[at]
         first = arrays["ends"][row - 1] if row else 0
         key = header["prefix"] + os.fsdecode(arrays["keys"][first : arrays["ends"][row]].tobytes())
-        self._last = i, (key, int(labels[at]), header, dict(zip(COLUMNS, arrays["rows"][row].item())))
+        v = arrays["rows"][row].item()  # in the order of COLUMNS
+        where = dict(image=v[1:4], text=v[4:7], record=v[7:10], map=v[10:13])
+        self._last = i, Item(key, int(labels[at]), header, where)
         return self._last[1]
 
     @functools.cached_property
     def fingerprint(self):
         """
-        Hash of the images wherever they lie: form, split, keys, sizes, modification times, and of local files 64
+        Hash of the images, not of their path: form, split, keys, sizes, modification times, and of local files 64
         samples of 4 KB. It does not see an edit that keeps size and time, outside of those samples.
         """
         h = hashlib.blake2b(repr((self.form, self.split, len(self))).encode(), digest_size=16)
         for s in self.shards:
-            h.update(self._indexes.headers[s]["digest"].encode())
-        files = [self._indexes.headers[s]["files"][0] for s in self.shards if self.form != "folder"]
+            h.update(self.headers[s]["digest"].encode())
+        files = [self.headers[s]["files"][0] for s in self.shards if self.form != "folder"]
         files = files or [self.key(i) for i in range(0, len(self), -(-len(self) // 64))]
         for number in range(0 if self.remote else 64):
             file, share = divmod(number * len(files), 64)
@@ -333,7 +353,7 @@ class Dataset:
 
     # names
 
-    def _given_names(self, *files):
+    def _listed_names(self, *files):
         """The names in the first of these files that has some, [] where none has."""
         folders = [os.path.join(self.root, split) for split in SPLITS]
         if os.path.basename(os.path.abspath(self.root)) in SPLITS:  # the path is itself a split folder
@@ -342,78 +362,84 @@ class Dataset:
         return next((names for path in files if os.path.exists(path) and (names := forms.read_classes(path))), [])
 
     def _name_classes(self):
-        """Sets classes, num_classes, and how a shard's labels are numbered among the classes."""
-        headers = self._indexes.headers
-        is_named, highest = any(header["named"] for header in headers), max(h["highest"] for h in headers)
+        """Sets classes, num_classes, and _class_of: {label or word of an index, as str: class} or None."""
+        headers, highest = self.headers, max(header["highest"] for header in self.headers)
         names = next((header["names"] for header in headers if header["names"]), [])
+        is_named = any(header["named"] for header in headers)
         if is_named:  # where some shards have words for labels, all labels are words
-            labels = {s: self._indexes.load(s)["rows"]["label"] for s, h in enumerate(headers) if not h["named"]}
-            numbers = {str(label) for found in labels.values() for label in np.unique(found).tolist() if label >= 0}
+            labels = [self._indexes.load(s)["rows"]["label"] for s, header in enumerate(headers) if not header["named"]]
+            numbers = {str(label) for found in labels for label in np.unique(found).tolist() if label >= 0}
             names = sorted(numbers.union(*(header["names"] for header in headers if header["named"])))
             highest = len(names) - 1
-        given, renumbered = self._given_names("classes.json", "meta.json") or names, None
-        if set(names) <= set(given):
-            place = {name: i for i, name in reversed(list(enumerate(given)))}
-            renumbered = [place[name] for name in names] if names and names != given else None
-        elif len(names) != len(given):  # where as many, they are the same in other words
-            odd = f"{min(set(names) - set(given))!r} is not among them"
-            what = f"has {len(names)} classes, classes.json {len(given)}, and {odd}"
+        self.classes = self._listed_names("classes.json", "meta.json") or names
+        order = list(range(len(names)))  # order[i]: the class of names[i]
+        if set(names) <= set(self.classes):
+            number = {name: i for i, name in reversed(list(enumerate(self.classes)))}
+            order = [number[name] for name in names]
+        elif len(names) != len(self.classes):  # as many names are the same classes, renamed
+            odd = f"{min(set(names) - set(self.classes))!r} is not among them"
+            what = f"has {len(names)} classes, classes.json {len(self.classes)}, and {odd}"
             reject(f"dataset {self.path}", what, "add what is missing")
-        if given and highest >= len(names if renumbered else given):
-            what = f"has label {highest} but only {len(given)} class names"
+        is_renumbered = order != list(range(len(names)))
+        if self.classes and highest >= len(names if is_renumbered else self.classes):
+            what = f"has label {highest} but only {len(self.classes)} class names"
             reject(f"dataset {self.path}", what, "add the others")
-        self.classes, self._renumbered = given, renumbered
-        self.num_classes = max(len(given), highest + 1) if highest >= 0 else 0
-        self._words = {name: i for i, name in enumerate(names)} if is_named else None
+        self.num_classes = max(len(self.classes), highest + 1) if highest >= 0 else 0
+        labels = names if is_named else map(str, range(len(names)))
+        self._class_of = dict(zip(labels, order)) if is_named or is_renumbered else None
 
     def _number(self, header, labels):
-        """Labels of a shard, an array with -1 for none, as numbers among the classes."""
-        if self._words is None and self._renumbered is None:
+        """Labels of a shard's index, an array with -1 for none, as classes."""
+        if self._class_of is None:
             return labels
         found, back = np.unique(labels, return_inverse=True)
-        numbers = []
-        for label in found.tolist():
-            if label >= 0 and self._words is not None:
-                label = self._words[header["names"][label] if header["named"] else str(label)]
-            numbers.append(self._renumbered[label] if label >= 0 and self._renumbered else label)
-        return np.array(numbers, dtype=np.int64)[back]
+        words = [header["names"][label] if header["named"] else str(label) for label in found.tolist()]
+        classes = [-1 if label < 0 else self._class_of[word] for label, word in zip(found.tolist(), words)]
+        return np.array(classes, dtype=np.int64)[back]
 
     @property
     def labels(self):
-        """The label of each item, (N,) int64, -1 where it has none."""
+        """The class of each item, (N,) int64, -1 where it has none."""
         return np.concatenate([self._open_shard(k)[2] for k in range(len(self.shards))])
 
-    # what an item holds
+    # items
 
     def key(self, i):
-        return self._item(i)[0]
+        return self._item(i).key
 
     def meta(self, i):
         """dict(label, text, key) of item i, without its pixels."""
-        key, label, *_ = self._item(i)
-        with named(key, "its caption does not read ({})"):
-            text = self._stored(i, "text")
+        item = self._item(i)
+        with named(item.key, "its caption does not read ({})"):
+            text = self._read(item, "text")
             if self.form != "parquet":
-                record = None if text else self._stored(i, "record")
-                text = text.decode("utf-8", "replace").strip() if text else json.loads(record or "null")
-        return dict(label=label, text=captions_of(text), key=key)
+                text = text.decode("utf-8", "replace").strip() if text else self._record(item)
+        return dict(label=item.label, text=captions_of(text), key=item.key)
 
     def encoded(self, i):
-        """The stored file of image i, as bytes; not of npy."""
-        key = self.key(i)
-        with named(key):
-            data = self._stored(i, "image")
-            data = data["bytes"] if isinstance(data, dict) else data
+        """The stored file of image i, as bytes; of npy its pixels."""
+        item = self._item(i)
+        with named(item.key):
+            data = self._read(item, "image")
             if not data:
                 raise ValueError("it has 0 bytes")
             return data
 
+    def _open_image(self, item, part="image"):
+        """The image or map of an item as PIL, decoded when it is used; None if it has no map."""
+        data = self._read(item, part)
+        if self.form == "npy" and data:
+            shape = list(item.header["shape"])  # [H, W, C] or [H, W]
+            shape = shape[:2] if part == "map" or shape[2:] == [1] else shape
+            return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
+        if not data and part == "image":
+            raise ValueError("it has 0 bytes")
+        return Image.open(io.BytesIO(data)) if data else None
+
     def rgb(self, i):
         """Image i as PIL RGB, uncropped."""
-        if self.form == "npy":
-            return to_rgb(self._array(i, "image"))
-        data = self.encoded(i)
-        with named(self.key(i)), Image.open(io.BytesIO(data)) as image:
+        item = self._item(i)
+        with named(item.key), self._open_image(item) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
             return to_rgb(image)
@@ -422,51 +448,44 @@ class Dataset:
         """
         Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
 
-        crop "center" takes the short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), at a place
-        given by u = (side, x, y), three numbers in [0, 1).
+        crop "center" takes the short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), its side and
+        position from u = (side, x, y), three numbers in [0, 1).
         """
-        image = self.rgb(i)
+        image = to_tensor(self._cut(self.rgb(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
+        return image.flip(-1) if flip else image
+
+    def _cut(self, image, crop, u, resample):
+        """The square of a PIL image that crop and u choose, resized."""
         x, y, side = crop_square(*image.size, crop, u)
         image = image.crop((x, y, x + side, y + side))
-        if side != self.image_size:
-            image = image.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)  # antialiased
-        image = to_tensor(image)
-        return image.flip(-1) if flip else image
+        return image if side == self.image_size else image.resize((self.image_size, self.image_size), resample)
 
     def size(self, i):
         """(width, height) of image i, upright; its pixels are not decoded."""
-        if self.form == "npy":
-            height, width = self._item(i)[2]["shape"][:2]
-            return width, height
-        data = self.encoded(i)
-        with named(self.key(i)), Image.open(io.BytesIO(data)) as image:
-            is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
+        item = self._item(i)
+        with named(item.key), self._open_image(item) as image:
+            is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 are turned by 90 degrees
             return image.size[::-1] if is_turned else image.size
 
     # semantic maps and objects
 
     @property
     def has_maps(self):
-        return any(self._indexes.headers[s]["maps"] for s in self.shards)
+        return any(self.headers[s]["maps"] for s in self.shards)
 
     @property
     def has_objects(self):
-        return any(self._indexes.headers[s]["objects"] for s in self.shards)
+        return any(self.headers[s]["objects"] for s in self.shards)
 
     def _map(self, i):
         """The map of item i as 8-bit PIL, None if it has none."""
-        with named(self.key(i), "its map does not read ({})"):
-            if self.form == "npy":
-                return self._array(i, "map")
-            data = self._stored(i, "map")
-            data = data.get("bytes") if isinstance(data, dict) else data
-            if not data:
-                return None
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-            if image.mode not in ("L", "P", "1"):
+        item = self._item(i)
+        with named(item.key, "its map does not read ({})"):
+            image = self._open_image(item, "map")
+            if image is not None and image.mode not in ("L", "P", "1"):
                 raise ValueError(f"mode {image.mode}: save it as 8-bit grey or palette, a pixel its class")
-            return Image.fromarray(np.array(image, dtype=np.uint8))  # the palette's indices, not its colors
+            # the palette's indices, not its colors
+            return None if image is None else Image.fromarray(np.array(image, dtype=np.uint8))
 
     def map(self, i, crop="center", flip=False, u=None):
         """The semantic map of image i, (S,S) int64, -1 unknown, cut as `pixels` cuts the image; resizing is nearest."""
@@ -475,9 +494,7 @@ class Dataset:
             raise BadImage(f"{self.key(i)}: it has no map")
         if image.size != self.size(i):
             raise BadImage(f"{self.key(i)}: its map is {image.size}, the image {self.size(i)}: make them the same size")
-        x, y, side = crop_square(*image.size, crop, u)
-        image = image.crop((x, y, x + side, y + side))
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
+        image = self._cut(image, crop, u, Image.Resampling.NEAREST)
         classes = torch.from_numpy(np.array(image, dtype=np.int64))
         classes[classes == 255] = -1
         return classes.flip(-1) if flip else classes
@@ -485,19 +502,19 @@ class Dataset:
     @functools.cached_property
     def map_names(self):
         """Names of the maps' classes, [] without map_classes.json."""
-        return self._given_names("map_classes.json")
+        return self._listed_names("map_classes.json")
 
     @functools.cached_property
     def map_classes(self):
-        """How many classes the maps have: those in map_classes.json, else what 500 maps, spread over all, have."""
+        """Number of classes of the maps: of map_classes.json, else of 500 maps, spread over all."""
         found = (np.array(image) for image in self._some(self._map, 500) if image is not None)
         return len(self.map_names) or 1 + max((int(image[image < 255].max(initial=0)) for image in found), default=-1)
 
     def objects(self, i):
         """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
-        with named(self.key(i), "its objects do not read ({})"):
-            record = self._stored(i, "record")
-            objects = record if self.form == "parquet" else field(json.loads(record or "null"), OBJECTS)
+        item = self._item(i)
+        with named(item.key, "its objects do not read ({})"):
+            objects = self._record(item) if self.form == "parquet" else field(self._record(item), OBJECTS)
             if objects is None:
                 return []
             names, boxes = field(objects, ["categories", "category"]), [[float(v) for v in b] for b in objects["bbox"]]
@@ -524,16 +541,16 @@ class Dataset:
     @functools.cached_property
     def _object_names(self):
         """{number: name} of objects' classes that are numbers."""
-        return dict(enumerate(self._given_names("object_classes.json") or self._given_names("classes.json")))
+        return dict(enumerate(self._listed_names("object_classes.json") or self._listed_names("classes.json")))
 
     @functools.cached_property
     def object_classes(self):
-        """Names of the objects' classes: object_classes.json, else all that occur in 10000 items, spread over all."""
-        given = self._given_names("object_classes.json")
-        return given or sorted({name for objects in self._some(self.objects, 10000) for name, _ in objects})
+        """Names of the objects' classes: those of object_classes.json, else of 10000 items, spread over all."""
+        listed = self._listed_names("object_classes.json")
+        return listed or sorted({name for objects in self._some(self.objects, 10000) for name, _ in objects})
 
     def _some(self, read, n):
-        """read(i) of at most n items, spread over all, but for those that do not read."""
+        """read(i) of at most n items, spread over all; those that do not read are skipped."""
         for i in range(0, len(self), -(-len(self) // n)):
             with contextlib.suppress(BadImage):
                 yield read(i)
@@ -546,15 +563,22 @@ class Dataset:
     def _open_file(self, name):
         return self.remote.open(name) if self.remote else open(f"{self.root}/{name}", "rb")
 
-    def _stored(self, i, part):
-        """Bytes of the image, text, record or map of item i, or its parquet cell; None if it has none."""
-        key, _, header, place = self._item(i)
-        file, at, size = (place[f"{part}_{name}"] for name in ("file", "at", "size"))
+    def _record(self, item):
+        """What an item's JSON holds; of parquet, its objects."""
+        record = self._read(item, "record")
+        return record if self.form == "parquet" else json.loads(record or "null")
+
+    def _read(self, item, part):
+        """The image, text, record or map of an item: bytes, or the value of a parquet cell; None if it has none."""
+        file, at, size = item.where[part]
         if not size and part != "image":
             return None
         if self.form == "parquet":
-            return self._cell(CELLS[part], header["files"][0], place["image_at"], place["image_size"])
-        name = header["files"][file] if file >= 0 else key if part == "image" else os.path.splitext(key)[0] + ".map.png"
+            _, group, row = item.where["image"]
+            value = self._cell(CELLS[part], item.header["files"][0], group, row)
+            return value.get("bytes") if part in ("image", "map") and isinstance(value, dict) else value
+        name = item.header["files"][file] if file >= 0 else item.key
+        name = os.path.splitext(item.key)[0] + ".map.png" if file < 0 and part == "map" else name
         with self._open_file(name) as f:  # opened each time, so that workers share no file position
             f.seek(at)
             data = f.read(size)
@@ -562,38 +586,24 @@ class Dataset:
             raise ValueError(f"{name} ends after {at + len(data)} bytes, the index says {at + size}")
         return data
 
-    def _array(self, i, part):
-        """The image or map of item i of npy, as PIL; None if it has none."""
-        key, _, header, _ = self._item(i)
-        shape = list(header["shape"])
-        with named(key):
-            data = self._stored(i, part)
-            shape = shape[:2] if part == "map" or shape[2:] == [1] else shape
-            return None if data is None else Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
-
     def _cell(self, names, file, group, row):
         """One parquet cell, of the first column called one of names; some row groups are kept."""
-        place = (file, group, names)
-        if place not in self._groups:
+        cached = (file, group, names)
+        if cached not in self._groups:
             f = forms.open_parquet(file, self._open_file(file))
             column = next(name for name in names if name in f.schema_arrow.names)
             # no threads: pyarrow's pool does not outlive a fork
-            self._groups[place] = f.read_row_group(group, columns=[column], use_threads=False).column(0)
+            self._groups[cached] = f.read_row_group(group, columns=[column], use_threads=False).column(0)
             while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > GROUP_BYTES:
                 self._groups.popitem(last=False)
-        self._groups.move_to_end(place)
-        return self._groups[place][row].as_py()
+        self._groups.move_to_end(cached)
+        return self._groups[cached][row].as_py()
 
     def fetch(self, shards):
-        """Begins to fetch remote shards, by number, those first that other processes do not."""
-        names = [self._indexes.headers[self.shards[k]]["files"][0] for k in shards]
+        """Starts to fetch remote shards, by number; each process starts at another, so that they share the work."""
+        names = [self.headers[self.shards[k]]["files"][0] for k in shards]
         at = os.getpid() % max(len(names), 1)
         self.remote.ahead(names[at:] + names[:at])
-
-
-def make_index(indexed, open_file, shard, stamp):
-    """(header, arrays) of a shard; see data.forms.Index."""
-    return indexed(open_file, shard).arrays(stamp)
 
 
 # -----------------------------------------------------------------------------
@@ -605,7 +615,7 @@ class Stream(torch.utils.data.Dataset):
     stream[p] -> dict(image, label, text, caption, key, index, flip, bad): the endless sequence over N items.
 
     Position p is item permute(p % N) of epoch p // N; of more than WINDOW shards, the shards are permuted, and then the
-    items of WINDOW shards at a time, so that what is read lies in few files. Crop, flip and which caption depend on
+    items of WINDOW shards at a time, so that few files are read at a time. Crop, flip and which caption depend on
     (seed, p) alone. An item that does not decode is named in bad and replaced by another, a function of (seed, p) too.
     With train=False: the items in their own order, center crop, no flip, first caption.
     """
@@ -618,17 +628,18 @@ class Stream(torch.utils.data.Dataset):
         self._orders, self._fetched = {}, None
 
     def _order(self, epoch):
-        """(order, ends), (shards,) each: the shards of an epoch, permuted, and how many items come up to each's end."""
+        """(order, ends), (shards,) each: an epoch's permutation of the shards; ends[k] items are in the first k + 1."""
         if epoch not in self._orders:
             sizes = np.diff(self.dataset.bounds)
             order = permute(np.arange(len(sizes)), len(sizes), seed_of(self.seed, epoch, "shards"))
-            latest = list(self._orders.items())[-1:]  # at its end an epoch and the next are asked for
+            latest = list(self._orders.items())[-1:]  # around the end of an epoch two are in use
             self._orders = dict(latest) | {epoch: (order, np.cumsum(sizes[order]))}
         return self._orders[epoch]
 
     def _window(self, epoch, at):
-        """(first, before, size): the window of position `at` of an epoch begins at its first-th shard, after `before`
-        items, and has `size`."""
+        """The window of position `at` of an epoch: (its first shard in the order, items before it, items in it)."""
+        if not self.is_windowed:
+            return 0, 0, len(self.dataset)
         _, ends = self._order(epoch)
         first = int(np.searchsorted(ends, at, "right")) // WINDOW * WINDOW
         before = int(ends[first - 1]) if first else 0
@@ -637,26 +648,28 @@ class Stream(torch.utils.data.Dataset):
     def span(self, p):
         """(first, count) of the positions that may stand in for p: its window, else an epoch."""
         epoch, at = divmod(int(p), len(self.dataset))
-        if not self.is_windowed:
-            return 0, len(self.dataset)
         _, before, size = self._window(epoch, at)
-        return epoch * len(self.dataset) + before, size
+        return (epoch * len(self.dataset) if self.is_windowed else 0) + before, size
 
     def item(self, p, attempt=0):
-        """(index, epoch) of position p; of its attempt-th stand-in, which is of the same window."""
+        """(index, epoch) of position p; attempt k > 0: of the k-th item of its window that stands in for it."""
         epoch, at = divmod(int(p), len(self.dataset))
+        if not self.train and not attempt:
+            return at, epoch
+        first, before, size = self._window(epoch, at)
+        if attempt:
+            inside = seed_of(self.seed, "replace", p, attempt) % size
+        else:
+            seed = seed_of(self.seed, epoch, "window", first) if self.is_windowed else seed_of(self.seed, epoch)
+            inside = permute(at - before, size, seed)
         if not self.is_windowed:
-            if attempt:
-                return seed_of(self.seed, "replace", p, attempt) % len(self.dataset), epoch
-            return permute(at, len(self.dataset), seed_of(self.seed, epoch)) if self.train else at, epoch
-        (order, ends), (first, before, size) = self._order(epoch), self._window(epoch, at)
-        inside = permute(at - before, size, seed_of(self.seed, epoch, "window", first))
-        inside = seed_of(self.seed, "replace", p, attempt) % size if attempt else inside
+            return inside, epoch
+        order, ends = self._order(epoch)
         k = np.searchsorted(ends, before + inside, "right")
         return int(self.dataset.bounds[order[k] + 1] - ends[k]) + before + inside, epoch
 
     def _fetch_ahead(self, p):
-        """Fetches remote shards in the background: those of the window after that of position p."""
+        """Fetches the remote shards of the window after that of position p, in the background."""
         epoch, at = divmod(int(p), len(self.dataset))
         first, *_ = self._window(epoch, at)
         if self._fetched != (epoch, first):
@@ -666,11 +679,10 @@ class Stream(torch.utils.data.Dataset):
 
     def pick(self, p, attempt=0):
         """
-        All that is decided for position p before any pixel is read: dict(index, epoch, flip, u, text, caption, label,
-        key).
+        What is known of position p before its pixels are read: dict(index, epoch, flip, u, text, caption, label, key).
 
-        text is one str, the item's caption number `caption`, "" where there is none; u places a random crop; attempt
-        k > 0 is the k-th stand-in.
+        text is one str, caption number `caption` of the item, "" where it has none; u positions a random crop; attempt
+        k > 0 is for the k-th stand-in.
         """
         index, epoch = self.item(p, attempt)
         meta = self.dataset.meta(index)
@@ -699,7 +711,7 @@ class Stream(torch.utils.data.Dataset):
 
 
 def first_good(read, dataset):
-    """read(attempt) | dict(bad) of the first attempt that raises no BadImage; bad: the messages of the others."""
+    """read(attempt) | dict(bad) of the first attempt that raises no BadImage; bad: the messages of those before."""
     bad = []
     for attempt in range(100):
         try:
@@ -752,20 +764,22 @@ def in_batches(items, positions, collate_fn, workers=0):
         items,
         batch_sampler=positions,
         collate_fn=collate_fn,
-        num_workers=workers,  # torch gives each one thread
+        num_workers=workers,  # PyTorch gives each worker one thread
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         timeout=TIMEOUT if workers else 0,
         worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
+        generator=torch.Generator(),  # for the workers' seed: the global generator is left alone
     )
     return iter(batches)  # workers start here, not when the first batch is asked for
 
 
 def begin_worker(number):
-    """Ctrl-C, and torchrun's and slurm's SIGTERM, reach a worker too, but are for the trainer, which saves first.
+    """
+    Blocks SIGINT and SIGTERM in a worker, but for a SIGTERM that the training process itself sends.
 
-    So both are blocked, and SIGTERM ends the worker only when it comes from the trainer.
+    Ctrl-C, torchrun and slurm send both to all processes, but the training process still needs its workers: it saves
+    before it ends.
     """
 
     def wait():
@@ -779,7 +793,9 @@ def begin_worker(number):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m data.dataset", description="What a data set is, and how fast.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.dataset", description="What a data set holds, how fast it reads."
+    )
     parser.add_argument("path")
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=10, help="how long to decode")

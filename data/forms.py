@@ -6,7 +6,7 @@ The forms of a data set: what a folder, a tar or parquet shard, or an array hold
     index_parquet(open, shard)     columns image, label, text, map, objects, as on the Hugging Face hub
     index_npy(root, path)          images.npy, with labels.npy, captions.jsonl, maps.npy
 
-Nothing is decoded here. Files that are not what they say are rejected; parts of them that are not items are counted.
+Nothing is decoded here. Damaged files are rejected; what is left out of them is counted.
 """
 
 import hashlib
@@ -23,17 +23,17 @@ import numpy as np
 from checkpoint import reject
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
-HELD_OUT = ("val", "validation", "valid", "test")  # names that mean validation; where several are present, the first
-SPLITS = ("", "train", *HELD_OUT)  # where an item lies: a split folder, shards named so, or neither
+HELD_OUT = ("val", "validation", "valid", "test")  # names of validation splits; the first that is present counts
+SPLITS = ("", "train", *HELD_OUT)  # a split folder, shards named so, or neither
 CAPTIONS = ("text", "caption", "captions", "txt")  # the fields that hold captions, in JSON and parquet
 LABELS = ("label", "labels", "cls")
 PIXELS = ("image", "img", "jpg", "jpeg", "png", "webp")  # the parquet column that holds the image
-MAPS = ("map", "segmentation", "annotation")  # and that with semantic maps
+MAPS = ("map", "segmentation", "annotation")  # the parquet column that holds semantic maps
 OBJECTS = ("objects",)
 NAMES = ("classes.json", "meta.json", "map_classes.json", "object_classes.json")
-PARTS = ("image", "text", "record", "map")  # of an item: each lies at (file, offset, size)
+PARTS = ("image", "text", "record", "map")  # parts of an item, each at (file, offset, size)
 COLUMNS = ("label", *(f"{part}_{name}" for part in PARTS for name in ("file", "at", "size")))
-NOWHERE = (0, 0, 0)  # size 0: there is none
+NOWHERE = (0, 0, 0)  # size 0: the item has no such part
 
 
 class Index:
@@ -50,10 +50,10 @@ class Index:
     def __init__(self, split="", files=(), prefix="", names=(), **more):
         self.header = dict(split=split, files=list(files), prefix=prefix, names=list(names), named=False, **more)
         self.header |= dict(captions=0, objects=0, left={})
-        self.keys, self.labels, self.places, self.stamps = [], [], array("q"), []
+        self.keys, self.labels, self.where, self.stamps = [], [], array("q"), []
 
     def add(self, key, image, label=None, text=NOWHERE, record=NOWHERE, map=NOWHERE, captions=0, objects=0, stamp=""):
-        """One item; captions and objects: whether it has some; stamp: anything that changes when its image does."""
+        """One item; captions, objects: whether it has any; stamp: changes when the image does."""
         if isinstance(label, str):
             label = int(label) if re.fullmatch(r"\s*-?\d{1,9}\s*", label) else label.strip() or None
         elif isinstance(label, float):  # a column with gaps; NaN is no label
@@ -61,7 +61,7 @@ class Index:
         is_label = isinstance(label, str) or (isinstance(label, int) and 0 <= label < 2**31)
         self.keys.append(os.fsencode(key))
         self.labels.append(label if is_label else None)
-        self.places.extend((*image, *text, *record, *map))
+        self.where.extend((*image, *text, *record, *map))
         self.stamps.append(stamp)
         self.header["captions"] += bool(captions)
         self.header["objects"] += bool(objects)
@@ -73,7 +73,7 @@ class Index:
     def arrays(self, stamp=""):
         """
         (header, arrays): arrays is dict(keys uint8, ends of each in it (n,), rows (n,) with fields COLUMNS, held: the
-        rows with crc32(key) % 100 == 0); stamp: anything that changes when the shard does.
+        rows with crc32(key) % 100 == 0); stamp: changes when the shard does.
         """
         header, labels = self.header, self.labels
         header["named"] = any(isinstance(label, str) for label in labels)
@@ -81,11 +81,11 @@ class Index:
             header["names"] = sorted({str(label) for label in labels if label is not None})
             number = {name: i for i, name in enumerate(header["names"])}
             labels = [None if label is None else number[str(label)] for label in labels]
-        columns = np.array(self.places, dtype=np.int64).reshape(-1, len(COLUMNS) - 1)
+        columns = np.array(self.where, dtype=np.int64).reshape(-1, len(COLUMNS) - 1)
         columns = np.column_stack([[-1 if label is None else label for label in labels], columns]).astype(np.int64)
         low, high = columns.min(0, initial=0), columns.max(0, initial=0)
         types = [np.promote_types(np.min_scalar_type(a), np.min_scalar_type(b)) for a, b in zip(low, high)]
-        rows = np.empty(len(columns), dtype=list(zip(COLUMNS, types)))  # a field has the fewest bytes that hold it
+        rows = np.empty(len(columns), dtype=list(zip(COLUMNS, types)))  # each field in as few bytes as possible
         for name, column in zip(COLUMNS, columns.T):
             rows[name] = column
         full = [os.fsencode(header["prefix"]) + key for key in self.keys]
@@ -110,7 +110,7 @@ def index_folder(root, paths):
     images = [path for path in paths if path.lower().endswith(IMAGES)]
     stems = {os.path.splitext(path)[0] for path in images}
     maps = {path for path in images if path.endswith(".map.png") and path.removesuffix(".map.png") in stems}
-    images = [path for path in images if path not in maps]  # a map is no image, unless it stands alone
+    images = [path for path in images if path not in maps]  # KEY.map.png without KEY.* is an image
     tables = [path for path in paths if os.path.basename(path) == "metadata.jsonl"]
     described = read_metadata(root, tables)
     if described and described.keys().isdisjoint(images):
@@ -203,9 +203,9 @@ def index_tar(open_shard, shard):
 
             record = parse(read(".json")) if ".json" in parts else {}
             label = read(".cls").decode("utf-8", "replace") if ".cls" in parts else field(record, LABELS)
-            places = (parts.get(extension, NOWHERE) for extension in (".txt", ".json", ".map.png"))
+            others = (parts.get(extension, NOWHERE) for extension in (".txt", ".json", ".map.png"))
             captions = parts.get(".txt", NOWHERE)[2] or captions_of(record)
-            index.add(key, image, label, *places, captions, field(record, OBJECTS) is not None)
+            index.add(key, image, label, *others, captions, field(record, OBJECTS) is not None)
     return index
 
 
@@ -220,7 +220,8 @@ def tar_samples(f, index):
                 if member.isfile() and stem and member.offset_data + member.size <= end:
                     key, extension = f"{folder}/{stem}" if folder else stem, "." + extension.lower()
                     files = samples.setdefault(key, [])
-                    repeated |= {key} if any(extension == other for _, other, _ in files) else set()
+                    if any(extension == other or {extension, other} <= set(IMAGES) for _, other, _ in files):
+                        repeated.add(key)
                     files.append((number, extension, (0, member.offset_data, member.size)))
                 elif member.isfile():
                     index.leave_out("hidden, or cut short", member.name)
@@ -229,11 +230,11 @@ def tar_samples(f, index):
         print(f"{f.name} is damaged ({e}): it is read up to there, {len(samples)} items", flush=True)
     for key, files in samples.items():
         sample, last = {}, -1
-        for number, extension, place in files:
-            if key in repeated and number != last + 1 and sample:  # then a sample is what lies side by side
+        for number, extension, where in files:
+            if key in repeated and number != last + 1 and sample:  # then a sample is what is adjacent
                 yield key, sample
                 sample = {}
-            sample[extension], last = place, number
+            sample[extension], last = where, number
         yield key, sample
 
 
@@ -243,12 +244,12 @@ def index_parquet(open_shard, shard):
     columns, schema = f.schema_arrow.names, f.schema_arrow
     if not any(name in columns for name in PIXELS):
         reject(path, f"has the columns {columns}", f"call the one with the images {PIXELS[0]!r}")
-    if f.metadata.num_rows > 8 * os.fstat(file.fileno()).st_size:  # it would be a list of as many
+    if f.metadata.num_rows > 8 * os.fstat(file.fileno()).st_size:  # keys of so many would fill the memory
         reject(path, f"declares {f.metadata.num_rows} rows, so it is damaged", "fetch it again")
     label, text, objects, maps = (
         next((name for name in names if name in columns), None) for names in (LABELS, CAPTIONS, OBJECTS, MAPS)
     )
-    has_maps = maps and re.match("(large_)?binary|struct", str(schema.field(maps).type))  # else it is another thing
+    has_maps = maps and re.match("(large_)?binary|struct", str(schema.field(maps).type))  # not some other column
     index = Index(shard_split(shard), [shard], f"{shard.removesuffix('.parquet')}/", hub_names(f, label))
     others = [(0, 0, int(bool(there))) for there in (text, objects, has_maps)]
     wanted = [name for name in (label, text) if name]
@@ -286,14 +287,14 @@ def index_npy(root, path):
             reject(f"{root}/{folder}maps.npy", f"is {maps.dtype} {maps.shape}", remedy)
     size = images.nbytes // max(len(images), 1)
     area = size // math.prod(images.shape[3:])  # bytes of a map
-    files = [path, folder + "captions.jsonl", folder + "maps.npy"]
+    files = [path, folder + "captions.jsonl", folder + "maps.npy", folder + "labels.npy"]
     index = Index(folder.rstrip("/"), files, folder, shape=images.shape[1:])
     index.stamps.append(stat(f"{root}/{path}"))
     for i in range(len(images)):
         at, length, value = lines[i] if lines else (0, 0, None)
-        map_place = NOWHERE if maps is None else (2, maps.offset + i * area, area)
-        place, has = (0, images.offset + i * size, size), (captions_of(value), field(value, OBJECTS) is not None)
-        index.add(f"{i:08d}", place, labels[i] if labels else None, NOWHERE, (1, at, length), map_place, *has)
+        map_where = NOWHERE if maps is None else (2, maps.offset + i * area, area)
+        where, has = (0, images.offset + i * size, size), (captions_of(value), field(value, OBJECTS) is not None)
+        index.add(f"{i:08d}", where, labels[i] if labels else None, NOWHERE, (1, at, length), map_where, *has)
     return index
 
 

@@ -370,23 +370,11 @@ def convert_all(convert, work, workers):
         pool.shutdown(cancel_futures=True)
 
 
-class Seen:
-    """A set of 64-bit hashes of 9 bytes each: all but the latest are in one sorted array."""
-
-    def __init__(self):
-        self.sorted, self.recent = np.empty(0, np.uint64), set()
-
-    def add(self, image):
-        """Add the hash of encoded bytes; returns whether it is new."""
-        value = int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "big")
-        at = np.searchsorted(self.sorted, np.uint64(value))
-        if value in self.recent or (at < len(self.sorted) and self.sorted[at] == value):
-            return False
-        self.recent.add(value)
-        if len(self.recent) > max(2**20, len(self.sorted) // 16):
-            self.sorted = np.union1d(self.sorted, np.array(list(self.recent), np.uint64))
-            self.recent = set()
-        return True
+def is_new(image, seen):
+    """Add the hash of encoded bytes to the set `seen`; returns whether it was not there."""
+    size = len(seen)
+    seen.add(hashlib.blake2b(image, digest_size=8).digest())
+    return len(seen) > size
 
 
 # --- tokenizer ---
@@ -534,7 +522,7 @@ def pack(items, cfg, classes=(), total=None, **about):
     cfg has out_dir, size, crop, quality, min_side, shard_mb, workers, and perhaps drop_duplicates and vocab_size.
     classes: names of the labels.  total: number of items, for the progress bar.  about: more fields for meta.json.
     """
-    out, seen = cfg.out_dir, Seen()
+    out, seen = cfg.out_dir, set()
     settings = json.loads(json.dumps({name: value for name, value in cfg.items() if name not in NOT_CONTENT}))
     if meta := begin(out, settings):
         print(f"{out}: up to date")
@@ -542,7 +530,7 @@ def pack(items, cfg, classes=(), total=None, **about):
     writers = {split: Writer(out, split, cfg.shard_mb * 1e6) for split in SPLITS}
     for writer in writers.values():
         for image in writer.skip_complete():
-            seen.add(image)
+            is_new(image, seen)
     if complete := sum(len(writer.shards) for writer in writers.values()):
         print(f"{out}: {complete} shards are complete, continuing")
     trim_dropped(f"{out}/dropped.jsonl", writers)
@@ -552,7 +540,7 @@ def pack(items, cfg, classes=(), total=None, **about):
         work = numbered(items, writers, out, bar)
         for (position, split, item), (reason, image, ending, record) in convert_all(to_size, work, cfg.workers):
             reason = item.get("drop") or reason
-            if not reason and cfg.get("drop_duplicates", True) and not seen.add(image):
+            if not reason and cfg.get("drop_duplicates", True) and not is_new(image, seen):
                 reason = "duplicate: an earlier image gives the same file"
             if reason:
                 line = dict(position=position, split=split, key=item["key"], reason=reason)

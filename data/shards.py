@@ -1,5 +1,5 @@
 """
-Shards: an index file for each, kept in cache_dir, and shards behind a URL, of which the last used are kept on disk.
+Shards: an index file for each, kept in cache_dir, and shards behind a URL, of which the last used stay on disk.
 
     Indexes       headers[s], and load(s) -> arrays of shard s (see data/forms.py), in memory
     KeptIndexes   the same, kept in files: made once, in parallel
@@ -61,14 +61,14 @@ class Indexes:
 
 class KeptIndexes(torch.utils.data.Dataset):
     """
-    The indexes of shards, a file each in `folder`, and their headers in one file, so that opening many costs nothing.
+    The indexes of shards, a file each in `folder`, and all headers in one file, so that many are opened at once.
 
-    jobs: [(shard, stamp), ...]; an index is made again if the stamp is another. make(shard, stamp) -> (header, arrays).
-    Of many processes one makes them, the others wait; after a kill it continues.
+    jobs: [(shard, stamp), ...]; an index is made again if the stamp is another. index(shard) -> data.forms.Index.
+    One process makes them while others wait; after a kill, the next continues.
     """
 
-    def __init__(self, folder, jobs, make):
-        self.folder, self.jobs, self.make = folder, jobs, make
+    def __init__(self, folder, jobs, index):
+        self.folder, self.jobs, self.index = folder, jobs, index
         names = [digest(job) for job in jobs]
         self.paths, kept = [f"{folder}/{name}.npz" for name in names], self._read_headers()
         if not kept.keys() >= set(names):
@@ -81,7 +81,7 @@ class KeptIndexes(torch.utils.data.Dataset):
                     kept = {name: kept[name] for name in names}
                     write_whole(f"{folder}/headers.json", lambda f: f.write(json.dumps(kept).encode()))
                     for name in set(os.listdir(folder)) - {os.path.basename(path) for path in self.paths}:
-                        if name.endswith(".npz"):  # of a shard as it was
+                        if name.endswith(".npz"):  # of an older version of a shard
                             os.remove(f"{folder}/{name}")
             except OSError as e:
                 reject(folder, f"the index of {len(jobs)} shards cannot be kept there ({e})", "set another cache_dir")
@@ -107,26 +107,25 @@ class KeptIndexes(torch.utils.data.Dataset):
 
     def __getitem__(self, s):
         """The header of shard s, or the error that prevents it; for _build."""
-        with contextlib.suppress(Exception):  # not there, or damaged
-            return self._load(s)[0]
         try:
-            header, arrays = self.make(*self.jobs[s])
-            write_whole(self.paths[s], lambda f: np.savez_compressed(f, header=json.dumps(header), **arrays))
-            return header
+            return self._load(s)[0]
         except (UserError, OSError) as e:
             return e
 
-    def _load(self, s):
-        with np.load(self.paths[s]) as f:
-            header, arrays = json.loads(str(f["header"])), {name: f[name] for name in ("keys", "ends", "rows", "held")}
-        assert arrays["rows"].dtype.names == COLUMNS and len(arrays["rows"]) == len(arrays["ends"]) == header["n"]
-        return header, arrays
-
     def load(self, s):
-        """arrays of shard s; made again if its file is gone or damaged."""
-        with contextlib.suppress(Exception):
-            return self._load(s)[1]
-        return self.make(*self.jobs[s])[1]
+        """arrays of shard s."""
+        return self._load(s)[1]
+
+    def _load(self, s):
+        """(header, arrays) of shard s from its file; made again if that is gone or damaged."""
+        with contextlib.suppress(Exception), np.load(self.paths[s]) as f:
+            header, arrays = json.loads(str(f["header"])), {name: f[name] for name in ("keys", "ends", "rows", "held")}
+            assert arrays["rows"].dtype.names == COLUMNS and len(arrays["rows"]) == len(arrays["ends"]) == header["n"]
+            return header, arrays
+        shard, stamp = self.jobs[s]
+        header, arrays = self.index(shard).arrays(stamp)
+        write_whole(self.paths[s], lambda f: np.savez_compressed(f, header=json.dumps(header), **arrays))
+        return header, arrays
 
 
 class Remote:
@@ -135,8 +134,8 @@ class Remote:
     recently used are removed.
 
     The URL is a folder, a file, or has `*` or `{000..123}` in it. `names` are relative to the folder before those;
-    stamps[name] tells one state of a file from another. Safe for any number of processes: a file has its name when it
-    is complete, and one that is removed stays as long as it is open.
+    stamps[name] changes when the file does. Safe for any number of processes: a file is renamed when it
+    is complete, and one that is removed can be read as long as it is open.
     """
 
     def __init__(self, url, cache_dir="cache", gigabytes=64.0):
@@ -145,7 +144,7 @@ class Remote:
             self._look_up()
         except ImportError as e:
             reject(url, f"cannot be read ({e})", "pip install fsspec, with s3fs, gcsfs or aiohttp")
-        except Exception as e:  # file systems raise what they like
+        except Exception as e:  # each file system has its own errors
             why = e.__cause__ or e
             remedy = "check the address, the network and your credentials"
             reject(url, f"cannot be looked up ({type(why).__name__}: {why})", remedy)
@@ -161,7 +160,7 @@ class Remote:
             reject(url, what, "set it to hold 64 shards or more")
 
     def _look_up(self):
-        """Sets base, paths, sizes and stamps from what is there now."""
+        """Sets base, paths, sizes and stamps."""
         fs, found, urls = self.system(), {}, braces(self.url)
         base = re.split(r"[*?\[{]", self.url)[0].rpartition("/")[0]
         for url, path in zip(urls, map(fs._strip_protocol, urls)):
@@ -228,7 +227,7 @@ class Remote:
         self._evict(path)
 
     def _evict(self, keep):
-        """Removes the least recently used until the rest is within the bound, and what killed processes left."""
+        """Removes temporary files of killed processes, and the least recently used shards beyond the bound."""
         with locked(f"{self.folder}/lock"):
             files = []
             for file in os.scandir(self.folder):
@@ -244,12 +243,12 @@ class Remote:
                     total -= size
 
     def ahead(self, names):
-        """Fetches these in the background, if the bound has room for them beside as many others."""
+        """Fetches these in the background, if twice their size is within the bound."""
         if self.thread or 2 * sum(self.sizes[name] or 0 for name in names) > self.gigabytes * 1e9:
             return
 
         def fetch():
-            with contextlib.suppress(Exception):  # whoever reads it meets the error again, and names it
+            with contextlib.suppress(Exception):  # the reader gets the error again, and reports it
                 for name in names:
                     self.fetch(name)
             self.thread = None
@@ -258,12 +257,12 @@ class Remote:
         self.thread.start()
 
     def copy(self, names):
-        """Small files beside the shards, as they are there now, into the folder."""
+        """Copies these small files beside the shards into the folder, those that exist."""
         for name in names:
             path, content = f"{self.folder}/{name}", None
             try:
                 content = self.system().cat_file(f"{self.base}/{name}")
-            except Exception as e:  # not there; who may not list may be refused what is not there
+            except Exception as e:  # not there; without permission to list, that is a 403
                 if not isinstance(e, FileNotFoundError | PermissionError) and getattr(e, "status", 0) // 100 != 4:
                     raise
             if content:

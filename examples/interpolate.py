@@ -8,7 +8,7 @@ import torch
 from common import install_excepthook
 from configurator import configure
 from diffusion import make_denoiser, randn, sample_times, samplers
-from sample import decode, load_pipeline, network_inputs, save_gif, to_pil
+from sample import decode, load_pipeline, network_inputs, to_pil
 
 ckpt = "out/ldm"  # stage-2 checkpoint
 prompt = ""  # prompt of the first image
@@ -61,5 +61,6 @@ if __name__ == "__main__":
         ends = prompt, prompt_to or prompt
     seeds = seed, seed_to if seed_to >= 0 else seed
     images = interpolate(pipeline, ends, seeds, frames, steps, sampler, guidance)
-    save_gif(out, [to_pil(image) for image in images])
+    first, *others = map(to_pil, images)
+    first.save(out, save_all=True, append_images=others, duration=100, loop=0)
     print(f"{len(images)} images in {out}")

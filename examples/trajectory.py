@@ -7,7 +7,7 @@ import torch
 
 from common import install_excepthook
 from configurator import configure
-from sample import generate, load_pipeline, make_grid, save_gif
+from sample import generate, load_pipeline, make_grid
 
 ckpt = "out/ldm"  # stage-2 checkpoint without a task
 prompt = ""  # prompt; "" is an example of the checkpoint's
@@ -37,5 +37,6 @@ if __name__ == "__main__":
     conditions, captions = [condition] * n, [pipeline.caption(condition)] * n
     seeds = range(seed, seed + n)
     images, frames = trajectory(pipeline, conditions, seeds, steps, sampler=sampler, guidance=guidance)
-    save_gif(out, [make_grid(frame, captions) for frame in frames])
+    first, *others = [make_grid(frame, captions) for frame in frames]
+    first.save(out, save_all=True, append_images=others, duration=100, loop=0)
     print(f"{len(frames)} steps in {out}")

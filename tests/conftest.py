@@ -1,9 +1,10 @@
-"""What all tests share: the repository on sys.path, the real data where they are, and runs as training leaves them."""
+"""Shared by all tests: the repository on sys.path, folders of data, and runs as training leaves them."""
 
 import copy
 import functools
 import json
 import os
+import runpy
 import signal
 import sys
 import zlib
@@ -16,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-if not torch.cuda.is_available():  # attention's kernels run on the CPU then; Triton reads this when it is imported
+if not torch.cuda.is_available():  # runs attention's kernels on the CPU; Triton reads it when imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
 
 
 def pytest_make_parametrize_id(val, argname):
-    """Bytes are not spelt out in a test's name: gzip's hold the time, and every worker must find the same names."""
+    """Name bytes by their argument: gzip's hold the time, and every worker must find the same test names."""
     return argname if isinstance(val, bytes) else None
 
 
@@ -39,7 +40,7 @@ def test_data():
 
 @pytest.fixture(scope="session")
 def with_torchvision():
-    """What is compared with imports torchvision, which may have been built for another torch than this one."""
+    """Reference packages import torchvision, which may have been built for another version of torch."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
@@ -72,11 +73,33 @@ def diffusers(with_torchvision):
 
 @torch.no_grad()
 def fill(model, seed=0):
-    """Gives every parameter, the zero-initialised too, noise that depends on its name, its shape and the seed alone."""
+    """Fill every parameter, also zero-initialised ones, with noise that depends only on name, shape and seed."""
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
         p.copy_(noise / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1 * noise + name.endswith("weight"))
     return model
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """command("sample.py", *args) -> (exit status, stdout, stderr), in an empty folder and in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the script sets its own
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [script, *args])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        except BaseException as e:
+            sys.excepthook(type(e), e, e.__traceback__)
+            status = 1
+        return status, *capsys.readouterr()
+
+    return run
 
 
 # --- tiny runs, filled with noise ---
@@ -95,6 +118,15 @@ def meta(stage, model, **more):
     return about | {"step": 1, "images_seen": 4, "images_per_step": 4} | more
 
 
+def ldm_settings(denoiser, **more):
+    """meta["model"] of a checkpoint of stage 2."""
+    s = {"unet": denoiser.unet.settings, "text": denoiser.text and denoiser.text.settings, "cond": "none"}
+    s |= {"first_stage": "vae", "class_embed": "add", "num_classes": 0, "image_size": 32, "objective": "v"}
+    s |= {"schedule": "cosine", "beta_start": 0.0015, "beta_end": 0.0195, "zero_snr": False, "uncertainty": False}
+    s |= {"ema_stds": [], "text_encoder": "joint", "tower_hash": None, "task": "none"}
+    return s | {"sr_scale": 0, "sr_noise": 0, "sr_schedule": None, "map_classes": 0} | more
+
+
 def make_vae_run(path):
     import checkpoint
     from vae import VAE
@@ -109,69 +141,60 @@ def make_vae_run(path):
     return Saved(str(path), ema, None, [])
 
 
-def make_ldm_run(
-    path,
-    vae,
-    cond,
-    classes=(),
-    examples=None,
-    objective="v",
-    schedule="cosine",
-    class_embed="add",
-    task="none",
-    uncertainty=False,
-    sr_noise=0,
-    **unet_settings,
-):
+def make_ldm_run(path, vae, classes=(), examples=None, unet=None, **model):
+    """unet, model: settings that differ from these and from ldm_settings."""
     import checkpoint
     from text import TextEncoder
     from unet import Denoiser, Rescaler, UNet
 
+    cond, task, token = (model.get(name) for name in ("cond", "task", "class_embed"))
     text = TextEncoder(16, 1, 2, 16) if cond == "text" else None
-    tokens = torch.nn.Embedding(len(classes) + 1, 16) if class_embed == "token" else None
+    tokens = torch.nn.Embedding(len(classes) + 1, 16) if token else None
     settings = dict(in_channels=3, out_channels=3, channels=16, channel_mult=(1, 2), num_res_blocks=1)
     settings |= dict(attention_ds=(2,), num_heads=2, norm_groups=4, context_dim=16 if text or tokens else 0)
-    num_classes = 1000 if sr_noise else len(classes) + 1 if cond == "class" and not tokens else 0
-    concat_channels = {"none": 0, "inpaint": 4, "sr": 12, "semantic": 3}[task]
-    settings |= dict(num_classes=num_classes, concat_channels=concat_channels) | unet_settings
+    settings |= dict(concat_channels={None: 0, "inpaint": 4, "sr": 12, "semantic": 3}[task])
+    settings |= dict(num_classes=1000 if task == "sr" else len(classes) + 1 if cond == "class" and not token else 0)
     rescaler = Rescaler(5, vae.factor) if task == "semantic" else None
-    denoiser = Denoiser(UNet(**settings), text, tokens, rescaler, uncertainty)
-    model, ema = fill(copy.deepcopy(denoiser), 1), fill(denoiser, 2).requires_grad_(False).eval()
-    tensors = checkpoint.with_prefix("model", model.state_dict()) | checkpoint.with_prefix("ema", ema.state_dict())
+    denoiser = Denoiser(UNet(**settings | (unet or {})), text, tokens, rescaler, model.get("uncertainty", False))
+    weights, ema = fill(copy.deepcopy(denoiser), 1), fill(denoiser, 2).requires_grad_(False).eval()
+    tensors = checkpoint.with_prefix("model", weights.state_dict()) | checkpoint.with_prefix("ema", ema.state_dict())
     tensors |= checkpoint.with_prefix("vae", vae.state_dict()) if vae else {}
     if text:
         tensors["text.bpe"] = torch.tensor(list(text.bpe()), dtype=torch.uint8)
-    about = {"unet": denoiser.unet.settings, "text": text and text.settings, "cond": cond, "class_embed": class_embed}
-    about |= {"first_stage": "vae" if vae else "none", "num_classes": len(classes), "image_size": 32 if vae else 8}
-    about |= {"objective": objective, "schedule": schedule, "beta_start": 0.0015, "beta_end": 0.0195, "zero_snr": False}
-    about |= {"uncertainty": uncertainty, "ema_stds": [], "text_encoder": "joint", "tower_hash": None, "task": task}
-    about |= {"sr_scale": 2, "sr_noise": sr_noise, "sr_schedule": None, "map_classes": 5 if task == "semantic" else 0}
+    about = {"num_classes": len(classes), "sr_scale": 2, "map_classes": 5 if rescaler else 0}
+    about |= {} if vae else {"first_stage": "none", "image_size": 8}
     examples = examples or [None] * 3
-    about = meta("ldm", about, vae=vae and vae.settings, examples=examples, classes=list(classes))
+    more = dict(vae=vae and vae.settings, examples=examples, classes=list(classes))
     path.mkdir()
-    checkpoint.write(f"{path}/latest.safetensors", tensors, about)
+    checkpoint.write(
+        f"{path}/latest.safetensors", tensors, meta("ldm", ldm_settings(denoiser, **about | model), **more)
+    )
     return Saved(str(path), vae, ema, examples)
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Tiny runs by name: an autoencoder (f4), denoisers of its latents told text, classes or nothing, one of pixels.
+    """Tiny runs by name: an autoencoder (f4), denoisers of its latents by condition, and one of pixels.
 
-    And those with a class as a token, or with a task: inpaint, sr (twice the side), semantic (5 classes).
+    "tokens" has classes as tokens; "inpaint", "sr" (twice the side) and "semantic" (5 classes) are tasks.
     """
     root = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     made = {"vae": make_vae_run(root / "vae")}
     vae = made["vae"].vae
-    made["text"] = make_ldm_run(root / "text", vae, "text", examples=["a red star", "a blue circle"])
     classes, process = ("cat", "dog", "7", "tench, Tinca"), dict(objective="eps", schedule="scaled_linear")
-    made["class"] = make_ldm_run(root / "class", vae, "class", classes, [0, 1, 2, 3], **process)
-    made["none"] = make_ldm_run(root / "none", vae, "none")
-    made["pixels"] = make_ldm_run(root / "pixels", None, "none", channel_mult=(1,), attention_ds=())
-    made["tokens"] = make_ldm_run(root / "tokens", vae, "class", ("cat", "dog"), [0, 1], class_embed="token")
-    made["inpaint"] = make_ldm_run(root / "inpaint", vae, "text", examples=["a"], task="inpaint")
-    made["sr"] = make_ldm_run(root / "sr", vae, "none", task="sr", sr_noise=10, uncertainty=True)
-    made["semantic"] = make_ldm_run(root / "semantic", vae, "none", task="semantic")
+    pixels = dict(channel_mult=(1,), attention_ds=())
+    for name, stage, options in (
+        ("text", vae, dict(cond="text", examples=["a red star", "a blue circle"])),
+        ("class", vae, dict(cond="class", classes=classes, examples=[0, 1, 2, 3], **process)),
+        ("none", vae, {}),
+        ("pixels", None, dict(unet=pixels)),
+        ("tokens", vae, dict(cond="class", classes=("cat", "dog"), examples=[0, 1], class_embed="token")),
+        ("inpaint", vae, dict(cond="text", examples=["a"], task="inpaint")),
+        ("sr", vae, dict(task="sr", sr_noise=10, uncertainty=True)),
+        ("semantic", vae, dict(task="semantic")),
+    ):
+        made[name] = make_ldm_run(root / name, stage, **options)
     return made
 
 

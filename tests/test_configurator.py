@@ -29,6 +29,7 @@ compile = "auto"  # auto | true | false: torch.compile
 tokenizer = "bytes"  # bytes | gpt2 | ...: or a file
 objective = ""  # "" | eps | v: of the prediction
 drop = 0.1  # in [0, 1): share without condition
+schedule = "flow"  # one of SCHEDULES: of the noise
 eta = -1.0  # -1 or in [0, 1]: noise
 ch_mult = (
     1,
@@ -37,6 +38,7 @@ ch_mult = (
 betas = (0.9, 0.95)
 extra = ()
 names = ("a", "b")
+SCHEDULES = {"flow": 1, "cosine": 2}
 MAX = 3
 _private = 4
 table = {"not": "a setting"}
@@ -111,13 +113,14 @@ def test_arguments(settings, argument, value):
         ("--batch_size=many", "--batch_size must be int (default 12), got 'many'"),
         ("--lr=fast", "--lr must be float (default 0.0001), got 'fast'"),
         ("--flip=1", "--flip must be bool (default True), got 1"),
-        ("--ch_mult=1,2.5", "--ch_mult must be tuple of int (default 1,2), got [1, 2.5]"),
-        ("--extra=a", "--extra must be tuple of numbers (default ), got 'a'"),
+        ("--ch_mult=1,2.5", "--ch_mult must be tuple of int (default 1,2), got (1, 2.5)"),
+        ("--extra=a", "--extra must be tuple of numbers (default ), got ('a',)"),
         ("--batch_size=0", "--batch_size=0 must be >= 1 (default 12)"),
         ("--lr=0", "--lr=0.0 must be > 0 (default 0.0001)"),
         ("--drop=1", "--drop=1.0 must be in [0, 1) (default 0.1)"),
         ("--eta=-0.5", "--eta=-0.5 must be -1 or in [0, 1] (default -1.0)"),
         ("--compile=yes", "--compile=yes must be one of auto | true | false (default auto)"),
+        ("--schedule=x", "--schedule=x must be one of flow | cosine (default flow)"),
         ("--objective=x", '--objective=x must be one of "" | eps | v (default )'),
         ("--ch_mult=1,0", "--ch_mult=1,0 must be each >= 1 (default 1,2)"),
         ("--bach_size=3", "unknown setting 'bach_size': did you mean 'batch_size'? (--help lists all)"),
@@ -219,7 +222,7 @@ def test_every_default_keeps_its_contract_and_no_number_is_without_one(name):
         assert comment, f"{setting} has no comment"
         assert found is None or found[1](default), f"{setting}={default} breaks {found[0]}"
         is_number = type(default) in (int, float)
-        assert found or not is_number or setting in ("seed",), f"{setting} is a number without a range"
+        assert found or not is_number or setting in ("seed", "t_mean"), f"{setting} is a number without a range"
         looks_like_one = comment.startswith((">", "<", "in [", "in (", "each ")) or " | " in comment.split(":")[0]
         assert found or not looks_like_one, f"{setting}: {comment!r} is prose by accident"
 

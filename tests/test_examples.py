@@ -1,8 +1,6 @@
 """The examples: what their functions compute, and that each runs from the command line."""
 
 import math
-import runpy
-import sys
 
 import numpy as np
 import pytest
@@ -30,16 +28,13 @@ def pipelines(runs):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """run(name, *args) -> what the example prints, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+def run(command):
+    """run(name, *args) -> what the example prints."""
 
     def run(name, *args):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *args])
-        monkeypatch.delitem(sys.modules, f"examples.{name}", raising=False)
-        runpy.run_module(f"examples.{name}", run_name="__main__")
-        return capsys.readouterr().out
+        status, out, err = command(f"examples/{name}.py", *args)
+        assert (status, err) == (0, "")
+        return out
 
     return run
 
@@ -49,12 +44,10 @@ def near(a, b, atol=1e-5):
 
 
 def test_slerp():
-    a, b = normal(3, 8, 8), normal(3, 8, 8, seed=1)
+    a, b, x, y = normal(3, 8, 8), normal(3, 8, 8, seed=1), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     path = slerp(a, b, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
-    near(path[0], a)
-    near(path[2], b)
+    near(path[[0, 2]], torch.stack([a, b]))
     assert path[1].norm().item() == pytest.approx(a.norm().item(), rel=0.1), "as long as a noise is"
-    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     near(slerp(x, y, torch.tensor([1 / 3]))[0], torch.tensor([math.cos(math.pi / 6), math.sin(math.pi / 6)]))
     near(slerp(a, a, torch.full((1,), 0.3, dtype=torch.float64))[0], a)
 
@@ -88,9 +81,8 @@ def test_inversion_comes_back(name):
         noise = ddim_invert(denoise, x0, times, schedule, iterations)
         return (samplers["ddim"](denoise, noise, times, schedule) - x0).abs().max().item()
 
-    for iterations in (1, 3):
-        assert error(25, iterations) > error(50, iterations) > error(100, iterations)
-    assert error(50, 60) < 1e-6 < error(50, 3) < error(50, 1)
+    assert error(25, 1) > error(50, 1) > error(50, 3) > error(100, 3)
+    assert error(50, 60) < 1e-6
 
 
 def test_inversion_generates_the_image_again(pipelines, run, runs):
@@ -116,7 +108,7 @@ def test_trajectory(pipelines, run, runs):
         assert gif.n_frames == 3
 
 
-def test_reconstruct(runs, run, tmp_path):
+def test_reconstruct(runs, run, command, tmp_path):
     """Images of several sizes and modes, one damaged and one too small; of either stage's checkpoint."""
     folder, rng = tmp_path / "photos", np.random.default_rng(0)
     folder.mkdir()
@@ -139,15 +131,13 @@ def test_reconstruct(runs, run, tmp_path):
     with Image.open("reconstructions.png") as sheet:
         assert sheet.size == (40 + 36 + 40 + 3 * 4, 2 * 48 + 4)
         assert np.array_equal(np.array(sheet)[:24, :40], np.array(Image.open(folder / "a.png"))), "originals above"
-    run("reconstruct", f"--ckpt={runs['text'].path}", f"--images={folder}", "--out=two.png")
-    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "reconstructions.png").read_bytes()
     for name in ("a.png", "b.png", "grey.png"):
         (folder / name).unlink()
-    with pytest.raises(ValueError, match="no image that can be reconstructed"):
-        run("reconstruct", f"--ckpt={runs['vae'].path}", f"--images={folder}")
+    _, _, err = command("examples/reconstruct.py", f"--ckpt={runs['vae'].path}", f"--images={folder}")
+    assert err == f"reconstruct.py: {folder}: no image that can be reconstructed; give a folder of images\n"
 
 
-@pytest.mark.parametrize("name", ["text", "class", "inpaint"])
+@pytest.mark.parametrize("name", ["class", "inpaint"])
 def test_dit_from_a_checkpoint(runs, tmp_path, name):
     """A denoiser of one's own, named on the command line, uses t, condition and concat."""
     tensors, meta = checkpoint.read(runs[name].path)

@@ -49,6 +49,8 @@ def test_ssim_against_a_slow_loop():
     assert ssim(x, y).tolist() == pytest.approx(wanted, abs=1e-6)
     assert ssim(x, x).tolist() == pytest.approx([1, 1, 1], abs=1e-9)
     assert ssim(x[:1, :, :11, :11], y[:1, :, :11, :11]).shape == (1,), "one window"
+    with pytest.raises(AssertionError, match=r"11 x 11 pixels or more, got \(11, 10\)"):
+        ssim(x[:, :, :11, :10], y[:, :, :11, :10])
 
 
 @pytest.mark.parametrize("metric", (psnr, ssim))
@@ -59,17 +61,10 @@ def test_clamped_and_not_affected_by_autocast(metric):
     loud_x[0, 0, 0], loud_y[0, 1, 5] = 7.0, -9.0
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(metric(loud_x, loud_y), metric(x, y))
-    with pytest.raises(
-        AssertionError, match=r"of one shape in \[-1,1\] are needed, got torch.float32 \(2, 3, 16, 16\)"
-    ):
+    with pytest.raises(AssertionError, match=r"of one shape in \[-1,1\] are needed, got .*32 \(2, 3, 16, 16\)"):
         metric(x, y[:1])
     with pytest.raises(AssertionError, match="float tensors"):
         metric(x.byte(), y.byte())
-
-
-def test_ssim_needs_a_window():
-    with pytest.raises(AssertionError, match=r"11 x 11 pixels or more, got \(11, 10\)"):
-        ssim(images(1, 3, 11, 10), images(1, 3, 11, 10))
 
 
 # --- two sets of features ---
@@ -131,9 +126,6 @@ def test_precision_and_recall(monkeypatch):
 
 
 def test_inception_weights_are_read_as_tensors_only(tmp_path, monkeypatch):
-    inception, prc = types.ModuleType("inception"), types.ModuleType("prc")
-    prc.prc_features_to_metric = None
-
     class Net(torch.nn.Linear):
         def __init__(self, name, features, feature_extractor_weights_path):
             super().__init__(3, 2048, bias=False)
@@ -142,11 +134,11 @@ def test_inception_weights_are_read_as_tensors_only(tmp_path, monkeypatch):
         def forward(self, x):
             return (super().forward(x.float().mean(dim=(2, 3))),)
 
-    inception.FeatureExtractorInceptionV3 = Net
-    modules = {"torch_fidelity": types.ModuleType("torch_fidelity"), "torch_fidelity.metric_prc": prc}
-    modules["torch_fidelity.feature_extractor_inceptionv3"] = inception
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    inception = types.SimpleNamespace(FeatureExtractorInceptionV3=Net)
+    prc = types.SimpleNamespace(prc_features_to_metric=None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", inception)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.metric_prc", prc)
     path = str(tmp_path / "inception.pth")
     torch.save({"weight": torch.ones(2048, 3)}, path)
     features = load_inception(path, "cpu")(torch.full((2, 3, 4, 4), 5, dtype=torch.uint8))

@@ -137,13 +137,8 @@ def test_gan_losses_by_hand():
     assert generator_loss(fake, "vanilla").item() == pytest.approx(softplus)
     assert generator_loss(fake, "least_squares").item() == pytest.approx((16 + 1 + 0) / 6)
     for loss, blind in (("hinge", 1.0), ("vanilla", math.log(2)), ("least_squares", 0.25)):
-        half, cfg = torch.full((4,), 0.5 if loss == "least_squares" else 0.0), settings(disc_loss=loss)
+        half = torch.full((4,), 0.5 if loss == "least_squares" else 0.0)
         assert discriminator_loss(half, half, loss).item() == pytest.approx(blind)
-        records = [
-            dict(disc_loss=v, logits_real=a, logits_fake=0.0) for v, a in ((blind, 0.01), (0.001, 1.5), (0.6, 1))
-        ]
-        verdicts = [train_vae.disc_verdict(record, cfg) for record in records]
-        assert "does not tell" in verdicts[0] and "has won" in verdicts[1] and verdicts[2] == ""
 
 
 class Slope(torch.nn.Module):
@@ -283,16 +278,16 @@ def test_candidates_are_latents_of_the_global_batch():
     assert not torch.equal(train_vae.restart_candidates(list(latents), 8, cfg, machine()), candidates)
 
 
-def test_ema_has_a_closed_form():
-    average, decay, d, expected = torch.zeros(1, dtype=torch.float64), 0.5, [], 0.0
-    for n in range(1, 21):
-        d.append(min(decay, (1 + n) / (10 + n)))
-        current = torch.tensor([float(n * n)], dtype=torch.float64)
-        train_vae.update_ema([average], [current], n, decay, torch.tensor(True))
-        expected = d[-1] * expected + (1 - d[-1]) * n * n
-    assert d[0] == 2 / 11 and d[6] < decay == d[-1] and average.item() == pytest.approx(expected, rel=1e-12)
-    train_vae.update_ema([average], [current], 21, decay, torch.tensor(False))
-    assert average.item() == pytest.approx(expected, rel=1e-12)
+def test_ema():
+    averaged, current, ok = (
+        [torch.zeros(2, dtype=torch.float64)],
+        [torch.ones(2, dtype=torch.float64)],
+        torch.tensor(True),
+    )
+    train_vae.update_ema(averaged, current, 0.75, ok)
+    train_vae.update_ema(averaged, current, 0.5, ok)
+    train_vae.update_ema(averaged, current, 0.5, ~ok)
+    assert averaged[0].tolist() == [0.625] * 2
 
 
 # --- evaluation ---
@@ -307,9 +302,10 @@ def test_rfid_is_the_distance_of_two_gaussians(small_data):
         return x.float().flatten(1)[:, ::128] / 255
 
     vae, stream = tiny_vae().eval(), Stream(Dataset(small_data, "val", 16), 0, train=False)
-    options = settings(val_images=16, batch_size=5), machine(), contextlib.nullcontext(), None, inception
-    scores, _ = train_vae.evaluate(vae, stream, *options)
-    x = torch.stack([stream[i]["image"] for i in range(16)])
+    validation = [stream[i] for i in range(16)]
+    options = settings(batch_size=5), machine(), contextlib.nullcontext(), None, inception
+    scores, _ = train_vae.evaluate(vae, validation, *options)
+    x = torch.stack([item["image"] for item in validation])
     y = vae.decode(vae.encode(x).mode()).clamp(-1, 1).detach()
     f, g = (inception(((a + 1) * 127.5).round().byte()).double().numpy() for a in (x, y))
     c, d = (np.cov(features, rowvar=False) for features in (f, g))
@@ -350,21 +346,13 @@ def test_ranks_and_accumulation_are_equal_in_float64(start, tmp_path):
     assert_same(*(read(two.folder / f"rank{rank}.safetensors")[0] for rank in range(2)))
     # the rest on one process, which takes four micro-steps to the same images
     resumed = start("vae", "--dtype=float64", "--batch_size=1", folder=resume_folder(two, tmp_path)).finish()
-    assert "grad_accum=4 in place of 1, to keep 4 images per step" in resumed.stdout
+    assert "4 images per step: processes 1 x batch_size 1 x grad_accum 4" in resumed.stdout
     assert "max_steps=6 was 3" in resumed.stdout
     assert_same(resumed.checkpoint[0], one.checkpoint[0], 1e-9)
     for a, b in zip(one.log[3:], resumed.log[3:], strict=True):
         assert all(a[name] == pytest.approx(b[name], rel=1e-6) for name in a.keys() - {"images_per_s"})
     message = start("vae", "--dtype=float64", "--batch_size=3", folder=tmp_path).fail()
     assert "4 images per step" in message and "batch_size=3 x 1 processes" in message
-
-
-def test_a_sharded_optimizer_changes_nothing(start, finished, tmp_path):
-    args = (*SIX_STEPS, "--batch_size=2", "--shard_optimizer=true")
-    killed = start("vae", *args, ranks=2, trap=("step 4,", signal.SIGKILL), folder=tmp_path)
-    assert killed.wait()[0] == -signal.SIGKILL
-    resumed = start("vae", *args, ranks=2, folder=tmp_path).finish()
-    assert_same(resumed.checkpoint[0], finished("vae", 2).checkpoint[0])
 
 
 def test_sigterm_to_one_rank_saves_and_stops_both(start, finished, tmp_path):
@@ -410,24 +398,6 @@ def test_a_bad_step_changes_nothing_that_is_carried(start, tmp_path):
         before, good, bad = ([t.nan_to_num(7) for t in flat(state[name])] for state in states)
         assert len(good) == len(bad) and all(map(torch.equal, good, bad)), name
         assert not all(map(torch.equal, before, good)), name
-
-
-def test_a_bad_loss_never_reaches_the_weights(start):
-    run = start("vae", "--lr=1e30", "--warmup_steps=0", "--save_every=1", keep=True)
-    found = re.match(r"(.*) not finite at step (\d+); the weights were not updated; last checkpoint: ", run.fail())
-    assert found and {"recon", "kl"} & set(found[1].split(", "))
-    tensors, meta = run.checkpoint
-    assert meta["step"] == int(found[2]) - 1 > 0
-    assert all(t.isfinite().all() for name, t in tensors.items() if "latent_" not in name)
-    assert_same(read(run.folder / "rank0.safetensors")[0], part(tensors, "model"))
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(start, killed, tmp_path):
-    path = resume_folder(killed("vae"), tmp_path) / "out/latest.safetensors"
-    before = path.read_bytes()
-    message = start("vae", "--save_every=5", "--val_images=2", limit=len(before) // 2, folder=tmp_path).fail()
-    assert "could not be saved" in message and path.read_bytes() == before
-    assert not list((tmp_path / "out").glob("*tmp*"))
 
 
 def test_what_a_run_leaves(finished):
@@ -661,37 +631,34 @@ def test_eval_only(adversarial, start, small_data, trunk, tmp_path):
 # --- wrong settings ---
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ("--image_size=16 --disc_weight=1 --disc_layers=3", "image_size=16 is below 24, which is the least of SSIM"),
-        ("--image_size=16 --lpips_trunk=FILE --lpips_net=squeeze", "image_size=16 is below 17"),
-        ("--image_size=8", "image_size=8 is below 11"),
-        ("--train=decoder", "needs a trained autoencoder; set init_from"),
-        ("--adaptive_min=2", "adaptive_min=2.0 is above adaptive_max=0.0509"),
-        ("--ckpt=out", "--ckpt is only used with --eval_only=True"),
-        ("--eval_split=val", "--eval_split is only used with --eval_only=True"),
-    ],
-)
-def test_settings_that_do_not_fit_together(args, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        train_vae.check_settings(settings(*args.split()), machine())
+UNFIT = {
+    "--image_size=16 --disc_weight=1 --disc_layers=3": "image_size=16 is below 24, which is the least of SSIM",
+    "--image_size=16 --lpips_trunk=FILE --lpips_net=squeeze": "image_size=16 is below 17",
+    "--image_size=8": "image_size=8 is below 11",
+    "--train=decoder": "needs a trained autoencoder; set init_from",
+    "--adaptive_min=2": "adaptive_min must be <= adaptive_max",
+    "--ckpt=out --eval_split=val": "--ckpt --eval_split is only used with --eval_only=True",
+}
+WRONG = {
+    "--disc_loss=wgan": "--disc_loss=wgan must be one of hinge | vanilla | least_squares",
+    "--init_from=nowhere": "nowhere: no such checkpoint",
+    "--dataset=nowhere": "nowhere",
+    "--image_size=17": "image_size=17 is not a multiple of 2",
+    "--norm_groups=3": "norm_groups=3: must divide ch * ch_mult",
+    "--measure_latents": "no such checkpoint, which --measure_latents needs",
+    "--image_size=32 --perceptual_weight=1 --lpips_trunk=none.pth": "none.pth: does not load",
+}
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ("--disc_loss=wgan", "--disc_loss=wgan must be one of hinge | vanilla | least_squares"),
-        ("--init_from=nowhere", "nowhere: no such checkpoint"),
-        ("--dataset=nowhere", "nowhere"),
-        ("--image_size=17", "image_size=17 is not a multiple of 2"),
-        ("--norm_groups=3", "norm_groups=3: must divide ch * ch_mult"),
-        ("--measure_latents", "no such checkpoint, which --measure_latents needs"),
-        ("--image_size=32 --perceptual_weight=1 --lpips_trunk=none.pth", "none.pth: does not load"),
-    ],
-)
-def test_a_wrong_setting_is_one_line(args, message, start):
-    assert message in start("vae", *args.split()).fail()
+@pytest.mark.parametrize("args", UNFIT)
+def test_settings_that_do_not_fit_together(args):
+    with pytest.raises(UserError, match=re.escape(UNFIT[args])):
+        train_vae.check_settings(settings(*args.split()))
+
+
+@pytest.mark.parametrize("args", WRONG)
+def test_a_wrong_setting_is_one_line(args, start):
+    assert WRONG[args] in start("vae", *args.split()).fail()
 
 
 def test_a_checkpoint_with_other_settings_is_refused(start, finished, first_stage, tmp_path):
@@ -709,7 +676,7 @@ PUBLISHED |= dict(vq_f8=67_717_295, ft_mse=83_653_863, four_phase_4=83_653_863)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_configs_are_the_published_models(name):
     cfg = configure(vars(train_vae).copy(), [f"{ROOT}/config/{name}.py"])
-    train_vae.check_settings(cfg, machine())
+    train_vae.check_settings(cfg)
     with torch.device("meta"):
         vae = VAE(**{key: cfg[key] for key in inspect.signature(VAE).parameters})
     assert sum(p.numel() for p in vae.parameters()) == PUBLISHED[name]

@@ -68,9 +68,7 @@ def prepare(cfg):
     check_source(source, "cifar-10-binary.tar.gz or a folder of parquet files, or add --download=True")
     files = parquet_files(source)
     if not files and os.path.isdir(source):
-        reject(
-            source, "no parquet files", "set --source to cifar-10-binary.tar.gz, or to the folder of the parquet files"
-        )
+        reject(source, "no parquet files", "set --source to cifar-10-binary.tar.gz or to their folder")
     pack(from_parquet(files) if files else from_binary(source), cfg, CLASSES)
 
 

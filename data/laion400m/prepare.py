@@ -16,15 +16,13 @@ tiny and duplicate, bpe.tiktoken, meta.json with the links that were lost and wh
 
 import collections
 import glob
-import itertools
 import json
 import os
 import sys
-import tarfile
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.forms import IMAGES, captions_of, parse
+from data.forms import IMAGES, NOWHERE, Index, captions_of, field, parse, tar_samples
 from data.prepare import check_source, need, pack, run, save
 
 urls = ""  # folder of parquet files with URL and TEXT, or one such file
@@ -37,7 +35,7 @@ size = 256  # >= 1: short side in pixels; smaller images are not enlarged
 crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
 quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
 min_side = 64  # >= 0: images with a shorter side are dropped
-drop_duplicates = True  # keep only the first of identical images; takes 9 bytes of memory an image
+drop_duplicates = True  # keep only the first of identical images; takes about 100 bytes of memory an image
 vocab_size = 32768  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
 shard_mb = 256.0  # > 0: size of a shard
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
@@ -77,16 +75,15 @@ def count_links(folder):
     """Sums of img2dataset's *_stats.json: links, images, and how often each reason for a loss occurred."""
     total, reasons = collections.Counter(), collections.Counter()
 
-    def add(counter, values):  # a damaged file has other values
+    def add(counter, values):  # a damaged file has others
+        values = values if isinstance(values, dict) else {}
         counter.update({name: n for name, n in values.items() if isinstance(n, int)})
 
     for path in sorted(glob.glob(f"{glob.escape(folder)}/*_stats.json")):
         with open(path, "rb") as f:
             stats = parse(f.read())
-        if isinstance(stats, dict):
-            add(total, stats)
-            statuses = stats.get("status_dict")
-            add(reasons, statuses if isinstance(statuses, dict) else {})
+        add(total, stats)
+        add(reasons, field(stats, ["status_dict"]))
     del reasons["success"]
     return dict(
         links=total["count"],
@@ -105,41 +102,24 @@ def report(links):
             print(f"  {n:9d}  {' '.join(reason.split())[:100]}")
 
 
-def tar_samples(path):
-    """(key, {extension: (offset, size)}) of each sample of a webdataset shard, whose files are consecutive."""
-
-    def key(member):
-        folder, name = os.path.split(member.name)
-        return os.path.join(folder, name.partition(".")[0])  # up to the first dot
-
-    end = os.path.getsize(path)
-    try:
-        with tarfile.open(path, "r:") as tar:
-            files = (m for m in tar if m.isfile() and m.offset_data + m.size <= end)
-            for name, members in itertools.groupby(files, key):
-                yield name, {m.name.removeprefix(name).lower(): (m.offset_data, m.size) for m in members}
-    except tarfile.TarError as e:
-        print(f"{path} is damaged ({e}): the rest of it is skipped")
-
-
 def items(shards, unwanted=lambda record: ""):
     for path in shards:
         with open(path, "rb") as f:
 
-            def read(offset, size):
+            def read(_, offset, size):
                 f.seek(offset)
                 return f.read(size)
 
-            for key, sample in tar_samples(path):
+            for key, sample in tar_samples(f, Index()):
                 image = next((sample[ending] for ending in sample if ending in IMAGES), None)
                 if image is None:
                     continue
-                record = parse(read(*sample.get(".json", (0, 0))))
+                record = parse(read(*sample.get(".json", NOWHERE)))
                 record = record if isinstance(record, dict) else {}  # damaged
                 texts = captions_of(record)
                 if not texts and ".txt" in sample:
                     texts = captions_of(read(*sample[".txt"]).decode("utf-8", "replace").strip())
-                item = dict(key=key, image=(path, *image), text=texts, url=record.get("url", ""))
+                item = dict(key=key, image=(path, *image[1:]), text=texts, url=record.get("url", ""))
                 yield item | dict(drop=unwanted(record))
 
 
