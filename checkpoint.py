@@ -168,17 +168,21 @@ def _read(path, starts):
                 reject(path, f"format {meta['format']}, this code reads {FORMAT}", "use the code that wrote it")
             return {name: file.get_tensor(name) for name in file.keys() if name.startswith(starts)}, meta
     except (OSError, SafetensorError, LookupError, TypeError, RecursionError, json.JSONDecodeError) as error:
-        reject(path, f"truncated or damaged ({error})", "delete it, or restore a good copy")
+        reject(
+            path,
+            f"truncated or damaged ({error})",
+            "restore a copy, or start another out_dir from the last ema_*.safetensors",
+        )
 
 
 def read_vae(path):
     """(settings, state dict) of the autoencoder in a checkpoint: the EMA of stage 1, or the first stage of stage 2.
 
-    A snapshot holds none: it is read from the latest.safetensors of the same run, in the same folder.
+    A snapshot of stage 2 holds none: it is read from the latest.safetensors of the same run, in the same folder.
     """
     path = find(path)
     meta = read_meta(path)
-    if meta.get("snapshot"):
+    if meta.get("snapshot") and meta["stage"] == "ldm":
         latest = os.path.join(os.path.dirname(path), "latest.safetensors")
         if not os.path.exists(latest) or read_meta(latest).get("run") != meta.get("run"):
             reject(path, "a snapshot, without the autoencoder", "put the latest.safetensors of its run beside it")

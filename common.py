@@ -111,9 +111,9 @@ def leave(status=0):
 
 
 class Stop:
-    """SIGTERM and SIGINT ask a run to save and end; all ranks end at the same step.
+    """SIGTERM or SIGINT asks a run to save and end; all ranks end at the same step. A second one ends it at once.
 
-    Asked once a step, in host memory, so that nothing waits for a GPU.
+    `agreed` is called once a step and works in host memory, so that nothing waits for a GPU.
     """
 
     def __init__(self):
@@ -124,6 +124,7 @@ class Stop:
 
     def _ask(self, number, frame):
         self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
     def agreed(self):
         if self.group is not None:
@@ -315,7 +316,7 @@ class Log:
         self.print(f"{machine.world} x {hardware}, {machine.precision}; settings not default: {cfg.changed}")
         start = f"resumed from {resume_from} at step {step}" if resume_from else f"a new run in {cfg.out_dir}"
         accumulated = images_per_step // (cfg.batch_size * machine.world)
-        size = f"{machine.world} processes x {cfg.batch_size} x {accumulated} accumulated"
+        size = f"processes {machine.world} x batch_size {cfg.batch_size} x grad_accum {accumulated}"
         self.print(f"{start}; {images_per_step} images per step: {size}")
         if resume_from and saved:
             now = json.loads(json.dumps(cfg))  # tuples as lists

@@ -15,6 +15,7 @@ The text before the first colon of a comment is checked if all of it is one of t
     in [0, 1)     an interval; a round bracket excludes its end
     each >= 1     for a tuple, each of its elements
     0 or >= 2     either
+    one of NAME   one of the keys or entries of NAME, a global of the script
 """
 
 import ast
@@ -105,8 +106,14 @@ def find_settings(scope):
             while first > 1 and lines[first - 2].startswith("#"):
                 first -= 1
             heading = " ".join(comments[line] for line in range(first, node.lineno))
-            settings[name] = Setting(scope[name], comments.get(node.end_lineno, ""), heading)
+            settings[name] = Setting(scope[name], expanded(comments.get(node.end_lineno, ""), scope), heading)
     return settings
+
+
+def expanded(comment, scope):
+    """A comment `one of NAME: ...` with the entries of the script's global NAME, as `a | b | c: ...`."""
+    match = re.match(r"one of (\w+)(.*)", comment)
+    return " | ".join(scope[match[1]]) + match[2] if match else comment
 
 
 def is_setting(name, value):
@@ -222,7 +229,7 @@ def parse_file(path, settings):
 
 def find(name, settings):
     if name not in settings:
-        nearest = difflib.get_close_matches(name, settings, n=1, cutoff=0)
+        nearest = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
         hint = f": did you mean {nearest[0]!r}?" if nearest else ""
         raise SettingError(f"unknown setting {name!r}{hint} (--help lists all)")
     return settings[name]

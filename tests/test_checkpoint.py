@@ -199,3 +199,21 @@ def test_posthoc_ema_is_the_average_that_was_not_kept(tmp_path):
     tmp_path.mkdir()
     with pytest.raises(UserError, match="no averages to combine; train with --ema_stds"):
         checkpoint.posthoc_ema(str(tmp_path), 0.1)
+
+
+def test_snapshots_of_an_autoencoder(tmp_path):
+    """Stage 1's hold their own EMA; stage 2's have the autoencoder in the latest.safetensors of their run."""
+    vae, later = VAE(**SETTINGS), VAE(**SETTINGS)
+    about = {"model": vae.settings, "vae": vae.settings, "run": 7, "snapshot": True}
+    snapshot, latest = f"{tmp_path}/ema_00000003.safetensors", f"{tmp_path}/latest.safetensors"
+    checkpoint.write(latest, checkpoint.with_prefix("ema", later.state_dict()), about | {"stage": "vae"})
+    checkpoint.write(snapshot, checkpoint.with_prefix("ema", vae.state_dict()), about | {"stage": "vae"})
+    name = "encoder.conv_in.weight"
+    assert torch.equal(checkpoint.read_vae(snapshot)[1][name], vae.state_dict()[name])
+    checkpoint.write(snapshot, {}, about | {"stage": "ldm"})
+    ldm = about | {"stage": "ldm", "snapshot": False}
+    checkpoint.write(latest, checkpoint.with_prefix("vae", later.state_dict()), ldm)
+    assert torch.equal(checkpoint.read_vae(snapshot)[1][name], later.state_dict()[name])
+    checkpoint.write(latest, {}, ldm | {"run": 8})
+    with pytest.raises(UserError, match="a snapshot, without the autoencoder"):
+        checkpoint.read_vae(snapshot)

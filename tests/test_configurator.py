@@ -29,6 +29,7 @@ compile = "auto"  # auto | true | false: torch.compile
 tokenizer = "bytes"  # bytes | gpt2 | ...: or a file
 objective = ""  # "" | eps | v: of the prediction
 drop = 0.1  # in [0, 1): share without condition
+schedule = "flow"  # one of SCHEDULES: of the noise
 eta = -1.0  # -1 or in [0, 1]: noise
 ch_mult = (
     1,
@@ -37,6 +38,7 @@ ch_mult = (
 betas = (0.9, 0.95)
 extra = ()
 names = ("a", "b")
+SCHEDULES = {"flow": 1, "cosine": 2}
 MAX = 3
 _private = 4
 table = {"not": "a setting"}
@@ -118,6 +120,7 @@ def test_arguments(settings, argument, value):
         ("--drop=1", "--drop=1.0 must be in [0, 1) (default 0.1)"),
         ("--eta=-0.5", "--eta=-0.5 must be -1 or in [0, 1] (default -1.0)"),
         ("--compile=yes", "--compile=yes must be one of auto | true | false (default auto)"),
+        ("--schedule=x", "--schedule=x must be one of flow | cosine (default flow)"),
         ("--objective=x", '--objective=x must be one of "" | eps | v (default )'),
         ("--ch_mult=1,0", "--ch_mult=1,0 must be each >= 1 (default 1,2)"),
         ("--bach_size=3", "unknown setting 'bach_size': did you mean 'batch_size'? (--help lists all)"),

@@ -318,7 +318,7 @@ def test_ranks_and_accumulation_are_equal_in_float64(start, tmp_path):
     assert_same(*(read(two.folder / f"rank{rank}.safetensors")[0] for rank in range(2)))
     # the rest on one process, which takes four micro-steps to the same images
     resumed = start("vae", "--dtype=float64", "--batch_size=1", folder=resume_folder(two, tmp_path)).finish()
-    assert "4 images per step: 1 processes x 1 x 4 accumulated" in resumed.stdout
+    assert "4 images per step: processes 1 x batch_size 1 x grad_accum 4" in resumed.stdout
     assert "max_steps=6 was 3" in resumed.stdout
     assert_same(resumed.checkpoint[0], one.checkpoint[0], 1e-9)
     for a, b in zip(one.log[3:], resumed.log[3:], strict=True):
