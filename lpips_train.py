@@ -495,7 +495,7 @@ if __name__ == "__main__":
     model.train()
 
     def due(every):
-        return step % every == 0 and step > start_step
+        return every > 0 and step % every == 0 and step > start_step
 
     # training loop
     stop, start_step, started = common.Stop(), step, time.time()

@@ -277,7 +277,7 @@ class Conditioner:
         self.resident, self.flips = None, 1  # cached latents in device memory: see keep_latents
         self.null = {}
         if text is not None or tower is not None:
-            self.null = self.prompts([""])
+            self.null = self.encode([""])
         elif cfg.cond == "class":
             self.null = {"y": torch.tensor([num_classes], device=self.device)}
 
@@ -289,7 +289,7 @@ class Conditioner:
             noise = {"posterior": zero, "low": zero, "level": zero.flatten()}
         x0, condition = self.latents(batch, noise).contiguous(memory_format=torch.channels_last), {}
         if self.text is not None or self.tower is not None:
-            condition = self.prompts(batch["text"])
+            condition = self.encode(batch["text"])
         elif self.cfg.cond == "class":
             y = self.send(batch["label"])
             condition["y"] = torch.where(y < 0, self.null["y"], y)  # images without a label have no condition
@@ -319,7 +319,7 @@ class Conditioner:
         return self.vae.normalize(mean + std * noise["posterior"])
 
     @torch.no_grad()
-    def prompts(self, prompts):
+    def encode(self, prompts):
         """{"tokens": (B,L)} for the text encoder in the denoiser, or {"context": (B,L,D)} of the frozen one."""
         tokens = self.send((self.text or self.tower).tokenize(prompts))
         if self.text is not None:

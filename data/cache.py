@@ -90,9 +90,8 @@ class LatentCache(torch.utils.data.Dataset):
             if size > free:
                 what = f"has no room for the latents ({size / 2**30:.3g} GiB to write, {free / 2**30:.3g} GiB free)"
                 reject(self.folder, what, "make room, or set another cache_dir")
-        mine = [
-            self.members(shard) for shard in missing if shard % world == rank
-        ]  # by number, as ranks may see different files missing
+        # by number: ranks may see different files missing
+        mine = [self.members(shard) for shard in missing if shard % world == rank]
         spans, parts = [span[at : at + 32] for span in mine for at in range(0, len(span), 32)], []
         batches = in_batches(Images(self.dataset), spans, torch.stack, workers)
         with tqdm(

@@ -249,9 +249,7 @@ def index_parquet(open_shard, shard):
     label, text, objects, maps = (
         next((name for name in names if name in columns), None) for names in (LABELS, CAPTIONS, OBJECTS, MAPS)
     )
-    has_maps = maps and re.match(
-        "(large_)?binary|struct", str(schema.field(maps).type)
-    )  # else it is no column of images
+    has_maps = maps and re.match("(large_)?binary|struct", str(schema.field(maps).type))  # not some other column
     index = Index(shard_split(shard), [shard], f"{shard.removesuffix('.parquet')}/", hub_names(f, label))
     others = [(0, 0, int(bool(there))) for there in (text, objects, has_maps)]
     wanted = [name for name in (label, text) if name]

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import read_log
+from common import Machine, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 VAE_ARGS = "--image_size=16 --ch=8 --ch_mult=1,2 --num_res_blocks=1 --norm_groups=4 --mid_attention=false --beta2=0.99"
@@ -164,6 +165,22 @@ def read(path):
     with safe_open(path, framework="pt") as f:
         text = (f.metadata() or {}).get("latent_diffusion", "null")
         return {name: f.get_tensor(name) for name in f.keys()}, json.loads(text)
+
+
+def machine(rank=0, world=1):
+    """A process of a run on the CPU in float32, for functions of the training scripts."""
+    return Machine(rank, world, torch.device("cpu"), "float32", torch.float32, False)
+
+
+def resume_folder(run, folder):
+    """A copy of what a run left, to resume from."""
+    shutil.copytree(run.out, folder / "out")
+    return folder
+
+
+def numbers(log):
+    """A log without what depends on the clock."""
+    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in log]
 
 
 def assert_same(a, b, atol=0.0):

@@ -491,7 +491,7 @@ SPLIT = {
         {"train": sorted(set(THOUSAND) - set(HELD)), "val": HELD, "all": THOUSAND},
     ),
     "few images leave one": (
-        {"0.tar": tar_of(*"abc"), "1.tar": tar_of(*"de")}, {"train": ["0/a", "0/b", "1/d", "1/e"], "val": ["0/c"]},
+        {"0.tar": tar_of(*"ab"), "1.tar": tar_of(*"cde")}, {"train": ["0/a", "0/b", "1/d", "1/e"], "val": ["1/c"]},
     ),
     "one image is in both": ({"1.png": P}, {"train": ["1.png"], "val": ["1.png"]}),
 }  # fmt: skip

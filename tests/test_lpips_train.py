@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Run, assert_same, read
+from helpers import ROOT, Run, assert_same, numbers, read
 from PIL import Image
 
 from checkpoint import UserError, part
@@ -232,10 +232,6 @@ def start(tmp_path_factory, judgements, trunks):
 @pytest.fixture(scope="session")
 def finished(start):
     return {ranks: start(f"--batch_size={4 // ranks}", ranks=ranks).finish() for ranks in (1, 2)}
-
-
-def numbers(log):
-    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in log]
 
 
 @pytest.mark.parametrize("ranks", (1, 2))

@@ -149,6 +149,16 @@ def test_blur_is_the_gaussian_of_its_covariance():
     assert flat.shape == (9, 7, 3) and abs(flat - 100).max() < 1e-3, "no dark border"
 
 
+@pytest.mark.parametrize("schedule, ends", [(None, (1e-4, 0.02)), (("linear", 1e-3, 0.03), (1e-3, 0.03))])
+def test_augment_low_is_ddpms_noise(schedule, ends):
+    """Level l is step l of the table, counted from 0 (Ho et al. 2020, eq. 4): level 0 has some noise already."""
+    kept = (1 - torch.linspace(*ends, 1000, dtype=torch.float64)).cumprod(0)
+    low, eps, level = torch.rand(4, 3, 2, 2).double(), torch.randn(4, 3, 2, 2).double(), torch.tensor([0, 1, 350, 999])
+    share = kept[level].view(-1, 1, 1, 1)
+    found = tasks.augment_low(low, level, eps, schedule)
+    torch.testing.assert_close(found, share.sqrt() * low + (1 - share).sqrt() * eps, rtol=1e-5, atol=1e-6)
+
+
 # -- layouts
 
 

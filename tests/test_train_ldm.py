@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, read
+from helpers import assert_same, machine, numbers, read, resume_folder
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -20,7 +20,6 @@ import checkpoint
 import convert
 import train_ldm
 from checkpoint import UserError, part
-from common import Machine
 from configurator import configure
 from data.cache import LatentCache
 from data.dataset import BadImage, Dataset, Stream, collate, seed_of
@@ -52,22 +51,12 @@ def random_noise(n, shape=(4, 8, 8), seed=0):
     return noise | {name: torch.rand(n, generator=generator) for name in ("t", "drop")}
 
 
-def machine(rank=0, world=1):
-    return Machine(rank, world, torch.device("cpu"), "float32", torch.float32, False)
-
-
 class Recorder(torch.nn.Module):
     """A network that predicts zero and records its inputs."""
 
     def forward(self, x, t, **condition):
         self.x, self.t, self.condition = x, t, condition
         return torch.zeros_like(x)
-
-
-def resume_folder(run, folder):
-    """A copy of what a run left, to resume from."""
-    shutil.copytree(run.out, folder / "out")
-    return folder
 
 
 # --- loss ---
@@ -285,8 +274,7 @@ def test_a_killed_run_resumes_bit_for_bit(ranks, start, finished, killed, tmp_pa
     tensors, meta = finished("ldm", ranks).checkpoint
     assert_same(resumed.checkpoint[0], tensors)
     assert resumed.checkpoint[1]["step"] == meta["step"] == 6 and meta["images_seen"] == 24
-    for a, b in zip(resumed.log, finished("ldm", ranks).log, strict=True):
-        assert {**a, "images_per_s": 0} == {**b, "images_per_s": 0}
+    assert numbers(resumed.log) == numbers(finished("ldm", ranks).log)
 
 
 def test_ranks_and_accumulation_are_equal(start, finished, tmp_path):
