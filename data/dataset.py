@@ -1,7 +1,6 @@
-"""
-Images from disk, and the order in which training sees them.
+"""Images from disk, and the order in which training sees them.
 
-    Dataset   opens what it finds at a path; item i is an image with its label, captions and key. DIR can hold any of
+    Dataset   the images at a path; item i is an image with its label, captions and key. DIR can hold any of
               these; the format is detected:
         npy      images.npy (N, H, W, C) uint8; optional labels.npy, captions.jsonl, meta.json {"classes": [...]}
         tar      shards of KEY.jpg (png, ...) with KEY.txt, KEY.cls or KEY.json, as img2dataset and webdataset write
@@ -22,7 +21,7 @@ any number of processes and workers. To read a tar of images:
     stream = Stream(ds, seed=1, crop="random", flip=True)
     for batch in loader(stream, 0, 1000, batch_size=12): ...
 
-What a folder holds, and how fast it decodes: python -m data.dataset DIR --image_size=256
+Contents of a folder, and how fast it is decoded: python -m data.dataset DIR --image_size=256
 """
 
 import argparse
@@ -52,8 +51,10 @@ from data import forms
 from data.forms import CAPTIONS, HELD_OUT, IMAGES, MAPS, NAMES, OBJECTS, PIXELS, SPLITS, captions_of, field
 from data.shards import Indexes, KeptIndexes, Remote, digest
 
-CELLS = dict(image=PIXELS, text=CAPTIONS, record=OBJECTS, map=MAPS)  # parquet columns with the parts of an item
-VISIBLE = 0.2  # share of a box's area that must lie inside the crop, else the object is left out
+PARQUET_COLUMNS = dict(
+    image=PIXELS, text=CAPTIONS, record=OBJECTS, map=MAPS
+)  # names of the columns with a part of an item
+VISIBLE = 0.2  # share of a box's area that must be inside the crop, else the object is left out
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
 WINDOW = 32  # shards that are shuffled together, where there are more
 TIMEOUT = 600  # seconds after which a worker that returns no batch ends the run
@@ -67,8 +68,8 @@ class BadImage(ValueError):
 
 
 @contextlib.contextmanager
-def named(key, what="{}"):
-    """Any error within becomes a BadImage; what: the text around the reason."""
+def as_bad_image(key, what="{}"):
+    """Context in which any error becomes a BadImage; what: its message, with {} for the reason."""
     try:
         yield
     except Exception as e:  # a damaged file can raise anything
@@ -79,8 +80,7 @@ def named(key, what="{}"):
         raise BadImage(f"{key}: {what.format(reason)}") from None
 
 
-# -----------------------------------------------------------------------------
-# stateless randomness
+# --- stateless randomness ---
 
 
 def seed_of(*parts):
@@ -100,8 +100,7 @@ def _round_keys(seed):
 
 
 def permute(index, n, seed):
-    """
-    Where a seeded permutation of range(n) sends index, an int or an int64 array, in O(1) memory.
+    """index, an int or an int64 array, under a seeded permutation of range(n), in O(1) memory.
 
     A six-round Feistel network permutes the smallest 2^(2k) >= n; what falls outside range(n) is sent through again
     until it falls inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
@@ -130,20 +129,19 @@ def permute(index, n, seed):
     return x.astype(np.int64)
 
 
-# -----------------------------------------------------------------------------
-# pixels
+# --- pixels ---
 
 
 def to_rgb(image):
-    """Any PIL image as 8-bit RGB: first frame, upright (EXIF), transparency on white, 16-bit grey scaled to 8."""
+    """Any PIL image as 8-bit RGB: first frame, upright (EXIF), transparency on white, 16-bit gray scaled to 8."""
     image.load()  # bad pixels are an error ...
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # ... bad EXIF is not
         pass
     if image.mode.startswith("I"):  # I;16, I;16B, I (16-bit PNG in older Pillow); PIL's own convert clips them at 255
-        grey = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        gray = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -165,12 +163,11 @@ def to_tensor(image):
     return (x / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
-# -----------------------------------------------------------------------------
-# the dataset
+# --- the dataset ---
 
 
 class Item(NamedTuple):
-    """Where an item is: its key, its label, the header of its shard, and {part: (file, offset, size)}."""
+    """Location of an item: its key, its label, the header of its shard, and {part: (file, offset, size)}."""
 
     key: str
     label: int  # class number, -1 for none
@@ -179,8 +176,7 @@ class Item(NamedTuple):
 
 
 class Dataset:
-    """
-    Images at a path: ds[i] -> dict(image float32 (3,S,S) in [-1,1], label int or -1, text list of str, key str).
+    """Images at a path: ds[i] -> dict(image float32 (3,S,S) in [-1,1], label int or -1, text list of str, key str).
 
     split: "train"; "val", which is the folder val/ (validation, valid, test), or shards named so, or, where there are
     none, the items with crc32(key) % 100 == 0, at least one; "all"; or one of those names itself. An item that does not
@@ -202,15 +198,15 @@ class Dataset:
         else:
             remedy = "pass --dataset=DIR, a folder of images or shards, or images.npy"
             reject(f"dataset {self.path}", "does not exist", remedy)
-        self.form, self._indexes = self._index(paths, cache_dir)
+        self.format, self._indexes = self._index(paths, cache_dir)
         self.headers = self._indexes.headers
-        self._unread = self._not_read(paths) if self.form != "folder" else []
+        self._unread = self._not_read(paths) if self.format != "folder" else []
         if not any(header["n"] for header in self.headers):
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
             if os.path.exists(f"{self.root}/prepare.py"):  # such as data/openimages, before it is run
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
-            reject(f"dataset {self.path}", f"({self.form}) holds no images", looked)
+            reject(f"dataset {self.path}", f"({self.format}) holds no images", looked)
         self._part, counts = self._choose(split)
         self.shards = list(counts)
         self.bounds = np.cumsum([0, *counts.values()])  # (shards + 1,) int64: items before each shard
@@ -237,8 +233,8 @@ class Dataset:
         total, shards = sum(header["n"] for header in self.headers), len(self.headers)
         held_out = [split for split in HELD_OUT if any(h["n"] and h["split"] == split for h in self.headers)]
         sizes = {split: sum(self._choose(split)[1].values()) for split in ("train", *(held_out or ["val"]))}
-        where = f"images in {shards} shards" if self.form in ("tar", "parquet") else "images"
-        parts = [f"{self.form}, {total} {where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"]
+        where = f"images in {shards} shards" if self.format in ("tar", "parquet") else "images"
+        parts = [f"{self.format}, {total} {where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"]
         if self.num_classes:
             names = ", ".join(self.classes[:5] + ["..."] * (len(self.classes) > 5))
             parts.append(f"{self.num_classes} classes" + (f" ({names})" if names else ""))
@@ -247,7 +243,7 @@ class Dataset:
             parts += [f"{name} on {count}"] if count else []
         left = {}  # reason -> (count, example)
         if self._unread:
-            left["of another form"] = len(self._unread), self._unread[0]
+            left["of another format"] = len(self._unread), self._unread[0]
         if sum(sizes.values()) < total:
             left["in no split"] = total - sum(sizes.values()), "beside train/"
         for header in self.headers:
@@ -276,15 +272,15 @@ class Dataset:
         return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths))
 
     def _not_read(self, paths):
-        """Files that could be read, beside images of another form."""
+        """Files with images that are ignored, as the data set has another format."""
         read = {name for header in self.headers for name in header["files"]}
         read |= {os.path.splitext(name)[0] + ".parquet" for name in read}  # img2dataset writes one beside each tar
         endings = (*IMAGES, ".tar", ".parquet", ".npy")
+        read.add("sheet.png")  # a preview that data/shapes/prepare.py writes
         return [path for path in paths if path.lower().endswith(endings) and path not in read]
 
     def _choose(self, split):
-        """
-        (part, {shard: number of its items}) of a split.
+        """(part, {shard: number of its items}) of a split.
 
         part: "all" items of these shards, or only their "train" or "val" part, where no shards are held out.
         """
@@ -335,14 +331,13 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self):
-        """
-        Hash of the images, not of their path: form, split, keys, sizes, modification times, and of local files 64
+        """Hash of the images, not of their path: format, split, keys, sizes, modification times, and of local files 64
         samples of 4 KB. It does not see an edit that keeps size and time, outside of those samples.
         """
-        h = hashlib.blake2b(repr((self.form, self.split, len(self))).encode(), digest_size=16)
+        h = hashlib.blake2b(repr((self.format, self.split, len(self))).encode(), digest_size=16)
         for s in self.shards:
             h.update(self.headers[s]["digest"].encode())
-        files = [self.headers[s]["files"][0] for s in self.shards if self.form != "folder"]
+        files = [self.headers[s]["files"][0] for s in self.shards if self.format != "folder"]
         files = files or [self.key(i) for i in range(0, len(self), -(-len(self) // 64))]
         for number in range(0 if self.remote else 64):
             file, share = divmod(number * len(files), 64)
@@ -410,16 +405,16 @@ class Dataset:
     def meta(self, i):
         """dict(label, text, key) of item i, without its pixels."""
         item = self._item(i)
-        with named(item.key, "its caption does not read ({})"):
+        with as_bad_image(item.key, "its caption does not read ({})"):
             text = self._read(item, "text")
-            if self.form != "parquet":
+            if self.format != "parquet":
                 text = text.decode("utf-8", "replace").strip() if text else self._record(item)
         return dict(label=item.label, text=captions_of(text), key=item.key)
 
     def encoded(self, i):
         """The stored file of image i, as bytes; of npy its pixels."""
         item = self._item(i)
-        with named(item.key):
+        with as_bad_image(item.key):
             data = self._read(item, "image")
             if not data:
                 raise ValueError("it has 0 bytes")
@@ -428,7 +423,7 @@ class Dataset:
     def _open_image(self, item, part="image"):
         """The image or map of an item as PIL, decoded when it is used; None if it has no map."""
         data = self._read(item, part)
-        if self.form == "npy" and data:
+        if self.format == "npy" and data:
             shape = list(item.header["shape"])  # [H, W, C] or [H, W]
             shape = shape[:2] if part == "map" or shape[2:] == [1] else shape
             return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
@@ -439,14 +434,13 @@ class Dataset:
     def rgb(self, i):
         """Image i as PIL RGB, uncropped."""
         item = self._item(i)
-        with named(item.key), self._open_image(item) as image:
+        with as_bad_image(item.key), self._open_image(item) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
             return to_rgb(image)
 
     def pixels(self, i, crop="center", flip=False, u=None):
-        """
-        Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
+        """Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
 
         crop "center" takes the short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), its side and
         position from u = (side, x, y), three numbers in [0, 1).
@@ -463,7 +457,7 @@ class Dataset:
     def size(self, i):
         """(width, height) of image i, upright; its pixels are not decoded."""
         item = self._item(i)
-        with named(item.key), self._open_image(item) as image:
+        with as_bad_image(item.key), self._open_image(item) as image:
             is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 are turned by 90 degrees
             return image.size[::-1] if is_turned else image.size
 
@@ -480,10 +474,10 @@ class Dataset:
     def _map(self, i):
         """The map of item i as 8-bit PIL, None if it has none."""
         item = self._item(i)
-        with named(item.key, "its map does not read ({})"):
+        with as_bad_image(item.key, "its map does not read ({})"):
             image = self._open_image(item, "map")
             if image is not None and image.mode not in ("L", "P", "1"):
-                raise ValueError(f"mode {image.mode}: save it as 8-bit grey or palette, a pixel its class")
+                raise ValueError(f"mode {image.mode}: save it as 8-bit gray or palette, a pixel its class")
             # the palette's indices, not its colors
             return None if image is None else Image.fromarray(np.array(image, dtype=np.uint8))
 
@@ -513,8 +507,8 @@ class Dataset:
     def objects(self, i):
         """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
         item = self._item(i)
-        with named(item.key, "its objects do not read ({})"):
-            objects = self._record(item) if self.form == "parquet" else field(self._record(item), OBJECTS)
+        with as_bad_image(item.key, "its objects do not read ({})"):
+            objects = self._record(item) if self.format == "parquet" else field(self._record(item), OBJECTS)
             if objects is None:
                 return []
             names, boxes = field(objects, ["categories", "category"]), [[float(v) for v in b] for b in objects["bbox"]]
@@ -523,8 +517,7 @@ class Dataset:
             return [(self._object_names.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
 
     def boxes(self, i, flip=False, crop="center", u=None):
-        """
-        Objects of item i: [(name, x0, y0, x1, y1), ...] in shares of the square that `pixels` cuts, y downwards.
+        """Objects of item i: [(name, x0, y0, x1, y1), ...] in shares of the square that `pixels` cuts, y downwards.
 
         Boxes are clipped to the square; those of which less than VISIBLE is inside are left out.
         """
@@ -566,16 +559,16 @@ class Dataset:
     def _record(self, item):
         """What an item's JSON holds; of parquet, its objects."""
         record = self._read(item, "record")
-        return record if self.form == "parquet" else json.loads(record or "null")
+        return record if self.format == "parquet" else json.loads(record or "null")
 
     def _read(self, item, part):
         """The image, text, record or map of an item: bytes, or the value of a parquet cell; None if it has none."""
         file, at, size = item.where[part]
         if not size and part != "image":
             return None
-        if self.form == "parquet":
+        if self.format == "parquet":
             _, group, row = item.where["image"]
-            value = self._cell(CELLS[part], item.header["files"][0], group, row)
+            value = self._cell(PARQUET_COLUMNS[part], item.header["files"][0], group, row)
             return value.get("bytes") if part in ("image", "map") and isinstance(value, dict) else value
         name = item.header["files"][file] if file >= 0 else item.key
         name = os.path.splitext(item.key)[0] + ".map.png" if file < 0 and part == "map" else name
@@ -606,17 +599,15 @@ class Dataset:
         self.remote.ahead(names[at:] + names[:at])
 
 
-# -----------------------------------------------------------------------------
-# the endless sequence, and its cut into micro-batches
+# --- the endless sequence, and its cut into micro-batches ---
 
 
 class Stream(torch.utils.data.Dataset):
-    """
-    stream[p] -> dict(image, label, text, caption, key, index, flip, bad): the endless sequence over N items.
+    """stream[p] -> dict(image, label, text, caption, key, index, flip, bad): the endless sequence over N items.
 
     Position p is item permute(p % N) of epoch p // N; of more than WINDOW shards, the shards are permuted, and then the
     items of WINDOW shards at a time, so that few files are read at a time. Crop, flip and which caption depend on
-    (seed, p) alone. An item that does not decode is named in bad and replaced by another, a function of (seed, p) too.
+    (seed, p) only. An item that does not decode is reported in bad and replaced by a function of (seed, p).
     With train=False: the items in their own order, center crop, no flip, first caption.
     """
 
@@ -646,13 +637,13 @@ class Stream(torch.utils.data.Dataset):
         return first, before, int(ends[first : first + WINDOW][-1]) - before
 
     def span(self, p):
-        """(first, count) of the positions that may stand in for p: its window, else an epoch."""
+        """(first, count) of the positions whose items may replace that of p: its window, else an epoch."""
         epoch, at = divmod(int(p), len(self.dataset))
         _, before, size = self._window(epoch, at)
         return (epoch * len(self.dataset) if self.is_windowed else 0) + before, size
 
     def item(self, p, attempt=0):
-        """(index, epoch) of position p; attempt k > 0: of the k-th item of its window that stands in for it."""
+        """(index, epoch) of position p; attempt k > 0: of its k-th replacement, from the same window."""
         epoch, at = divmod(int(p), len(self.dataset))
         if not self.train and not attempt:
             return at, epoch
@@ -678,11 +669,10 @@ class Stream(torch.utils.data.Dataset):
             self.dataset.fetch((following if len(following) else self._order(epoch + 1)[0])[:WINDOW])
 
     def pick(self, p, attempt=0):
-        """
-        What is known of position p before its pixels are read: dict(index, epoch, flip, u, text, caption, label, key).
+        """Position p without its pixels: dict(index, epoch, flip, u, text, caption, label, key).
 
         text is one str, caption number `caption` of the item, "" where it has none; u positions a random crop; attempt
-        k > 0 is for the k-th stand-in.
+        k > 0 is for the k-th replacement.
         """
         index, epoch = self.item(p, attempt)
         meta = self.dataset.meta(index)
@@ -769,14 +759,13 @@ def in_batches(items, positions, collate_fn, workers=0):
         pin_memory=torch.cuda.is_available(),
         timeout=TIMEOUT if workers else 0,
         worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # for the workers' seed: the global generator is left alone
+        generator=torch.Generator(),  # for the workers' seed: the global generator is not advanced
     )
-    return iter(batches)  # workers start here, not when the first batch is asked for
+    return iter(batches)  # workers start here, not at the first batch
 
 
 def begin_worker(number):
-    """
-    Blocks SIGINT and SIGTERM in a worker, but for a SIGTERM that the training process itself sends.
+    """Blocks SIGINT and SIGTERM in a worker, except a SIGTERM that the training process itself sends.
 
     Ctrl-C, torchrun and slurm send both to all processes, but the training process still needs its workers: it saves
     before it ends.
@@ -794,7 +783,7 @@ def begin_worker(number):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m data.dataset", description="What a data set holds, how fast it reads."
+        prog="python -m data.dataset", description="Describe a data set and measure how fast it is read."
     )
     parser.add_argument("path")
     parser.add_argument("--image_size", type=int, default=256)

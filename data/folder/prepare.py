@@ -58,7 +58,7 @@ def prepare(cfg):
         reject(cfg.out_dir, "is inside the source, whose images the shards would become", "set another --out_dir")
     everything = Dataset(source, "all")
     print(everything)
-    if everything.form == "npy":
+    if everything.format == "npy":
         reject(source, "has images.npy", "train on it as it is")
     if everything.has_maps:
         print(f"{source}: the semantic maps are left out; for task=semantic train on it as it is")
