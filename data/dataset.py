@@ -11,8 +11,8 @@
         parquet column map; map_classes.json names the classes. Objects are a field or column
         objects: {"bbox": [[x, y, w, h] in pixels, ...], "categories": [...]}; object_classes.json names numbers.
         A path may be an fsspec URL of tar or parquet shards, s3://bucket/set/*.tar: see data/shards.py.
-    Stream    turns it into one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
-    loader    cuts the sequence into the micro-batches of one rank, starting at any step.
+    Stream    its items as one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
+    loader    the micro-batches of one rank from the sequence, starting at any step.
 
 Everything random is a pure function of (seed, position): there is no state to save, and the sequence is the same for
 any number of processes and workers. To read a tar of images:
@@ -49,11 +49,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from checkpoint import UserError, reject
 from data import forms
 from data.forms import CAPTIONS, HELD_OUT, IMAGES, MAPS, NAMES, OBJECTS, PIXELS, SPLITS, captions_of, field
-from data.shards import Indexes, KeptIndexes, Remote, digest
+from data.shards import Indexes, Remote, StoredIndexes, digest
 
-PARQUET_COLUMNS = dict(
-    image=PIXELS, text=CAPTIONS, record=OBJECTS, map=MAPS
-)  # names of the columns with a part of an item
+# part of an item: names that its parquet column can have
+PARQUET_COLUMNS = dict(image=PIXELS, text=CAPTIONS, record=OBJECTS, map=MAPS)
 VISIBLE = 0.2  # share of a box's area that must be inside the crop, else the object is left out
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
 WINDOW = 32  # shards that are shuffled together, where there are more
@@ -200,14 +199,14 @@ class Dataset:
             reject(f"dataset {self.path}", "does not exist", remedy)
         self.format, self._indexes = self._index(paths, cache_dir)
         self.headers = self._indexes.headers
-        self._unread = self._not_read(paths) if self.format != "folder" else []
+        self._ignored = self._ignored_files(paths) if self.format != "folder" else []
         if not any(header["n"] for header in self.headers):
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
             if os.path.exists(f"{self.root}/prepare.py"):  # such as data/openimages, before it is run
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
             reject(f"dataset {self.path}", f"({self.format}) holds no images", looked)
-        self._part, counts = self._choose(split)
+        self._part, counts = self._choose_split(split)
         self.shards = list(counts)
         self.bounds = np.cumsum([0, *counts.values()])  # (shards + 1,) int64: items before each shard
         if not len(self):
@@ -232,7 +231,7 @@ class Dataset:
         """One line: what was opened, of all splits, and what was left out."""
         total, shards = sum(header["n"] for header in self.headers), len(self.headers)
         held_out = [split for split in HELD_OUT if any(h["n"] and h["split"] == split for h in self.headers)]
-        sizes = {split: sum(self._choose(split)[1].values()) for split in ("train", *(held_out or ["val"]))}
+        sizes = {split: sum(self._choose_split(split)[1].values()) for split in ("train", *(held_out or ["val"]))}
         where = f"images in {shards} shards" if self.format in ("tar", "parquet") else "images"
         parts = [f"{self.format}, {total} {where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"]
         if self.num_classes:
@@ -242,8 +241,8 @@ class Dataset:
             count = sum(header[name] for header in self.headers)
             parts += [f"{name} on {count}"] if count else []
         left = {}  # reason -> (count, example)
-        if self._unread:
-            left["of another format"] = len(self._unread), self._unread[0]
+        if self._ignored:
+            left["of another format"] = len(self._ignored), self._ignored[0]
         if sum(sizes.values()) < total:
             left["in no split"] = total - sum(sizes.values()), "beside train/"
         for header in self.headers:
@@ -266,12 +265,12 @@ class Dataset:
                 stamps = list(pool.map(self.remote.stamps.get if self.remote else self._stat, shards))
             origin = self.path if self.remote else os.path.realpath(self.path)
             folder, index = f"{cache_dir}/index-{digest('v4', form, origin)}", functools.partial(index, self._open_file)
-            return form, KeptIndexes(folder, list(zip(shards, stamps)), index)
+            return form, StoredIndexes(folder, list(zip(shards, stamps)), index)
         if npy and not self.remote:
             return "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
         return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths))
 
-    def _not_read(self, paths):
+    def _ignored_files(self, paths):
         """Files with images that are ignored, as the data set has another format."""
         read = {name for header in self.headers for name in header["files"]}
         read |= {os.path.splitext(name)[0] + ".parquet" for name in read}  # img2dataset writes one beside each tar
@@ -279,7 +278,7 @@ class Dataset:
         read.add("sheet.png")  # a preview that data/shapes/prepare.py writes
         return [path for path in paths if path.lower().endswith(endings) and path not in read]
 
-    def _choose(self, split):
+    def _choose_split(self, split):
         """(part, {shard: number of its items}) of a split.
 
         part: "all" items of these shards, or only their "train" or "val" part, where no shards are held out.
@@ -292,7 +291,7 @@ class Dataset:
         if split not in ("train", "val") or held_out or sum(sizes.values()) < 2:
             return "all", sizes
         held = {s: self.headers[s]["held"] for s in sizes}
-        if not any(held.values()):  # few items: that with the least crc32 is held out
+        if not any(held.values()):  # few items: the one with the smallest crc32 is held out
             held[min(sizes, key=lambda s: self.headers[s]["least"][0])] = 1
         counts = {s: held[s] if split == "val" else sizes[s] - held[s] for s in sizes}
         return split, {s: count for s, count in counts.items() if count}
@@ -304,9 +303,11 @@ class Dataset:
             rows, count = np.arange(header["n"]), self.bounds[k + 1] - self.bounds[k]
             if self._part != "all":
                 n_held = count if self._part == "val" else header["n"] - count
-                held = arrays["held"] if n_held == header["held"] else header["least"][1:]  # few items, see _choose
+                held = (
+                    arrays["held"] if n_held == header["held"] else header["least"][1:]
+                )  # few items, see _choose_split
                 rows = rows[held] if self._part == "val" else np.delete(rows, held)
-            self._opened[k] = arrays, rows, self._number(header, arrays["rows"]["label"][rows].astype(np.int64))
+            self._opened[k] = arrays, rows, self._to_classes(header, arrays["rows"]["label"][rows].astype(np.int64))
             while len(self._opened) > 2 * WINDOW:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(k)
@@ -314,7 +315,7 @@ class Dataset:
 
     def _item(self, i):
         """Item i of this split."""
-        if i == self._last[0]:  # an item is read several times in a row: caption, image, map
+        if i == self._last[0]:  # the parts of an item are read one after the other: caption, image, map
             return self._last[1]
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
@@ -383,7 +384,7 @@ class Dataset:
         labels = names if is_named else map(str, range(len(names)))
         self._class_of = dict(zip(labels, order)) if is_named or is_renumbered else None
 
-    def _number(self, header, labels):
+    def _to_classes(self, header, labels):
         """Labels of a shard's index, an array with -1 for none, as classes."""
         if self._class_of is None:
             return labels
@@ -445,11 +446,11 @@ class Dataset:
         crop "center" takes the short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), its side and
         position from u = (side, x, y), three numbers in [0, 1).
         """
-        image = to_tensor(self._cut(self.rgb(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
+        image = to_tensor(self._crop_and_resize(self.rgb(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
         return image.flip(-1) if flip else image
 
-    def _cut(self, image, crop, u, resample):
-        """The square of a PIL image that crop and u choose, resized."""
+    def _crop_and_resize(self, image, crop, u, resample):
+        """The square of a PIL image chosen by crop and u, resized to image_size."""
         x, y, side = crop_square(*image.size, crop, u)
         image = image.crop((x, y, x + side, y + side))
         return image if side == self.image_size else image.resize((self.image_size, self.image_size), resample)
@@ -458,8 +459,8 @@ class Dataset:
         """(width, height) of image i, upright; its pixels are not decoded."""
         item = self._item(i)
         with as_bad_image(item.key), self._open_image(item) as image:
-            is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 are turned by 90 degrees
-            return image.size[::-1] if is_turned else image.size
+            is_rotated = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 are rotated by 90 degrees
+            return image.size[::-1] if is_rotated else image.size
 
     # semantic maps and objects
 
@@ -488,7 +489,7 @@ class Dataset:
             raise BadImage(f"{self.key(i)}: it has no map")
         if image.size != self.size(i):
             raise BadImage(f"{self.key(i)}: its map is {image.size}, the image {self.size(i)}: make them the same size")
-        image = self._cut(image, crop, u, Image.Resampling.NEAREST)
+        image = self._crop_and_resize(image, crop, u, Image.Resampling.NEAREST)
         classes = torch.from_numpy(np.array(image, dtype=np.int64))
         classes[classes == 255] = -1
         return classes.flip(-1) if flip else classes
@@ -501,7 +502,7 @@ class Dataset:
     @functools.cached_property
     def map_classes(self):
         """Number of classes of the maps: of map_classes.json, else of 500 maps, spread over all."""
-        found = (np.array(image) for image in self._some(self._map, 500) if image is not None)
+        found = (np.array(image) for image in self._sampled(self._map, 500) if image is not None)
         return len(self.map_names) or 1 + max((int(image[image < 255].max(initial=0)) for image in found), default=-1)
 
     def objects(self, i):
@@ -540,9 +541,9 @@ class Dataset:
     def object_classes(self):
         """Names of the objects' classes: those of object_classes.json, else of 10000 items, spread over all."""
         listed = self._listed_names("object_classes.json")
-        return listed or sorted({name for objects in self._some(self.objects, 10000) for name, _ in objects})
+        return listed or sorted({name for objects in self._sampled(self.objects, 10000) for name, _ in objects})
 
-    def _some(self, read, n):
+    def _sampled(self, read, n):
         """read(i) of at most n items, spread over all; those that do not read are skipped."""
         for i in range(0, len(self), -(-len(self) // n)):
             with contextlib.suppress(BadImage):
@@ -557,7 +558,7 @@ class Dataset:
         return self.remote.open(name) if self.remote else open(f"{self.root}/{name}", "rb")
 
     def _record(self, item):
-        """What an item's JSON holds; of parquet, its objects."""
+        """The JSON record of an item; in parquet, its objects."""
         record = self._read(item, "record")
         return record if self.format == "parquet" else json.loads(record or "null")
 
@@ -592,14 +593,14 @@ class Dataset:
         self._groups.move_to_end(cached)
         return self._groups[cached][row].as_py()
 
-    def fetch(self, shards):
+    def prefetch(self, shards):
         """Starts to fetch remote shards, by number; each process starts at another, so that they share the work."""
         names = [self.headers[self.shards[k]]["files"][0] for k in shards]
         at = os.getpid() % max(len(names), 1)
-        self.remote.ahead(names[at:] + names[:at])
+        self.remote.prefetch(names[at:] + names[:at])
 
 
-# --- the endless sequence, and its cut into micro-batches ---
+# --- the endless sequence and its micro-batches ---
 
 
 class Stream(torch.utils.data.Dataset):
@@ -616,7 +617,7 @@ class Stream(torch.utils.data.Dataset):
         self.dataset, self.seed, self.train = dataset, seed, train
         self.crop, self.flip = (crop, flip) if train else ("center", False)
         self.is_windowed = train and len(dataset.shards) > WINDOW
-        self._orders, self._fetched = {}, None
+        self._orders, self._prefetched = {}, None
 
     def _order(self, epoch):
         """(order, ends), (shards,) each: an epoch's permutation of the shards; ends[k] items are in the first k + 1."""
@@ -659,14 +660,14 @@ class Stream(torch.utils.data.Dataset):
         k = np.searchsorted(ends, before + inside, "right")
         return int(self.dataset.bounds[order[k] + 1] - ends[k]) + before + inside, epoch
 
-    def _fetch_ahead(self, p):
+    def _prefetch(self, p):
         """Fetches the remote shards of the window after that of position p, in the background."""
         epoch, at = divmod(int(p), len(self.dataset))
         first, *_ = self._window(epoch, at)
-        if self._fetched != (epoch, first):
-            self._fetched = epoch, first
+        if self._prefetched != (epoch, first):
+            self._prefetched = epoch, first
             following = self._order(epoch)[0][first + WINDOW :]
-            self.dataset.fetch((following if len(following) else self._order(epoch + 1)[0])[:WINDOW])
+            self.dataset.prefetch((following if len(following) else self._order(epoch + 1)[0])[:WINDOW])
 
     def pick(self, p, attempt=0):
         """Position p without its pixels: dict(index, epoch, flip, u, text, caption, label, key).
@@ -691,7 +692,7 @@ class Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, p):
         if self.is_windowed and self.dataset.remote:
-            self._fetch_ahead(p)
+            self._prefetch(p)
 
         def read(attempt):
             picked = self.pick(p, attempt)

@@ -1,8 +1,10 @@
 """Shards: an index file for each, kept in cache_dir, and shards behind a URL, of which the last used stay on disk.
 
-Indexes       headers[s], and load(s) -> arrays of shard s (see data/forms.py), in memory
-KeptIndexes   the same, kept in files: made once, in parallel
-Remote        files that an fsspec URL names, as local files
+    Indexes        headers[s], and load(s) -> arrays of shard s (see data/forms.py), in memory
+    StoredIndexes  the same, stored in files: made once, in parallel
+    Remote         the files of an fsspec URL, as local files
+
+A shard is a tar or parquet file, or the images of one split in a folder or array.
 """
 
 import concurrent.futures
@@ -58,7 +60,7 @@ class Indexes:
         return self.arrays[s]
 
 
-class KeptIndexes(torch.utils.data.Dataset):
+class StoredIndexes(torch.utils.data.Dataset):
     """The indexes of shards, a file each in `folder`, and all headers in one file, so that many are opened at once.
 
     jobs: [(shard, stamp), ...]; an index is made again if the stamp is another. index(shard) -> data.forms.Index.
@@ -239,8 +241,8 @@ class Remote:
                         os.remove(path)
                     total -= size
 
-    def ahead(self, names):
-        """Fetches these in the background, if twice their size is within the bound."""
+    def prefetch(self, names):
+        """Fetch these files in the background, if twice their size is within the bound."""
         if self.thread or 2 * sum(self.sizes[name] or 0 for name in names) > self.gigabytes * 1e9:
             return
 
