@@ -88,8 +88,8 @@ def degrade(image, scale, *seed, degradation="bicubic"):
 
     "bicubic": antialiased, nothing random. "bsr": two blurs, a resize, noise and JPEG in random order, then JPEG, after
     BSRGAN (Zhang et al. 2021, arXiv 2103.14006, section 3) but lightly, so that what is there can still be recognized:
-    an isotropic Gaussian of 0.1 to 0.7 pixels and another of 0.1 to 1.4 along each of two rotated axes (at scale 4, else in
-    proportion), noise of 1 to 6 of 255, gray or colored, JPEG of quality 70 to 95.
+    an isotropic Gaussian of 0.1 to 0.7 pixels and another of 0.1 to 1.4 along two rotated axes (at scale 4, else
+    in proportion), noise of 1 to 6 of 255, gray or colored, JPEG of quality 70 to 95.
     """
     height, width = image.shape[-2:]
     assert degradation in DEGRADATIONS, f"degradation {degradation!r}: choose {' or '.join(DEGRADATIONS)}"
