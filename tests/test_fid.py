@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import Run
+from helpers import Run, machine
 from PIL import Image
 
 import fid
@@ -164,7 +164,7 @@ def rows_of(rows, side=4):
 ALONE = types.SimpleNamespace(rank=0, world=1)
 
 
-def test_generating_resumes_by_chunk(tmp_path):
+def test_generating_resumes_by_chunk(tmp_path, monkeypatch):
     path, calls = str(tmp_path / "samples.npz"), []
 
     def killed_after(most):
@@ -195,6 +195,10 @@ def test_generating_resumes_by_chunk(tmp_path):
     np.savez(path, arr_0=rows_of(range(3)))
     with pytest.raises(UserError, match="seed: None then, 1 now"):
         generate_many(path, 23, 5, rows_of, labels, settings, ALONE)
+    monkeypatch.setattr(fid.dist, "barrier", lambda: None)
+    calls.clear()
+    generate_many(f"{tmp_path}/of_two.npz", 23, 5, killed_after(-1), labels, settings, machine(1, 2))
+    assert calls == [range(5, 10), range(15, 20)], "every second chunk is of the second rank"
 
 
 def test_command_generates_and_scores(runs, command, tmp_path, squeeze):
