@@ -199,8 +199,8 @@ def test_a_script(script):
 
 
 def test_config_is_a_dict_with_attributes():
-    cfg = configure({"lr": 1.0, "steps": 3}, ["--lr=2", "--steps=3"])
-    assert cfg == {"lr": 2.0, "steps": 3} and cfg.lr == 2.0
+    cfg = configure({"lr": 1.0, "steps": 3, "seed": 0}, ["--lr=2", "--steps=3"])
+    assert cfg == {"lr": 2.0, "steps": 3, "seed": 0} and cfg.lr == 2.0
     assert cfg.given == {"lr": 2.0, "steps": 3} and cfg.changed == {"lr": 2.0}
     other = cfg.replace(lr=3.0)
     assert other.lr == 3.0 and cfg.lr == 2.0 and other.given == cfg.given
