@@ -2,8 +2,9 @@
 
 A noisy sample is x_t = alpha(t) x0 + sigma(t) eps, from t = 0 (data) to t = 1 (noise). A schedule is the pair
 (alpha, sigma), an objective is a linear combination of x0 and eps, and a sampler sees the network only as
-`denoise(x, t) -> x0_hat`, so every objective works with every schedule and every sampler. To add a schedule, add a
-branch to `make_schedule`; to add a sampler, add a function to `samplers`.
+`denoise(x, t) -> x0_hat`, so every objective works with every schedule and every sampler. To add one: a schedule is a
+branch of `make_schedule` and a name in `SCHEDULES`, an objective a branch of `target` and of `to_x0` and a name in
+`OBJECTIVES`, a sampler a function and its name in `samplers`. The scripts take the names from here.
 
     schedule = make_schedule("flow")
     denoise = make_denoiser(unet, schedule, "flow", {"context": text(["a red star"])})

@@ -69,11 +69,11 @@ guide_ckpt = ""  # weaker model to guide away from, instead of the empty conditi
 ema_std = 0.0  # 0 or in [0.01, 0.25]: relative length of a post-hoc EMA from the run's snapshots; 0 is the stored EMA
 first_stage = ""  # autoencoder with a fine-tuned decoder, used instead of the checkpoint's
 denoiser = ""  # MODULE:CLASS of your own denoiser, such as mine:DiT, if the checkpoint was trained with one
-tower_weights = ""  # frozen text encoder, if it is not where training found it
-clip_vocab = ""  # its tokenizer, likewise
-objective = ""  # "" | eps | v: what another project's network predicts, if its file does not say
-num_heads = 0  # >= 0: attention heads of another project's U-Net, if its file does not say
-head_dim = 0  # >= 0: or channels per head
+tower_weights = ""  # file or folder of the frozen text encoder, if moved since training
+clip_vocab = ""  # file or folder of its tokenizer, if moved since training
+objective = ""  # "" | eps | v: prediction of another project's network, if its file does not name it
+num_heads = 0  # >= 0: attention heads of another project's U-Net, if its file does not hold them
+head_dim = 0  # >= 0: or channels of each head
 decode_batch = 8  # >= 0: images decoded at a time, which takes more memory than sampling; 0 is all
 decode_tile = 0  # >= 0: side in latents of the tiles that are decoded separately; 0 is no tiles
 compile = "auto"  # auto | true | false: torch.compile of the denoiser; auto is on CUDA

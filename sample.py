@@ -64,11 +64,11 @@ cls = ""  # class number or name, or several separated by commas
 n = 0  # >= 0: images per prompt, class or input image; 0 is 4 if there is one of them, else 1
 size = ()  # each >= 1: side in pixels, or height,width; () is the trained size, or that of the input image
 seed = 0  # in [-4e18, 4e18]: image i starts from the noise of seed + i
-# how
+# sampling
 sampler = "unipc"  # one of samplers: see diffusion.py
 steps = 20  # in [1, 1000]: sampling steps
 spacing = "trailing"  # one of SPACINGS: how the steps are distributed over time
-# options of samplers; -1 is the sampler's default
+# options of some samplers
 eta = -1.0  # -1 or in [0, 1]: noise of ddim, euler_a and dpmpp_2m_sde; -1 is 0 for ddim and 1 for the others
 noise_scale = 1.0  # >= 0: factor of ddpm's noise; below 1 is smoother
 variance = "small"  # small | large: of ddpm's noise
@@ -83,11 +83,11 @@ guide_ckpt = ""  # weaker model to guide away from, instead of the empty conditi
 ema_std = 0.0  # 0 or in [0.01, 0.25]: relative length of a post-hoc EMA from the run's snapshots; 0 is the stored EMA
 first_stage = ""  # autoencoder with a fine-tuned decoder, used instead of the checkpoint's
 denoiser = ""  # MODULE:CLASS of your own denoiser, such as mine:DiT, if the checkpoint was trained with one
-tower_weights = ""  # frozen text encoder, if it is not where training found it
-clip_vocab = ""  # its tokenizer, likewise
-objective = ""  # "" | eps | v: what another project's network predicts, if its file does not say
-num_heads = 0  # >= 0: attention heads of another project's U-Net, if its file does not say
-head_dim = 0  # >= 0: or channels per head
+tower_weights = ""  # file or folder of the frozen text encoder, if moved since training
+clip_vocab = ""  # file or folder of its tokenizer, if moved since training
+objective = ""  # "" | eps | v: prediction of another project's network, if its file does not name it
+num_heads = 0  # >= 0: attention heads of another project's U-Net, if its file does not hold them
+head_dim = 0  # >= 0: or channels of each head
 # speed and memory
 batch_size = 16  # >= 1: images at a time
 decode_batch = 8  # >= 0: images decoded at a time, which takes more memory than sampling; 0 is all
@@ -168,10 +168,10 @@ def load_pipeline(
     """The pipeline of a stage-2 checkpoint or of another project's model (see convert.py), on the CPU.
 
     ema_std: relative length of a post-hoc EMA; 0 is the stored EMA.
-    tower_weights, clip_vocab: the frozen text encoder and its tokenizer, if they are not where training found them.
+    tower_weights, clip_vocab: the frozen text encoder and its tokenizer, if they were moved since training.
     first_stage: an autoencoder whose decoder is used, see `with_decoder`.
     unet_class: of the denoiser, if the checkpoint was trained with another than UNet.
-    objective, known: eps or v, num_heads, head_dim, ..., where another project's file does not say.
+    objective, known: eps or v, num_heads, head_dim, ..., where another project's file does not have them.
     """
     path = checkpoint.find(path)
     if checkpoint.is_ours(path):
@@ -264,7 +264,7 @@ def generate(
 ):  # fmt: skip
     """One image for each condition (a prompt, a class number, or None): (N,3,H,W) in [-1,1] on the CPU.
 
-    seeds: N integers. An image depends on its condition and seed alone, not on its batch.
+    seeds: N integers. An image depends on its condition and seed only, not on its batch.
     size: (side,) or (height, width) in pixels; () is the trained size, or that of the inputs.
     inputs: tensors of N rows that the task uses (TASK_INPUTS): "image" (N,3,H,W) in [-1,1] and "mask" (N,1,H,W), 1
         where to generate; "low" (N,3,h,w) and "level" (N,), the noise to add to it; "map" (N,H,W). With "image" any

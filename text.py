@@ -74,7 +74,7 @@ class LayoutTokenizer:
     layout-to-image). The empty string has no tokens.
     """
 
-    group = 3  # tokens of one object, never cut apart
+    group = 3  # tokens of one object, which are never split
 
     def __init__(self, names, grid=32):
         """names: class names, unique, without ";".  grid: cells along each side, 2 to 1024."""
@@ -331,7 +331,7 @@ class CLIPTextEncoder(TextTransformer):
     def from_pretrained(cls, path, name="", merges=None):
         """Load the text encoder in a file or folder, frozen and in eval mode; see convert.load_clip.
 
-        name: clip_l or openclip_h to require that one.  merges: see CLIPTokenizer, if not found beside the weights.
+        name: clip_l or openclip_h to require that one.  merges: see CLIPTokenizer, if not found next to the weights.
         """
         settings, state, merges = convert.load_clip(path, name, merges or None)
         return checkpoint.build(cls, settings, state, path, merges=merges)

@@ -1,8 +1,7 @@
-"""
-Latents on disk, which stage 2 reads instead of images.
+"""Latents on disk, which stage 2 reads instead of images.
 
     cache = LatentCache(Stream(Dataset("data/mine"), seed), vae, "cache")
-    cache.build(vae, device, autocast, workers, rank, world)   # every rank its part; what is there stays
+    cache.build(vae, device, autocast, workers, rank, world)   # each rank encodes its part; existing files are kept
     cache[position]                                            # an item of the stream, with latents for its image
 
 A cache is a folder named by a hash of all that its content depends on: a change makes another cache. Files are written
@@ -41,8 +40,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class LatentCache(torch.utils.data.Dataset):
-    """
-    cache[p] is stream[p] with mean and std of the posterior (2,C,h,w) instead of the image.
+    """cache[p] is stream[p] with mean and std of the posterior (2,C,h,w) instead of the image.
 
     Files of (SHARD, 1 or 2, 2, C, h, w) float16: of an image and its mirror image, mean and std. The folder's name is a
     hash of the encoder, the precision it runs in, the data (Dataset.fingerprint), image size and flip. After load() the

@@ -1,7 +1,6 @@
-"""
-Images from disk, and the order in which training sees them.
+"""Images from disk, and the order in which training sees them.
 
-    Dataset   opens what it finds at a path; item i is an image with its label, captions and key. DIR can hold any of
+    Dataset   the images at a path; item i is an image with its label, captions and key. DIR can hold any of
               these; the format is detected:
         npy      images.npy (N, H, W, C) uint8; optional labels.npy, captions.jsonl, meta.json {"classes": [...]}
         tar      shards of KEY.jpg (png, ...) with KEY.txt, KEY.cls or KEY.json, as img2dataset and webdataset write
@@ -12,8 +11,8 @@ Images from disk, and the order in which training sees them.
         parquet column map; map_classes.json names the classes. Objects are a field or column
         objects: {"bbox": [[x, y, w, h] in pixels, ...], "categories": [...]}; object_classes.json names numbers.
         A path may be an fsspec URL of tar or parquet shards, s3://bucket/set/*.tar: see data/shards.py.
-    Stream    turns it into one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
-    loader    cuts the sequence into the micro-batches of one rank, starting at any step.
+    Stream    its items as one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
+    loader    the micro-batches of one rank from the sequence, starting at any step.
 
 Everything random is a pure function of (seed, position): there is no state to save, and the sequence is the same for
 any number of processes and workers. To read a tar of images:
@@ -22,7 +21,7 @@ any number of processes and workers. To read a tar of images:
     stream = Stream(ds, seed=1, crop="random", flip=True)
     for batch in loader(stream, 0, 1000, batch_size=12): ...
 
-What a folder holds, and how fast it decodes: python -m data.dataset DIR --image_size=256
+Contents of a folder, and how fast it is decoded: python -m data.dataset DIR --image_size=256
 """
 
 import argparse
@@ -50,10 +49,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from checkpoint import UserError, reject
 from data import forms
 from data.forms import CAPTIONS, HELD_OUT, IMAGES, MAPS, NAMES, OBJECTS, PIXELS, SPLITS, captions_of, field
-from data.shards import Indexes, KeptIndexes, Remote, digest
+from data.shards import Indexes, Remote, StoredIndexes, digest
 
-CELLS = dict(image=PIXELS, text=CAPTIONS, record=OBJECTS, map=MAPS)  # parquet columns with the parts of an item
-VISIBLE = 0.2  # share of a box's area that must lie inside the crop, else the object is left out
+# part of an item: names that its parquet column can have
+PARQUET_COLUMNS = dict(image=PIXELS, text=CAPTIONS, record=OBJECTS, map=MAPS)
+VISIBLE = 0.2  # share of a box's area that must be inside the crop, else the object is left out
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
 WINDOW = 32  # shards that are shuffled together, where there are more
 TIMEOUT = 600  # seconds after which a worker that returns no batch ends the run
@@ -67,8 +67,8 @@ class BadImage(ValueError):
 
 
 @contextlib.contextmanager
-def named(key, what="{}"):
-    """Any error within becomes a BadImage; what: the text around the reason."""
+def as_bad_image(key, what="{}"):
+    """Context in which any error becomes a BadImage; what: its message, with {} for the reason."""
     try:
         yield
     except Exception as e:  # a damaged file can raise anything
@@ -79,8 +79,7 @@ def named(key, what="{}"):
         raise BadImage(f"{key}: {what.format(reason)}") from None
 
 
-# -----------------------------------------------------------------------------
-# stateless randomness
+# --- stateless randomness ---
 
 
 def seed_of(*parts):
@@ -100,8 +99,7 @@ def _round_keys(seed):
 
 
 def permute(index, n, seed):
-    """
-    Where a seeded permutation of range(n) sends index, an int or an int64 array, in O(1) memory.
+    """index, an int or an int64 array, under a seeded permutation of range(n), in O(1) memory.
 
     A six-round Feistel network permutes the smallest 2^(2k) >= n; what falls outside range(n) is sent through again
     until it falls inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
@@ -130,20 +128,19 @@ def permute(index, n, seed):
     return x.astype(np.int64)
 
 
-# -----------------------------------------------------------------------------
-# pixels
+# --- pixels ---
 
 
 def to_rgb(image):
-    """Any PIL image as 8-bit RGB: first frame, upright (EXIF), transparency on white, 16-bit grey scaled to 8."""
+    """Any PIL image as 8-bit RGB: first frame, upright (EXIF), transparency on white, 16-bit gray scaled to 8."""
     image.load()  # bad pixels are an error ...
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # ... bad EXIF is not
         pass
     if image.mode.startswith("I"):  # I;16, I;16B, I (16-bit PNG in older Pillow); PIL's own convert clips them at 255
-        grey = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        gray = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -165,12 +162,11 @@ def to_tensor(image):
     return (x / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
-# -----------------------------------------------------------------------------
-# the dataset
+# --- the dataset ---
 
 
 class Item(NamedTuple):
-    """Where an item is: its key, its label, the header of its shard, and {part: (file, offset, size)}."""
+    """Location of an item: its key, its label, the header of its shard, and {part: (file, offset, size)}."""
 
     key: str
     label: int  # class number, -1 for none
@@ -179,8 +175,7 @@ class Item(NamedTuple):
 
 
 class Dataset:
-    """
-    Images at a path: ds[i] -> dict(image float32 (3,S,S) in [-1,1], label int or -1, text list of str, key str).
+    """Images at a path: ds[i] -> dict(image float32 (3,S,S) in [-1,1], label int or -1, text list of str, key str).
 
     split: "train"; "val", which is the folder val/ (validation, valid, test), or shards named so, or, where there are
     none, the items with crc32(key) % 100 == 0, at least one; "all"; or one of those names itself. An item that does not
@@ -202,16 +197,16 @@ class Dataset:
         else:
             remedy = "pass --dataset=DIR, a folder of images or shards, or images.npy"
             reject(f"dataset {self.path}", "does not exist", remedy)
-        self.form, self._indexes = self._index(paths, cache_dir)
+        self.format, self._indexes = self._index(paths, cache_dir)
         self.headers = self._indexes.headers
-        self._unread = self._not_read(paths) if self.form != "folder" else []
+        self._ignored = self._ignored_files(paths) if self.format != "folder" else []
         if not any(header["n"] for header in self.headers):
             looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
             if os.path.exists(f"{self.root}/prepare.py"):  # such as data/openimages, before it is run
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
-            reject(f"dataset {self.path}", f"({self.form}) holds no images", looked)
-        self._part, counts = self._choose(split)
+            reject(f"dataset {self.path}", f"({self.format}) holds no images", looked)
+        self._part, counts = self._choose_split(split)
         self.shards = list(counts)
         self.bounds = np.cumsum([0, *counts.values()])  # (shards + 1,) int64: items before each shard
         if not len(self):
@@ -236,9 +231,9 @@ class Dataset:
         """One line: what was opened, of all splits, and what was left out."""
         total, shards = sum(header["n"] for header in self.headers), len(self.headers)
         held_out = [split for split in HELD_OUT if any(h["n"] and h["split"] == split for h in self.headers)]
-        sizes = {split: sum(self._choose(split)[1].values()) for split in ("train", *(held_out or ["val"]))}
-        where = f"images in {shards} shards" if self.form in ("tar", "parquet") else "images"
-        parts = [f"{self.form}, {total} {where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"]
+        sizes = {split: sum(self._choose_split(split)[1].values()) for split in ("train", *(held_out or ["val"]))}
+        where = f"images in {shards} shards" if self.format in ("tar", "parquet") else "images"
+        parts = [f"{self.format}, {total} {where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"]
         if self.num_classes:
             names = ", ".join(self.classes[:5] + ["..."] * (len(self.classes) > 5))
             parts.append(f"{self.num_classes} classes" + (f" ({names})" if names else ""))
@@ -246,8 +241,8 @@ class Dataset:
             count = sum(header[name] for header in self.headers)
             parts += [f"{name} on {count}"] if count else []
         left = {}  # reason -> (count, example)
-        if self._unread:
-            left["of another form"] = len(self._unread), self._unread[0]
+        if self._ignored:
+            left["of another format"] = len(self._ignored), self._ignored[0]
         if sum(sizes.values()) < total:
             left["in no split"] = total - sum(sizes.values()), "beside train/"
         for header in self.headers:
@@ -270,21 +265,21 @@ class Dataset:
                 stamps = list(pool.map(self.remote.stamps.get if self.remote else self._stat, shards))
             origin = self.path if self.remote else os.path.realpath(self.path)
             folder, index = f"{cache_dir}/index-{digest('v4', form, origin)}", functools.partial(index, self._open_file)
-            return form, KeptIndexes(folder, list(zip(shards, stamps)), index)
+            return form, StoredIndexes(folder, list(zip(shards, stamps)), index)
         if npy and not self.remote:
             return "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
         return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths))
 
-    def _not_read(self, paths):
-        """Files that could be read, beside images of another form."""
+    def _ignored_files(self, paths):
+        """Files with images that are ignored, as the data set has another format."""
         read = {name for header in self.headers for name in header["files"]}
         read |= {os.path.splitext(name)[0] + ".parquet" for name in read}  # img2dataset writes one beside each tar
         endings = (*IMAGES, ".tar", ".parquet", ".npy")
+        read.add("sheet.png")  # a preview that data/shapes/prepare.py writes
         return [path for path in paths if path.lower().endswith(endings) and path not in read]
 
-    def _choose(self, split):
-        """
-        (part, {shard: number of its items}) of a split.
+    def _choose_split(self, split):
+        """(part, {shard: number of its items}) of a split.
 
         part: "all" items of these shards, or only their "train" or "val" part, where no shards are held out.
         """
@@ -296,7 +291,7 @@ class Dataset:
         if split not in ("train", "val") or held_out or sum(sizes.values()) < 2:
             return "all", sizes
         held = {s: self.headers[s]["held"] for s in sizes}
-        if not any(held.values()):  # few items: that with the least crc32 is held out
+        if not any(held.values()):  # few items: the one with the smallest crc32 is held out
             held[min(sizes, key=lambda s: self.headers[s]["least"][0])] = 1
         counts = {s: held[s] if split == "val" else sizes[s] - held[s] for s in sizes}
         return split, {s: count for s, count in counts.items() if count}
@@ -308,9 +303,11 @@ class Dataset:
             rows, count = np.arange(header["n"]), self.bounds[k + 1] - self.bounds[k]
             if self._part != "all":
                 n_held = count if self._part == "val" else header["n"] - count
-                held = arrays["held"] if n_held == header["held"] else header["least"][1:]  # few items, see _choose
+                held = (
+                    arrays["held"] if n_held == header["held"] else header["least"][1:]
+                )  # few items, see _choose_split
                 rows = rows[held] if self._part == "val" else np.delete(rows, held)
-            self._opened[k] = arrays, rows, self._number(header, arrays["rows"]["label"][rows].astype(np.int64))
+            self._opened[k] = arrays, rows, self._to_classes(header, arrays["rows"]["label"][rows].astype(np.int64))
             while len(self._opened) > 2 * WINDOW:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(k)
@@ -318,7 +315,7 @@ class Dataset:
 
     def _item(self, i):
         """Item i of this split."""
-        if i == self._last[0]:  # an item is read several times in a row: caption, image, map
+        if i == self._last[0]:  # the parts of an item are read one after the other: caption, image, map
             return self._last[1]
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
@@ -335,14 +332,13 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self):
-        """
-        Hash of the images, not of their path: form, split, keys, sizes, modification times, and of local files 64
+        """Hash of the images, not of their path: format, split, keys, sizes, modification times, and of local files 64
         samples of 4 KB. It does not see an edit that keeps size and time, outside of those samples.
         """
-        h = hashlib.blake2b(repr((self.form, self.split, len(self))).encode(), digest_size=16)
+        h = hashlib.blake2b(repr((self.format, self.split, len(self))).encode(), digest_size=16)
         for s in self.shards:
             h.update(self.headers[s]["digest"].encode())
-        files = [self.headers[s]["files"][0] for s in self.shards if self.form != "folder"]
+        files = [self.headers[s]["files"][0] for s in self.shards if self.format != "folder"]
         files = files or [self.key(i) for i in range(0, len(self), -(-len(self) // 64))]
         for number in range(0 if self.remote else 64):
             file, share = divmod(number * len(files), 64)
@@ -388,7 +384,7 @@ class Dataset:
         labels = names if is_named else map(str, range(len(names)))
         self._class_of = dict(zip(labels, order)) if is_named or is_renumbered else None
 
-    def _number(self, header, labels):
+    def _to_classes(self, header, labels):
         """Labels of a shard's index, an array with -1 for none, as classes."""
         if self._class_of is None:
             return labels
@@ -410,16 +406,16 @@ class Dataset:
     def meta(self, i):
         """dict(label, text, key) of item i, without its pixels."""
         item = self._item(i)
-        with named(item.key, "its caption does not read ({})"):
+        with as_bad_image(item.key, "its caption does not read ({})"):
             text = self._read(item, "text")
-            if self.form != "parquet":
+            if self.format != "parquet":
                 text = text.decode("utf-8", "replace").strip() if text else self._record(item)
         return dict(label=item.label, text=captions_of(text), key=item.key)
 
     def encoded(self, i):
         """The stored file of image i, as bytes; of npy its pixels."""
         item = self._item(i)
-        with named(item.key):
+        with as_bad_image(item.key):
             data = self._read(item, "image")
             if not data:
                 raise ValueError("it has 0 bytes")
@@ -428,7 +424,7 @@ class Dataset:
     def _open_image(self, item, part="image"):
         """The image or map of an item as PIL, decoded when it is used; None if it has no map."""
         data = self._read(item, part)
-        if self.form == "npy" and data:
+        if self.format == "npy" and data:
             shape = list(item.header["shape"])  # [H, W, C] or [H, W]
             shape = shape[:2] if part == "map" or shape[2:] == [1] else shape
             return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
@@ -439,23 +435,22 @@ class Dataset:
     def rgb(self, i):
         """Image i as PIL RGB, uncropped."""
         item = self._item(i)
-        with named(item.key), self._open_image(item) as image:
+        with as_bad_image(item.key), self._open_image(item) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
             return to_rgb(image)
 
     def pixels(self, i, crop="center", flip=False, u=None):
-        """
-        Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
+        """Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
 
         crop "center" takes the short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), its side and
         position from u = (side, x, y), three numbers in [0, 1).
         """
-        image = to_tensor(self._cut(self.rgb(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
+        image = to_tensor(self._crop_and_resize(self.rgb(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
         return image.flip(-1) if flip else image
 
-    def _cut(self, image, crop, u, resample):
-        """The square of a PIL image that crop and u choose, resized."""
+    def _crop_and_resize(self, image, crop, u, resample):
+        """The square of a PIL image chosen by crop and u, resized to image_size."""
         x, y, side = crop_square(*image.size, crop, u)
         image = image.crop((x, y, x + side, y + side))
         return image if side == self.image_size else image.resize((self.image_size, self.image_size), resample)
@@ -463,9 +458,9 @@ class Dataset:
     def size(self, i):
         """(width, height) of image i, upright; its pixels are not decoded."""
         item = self._item(i)
-        with named(item.key), self._open_image(item) as image:
-            is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 are turned by 90 degrees
-            return image.size[::-1] if is_turned else image.size
+        with as_bad_image(item.key), self._open_image(item) as image:
+            is_rotated = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 are rotated by 90 degrees
+            return image.size[::-1] if is_rotated else image.size
 
     # semantic maps and objects
 
@@ -480,10 +475,10 @@ class Dataset:
     def _map(self, i):
         """The map of item i as 8-bit PIL, None if it has none."""
         item = self._item(i)
-        with named(item.key, "its map does not read ({})"):
+        with as_bad_image(item.key, "its map does not read ({})"):
             image = self._open_image(item, "map")
             if image is not None and image.mode not in ("L", "P", "1"):
-                raise ValueError(f"mode {image.mode}: save it as 8-bit grey or palette, a pixel its class")
+                raise ValueError(f"mode {image.mode}: save it as 8-bit gray or palette, a pixel its class")
             # the palette's indices, not its colors
             return None if image is None else Image.fromarray(np.array(image, dtype=np.uint8))
 
@@ -494,7 +489,7 @@ class Dataset:
             raise BadImage(f"{self.key(i)}: it has no map")
         if image.size != self.size(i):
             raise BadImage(f"{self.key(i)}: its map is {image.size}, the image {self.size(i)}: make them the same size")
-        image = self._cut(image, crop, u, Image.Resampling.NEAREST)
+        image = self._crop_and_resize(image, crop, u, Image.Resampling.NEAREST)
         classes = torch.from_numpy(np.array(image, dtype=np.int64))
         classes[classes == 255] = -1
         return classes.flip(-1) if flip else classes
@@ -507,14 +502,14 @@ class Dataset:
     @functools.cached_property
     def map_classes(self):
         """Number of classes of the maps: of map_classes.json, else of 500 maps, spread over all."""
-        found = (np.array(image) for image in self._some(self._map, 500) if image is not None)
+        found = (np.array(image) for image in self._sampled(self._map, 500) if image is not None)
         return len(self.map_names) or 1 + max((int(image[image < 255].max(initial=0)) for image in found), default=-1)
 
     def objects(self, i):
         """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
         item = self._item(i)
-        with named(item.key, "its objects do not read ({})"):
-            objects = self._record(item) if self.form == "parquet" else field(self._record(item), OBJECTS)
+        with as_bad_image(item.key, "its objects do not read ({})"):
+            objects = self._record(item) if self.format == "parquet" else field(self._record(item), OBJECTS)
             if objects is None:
                 return []
             names, boxes = field(objects, ["categories", "category"]), [[float(v) for v in b] for b in objects["bbox"]]
@@ -523,8 +518,7 @@ class Dataset:
             return [(self._object_names.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
 
     def boxes(self, i, flip=False, crop="center", u=None):
-        """
-        Objects of item i: [(name, x0, y0, x1, y1), ...] in shares of the square that `pixels` cuts, y downwards.
+        """Objects of item i: [(name, x0, y0, x1, y1), ...] in shares of the square that `pixels` cuts, y downwards.
 
         Boxes are clipped to the square; those of which less than VISIBLE is inside are left out.
         """
@@ -547,9 +541,9 @@ class Dataset:
     def object_classes(self):
         """Names of the objects' classes: those of object_classes.json, else of 10000 items, spread over all."""
         listed = self._listed_names("object_classes.json")
-        return listed or sorted({name for objects in self._some(self.objects, 10000) for name, _ in objects})
+        return listed or sorted({name for objects in self._sampled(self.objects, 10000) for name, _ in objects})
 
-    def _some(self, read, n):
+    def _sampled(self, read, n):
         """read(i) of at most n items, spread over all; those that do not read are skipped."""
         for i in range(0, len(self), -(-len(self) // n)):
             with contextlib.suppress(BadImage):
@@ -564,18 +558,18 @@ class Dataset:
         return self.remote.open(name) if self.remote else open(f"{self.root}/{name}", "rb")
 
     def _record(self, item):
-        """What an item's JSON holds; of parquet, its objects."""
+        """The JSON record of an item; in parquet, its objects."""
         record = self._read(item, "record")
-        return record if self.form == "parquet" else json.loads(record or "null")
+        return record if self.format == "parquet" else json.loads(record or "null")
 
     def _read(self, item, part):
         """The image, text, record or map of an item: bytes, or the value of a parquet cell; None if it has none."""
         file, at, size = item.where[part]
         if not size and part != "image":
             return None
-        if self.form == "parquet":
+        if self.format == "parquet":
             _, group, row = item.where["image"]
-            value = self._cell(CELLS[part], item.header["files"][0], group, row)
+            value = self._cell(PARQUET_COLUMNS[part], item.header["files"][0], group, row)
             return value.get("bytes") if part in ("image", "map") and isinstance(value, dict) else value
         name = item.header["files"][file] if file >= 0 else item.key
         name = os.path.splitext(item.key)[0] + ".map.png" if file < 0 and part == "map" else name
@@ -599,24 +593,22 @@ class Dataset:
         self._groups.move_to_end(cached)
         return self._groups[cached][row].as_py()
 
-    def fetch(self, shards):
+    def prefetch(self, shards):
         """Starts to fetch remote shards, by number; each process starts at another, so that they share the work."""
         names = [self.headers[self.shards[k]]["files"][0] for k in shards]
         at = os.getpid() % max(len(names), 1)
-        self.remote.ahead(names[at:] + names[:at])
+        self.remote.prefetch(names[at:] + names[:at])
 
 
-# -----------------------------------------------------------------------------
-# the endless sequence, and its cut into micro-batches
+# --- the endless sequence and its micro-batches ---
 
 
 class Stream(torch.utils.data.Dataset):
-    """
-    stream[p] -> dict(image, label, text, caption, key, index, flip, bad): the endless sequence over N items.
+    """stream[p] -> dict(image, label, text, caption, key, index, flip, bad): the endless sequence over N items.
 
     Position p is item permute(p % N) of epoch p // N; of more than WINDOW shards, the shards are permuted, and then the
     items of WINDOW shards at a time, so that few files are read at a time. Crop, flip and which caption depend on
-    (seed, p) alone. An item that does not decode is named in bad and replaced by another, a function of (seed, p) too.
+    (seed, p) only. An item that does not decode is reported in bad and replaced by a function of (seed, p).
     With train=False: the items in their own order, center crop, no flip, first caption.
     """
 
@@ -625,7 +617,7 @@ class Stream(torch.utils.data.Dataset):
         self.dataset, self.seed, self.train = dataset, seed, train
         self.crop, self.flip = (crop, flip) if train else ("center", False)
         self.is_windowed = train and len(dataset.shards) > WINDOW
-        self._orders, self._fetched = {}, None
+        self._orders, self._prefetched = {}, None
 
     def _order(self, epoch):
         """(order, ends), (shards,) each: an epoch's permutation of the shards; ends[k] items are in the first k + 1."""
@@ -646,13 +638,13 @@ class Stream(torch.utils.data.Dataset):
         return first, before, int(ends[first : first + WINDOW][-1]) - before
 
     def span(self, p):
-        """(first, count) of the positions that may stand in for p: its window, else an epoch."""
+        """(first, count) of the positions whose items may replace that of p: its window, else an epoch."""
         epoch, at = divmod(int(p), len(self.dataset))
         _, before, size = self._window(epoch, at)
         return (epoch * len(self.dataset) if self.is_windowed else 0) + before, size
 
     def item(self, p, attempt=0):
-        """(index, epoch) of position p; attempt k > 0: of the k-th item of its window that stands in for it."""
+        """(index, epoch) of position p; attempt k > 0: of its k-th replacement, from the same window."""
         epoch, at = divmod(int(p), len(self.dataset))
         if not self.train and not attempt:
             return at, epoch
@@ -668,21 +660,20 @@ class Stream(torch.utils.data.Dataset):
         k = np.searchsorted(ends, before + inside, "right")
         return int(self.dataset.bounds[order[k] + 1] - ends[k]) + before + inside, epoch
 
-    def _fetch_ahead(self, p):
+    def _prefetch(self, p):
         """Fetches the remote shards of the window after that of position p, in the background."""
         epoch, at = divmod(int(p), len(self.dataset))
         first, *_ = self._window(epoch, at)
-        if self._fetched != (epoch, first):
-            self._fetched = epoch, first
+        if self._prefetched != (epoch, first):
+            self._prefetched = epoch, first
             following = self._order(epoch)[0][first + WINDOW :]
-            self.dataset.fetch((following if len(following) else self._order(epoch + 1)[0])[:WINDOW])
+            self.dataset.prefetch((following if len(following) else self._order(epoch + 1)[0])[:WINDOW])
 
     def pick(self, p, attempt=0):
-        """
-        What is known of position p before its pixels are read: dict(index, epoch, flip, u, text, caption, label, key).
+        """Position p without its pixels: dict(index, epoch, flip, u, text, caption, label, key).
 
         text is one str, caption number `caption` of the item, "" where it has none; u positions a random crop; attempt
-        k > 0 is for the k-th stand-in.
+        k > 0 is for the k-th replacement.
         """
         index, epoch = self.item(p, attempt)
         meta = self.dataset.meta(index)
@@ -701,7 +692,7 @@ class Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, p):
         if self.is_windowed and self.dataset.remote:
-            self._fetch_ahead(p)
+            self._prefetch(p)
 
         def read(attempt):
             picked = self.pick(p, attempt)
@@ -769,14 +760,13 @@ def in_batches(items, positions, collate_fn, workers=0):
         pin_memory=torch.cuda.is_available(),
         timeout=TIMEOUT if workers else 0,
         worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # for the workers' seed: the global generator is left alone
+        generator=torch.Generator(),  # for the workers' seed: the global generator is not advanced
     )
-    return iter(batches)  # workers start here, not when the first batch is asked for
+    return iter(batches)  # workers start here, not at the first batch
 
 
 def begin_worker(number):
-    """
-    Blocks SIGINT and SIGTERM in a worker, but for a SIGTERM that the training process itself sends.
+    """Blocks SIGINT and SIGTERM in a worker, except a SIGTERM that the training process itself sends.
 
     Ctrl-C, torchrun and slurm send both to all processes, but the training process still needs its workers: it saves
     before it ends.
@@ -794,7 +784,7 @@ def begin_worker(number):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m data.dataset", description="What a data set holds, how fast it reads."
+        prog="python -m data.dataset", description="Describe a data set and measure how fast it is read."
     )
     parser.add_argument("path")
     parser.add_argument("--image_size", type=int, default=256)

@@ -1,5 +1,4 @@
-"""
-The forms of a data set: what a folder, a tar or parquet shard, or an array holds, as one `Index` each.
+"""The formats of a data set: the items of a folder, a tar or parquet shard, or an array as one `Index` each.
 
     index_folder(root, paths)      image files; sub-folders are classes
     index_tar(open, shard)         KEY.jpg with KEY.txt, KEY.cls, KEY.json, KEY.map.png, as webdataset and img2dataset
@@ -37,8 +36,7 @@ NOWHERE = (0, 0, 0)  # size 0: the item has no such part
 
 
 class Index:
-    """
-    The items of one shard: for each its key, its label, and (file, offset, size) of image, text, record (JSON) and map.
+    """The items of one shard: key, label, and (file, offset, size) of image, text, record (JSON) and map.
 
     `file` counts in `files`; -1 is the file that the key names (for a map: KEY.map.png). In parquet the image is
     (0, row group, row), the others (0, 0, 1 if there is such a column). A label is an int, or a class name, numbered in
@@ -71,9 +69,8 @@ class Index:
         self.header["left"][reason] = (count + 1, first)
 
     def arrays(self, stamp=""):
-        """
-        (header, arrays): arrays is dict(keys uint8, ends of each in it (n,), rows (n,) with fields COLUMNS, held: the
-        rows with crc32(key) % 100 == 0); stamp: changes when the shard does.
+        """(header, arrays): arrays is dict(keys uint8, ends of each in it (n,), rows (n,) with fields COLUMNS, held:
+        the rows with crc32(key) % 100 == 0); stamp: changes when the shard does.
         """
         header, labels = self.header, self.labels
         header["named"] = any(isinstance(label, str) for label in labels)
@@ -101,8 +98,7 @@ class Index:
         return header, dict(keys=keys, ends=ends.astype(np.int64), rows=rows, held=held)
 
 
-# -----------------------------------------------------------------------------
-# a folder of images
+# --- a folder of images ---
 
 
 def index_folder(root, paths):
@@ -120,7 +116,7 @@ def index_folder(root, paths):
     is_split = tops <= set(SPLITS) or ("train" in tops and tops & set(HELD_OUT))
     split_of = [path.split("/")[0] if is_split and path.split("/")[0] in SPLITS else "" for path in images]
     # without its split, a path starts with its class; as on the Hugging Face hub, labels in metadata.jsonl go first,
-    # and a lone images/ beside it is no class
+    # and a single folder next to it is no class
     below = [path[len(split) :].lstrip("/") for path, split in zip(images, split_of)]
     classes = sorted({path.split("/")[0] for path in below if "/" in path})
     if any(label is not None for label, *_ in described.values()) or (described and len(classes) == 1):
@@ -183,8 +179,7 @@ def list_files(root):
     return sorted(found)
 
 
-# -----------------------------------------------------------------------------
-# tar and parquet shards, arrays
+# --- tar and parquet shards, arrays ---
 
 
 def index_tar(open_shard, shard):
@@ -305,8 +300,7 @@ def shard_split(path):
     return next((folder for folder in folders if folder in SPLITS), named[1] if named else "")
 
 
-# -----------------------------------------------------------------------------
-# JSON, .npy and parquet, which may be damaged
+# --- JSON, .npy and parquet, which may be damaged ---
 
 
 def parse(text):

@@ -327,7 +327,7 @@ def shrink(image, data, record, size, crop, quality):
         image = image.resize(target, Image.Resampling.LANCZOS, box)
     file = io.BytesIO()
     if quality:
-        image.save(file, "JPEG", quality=quality, subsampling=0)  # colour at full resolution
+        image.save(file, "JPEG", quality=quality, subsampling=0)  # color at full resolution
     else:
         image.save(file, "PNG")
     return file.getvalue(), ".jpg" if quality else ".png", record

@@ -1,9 +1,10 @@
-"""
-Shards: an index file for each, kept in cache_dir, and shards behind a URL, of which the last used stay on disk.
+"""Shards: an index file for each, kept in cache_dir, and shards behind a URL, of which the last used stay on disk.
 
-    Indexes       headers[s], and load(s) -> arrays of shard s (see data/forms.py), in memory
-    KeptIndexes   the same, kept in files: made once, in parallel
-    Remote        files that an fsspec URL names, as local files
+    Indexes        headers[s], and load(s) -> arrays of shard s (see data/forms.py), in memory
+    StoredIndexes  the same, stored in files: made once, in parallel
+    Remote         the files of an fsspec URL, as local files
+
+A shard is a tar or parquet file, or the images of one split in a folder or array.
 """
 
 import concurrent.futures
@@ -59,9 +60,8 @@ class Indexes:
         return self.arrays[s]
 
 
-class KeptIndexes(torch.utils.data.Dataset):
-    """
-    The indexes of shards, a file each in `folder`, and all headers in one file, so that many are opened at once.
+class StoredIndexes(torch.utils.data.Dataset):
+    """The indexes of shards, a file each in `folder`, and all headers in one file, so that many are opened at once.
 
     jobs: [(shard, stamp), ...]; an index is made again if the stamp is another. index(shard) -> data.forms.Index.
     One process makes them while others wait; after a kill, the next continues.
@@ -129,8 +129,7 @@ class KeptIndexes(torch.utils.data.Dataset):
 
 
 class Remote:
-    """
-    Files that an fsspec URL names, fetched completely into a folder and read there; beyond `gigabytes` the least
+    """Files that an fsspec URL names, fetched completely into a folder and read there; beyond `gigabytes` the least
     recently used are removed.
 
     The URL is a folder, a file, or has `*` or `{000..123}` in it. `names` are relative to the folder before those;
@@ -184,7 +183,7 @@ class Remote:
         return {**self.__dict__, "thread": None}
 
     def system(self):
-        """The fsspec file system; asked for each time, as it does not outlive a fork."""
+        """The fsspec file system; made each time, as it is not valid after a fork."""
         import fsspec
 
         return fsspec.core.url_to_fs(self.url)[0]
@@ -213,7 +212,7 @@ class Remote:
                     self.system().get_file(self.paths[name], part)
                     size = os.path.getsize(part)
                     if self.sizes[name] not in (None, size):
-                        raise OSError(f"{size} bytes of {self.sizes[name]} came")
+                        raise OSError(f"got {size} of {self.sizes[name]} bytes")
                     os.replace(part, path)
                     break
                 except Exception as e:  # what a network does is not always an OSError
@@ -242,8 +241,8 @@ class Remote:
                         os.remove(path)
                     total -= size
 
-    def ahead(self, names):
-        """Fetches these in the background, if twice their size is within the bound."""
+    def prefetch(self, names):
+        """Fetch these files in the background, if twice their size is within the bound."""
         if self.thread or 2 * sum(self.sizes[name] or 0 for name in names) > self.gigabytes * 1e9:
             return
 
@@ -257,7 +256,7 @@ class Remote:
         self.thread.start()
 
     def copy(self, names):
-        """Copies these small files beside the shards into the folder, those that exist."""
+        """Copies those of these small files that exist next to the shards into the folder."""
         for name in names:
             path, content = f"{self.folder}/{name}", None
             try:

@@ -1,5 +1,4 @@
-"""
-Conditions of image-conditioned denoisers, made from the data: inpainting, super-resolution, semantic maps, layouts.
+"""Conditions of image-conditioned denoisers, made from the data: inpainting, super-resolution, semantic maps, layouts.
 
     random_mask    a region to fill in: strokes, boxes, or all beyond a border
     degrade        a small image of lower quality, for super-resolution
@@ -27,8 +26,7 @@ DEGRADATIONS = ("bicubic", "bsr")
 
 
 def random_mask(sides, *seed):
-    """
-    (1,H,W) float32, 1 where to fill in and 0 where the image is known; sides are (H, W), seed any numbers and strings.
+    """Mask (1,H,W) float32, 1 where to fill in; sides are (H, W), seed any numbers and strings.
 
     Half of the masks are strokes, a quarter boxes, a fifth border (beyond one side or more, up to a frame), one in
     twenty everything. They are wide, as LaMa's are (Suvorov et al. 2022, arXiv 2109.07161): on average 0.39 of the
@@ -71,8 +69,7 @@ def random_mask(sides, *seed):
     return torch.from_numpy(np.array(image, dtype=np.float32))[None]
 
 
-# -----------------------------------------------------------------------------
-# degradation
+# --- degradation ---
 
 
 def gaussian_blur(image, covariance):
@@ -87,13 +84,12 @@ def gaussian_blur(image, covariance):
 
 
 def degrade(image, scale, *seed, degradation="bicubic"):
-    """
-    (3,H,W) in [-1,1] -> (3,H/scale,W/scale), in 256 levels as images from files have; seed as in random_mask.
+    """(3,H,W) in [-1,1] -> (3,H/scale,W/scale), in 256 levels as images from files have; seed as in random_mask.
 
     "bicubic": antialiased, nothing random. "bsr": two blurs, a resize, noise and JPEG in random order, then JPEG, after
     BSRGAN (Zhang et al. 2021, arXiv 2103.14006, section 3) but lightly, so that what is there can still be recognized:
-    an isotropic Gaussian of 0.1 to 0.7 pixels and another of 0.1 to 1.4 along each of two turned axes (at scale 4, else
-    in proportion), noise of 1 to 6 of 255, grey or colored, JPEG of quality 70 to 95.
+    an isotropic Gaussian of 0.1 to 0.7 pixels and another of 0.1 to 1.4 along two rotated axes (at scale 4, else
+    in proportion), noise of 1 to 6 of 255, gray or colored, JPEG of quality 70 to 95.
     """
     height, width = image.shape[-2:]
     assert degradation in DEGRADATIONS, f"degradation {degradation!r}: choose {' or '.join(DEGRADATIONS)}"
@@ -140,13 +136,11 @@ def degrade(image, scale, *seed, degradation="bicubic"):
     return to_tensor(Image.fromarray(jpeg(pixels)))
 
 
-# -----------------------------------------------------------------------------
-# layout
+# --- layout ---
 
 
 def layout_string(objects, classes=None):
-    """
-    "red circle 0.10 0.20 0.50 0.60; ...", the biggest first, from the (name, x0, y0, x1, y1) of Dataset.boxes.
+    """Objects (name, x0, y0, x1, y1) of Dataset.boxes -> "red circle 0.10 0.20 0.50 0.60; ...", the largest first.
 
     With classes, objects of others are left out: validation may have some that the tokenizer does not know.
     """
@@ -155,8 +149,7 @@ def layout_string(objects, classes=None):
     return "; ".join(f"{name} {x0:.3f} {y0:.3f} {x1:.3f} {y1:.3f}" for name, x0, y0, x1, y1 in objects)
 
 
-# -----------------------------------------------------------------------------
-# input channels of the denoiser
+# --- input channels of the denoiser ---
 
 
 def image_condition(task, vae, inputs, sides, map_classes=0):
@@ -180,7 +173,7 @@ def image_condition(task, vae, inputs, sides, map_classes=0):
 
 
 def show_condition(task, inputs, side):
-    """One example's condition as an image (3,side,side): with a grey hole, enlarged, or with a color for each class."""
+    """One example's condition as an image (3,side,side): with a gray hole, enlarged, or with a color for each class."""
     if task == "inpaint":
         return inputs["image"] * (inputs["mask"] < 0.5)
     if task == "sr":
@@ -200,8 +193,7 @@ def augment_low(low, level, eps, schedule=None):
     return schedule.alpha(t) * low + schedule.sigma(t) * eps
 
 
-# -----------------------------------------------------------------------------
-# items with their condition
+# --- items with their condition ---
 
 
 def check_task(dataset, task, scale=4, degradation="bsr", layout=False):
@@ -219,8 +211,8 @@ def check_task(dataset, task, scale=4, degradation="bsr", layout=False):
 
 
 class WithCondition(torch.utils.data.Dataset):
-    """
-    [p] -> stream[p] and "condition", a dict of tensors, from the same crop and flip; stream is a Stream or LatentCache.
+    """[p] -> stream[p] and "condition", a dict of tensors, from the same crop and flip; stream is a Stream or
+    LatentCache.
 
         none      {}
         inpaint   {"image": (3,S,S), "mask": (1,S,S)}
@@ -228,8 +220,8 @@ class WithCondition(torch.utils.data.Dataset):
         semantic  {"map": (S,S) int64, -1 unknown}
 
     With `layout`, names of object classes, text is the item's layout in objects of those. scale, degradation: of sr.
-    Masks and degradations depend on (seed, task, p) alone, so validation has the same ones each time. An item whose
-    condition does not read is named in bad and replaced by that of another position, a function of (seed, p).
+    Masks and degradations depend on (seed, task, p) only, so validation has the same ones each time. An item whose
+    condition does not read is reported in bad and replaced by that of another position, a function of (seed, p).
     """
 
     def __init__(self, stream, task, seed, scale=4, degradation="bsr", layout=None):

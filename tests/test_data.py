@@ -240,7 +240,7 @@ def make_scenes(path, form, n=6):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_content_in_every_form(tmp_path, form):
     ds = Dataset(make_scenes(tmp_path / "set", form), "all", 10)
-    assert (ds.form, len(ds), ds.classes, ds.num_classes) == (form, 6, ["a", "b"], 2)
+    assert (ds.format, len(ds), ds.classes, ds.num_classes) == (form, 6, ["a", "b"], 2)
     assert ds.has_maps and ds.has_objects
     assert (ds.map_names, ds.map_classes, ds.object_classes) == ([], 4, ["cat", "dog"])
     wanted = "6 images.*2 classes \\(a, b\\), labels on 6, captions on 6, maps on 6, objects on 6$"
@@ -349,9 +349,9 @@ FOUND = {
     "parquet of the hub": (
         {"a.parquet": hub_table}, {"a/000000": 1, "a/000001": 0, "a/000002": -1}, "neg pos", "",
     ),
-    "npy, and a tar beside it": (
-        {"images.npy": GREY[..., None], "labels.npy": np.array([0, 2]), "x.tar": {"1.png": P}},
-        {"00000000": 0, "00000001": 2}, "", "1 of another form (x.tar)",
+    "npy, with a tar and the preview of data/shapes": (
+        {"images.npy": GREY[..., None], "labels.npy": np.array([0, 2]), "x.tar": {"1.png": P}, "sheet.png": P},
+        {"00000000": 0, "00000001": 2}, "", "1 of another format (x.tar)",
     ),
 }  # fmt: skip
 
@@ -529,7 +529,7 @@ def test_each_bad_item_says_what_is_wrong(tmp_path, monkeypatch):
         "link.png": (None, "No such file"),
     }
     maps = {
-        "mode": (encoded(image), "mode RGB: save it as 8-bit grey"),
+        "mode": (encoded(image), "mode RGB: save it as 8-bit gray"),
         "small": (encoded(classes[:, :10]), r"its map is \(10, 10\), the image \(18, 10\): make them the same size"),
         "broken": (b"no", "its map does not read .not an image that Pillow can read"),
         "none": (b"", "it has no map"),
@@ -788,7 +788,7 @@ def test_remote_equals_local(memory):
     here = Dataset(memory[1], "all", 4)
     for url in ("memory://set", "memory://set/*.tar", "memory://set/0000{0..4}.tar", f"file://{memory[1]}/"):
         ds = Dataset(url, "all", 4, cache_dir=f"cache-{seed_of(url)}")
-        assert (ds.form, ds.classes, metas(ds)) == ("tar", ["zero", "one", "two"], metas(here))
+        assert (ds.format, ds.classes, metas(ds)) == ("tar", ["zero", "one", "two"], metas(here))
     assert keys(Dataset("memory://set/00002.tar", "all", 4)) == keys(here)[9:17]
     for file in Path(ds.root).glob("*.tar"):
         file.unlink()
@@ -839,7 +839,7 @@ def test_remote_faults(memory, monkeypatch, capsys):
     assert "fetching 00000.tar of memory://set again (RuntimeError('503 slow down'))" in capsys.readouterr().out
     os.remove(ds.remote.local("00000.tar"))
     faults += ["cut"] * 4
-    with pytest.raises(BadImage, match="00000/0000: 00000.tar: of memory://set could not be fetched .*100 bytes of"):
+    with pytest.raises(BadImage, match="00000/0000: 00000.tar: of memory://set could not be fetched .*got 100 of"):
         ds.pixels(0)
     assert not list(Path(ds.root).glob("*.tmp"))
     Path("taken").write_text("a file")
@@ -897,7 +897,7 @@ REAL = {
 def test_real_data(test_data, name):
     split, size, form, length, classes, i, label, caption = REAL[name]
     ds = Dataset(test_data / name, split, size)
-    assert (ds.form, len(ds), ds.num_classes) == (form, length, classes)
+    assert (ds.format, len(ds), ds.num_classes) == (form, length, classes)
     assert not classes or (len(ds.classes) == classes and np.bincount(ds.labels, minlength=classes).min() > 0)
     item = ds[i]
     assert item["label"] == label and (item["text"][0].startswith(caption) if caption else not item["text"])

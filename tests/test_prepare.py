@@ -657,7 +657,7 @@ def test_missing_sources_are_one_line_and_settings_are_checked(name):
     for value in ("", "nowhere", "empty"):
         setting = {"fetched" if "urls" in settings else "source": value}
         says("set --|no images|no parquet|unpack|see the top", prepare, name, **setting)
-    for word in ("licence", "size", "time", "on disk"):
+    for word in ("license", "size", "time", "on disk"):
         assert word in module.__doc__.lower(), word
     wrong = dict(
         size=0, crop="middle", quality=101, min_side=-1, vocab_size=100, shard_mb=0.0, workers=-1, fraction=0.0

@@ -484,6 +484,16 @@ def test_ranks_are_equal_with_everything_on(start, rich_data):
     assert_same(one.finish().checkpoint[0], two.finish().checkpoint[0], atol=1e-9)
 
 
+def test_decays_of_the_averages(start):
+    """From step 1 to 2 by (1 + n) / (10 + n) and by (1 - 1/n)^(gamma + 1) with n = 2."""
+    args = ("--max_steps=2", "--snapshot_every=1", "--ema_stds=0.1", "--dtype=float64", "--val_images=2")
+    run, name = start("ldm", *args).finish(), "unet.conv_out.weight"
+    before, after = read(run.out / "ema_00000001.safetensors")[0], run.checkpoint[0]
+    for average, decay in (("ema", 3 / 12), ("ema_power_0", 0.5 ** (checkpoint.power_exponent(0.1) + 1))):
+        expected = decay * before[f"{average}.{name}"] + (1 - decay) * after[f"model.{name}"]
+        torch.testing.assert_close(after[f"{average}.{name}"], expected, rtol=1e-9, atol=1e-12)
+
+
 def test_snapshots(rich_run):
     """They hold averages, which combine to one of another length, and no autoencoder."""
     run = rich_run("all")

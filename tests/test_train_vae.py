@@ -392,6 +392,15 @@ def test_what_a_run_leaves(finished):
     assert not torch.equal(tensors["model.decoder.conv_in.weight"], tensors["ema.decoder.conv_in.weight"])
 
 
+def test_decay_of_the_average(start):
+    """From step 1 to 2 by (1 + n) / (10 + n) with n = 2."""
+    args = ("--max_steps=2", "--snapshot_every=1", "--dtype=float64", "--val_images=2")
+    run, name = start("vae", *args).finish(), "decoder.conv_in.weight"
+    before, after = read(run.out / "ema_00000001.safetensors")[0], run.checkpoint[0]
+    expected = 0.25 * before[f"ema.{name}"] + 0.75 * after[f"model.{name}"]
+    torch.testing.assert_close(after[f"ema.{name}"], expected, rtol=1e-9, atol=1e-12)
+
+
 def test_bad_images_among_good_ones_are_named_and_replaced(start, tmp_path):
     for name, good, bad in (("train", 7, 1), ("val", 3, 0)):
         (tmp_path / "images" / name).mkdir(parents=True)

@@ -5,7 +5,7 @@
 
 DIR has, from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, img_align_celeba.zip (or the folder that it unpacks to)
 and, anywhere below, list_eval_partition.txt and list_attr_celeba.txt (or Kaggle's .csv of them).
-Licence: non-commercial research only. Size: 1.4 GB to download, 1.9 GB made. Time: minutes (estimate).
+License: non-commercial research only. Size: 1.4 GB to download, 1.9 GB made. Time: minutes (estimate).
 On disk: train-*.tar, val-*.tar, test-*.tar (the published split), classes.json if attribute is set, bpe.tiktoken,
 meta.json, dropped.jsonl. The caption of a face lists its attributes: "smiling, young".
 """

@@ -6,7 +6,7 @@
 DIR has what CelebAMask-HQ.zip of https://github.com/switchablenorms/CelebAMask-HQ unpacks to (CelebA-HQ-img/0.jpg,
 CelebA-HQ-to-CelebA-mapping.txt, CelebAMask-HQ-attribute-anno.txt) or the images only, or is the zip itself.
 With the mapping and, beside it, CelebA's list_eval_partition.txt the split is CelebA's; otherwise one in a hundred is
-held out. Licence: non-commercial research only. Size: 3 GB to download, 1.5 GB made at 256 pixels (estimate).
+held out. License: non-commercial research only. Size: 3 GB to download, 1.5 GB made at 256 pixels (estimate).
 Time: minutes (estimate).
 On disk: train-*.tar, val-*.tar (and test-*.tar), bpe.tiktoken if there are attributes (the captions list them),
 meta.json, dropped.jsonl.

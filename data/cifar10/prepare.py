@@ -4,7 +4,7 @@
     python data/cifar10/prepare.py --source=FILE     # from cifar-10-binary.tar.gz
     python data/cifar10/prepare.py --source=DIR      # from the hub's parquet: `hf download --repo-type dataset
                                                      # uoft-cs/cifar10 --local-dir DIR`, or another of that form
-Source: https://www.cs.toronto.edu/~kriz/cifar.html. Licence: none stated; for research.
+Source: https://www.cs.toronto.edu/~kriz/cifar.html. License: none stated; for research.
 Size: 170 MB to download, 245 MB made (from the hub's parquet about as much). Time: half a minute on two cores.
 On disk: train-*.tar, val-*.tar (the test set) of PNG, classes.json, meta.json, dropped.jsonl.
 Identical images are kept (there are a few), so that the counts are the published ones.

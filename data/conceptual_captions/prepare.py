@@ -5,7 +5,7 @@
     python data/conceptual_captions/prepare.py --fetched=DIR                     # what img2dataset fetched before
 
 The lists come from https://ai.google.com/research/ConceptualCaptions/download: lines of caption and URL (CC12M: URL and
-caption), without a header; a copy of them gets one. Licence: the lists may be used freely; every image has its own.
+caption), without a header; a copy of them gets one. License: the lists may be used freely; every image has its own.
 Size: 25 KB an image (estimate), 60 GB for CC3M; many of the links are dead by now. Time: hours (estimate).
 On disk: in out_dir/.fetched the list with its header and img2dataset's own shards; then train-*.tar and val-*.tar,
 without the broken, tiny and duplicate, bpe.tiktoken, meta.json with the links that were lost and why, dropped.jsonl.

@@ -5,7 +5,7 @@
 
 DIR has images1024x1024 (00000/00000.png ... 69000/69999.png) or thumbnails128x128, as download_ffhq.py of
 https://github.com/NVlabs/ffhq-dataset fetches them, or is a .zip of them.
-Licence: CC BY-NC-SA 4.0 for the set; every image has its own licence, listed in ffhq-dataset-v2.json.
+License: CC BY-NC-SA 4.0 for the set; every image has its own license, listed in ffhq-dataset-v2.json.
 Size: 89 GB to download (thumbnails: 2 GB); about 3 GB made at 256 pixels. Time: 26 images/s and core (PNG).
 On disk: train-*.tar (the first 60,000), val-*.tar (the last 10,000, as its authors ask), meta.json, dropped.jsonl.
 """

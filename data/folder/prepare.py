@@ -7,7 +7,7 @@ DIR is anything that data/dataset.py reads: images in folders (sub-folders are c
 optional metadata.jsonl {file_name, text, label, objects}), tar shards of KEY.jpg with KEY.json, .txt or .cls, or
 parquet. It can be trained on without this; this makes it small and fast, and leaves out broken and duplicate images,
 and semantic maps.
-Source and licence: yours. Size: about 45 KB an image at 256 pixels and quality 95. Time: 200 JPEG
+Source and license: yours. Size: about 45 KB an image at 256 pixels and quality 95. Time: 200 JPEG
 of 500 x 375 a second and core, 50 of 1024 x 768, 26 PNG of 1024 x 1024.
 On disk: train-*.tar, val-*.tar (the images that data/dataset.py would hold out of DIR), test-*.tar if DIR has test/
 beside val/, classes.json if there are classes, bpe.tiktoken if there are captions, meta.json, dropped.jsonl.
@@ -58,7 +58,7 @@ def prepare(cfg):
         reject(cfg.out_dir, "is inside the source, whose images the shards would become", "set another --out_dir")
     everything = Dataset(source, "all")
     print(everything)
-    if everything.form == "npy":
+    if everything.format == "npy":
         reject(source, "has images.npy", "train on it as it is")
     if everything.has_maps:
         print(f"{source}: the semantic maps are left out; for task=semantic train on it as it is")

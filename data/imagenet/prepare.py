@@ -10,7 +10,7 @@ validation labels, ILSVRC2012_devkit_t12.tar.gz (read with scipy) or Kaggle's LO
 LOC_val_solution.csv. Or it has the hub's parquet, after
 `hf download --repo-type dataset ILSVRC/imagenet-1k --local-dir DIR`.
 Without labels for it the validation tar is left out, and one training image in a hundred is held out instead.
-Licence: non-commercial research and education, see image-net.org. Size: 145 GB to download; about 70 GB made at
+License: non-commercial research and education, see image-net.org. Size: 145 GB to download; about 70 GB made at
 256 pixels (estimate). Time: 200 images/s and core (measured on photos of 500 x 375).
 On disk: train-*.tar, val-*.tar, classes.json (labels in the order of the synset ids), meta.json, dropped.jsonl.
 Identical images are kept, so that the counts are the published ones.

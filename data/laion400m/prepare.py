@@ -6,7 +6,7 @@
 
 The lists have the columns URL and TEXT, and NSFW and similarity. LAION withdrew those of LAION-400M in December 2023;
 its later lists (Re-LAION) name some columns differently: rename them. Put the parquet files that you want into one
-folder: a tenth of them is a tenth of the images. Licence: of the lists CC BY 4.0; every image has its own.
+folder: a tenth of them is a tenth of the images. License: of the lists CC BY 4.0; every image has its own.
 Size: 256 pixels, aspect ratio kept: about 25 KB an image, 10 TB for all (estimate); many of the links are dead by now.
 Time: days on several machines for all; img2dataset shows its speed. On disk: in out_dir/.fetched img2dataset's own
 shards (which can be trained on, --dataset=data/laion400m/.fetched); then train-*.tar and val-*.tar, without the broken,

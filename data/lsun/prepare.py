@@ -5,7 +5,7 @@
 
 DIR has bedroom_train_lmdb/, bedroom_val_lmdb/, church_outdoor_train_lmdb/, ..., which the zips of
 `python download.py -c bedroom` of https://github.com/fyu/lsun unpack to. Reading them needs lmdb: pip install lmdb.
-Source: https://www.yf.io/p/lsun. Licence: none stated; for research. Size: bedroom 43 GB, church_outdoor 2.3 GB to
+Source: https://www.yf.io/p/lsun. License: none stated; for research. Size: bedroom 43 GB, church_outdoor 2.3 GB to
 download; made at quality 95, 45 KB an image, three times as much (estimate). Time: 400 images/s and core.
 On disk: train-*.tar, val-*.tar (the published 300 a category), classes.json (the categories), meta.json, dropped.jsonl.
 """

@@ -7,7 +7,7 @@
 DIR has the layout of the zoo, by default ~/fiftyone/open-images-v7 (FIFTYONE_DATASET_ZOO_DIR moves it):
 {train,validation}/data/ID.jpg, labels/detections.csv (ImageID, LabelName, XMin, XMax, YMin, YMax, ...) and
 metadata/classes.csv. A *captions*.jsonl in labels/, {image_id, caption} as in Localized Narratives, gives captions.
-Source: https://storage.googleapis.com/openimages/web/index.html. Licence: images CC BY 2.0, annotations CC BY 4.0.
+Source: https://storage.googleapis.com/openimages/web/index.html. License: images CC BY 2.0, annotations CC BY 4.0.
 Size: all 1,743,042 training photos are 513 GB, 41,620 of validation 12 GB; made at 256 pixels about 45 KB each
 (estimate). Time: that of the download. On disk: train-*.tar, val-*.tar (of its validation split),
 object_classes.json, bpe.tiktoken if there are captions, meta.json, dropped.jsonl; the objects of an image are in

@@ -4,7 +4,7 @@
     hf download --repo-type dataset huggan/wikiart --local-dir DIR; python data/wikiart/prepare.py --source=DIR
     python data/wikiart/prepare.py --source=DIR --label=artist
 
-Source: https://huggingface.co/datasets/huggan/wikiart (of the ArtGAN project, of wikiart.org). Licence: non-commercial
+Source: https://huggingface.co/datasets/huggan/wikiart (of the ArtGAN project, of wikiart.org). License: non-commercial
 research only; the paintings' own vary. Size: 34 GB to download, about 4 GB made at 256 pixels (estimate).
 Time: half an hour of one core (estimate).
 On disk: train-*.tar, val-*.tar (one in a hundred), classes.json (of the chosen label), bpe.tiktoken, meta.json,
