@@ -50,7 +50,7 @@ attn_resolutions = ()  # each >= 1: sides whose levels have attention, in pixels
 resolution = 256  # >= 1: the side attn_resolutions refers to; does not limit what can be encoded
 mid_attention = True  # attention in the middle
 latent_proj = True  # 1x1 convolutions around the latents
-bottleneck = "kl"  # kl | vq: regularisation of the latents
+bottleneck = "kl"  # kl | vq: regularization of the latents
 codebook_size = 8192  # >= 1: vq, how many codes
 embed_dim = 0  # >= 0: channels of the latents between the 1x1 convolutions; 0 is z_channels
 vq_beta = 0.25  # >= 0: vq, weight of the commitment term
@@ -85,7 +85,7 @@ adaptive_max = 0.0509  # >= 0: ... greatest ratio; CompVis clamps at 1e4 for sum
 disc_layers = 3  # >= 1: 3 judges patches of 70 x 70 pixels, 2 of 34 x 34
 disc_channels = 64  # >= 1: of its first layer
 disc_norm = "group"  # group | batch | none: batch is the published one, with each process's own statistics
-disc_spectral_norm = False  # spectral normalisation of its kernels
+disc_spectral_norm = False  # spectral normalization of its kernels
 disc_lr = 1e-4  # > 0: follows the curve of lr
 r1_weight = 0.0  # >= 0: R1, half of it times the squared gradient of the summed real logits, a mean per pixel
 lecam_weight = 0.0  # >= 0: LeCam, pulls the logits to the other side's running mean, for little data
@@ -417,7 +417,7 @@ def evaluate_checkpoint(cfg, machine, autocast):
     if machine.rank == 0:
         path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"
         error_map = (y - x).abs().mean(dim=1, keepdim=True).expand_as(x)
-        save_grid(path, (x, y, 4 * error_map - 1))  # white from an error of 64 grey levels on
+        save_grid(path, (x, y, 4 * error_map - 1))  # white from an error of 64 gray levels on
         print(f"{source} on {len(validation)} images at {cfg.image_size} px of {images}")
         for name, value in scores.items():
             print(f"  {name.removeprefix('val_'):20} {value if isinstance(value, list) else format(value, '.4f')}")

@@ -258,7 +258,7 @@ def test_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("h, w, tile, overlap", [(12, 17, 8, 4), (20, 6, 8, 0), (9, 9, 8, 7)])
 def test_tiles(tiny, monkeypatch, h, w, tile, overlap):
-    """A decoder without neighbourhoods gives the same in tiles; one that depends on it is blended between them."""
+    """A decoder without neighborhoods gives the same in tiles; one that depends on it is blended between them."""
     z, sizes, number = normal(1, 3, h, w), [], 0
 
     def decode(z):
