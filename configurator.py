@@ -93,7 +93,7 @@ def find_settings(scope):
     """
     if "__file__" not in scope:
         return {name: Setting(value) for name, value in scope.items() if is_setting(name, value)}
-    with tokenize.open(scope["__file__"]) as file:  # honours the file's encoding line
+    with tokenize.open(scope["__file__"]) as file:  # honors the file's encoding line
         source = file.read()
     lines = source.split("\n")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)

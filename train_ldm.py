@@ -31,7 +31,7 @@ from configurator import configure
 from data.cache import LatentCache
 from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
 from data.tasks import WithCondition, augment_low, check_task, image_condition, layout_string, show_condition
-from diffusion import make_denoiser, make_schedule, t_max, target, to_x0, unet_time
+from diffusion import OBJECTIVES, SCHEDULES, make_denoiser, make_schedule, samplers, t_max, target, to_x0, unet_time  # noqa: F401
 from sample import Pipeline, generate, read_prompts, save_grid
 from text import CLIPTextEncoder, TextEncoder, make_tokenizer
 from unet import Denoiser, Rescaler, UNet
@@ -85,8 +85,8 @@ unet_patch = 1  # >= 1: fold patches of p x p latents into channels first, for s
 norm_groups = 32  # >= 1: groups of every GroupNorm
 unet_dropout = 0.0  # in [0, 1): in every residual block
 # diffusion
-objective = "flow"  # eps | v | x0 | flow: what the network predicts
-schedule = "flow"  # flow | cosine | linear | scaled_linear | squared_cosine | sqrt | quadratic | sigmoid: of the noise
+objective = "flow"  # one of OBJECTIVES: what the network predicts
+schedule = "flow"  # one of SCHEDULES: noise schedule; scaled_linear is Stable Diffusion's
 beta_start = 0.00085  # in (0, 1): of a table, but not of squared_cosine; SD's is scaled_linear
 beta_end = 0.012  # in (0, 1): of a table, but not of squared_cosine
 zero_snr = False  # rescale a table so that it ends in pure noise (Lin et al. 2024); not with eps
@@ -123,7 +123,7 @@ eval_every = 5000  # >= 1: steps between evaluations (validation loss, sample gr
 val_images = 1000  # >= 1: validation images, each with its own noise and t
 prompts = ""  # file of prompts for the sample grids, one a line; "" uses captions of the validation set
 n_samples = 16  # >= 1: images of a grid
-sampler = "unipc"  # ddpm | ddim | euler | euler_a | heun | dpmpp_2m | dpmpp_2m_sde | plms | unipc: of the grids
+sampler = "unipc"  # one of samplers: of the sample grids
 sample_steps = 20  # in [1, 1000]: of the sampler
 guidance = 3.0  # >= 0: classifier-free guidance scale of the grids; 1 disables it
 save_every = 1000  # >= 1: steps between checkpoints
@@ -141,7 +141,8 @@ wandb = False  # also log to Weights & Biases
 # settings that a checkpoint holds as its model's, beside those of U-Net and text encoder
 MODEL_SETTINGS = ("cond", "class_embed", "image_size", "objective", "schedule", "beta_start", "beta_end", "zero_snr",
                   "ema_stds", "text_encoder", "task", "sr_scale", "sr_noise")  # fmt: skip
-PANELS = {"loss": ("error", "val_loss"), "gradient norm": ("grad_norm",), "val_loss by tenths of t": ("val_loss_by_t",)}
+PANELS = {"loss: error at training's t, val_loss at uniform t": ("error", "val_loss"), "gradient norm": ("grad_norm",)}
+PANELS |= {"val_loss by tenths of t": ("val_loss_by_t",)}
 
 
 def check_settings(cfg):
@@ -653,6 +654,9 @@ if __name__ == "__main__":
     run = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
     header = dict(stage="ldm", model=about, config=cfg, git=common.git_revision(), run=run)
     header |= dict(images_per_step=images_per_step, vae=vae and vae.settings, classes=images.classes, examples=examples)
+    header |= dict(data=images.fingerprint)
+    if resumed and meta["data"] != images.fingerprint:
+        log.print("warning: the dataset has changed since the checkpoint; images come in another order")
 
     def save(path, snapshot=False):
         """All that resuming and sampling need, or of a snapshot the averages; every rank calls it, rank 0 writes."""
@@ -700,11 +704,12 @@ if __name__ == "__main__":
                 batch = collate([validation[i] for i in range(min(6, len(validation)))])
                 save_predictions(f"{cfg.out_dir}/predictions_{step:08d}.png", pipeline, conditioner(batch), autocast)
                 common.plot_log(cfg.out_dir, PANELS)
-            log.restart_clock()
         if snapshot:
             save(f"{cfg.out_dir}/ema_{step:08d}.safetensors", snapshot=True)
         if saving:
             save(latest)
+        if saving or snapshot or due(cfg.eval_every):
+            log.restart_clock()  # this was not training time
         if last or stopping:
             break
 

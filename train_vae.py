@@ -50,7 +50,7 @@ attn_resolutions = ()  # each >= 1: sides whose levels have attention, in pixels
 resolution = 256  # >= 1: the side attn_resolutions refers to; does not limit what can be encoded
 mid_attention = True  # attention in the middle
 latent_proj = True  # 1x1 convolutions around the latents
-bottleneck = "kl"  # kl | vq: regularisation of the latents
+bottleneck = "kl"  # kl | vq: regularization of the latents
 codebook_size = 8192  # >= 1: vq, how many codes
 embed_dim = 0  # >= 0: channels of the latents between the 1x1 convolutions; 0 is z_channels
 vq_beta = 0.25  # >= 0: vq, weight of the commitment term
@@ -85,7 +85,7 @@ adaptive_max = 0.0509  # >= 0: ... greatest ratio; CompVis clamps at 1e4 for sum
 disc_layers = 3  # >= 1: 3 judges patches of 70 x 70 pixels, 2 of 34 x 34
 disc_channels = 64  # >= 1: of its first layer
 disc_norm = "group"  # group | batch | none: batch is the published one, with each process's own statistics
-disc_spectral_norm = False  # spectral normalisation of its kernels
+disc_spectral_norm = False  # spectral normalization of its kernels
 disc_lr = 1e-4  # > 0: follows the curve of lr
 r1_weight = 0.0  # >= 0: R1, half of it times the squared gradient of the summed real logits, a mean per pixel
 lecam_weight = 0.0  # >= 0: LeCam, pulls the logits to the other side's running mean, for little data
@@ -392,8 +392,17 @@ def mean_scores(rows):
     return {name: [round(v, 5) for v in t.tolist()] if t.ndim else t.item() for name, t in scores.items()}
 
 
-def evaluate_checkpoint(cfg, machine, autocast, lpips):
+def build_lpips(cfg, machine):
+    """The metric of the perceptual loss and of evaluation, or None."""
+    if not (cfg.perceptual_weight or cfg.lpips_trunk):
+        return None
+    lpips = LPIPS(cfg.lpips_net, cfg.lpips_trunk, cfg.lpips_heads)
+    return lpips.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
+
+
+def evaluate_checkpoint(cfg, machine, autocast):
     """--eval_only: print the scores of cfg.ckpt, save eval.png beside it."""
+    check_settings(cfg)
     source = cfg.ckpt or cfg.out_dir
     images = Dataset(cfg.dataset, cfg.eval_split, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
     validation = Subset(Stream(images, cfg.seed, train=False), common.spread(len(images), cfg.val_images))
@@ -404,11 +413,11 @@ def evaluate_checkpoint(cfg, machine, autocast, lpips):
         inception = load_inception(cfg.inception_weights, machine.device) if cfg.inception_weights else None
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from None
-    scores, (x, y) = evaluate(vae, validation, cfg, machine, autocast, lpips, inception)
+    scores, (x, y) = evaluate(vae, validation, cfg, machine, autocast, build_lpips(cfg, machine), inception)
     if machine.rank == 0:
         path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"
         error_map = (y - x).abs().mean(dim=1, keepdim=True).expand_as(x)
-        save_grid(path, (x, y, 4 * error_map - 1))  # white from an error of 64 grey levels on
+        save_grid(path, (x, y, 4 * error_map - 1))  # white from an error of 64 gray levels on
         print(f"{source} on {len(validation)} images at {cfg.image_size} px of {images}")
         for name, value in scores.items():
             print(f"  {name.removeprefix('val_'):20} {value if isinstance(value, list) else format(value, '.4f')}")
@@ -464,18 +473,13 @@ def count_tflop(vae, cfg):
 if __name__ == "__main__":
     common.install_excepthook()
     cfg = configure(globals())
-    check_settings(cfg)
 
     # processes, device, precision
     machine = common.setup(cfg)
     rank, world = machine.rank, machine.world
     autocast = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16")
-    lpips = None
-    if (cfg.perceptual_weight or cfg.lpips_trunk) and not cfg.measure_latents:
-        lpips = LPIPS(cfg.lpips_net, cfg.lpips_trunk, cfg.lpips_heads)
-        lpips.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     if cfg.eval_only:
-        evaluate_checkpoint(cfg, machine, autocast, lpips)
+        evaluate_checkpoint(cfg, machine, autocast)
         common.leave()
 
     # a checkpoint to resume, or a model to start from, has its settings
@@ -493,6 +497,7 @@ if __name__ == "__main__":
     if cfg.init_from:
         inherited = checkpoint.tuples(meta["model"] if resumed else source.settings)
         cfg = cfg.replace(**{k: v for k, v in inherited.items() if k in cfg and k not in cfg.given})
+    check_settings(cfg)
     step, images_per_step, micro_steps = common.start(cfg, world, meta if resumed else {}, latest)
 
     # data
@@ -506,7 +511,8 @@ if __name__ == "__main__":
     validation = common.spread(len(validation_images), cfg.val_images)
     validation = Subset(Stream(validation_images, cfg.seed, train=False), validation)
 
-    # model
+    # models
+    lpips = None if cfg.measure_latents else build_lpips(cfg, machine)
     torch.manual_seed(seed_of(cfg.seed, "init"))
     model = common.build(VAE, **{name: cfg[name] for name in inspect.signature(VAE).parameters if name in cfg})
     if cfg.image_size % model.factor:
@@ -576,6 +582,9 @@ if __name__ == "__main__":
     run = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
     header = dict(stage="vae", model=model.settings, config=cfg, git=common.git_revision(), run=run)
     header |= dict(images_per_step=images_per_step, disc=disc.settings if disc else meta["disc"] if resting else None)
+    header |= dict(data=images.fingerprint)
+    if resumed and meta["data"] != images.fingerprint:
+        log.print("warning: the dataset has changed since the checkpoint; images come in another order")
 
     def save(path, snapshot=False):
         """All that resuming needs, or of a snapshot the averages; every rank calls it, rank 0 writes."""
@@ -637,7 +646,7 @@ if __name__ == "__main__":
         last, stopping = step >= cfg.max_steps, stop.agreed()
         before_gan = disc and step == cfg.disc_start - 1 and step > 0
         saving = last or stopping or due(cfg.save_every)
-        snapshot = due(cfg.snapshot_every)
+        snapshot = due(cfg.snapshot_every) or (last and cfg.snapshot_every > 0)
         if saving or snapshot or before_gan or due(cfg.eval_every):
             log.check()  # nothing is saved after a step that was not finite
         if last or due(cfg.eval_every):
@@ -654,6 +663,8 @@ if __name__ == "__main__":
             save(latest)
         if before_gan:
             save(f"{cfg.out_dir}/before_gan.safetensors")  # to go back to
+        if saving or snapshot or before_gan or due(cfg.eval_every):
+            log.restart_clock()  # this was not training time
         if last or stopping:
             break
 

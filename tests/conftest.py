@@ -73,7 +73,7 @@ def diffusers(with_torchvision):
 
 @torch.no_grad()
 def fill(model, seed=0):
-    """Fill every parameter, also zero-initialised ones, with noise that depends only on name, shape and seed."""
+    """Fill every parameter, also zero-initialized ones, with noise that depends only on name, shape and seed."""
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
         p.copy_(noise / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1 * noise + name.endswith("weight"))
@@ -203,7 +203,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory):
-    """A data set of 24 training and 16 validation images of 16 px, blobs of three colours, with labels and captions."""
+    """A data set of 24 training and 16 validation images of 16 px, blobs of three colors, with labels and captions."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:16, 0:16]

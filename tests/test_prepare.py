@@ -48,10 +48,10 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def smooth(seed, width=48, height=40):
-    """A smooth image, of a colour that depends on the seed."""
+    """A smooth image, of a color that depends on the seed."""
     y, x = np.mgrid[0:height, 0:width]
-    colour = np.array([37 * seed % 200, 83 * seed % 200, 151 * seed % 200])
-    pixels = colour + 25 * (1 + np.sin((x / 9 + seed)[..., None]) * np.cos(y / 7)[..., None])
+    color = np.array([37 * seed % 200, 83 * seed % 200, 151 * seed % 200])
+    pixels = color + 25 * (1 + np.sin((x / 9 + seed)[..., None]) * np.cos(y / 7)[..., None])
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -807,7 +807,7 @@ def test_bapps(capsys):
 
 @pytest.fixture
 def photos():
-    """Ten photos, each of its own colour with waves on it."""
+    """Ten photos, each of its own color with waves on it."""
     y, x = np.mgrid[0:100, 0:120]
     Path("photos").mkdir()
     for i in range(10):

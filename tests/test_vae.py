@@ -258,7 +258,7 @@ def test_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("h, w, tile, overlap", [(12, 17, 8, 4), (20, 6, 8, 0), (9, 9, 8, 7)])
 def test_tiles(tiny, monkeypatch, h, w, tile, overlap):
-    """A decoder without neighbourhoods gives the same in tiles; one that depends on it is blended between them."""
+    """A decoder without neighborhoods gives the same in tiles; one that depends on it is blended between them."""
     z, sizes, number = normal(1, 3, h, w), [], 0
 
     def decode(z):
@@ -406,7 +406,7 @@ def test_from_pretrained(tiny, tmp_path):
     meta = {"stage": "ldm", "snapshot": True, "run": 1, "vae": tiny.settings}
     checkpoint.write(snapshot, {"ema.w": torch.ones(1)}, meta)
     assert checkpoint.hash_weights(VAE.from_pretrained(snapshot)) == checkpoint.hash_weights(tiny)
-    with pytest.raises(checkpoint.UserError, match="its settings.*; remove scaling_factor"):
+    with pytest.raises(checkpoint.UserError, match="all its settings; leave out scaling_factor"):
         VAE.from_pretrained(snapshot, scaling_factor=1.0)
     write_run(tmp_path / "ldm", tiny, "ldm", run=2)
     with pytest.raises(checkpoint.UserError, match="ema_0000001.safetensors: a snapshot, without the autoencoder"):
