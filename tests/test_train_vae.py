@@ -370,6 +370,8 @@ def test_a_bad_step_changes_nothing_that_is_carried(start, tmp_path):
         before, good, bad = ([t.nan_to_num(7) for t in flat(state[name])] for state in states)
         assert len(good) == len(bad) and all(map(torch.equal, good, bad)), name
         assert not all(map(torch.equal, before, good)), name
+    rates = [states[0][name]["param_groups"][0]["lr"] for name in ("optimizer", "disc_optimizer")]
+    assert rates == pytest.approx([1e-3 * 2 / 3, 1e-4 * 2 / 3]), "the second of two steps of warm-up, of both"
 
 
 def test_what_a_run_leaves(finished):
