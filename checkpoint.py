@@ -140,7 +140,7 @@ def write(path, tensors, meta):
             os.remove(left)  # of a killed run (.tmp?????? is safetensors' own), as large as a checkpoint
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
-        reject(path, f"could not be saved ({error})", "free disk space and run again; the previous file is intact")
+        reject(path, f"could not be saved ({error})", "free disk space and run again; an earlier file is unchanged")
 
 
 def read(path, *prefixes):

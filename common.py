@@ -464,13 +464,14 @@ def plot_log(out_dir, panels):
             points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
             steps, values = zip(*points)
             values = np.array(values, dtype=float)  # None becomes NaN
-            axis.plot(steps, values, marker="." if len(points) < 30 else None, label=name)
+            labels = name if values.ndim == 1 else [f"{i}" for i in range(values.shape[1])]  # the index in the list
+            axis.plot(steps, values, marker="." if len(points) < 30 else None, label=labels)
         positive = all(line.get_ydata().min() > 0 for line in axis.lines)
         axis.set_yscale("log" if positive and any(word in title for word in ("loss", "norm")) else "linear")
         axis.set_title(title)
         axis.set_xlabel("step")
-        if len(names) > 1:
-            axis.legend()
+        if len(axis.lines) > 1:
+            axis.legend(fontsize="small", ncols=2 if len(axis.lines) > 4 else 1)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     figure.tight_layout()
