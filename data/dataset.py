@@ -48,7 +48,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from checkpoint import UserError, reject
 from data import forms
-from data.forms import CAPTIONS, HELD_OUT, IMAGES, MAPS, NAMES, OBJECTS, PIXELS, SPLITS, captions_of, field
+from data.forms import CAPTIONS, HELD_OUT, IMAGES, MAPS, NAMES, OBJECTS, PIXELS, SPLITS, TALLIES, captions_of, field
 from data.shards import Indexes, Remote, StoredIndexes, digest
 
 # part of an item: names that its parquet column can have
@@ -179,7 +179,8 @@ class Dataset:
 
     split: "train"; "val", which is the folder val/ (validation, valid, test), or shards named so, or, where there are
     none, the items with crc32(key) % 100 == 0, at least one; "all"; or one of those names itself. An item that does not
-    decode raises BadImage. Parquet is read by row groups: beyond some hundred MB, a shuffled set is read faster as tar.
+    decode raises BadImage. `counts` has the numbers of this split's images, labels, captions, maps and objects. Parquet
+    is read by row groups: beyond some hundred MB, a shuffled set is read faster as tar.
     """
 
     def __init__(self, path, split="train", image_size=256, cache_dir="cache", cache_gb=64.0):
@@ -207,6 +208,7 @@ class Dataset:
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
             reject(f"dataset {self.path}", f"({self.format}) holds no images", looked)
         self._part, counts = self._choose_split(split)
+        self.counts = self._count(split)
         self.shards = list(counts)
         self.bounds = np.cumsum([0, *counts.values()])  # (shards + 1,) int64: items before each shard
         if not len(self):
@@ -237,9 +239,11 @@ class Dataset:
         if self.num_classes:
             names = ", ".join(self.classes[:5] + ["..."] * (len(self.classes) > 5))
             parts.append(f"{self.num_classes} classes" + (f" ({names})" if names else ""))
-        for name in ("labels", "captions", "maps", "objects"):
-            count = sum(header[name] for header in self.headers)
-            parts += [f"{name} on {count}"] if count else []
+        of_all, of_train = self._count("all"), self._count("train")
+        for name in TALLIES:
+            if of_all[name] or name in ("labels", "captions"):
+                part = f" (train {of_train[name]} of {of_train['images']})" if 0 < of_all[name] < total else ""
+                parts.append(f"{name} on {of_all[name]} of {total}{part}")
         left = {}  # reason -> (count, example)
         if self._ignored:
             left["of another format"] = len(self._ignored), self._ignored[0]
@@ -264,7 +268,7 @@ class Dataset:
             with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
                 stamps = list(pool.map(self.remote.stamps.get if self.remote else self._stat, shards))
             origin = self.path if self.remote else os.path.realpath(self.path)
-            folder, index = f"{cache_dir}/index-{digest('v4', form, origin)}", functools.partial(index, self._open_file)
+            folder, index = f"{cache_dir}/index-{digest('v5', form, origin)}", functools.partial(index, self._open_file)
             return form, StoredIndexes(folder, list(zip(shards, stamps)), index)
         if npy and not self.remote:
             return "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
@@ -295,6 +299,19 @@ class Dataset:
             held[min(sizes, key=lambda s: self.headers[s]["least"][0])] = 1
         counts = {s: held[s] if split == "val" else sizes[s] - held[s] for s in sizes}
         return split, {s: count for s, count in counts.items() if count}
+
+    def _count(self, split):
+        """{"images": how many a split has, "labels": how many of them have one, ...}"""
+        part, sizes = self._choose_split(split)
+        counts = dict(images=sum(sizes.values())) | dict.fromkeys(TALLIES, 0)
+        for s, size in sizes.items():
+            header = self.headers[s]
+            is_usual = header["held"] == (size if part == "val" else header["n"] - size)
+            for name in TALLIES:
+                total, of_held, of_least = header[name]
+                held = of_held if is_usual else of_least
+                counts[name] += {"all": total, "train": total - held, "val": held}[part]
+        return counts
 
     def _open_shard(self, k):
         """(arrays, rows, labels) of the k-th shard of this split: its rows' numbers in arrays, and their labels."""
@@ -466,11 +483,11 @@ class Dataset:
 
     @property
     def has_maps(self):
-        return any(self.headers[s]["maps"] for s in self.shards)
+        return self.counts["maps"] > 0
 
     @property
     def has_objects(self):
-        return any(self.headers[s]["objects"] for s in self.shards)
+        return self.counts["objects"] > 0
 
     def _map(self, i):
         """The map of item i as 8-bit PIL, None if it has none."""

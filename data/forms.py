@@ -33,6 +33,7 @@ NAMES = ("classes.json", "meta.json", "map_classes.json", "object_classes.json")
 PARTS = ("image", "text", "record", "map")  # parts of an item, each at (file, offset, size)
 COLUMNS = ("label", *(f"{part}_{name}" for part in PARTS for name in ("file", "at", "size")))
 NOWHERE = (0, 0, 0)  # size 0: the item has no such part
+TALLIES = ("labels", "captions", "maps", "objects")  # what is counted: items that have one
 
 
 class Index:
@@ -41,14 +42,15 @@ class Index:
     `file` counts in `files`; -1 is the file that the key names (for a map: KEY.map.png). In parquet the image is
     (0, row group, row), the others (0, 0, 1 if there is such a column). A label is an int, or a class name, numbered in
     sorted order. `names[i]` is label i in words, `split` one of SPLITS, `prefix` the beginning of all keys. The header
-    is what is known without the rows: counts of items, labels, captions, maps and objects, and what was left out,
-    {reason: [count, example]}.
+    is what is known without the rows: the number of items, how many have a label, a caption, a map, objects (of all, of
+    those held out, of the one with the least crc32), and what was left out, {reason: [count, example]}.
     """
 
     def __init__(self, split="", files=(), prefix="", names=(), **more):
         self.header = dict(split=split, files=list(files), prefix=prefix, names=list(names), named=False, **more)
-        self.header |= dict(captions=0, objects=0, left={})
+        self.header["left"] = {}
         self.keys, self.labels, self.where, self.stamps = [], [], array("q"), []
+        self.captions, self.objects = bytearray(), bytearray()  # whether each item has any
 
     def add(self, key, image, label=None, text=NOWHERE, record=NOWHERE, map=NOWHERE, captions=0, objects=0, stamp=""):
         """One item; captions, objects: whether it has any; stamp: changes when the image does."""
@@ -61,8 +63,8 @@ class Index:
         self.labels.append(label if is_label else None)
         self.where.extend((*image, *text, *record, *map))
         self.stamps.append(stamp)
-        self.header["captions"] += bool(captions)
-        self.header["objects"] += bool(objects)
+        self.captions.append(bool(captions))
+        self.objects.append(bool(objects))
 
     def leave_out(self, reason, example):
         count, first = self.header["left"].get(reason, (0, example))
@@ -90,10 +92,12 @@ class Index:
         digest = hashlib.blake2b(b"\n".join(full), digest_size=16)
         digest.update(columns[:, 2:4].tobytes() + repr((stamp, self.stamps)).encode())
         held = np.flatnonzero(crc % 100 == 0)
-        labels, maps = int((columns[:, 0] >= 0).sum()), int((columns[:, -1] > 0).sum())
-        header |= dict(n=len(rows), labels=labels, maps=maps, held=len(held), digest=digest.hexdigest())
-        header["highest"] = int(high[0]) if labels else -1
-        header["least"] = [int(crc.min()), int(crc.argmin())] if len(crc) else [2**32, 0]  # crc32, row
+        least = [int(crc.min()), int(crc.argmin())] if len(crc) else [2**32, 0]  # crc32, row
+        has = np.stack([columns[:, 0] >= 0, np.array(self.captions), columns[:, -1] > 0, np.array(self.objects)])
+        for name, of in zip(TALLIES, has):
+            header[name] = [int(of.sum()), int(of[held].sum()), int(of[least[1] :][:1].sum())]
+        header |= dict(n=len(rows), held=len(held), least=least, digest=digest.hexdigest())
+        header["highest"] = int(columns[:, 0].max(initial=-1))
         keys, ends = np.frombuffer(b"".join(self.keys), np.uint8), np.cumsum([len(key) for key in self.keys])
         return header, dict(keys=keys, ends=ends.astype(np.int64), rows=rows, held=held)
 

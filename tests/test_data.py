@@ -243,7 +243,7 @@ def test_the_same_content_in_every_form(tmp_path, form):
     assert (ds.format, len(ds), ds.classes, ds.num_classes) == (form, 6, ["a", "b"], 2)
     assert ds.has_maps and ds.has_objects
     assert (ds.map_names, ds.map_classes, ds.object_classes) == ([], 4, ["cat", "dog"])
-    wanted = "6 images.*2 classes \\(a, b\\), labels on 6, captions on 6, maps on 6, objects on 6$"
+    wanted = "6 images.*2 classes \\(a, b\\), labels on 6 of 6, captions on 6 of 6, maps on 6 of 6, objects on 6 of 6$"
     assert re.search(wanted, str(ds)), str(ds)
     for i in range(6):
         number = int(ds.meta(i)["text"][0].split()[-1])
@@ -461,8 +461,8 @@ def test_numbered_objects_and_bad_ones(tmp_path):
 # --- splits ---
 
 
-def tar_of(*keys):
-    return {f"{key}.png": P for key in keys}
+def tar_of(*keys, **captions):
+    return {f"{key}.png": P for key in keys} | {f"{key}.txt": text for key, text in captions.items()}
 
 
 THOUSAND = [f"{i:08d}" for i in range(1000)]
@@ -487,11 +487,12 @@ SPLIT = {
         {"train": ["train/00000000", "train/00000001"], "val": ["val/00000000"]},
     ),
     "crc32": (
-        {"images.npy": np.zeros((1000, 1, 1, 3), np.uint8)},
+        {"images.npy": np.zeros((1000, 1, 1, 3), np.uint8), "labels.npy": np.arange(1000) - 500},
         {"train": sorted(set(THOUSAND) - set(HELD)), "val": HELD, "all": THOUSAND},
     ),
     "few images leave one": (
-        {"0.tar": tar_of(*"ab"), "1.tar": tar_of(*"cde")}, {"train": ["0/a", "0/b", "1/d", "1/e"], "val": ["1/c"]},
+        {"0.tar": tar_of(*"ab", a=b"A"), "1.tar": tar_of(*"cde", c=b"C", d=b"D")},
+        {"train": ["0/a", "0/b", "1/d", "1/e"], "val": ["1/c"]},
     ),
     "one image is in both": ({"1.png": P}, {"train": ["1.png"], "val": ["1.png"]}),
 }  # fmt: skip
@@ -505,6 +506,9 @@ def test_splits(tmp_path, case):
         ds = Dataset(tmp_path / "set", split, 8)
         assert keys(ds) == names and len(ds.labels) == len(names)
         assert ds.classes == Dataset(tmp_path / "set", "all").classes, "numbered alike in every split"
+        found = [ds.meta(i) for i in range(len(ds))]
+        labels, captions = sum(meta["label"] >= 0 for meta in found), sum(bool(meta["text"]) for meta in found)
+        assert ds.counts == dict(images=len(names), labels=labels, captions=captions, maps=0, objects=0)
     assert f"(train {len(wanted['train'])}, " in str(ds)
     for path, message in (("set", "has no valid images, it has "), ("nowhere", "does not exist")):
         with pytest.raises(UserError, match=message):
@@ -881,7 +885,9 @@ def test_the_command_says_what_there_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data.dataset", str(path), "--image_size=4", "--seconds=0.1"])
     runpy.run_path(f"{ROOT}/data/dataset.py", run_name="__main__")
     out = capsys.readouterr().out
-    wanted = f"{path}: tar, 11 images in 2 shards (train 10, val 1), 3 classes, labels on 11, captions on 11\n"
+    wanted = (
+        f"{path}: tar, 11 images in 2 shards (train 10, val 1), 3 classes, labels on 11 of 11, captions on 11 of 11\n"
+    )
     assert wanted in out and "images/s per core at 4 px" in out, out
 
 
