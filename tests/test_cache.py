@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import os
 import shutil
 import threading
@@ -10,7 +11,8 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from test_data import all_same, png, put
+from PIL import Image
+from test_data import all_same, encoded, png, put
 
 from checkpoint import UserError
 from data import cache as room
@@ -88,6 +90,52 @@ def test_it_belongs_to_encoder_and_data(stream, vae, tmp_path):
     assert folder() == folder("copy") == decoder, "neither path, captions nor the decoder matter"
     others = [folder("edited"), folder(flip=False), folder(split="train"), folder(size=8), folder(precision="bfloat16")]
     assert len({folder(), encoder, *others}) == 7
+
+
+def photos(form, edited):
+    """Files of 100 images in a form; edited: number 37 has other pixels, or only another orientation (EXIF)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), np.uint8)
+    pixels[37] = 255 - pixels[37] if edited and form in ("bmp", "npy") else pixels[37]
+    if form == "npy":
+        return {"images.npy": pixels}
+    if form == "bmp":
+        return {f"{i:02d}.bmp": encoded(pixels[i], "BMP") for i in range(100)}
+    tag = Image.Exif()
+    tag[0x0112] = 1
+    files = {f"{i:02d}.jpg": encoded(pixels[i], "JPEG", exif=tag) for i in range(100)}
+    tag[0x0112] = 3 if edited else 1
+    files["37.jpg"] = encoded(pixels[37], "JPEG", exif=tag)
+    if form == "parquet":  # uncompressed, so that the size stays
+        pa, table = pytest.importorskip("pyarrow"), io.BytesIO()
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pa.table({"image": list(files.values())}), table, compression="none"
+        )
+        return {"0.parquet": table.getvalue()}
+    return files if form == "jpg" else {"0.tar": files}
+
+
+@pytest.mark.parametrize("keeps_time", (False, True))
+@pytest.mark.parametrize("form", ("bmp", "jpg", "npy", "tar", "parquet"))
+def test_an_edit_that_keeps_the_size_makes_another_and_a_copy_does_not(form, keeps_time, vae, tmp_path):
+    def folder(path):
+        return LatentCache(Stream(Dataset(path, "all", 16), 0), vae, "cache").folder
+
+    path = put(tmp_path / "set", photos(form, False))
+    before, found = folder(path), {file: os.stat(file) for file in path.iterdir()}
+    shutil.copytree(path, tmp_path / "copy")  # with times, as cp -a and rsync -t
+    assert folder(tmp_path / "copy") == before
+    for file, content in photos(form, True).items():
+        if form == "npy":
+            array = np.load(path / file, mmap_mode="r+")
+            array[:] = content
+            array.flush()
+        else:
+            put(path, {file: content})
+    for file, stat in found.items():
+        assert file.stat().st_size == stat.st_size
+        if keeps_time:
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert folder(path) != before
 
 
 @pytest.mark.parametrize("damage", ("killed", "cut short", "no head"))
