@@ -19,13 +19,10 @@ The text before the first colon of a comment is checked if all of it is one of t
 """
 
 import ast
-import contextlib
 import difflib
-import io
 import operator
 import re
 import sys
-import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +57,10 @@ class Setting(NamedTuple):
     comment: str = ""  # on the same line
     heading: str = ""  # the comment lines right above: the title of a group that begins here
 
+    @property
+    def contract(self):
+        return self.comment.partition(":")[0].strip()
+
 
 def configure(scope, argv=None):
     """Apply `argv` (default: the command line) to the settings in `scope`, a script's globals(); return a `Config`.
@@ -74,7 +75,7 @@ def configure(scope, argv=None):
     try:
         values = parse(argv, settings)
     except SettingError as error:
-        print(f"{Path(scope.get('__file__') or 'settings').name}: {error}", file=sys.stderr)
+        print(f"{Path(scope.get('__file__', 'settings')).name}: {error}", file=sys.stderr)
         sys.exit(2)
     scope.update(values)
     config = Config({name: scope[name] for name in settings})
@@ -93,27 +94,19 @@ def find_settings(scope):
     """
     if "__file__" not in scope:
         return {name: Setting(value) for name, value in scope.items() if is_setting(name, value)}
-    with tokenize.open(scope["__file__"]) as file:  # honors the file's encoding line
-        source = file.read()
-    lines = source.split("\n")
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    settings = {}
+    source = Path(scope["__file__"]).read_text(encoding="utf-8-sig")
+    lines, settings = source.split("\n"), {}
     for node in ast.parse(source).body:
         name = assigned_name(node)
         if is_setting(name, scope.get(name)):
-            first = node.lineno  # lines count from 1, so lines[first - 2] is the line above
-            while first > 1 and lines[first - 2].startswith("#"):
+            comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()  # offsets count bytes
+            comment = re.sub(r"^one of (\w+)", lambda match: " | ".join(scope[match[1]]), comment.lstrip("# "))
+            first = node.lineno - 1
+            while first > 0 and lines[first - 1].startswith("#"):
                 first -= 1
-            heading = " ".join(comments[line] for line in range(first, node.lineno))
-            settings[name] = Setting(scope[name], expanded(comments.get(node.end_lineno, ""), scope), heading)
+            heading = " ".join(line.lstrip("# ") for line in lines[first : node.lineno - 1])
+            settings[name] = Setting(scope[name], comment, heading)
     return settings
-
-
-def expanded(comment, scope):
-    """A comment `one of NAME: ...` with the entries of the script's global NAME, as `a | b | c: ...`."""
-    match = re.match(r"one of (\w+)(.*)", comment)
-    return " | ".join(scope[match[1]]) + match[2] if match else comment
 
 
 def is_setting(name, value):
@@ -122,66 +115,92 @@ def is_setting(name, value):
 
 def assigned_name(node):
     """The name in a plain `name = value`, else None."""
-    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-        return node.targets[0].id
-    return None
+    plain = isinstance(node, ast.Assign) and len(node.targets) == 1
+    return getattr(node.targets[0], "id", None) if plain else None
+
+
+def help_text(doc, settings):
+    """The script's docstring, then every setting with its default and comment, under the headings of their groups."""
+    lines = [doc.strip()] if doc else []
+    for name, setting in settings.items():
+        if setting.heading:
+            lines += ["", setting.heading]
+        lines.append(f"{f'  --{name}={as_text(setting.default)}':<40}  {setting.comment}".rstrip())
+    return "\n".join(lines)
+
+
+def as_text(value):
+    """A value as one would write it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 # --- contracts ---
 
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-NUMBER = r"(-?(?:[\d.]+(?:e[+-]?\d+)?|inf))"
+NUMBER = r"(-?[\d.]+(?:e-?\d+)?)"
 
 
-def contract(comment):
-    """(text, check) of what a comment promises before its first colon; None where that is prose.
-
-    check(value) is whether a value is allowed.
-    """
-    text = comment.partition(":")[0].strip()
-    check = parse_contract(text)
-    return None if check is None else (text, check)
-
-
-def parse_contract(text):
-    if text.startswith("each "):
-        check = parse_contract(text.removeprefix("each "))
-        return check and (lambda values: all(map(check, values)))
-    if " | " in text:
-        words = [word.strip() for word in text.split("|")]
-        if not all(re.fullmatch(r'""|[\w.+-]+', word) for word in words):
-            return None
-        return lambda value: "..." in words or (str(value) or '""') in words
-    if " or " in text:
-        checks = [parse_contract(part) for part in text.split(" or ")]
-        return None if None in checks else lambda value: any(check(value) for check in checks)
-    if match := re.fullmatch(rf"(>=?|<=?) {NUMBER}", text):
-        compare, bound = COMPARE[match[1]], float(match[2])
-        return lambda value: compare(value, bound)
-    if match := re.fullmatch(rf"in ([\[(]){NUMBER}, {NUMBER}([\])])", text):
-        above = operator.ge if match[1] == "[" else operator.gt
-        below = operator.le if match[4] == "]" else operator.lt
-        return lambda value: above(value, float(match[2])) and below(value, float(match[3]))
-    if re.fullmatch(NUMBER, text):
-        return lambda value: value == float(text)
+def keeps(value, contract):
+    """Whether a contract, a comment up to its colon, allows a value; None where it is prose."""
+    if contract.startswith("each "):
+        found = [keeps(element, contract.removeprefix("each ")) for element in value]
+        return None if None in found else all(found)
+    if " | " in contract:
+        words = [word.strip() for word in contract.split("|")]
+        if all(re.fullmatch(r'""|[\w.+-]+', word) for word in words):
+            return "..." in words or (str(value) or '""') in words
+    elif " or " in contract:
+        found = [keeps(value, part) for part in contract.split(" or ")]
+        return None if None in found else any(found)
+    elif match := re.fullmatch(rf"(>=?|<=?) {NUMBER}", contract):
+        return COMPARE[match[1]](value, float(match[2]))
+    elif match := re.fullmatch(rf"in ([\[(]){NUMBER}, {NUMBER}([\])])", contract):
+        low, high = COMPARE[">=" if match[1] == "[" else ">"], COMPARE["<=" if match[4] == "]" else "<"]
+        return low(value, float(match[2])) and high(value, float(match[3]))
+    elif re.fullmatch(NUMBER, contract):
+        return value == float(contract)
     return None
 
 
 def checked(name, value, setting):
-    """`value` in the type of the default and within the contract; raises SettingError."""
-    value = typed(name, value, setting.default)
-    if (rule := contract(setting.comment)) is None:
-        return value
-    text, check = rule
-    if isinstance(value, str) and not check(value) and check(value.lower()):
+    """A Python value in the type of a setting's default and within its contract; raises SettingError."""
+    default, contract = as_text(setting.default), setting.contract
+    try:
+        value = typed(value, setting.default)
+    except (TypeError, OverflowError):
+        kind = type(setting.default).__name__
+        if kind == "tuple":
+            kind += f" of {type(element_of(setting.default)).__name__}"
+        raise SettingError(f"--{name} must be {kind} (default {default}), got {repr(value)[:200]}") from None
+    if isinstance(value, str) and not keeps(value, contract) and keeps(value.lower(), contract):
         value = value.lower()  # True for true
-    if not check(value):
-        allowed = f"one of {text}" if "|" in text else text
-        raise SettingError(f"--{name}={as_text(value)} must be {allowed} (default {as_text(setting.default)})")
+    if keeps(value, contract) is False:
+        allowed = f"one of {contract}" if "|" in contract else contract
+        raise SettingError(f"--{name}={as_text(value)} must be {allowed} (default {default})")
     return value
 
 
+def typed(value, default):
+    """`value` in the type of `default`, also an int for a float, 1e5 for an int, a list for a tuple; or TypeError."""
+    if isinstance(default, tuple) and isinstance(value, (tuple, list)):
+        return tuple(typed(element, element_of(default)) for element in value)
+    if type(default) is float and type(value) is int:
+        return float(value)
+    if type(default) is int and type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is not type(default):
+        raise TypeError
+    return value
+
+
+def element_of(default):
+    """An element of a tuple whose type stands for all: a float, if there is one."""
+    return next((element for element in default if isinstance(element, float)), default[0] if default else 0.0)
+
+
 # --- reading arguments ---
+
+NO_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # the last two: nested too deeply
 
 
 def parse(argv, settings):
@@ -201,15 +220,10 @@ def parse(argv, settings):
 
 def parse_file(path, settings):
     """{name: value} that a config file sets; it may hold `name = literal`, comments and a docstring, nothing else."""
-    if not path.endswith(".py"):
-        raise SettingError(f"cannot read {path!r}: write --name=value, or the path of a config file (.py)")
-    if not Path(path).is_file():
-        raise SettingError(f"config file {path} does not exist")
     try:
-        module = ast.parse(Path(path).read_bytes())
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        at = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise SettingError(f"{path}{at} is not Python ({getattr(error, 'msg', error) or 'too deep'})") from None
+        module = ast.parse(Path(path).read_bytes(), path)
+    except (OSError, *NO_LITERAL) as error:
+        raise SettingError(f"{path} is no config file ({error}): write --name=value, or the path of one") from None
     values = {}
     for node in module.body[1:] if ast.get_docstring(module) is not None else module.body:
         try:
@@ -217,13 +231,12 @@ def parse_file(path, settings):
             if name is None:
                 raise SettingError("not an assignment: a config file holds only name = literal")
             setting = find(name, settings)
-            try:
-                value = ast.literal_eval(node.value)
-            except (ValueError, TypeError, MemoryError, RecursionError):
-                raise SettingError(f"{name} is not a literal: a config file is parsed, not executed") from None
-            values[name] = checked(name, value, setting)
-        except SettingError as error:
-            raise SettingError(f"{path}:{node.lineno}: {error}") from None
+            values[name] = checked(name, ast.literal_eval(node.value), setting)
+        except NO_LITERAL as error:
+            what = (
+                error if isinstance(error, SettingError) else f"{name} is not a literal: a config file is not executed"
+            )
+            raise SettingError(f"{path}:{node.lineno}: {what}") from None
     return values
 
 
@@ -236,58 +249,13 @@ def find(name, settings):
 
 
 def literal(text, default):
-    """Command-line text as the Python value that it spells in the type of `default`; the text itself if none."""
-    text = text.strip() if not isinstance(default, str) else text
+    """Command-line text as the Python value that it spells, where `default` is not a str; the text itself if none."""
+    if isinstance(default, str):
+        return text
     if isinstance(default, tuple):  # 1,2,4,4 or (1,2,4,4) or [1,2,4,4]
         elements = text.strip("()[] ").split(",")
         return tuple(literal(element.strip(), element_of(default)) for element in elements if element.strip())
-    if isinstance(default, bool):
-        text = text.capitalize()  # true, TRUE -> True
     try:
-        return text if isinstance(default, str) else ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deep
+        return ast.literal_eval(text.strip().capitalize() if isinstance(default, bool) else text.strip())
+    except NO_LITERAL:
         return text
-
-
-def element_of(default):
-    """An element of a tuple whose type stands for all: a float, if there is one."""
-    return next((element for element in default if isinstance(element, float)), default[0] if default else 0.0)
-
-
-def typed(name, value, default):
-    """`value` in the type of `default` (int for float, 1e5 for int, list for tuple); raises SettingError."""
-    wanted = type(default).__name__
-    if isinstance(default, tuple):
-        wanted = f"tuple of {type(element_of(default)).__name__ if default else 'numbers'}"
-        if isinstance(value, (tuple, list)):
-            if not default and all(type(element) in (int, float) for element in value):
-                return tuple(value)
-            with contextlib.suppress(SettingError):  # named below, for the tuple
-                return tuple(typed(name, element, element_of(default)) for element in value)
-    elif type(value) is type(default):
-        return value
-    elif type(value) is int and type(default) is float and abs(value) < 2**1023:  # the largest float
-        return float(value)
-    elif type(value) is float and type(default) is int and value.is_integer():
-        return int(value)
-    raise SettingError(f"--{name} must be {wanted} (default {as_text(default)}), got {repr(value)[:200]}")
-
-
-# --- writing ---
-
-
-def as_text(value):
-    """A value as one would write it on the command line."""
-    return ",".join(str(element) for element in value) if isinstance(value, tuple) else str(value)
-
-
-def help_text(doc, settings):
-    """The script's docstring, then every setting with its default and comment, under the headings of their groups."""
-    texts = {name: f"  --{name}={as_text(setting.default)}" for name, setting in settings.items()}
-    width = min(40, max(map(len, texts.values()), default=0))
-    lines = [doc.strip()] if doc else []
-    for name, setting in settings.items():
-        if setting.heading:
-            lines += ["", setting.heading]
-        lines.append(f"{texts[name]:<{width}}  {setting.comment}".rstrip())
-    return "\n".join(lines)

@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from checkpoint import UserError
-from configurator import Config, contract, find_settings
+from configurator import Config, find_settings, keeps
 from data import prepare as room
 from data.bapps import prepare as bapps
 from data.dataset import Dataset
@@ -663,8 +663,8 @@ def test_missing_sources_are_one_line_and_settings_are_checked(name):
         size=0, crop="middle", quality=101, min_side=-1, vocab_size=100, shard_mb=0.0, workers=-1, fraction=0.0
     )
     for key in settings.keys() & wrong.keys():
-        _, check = contract(settings[key].comment)
-        assert check(settings[key].default) and not check(wrong[key]), key
+        contract = settings[key].contract
+        assert keeps(settings[key].default, contract) and keeps(wrong[key], contract) is False, key
 
 
 def test_missing_tools_are_named_with_their_command(monkeypatch):
