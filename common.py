@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoint import UserError, reject
+from checkpoint import UserError, reject, write_whole
 
 # dense bf16 (V100: fp16)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}
@@ -295,7 +295,8 @@ def git_revision():
 
 
 class Log:
-    """Progress of a run: a line on stdout and in OUT_DIR/log.jsonl every log_every steps, and each evaluation.
+    """Progress of a run: a line on stdout and in OUT_DIR/log.jsonl every log_every steps, and each evaluation; its
+    settings in OUT_DIR/settings.json.
 
     Logged terms are means over the steps since the last line and over all ranks; until then they stay on the device.
     """
@@ -326,6 +327,8 @@ class Log:
             now = json.loads(json.dumps(cfg))  # tuples as lists
             others = [f"{k}={now[k]} was {saved[k]}" for k in now if k in saved and now[k] != saved[k]]
             self.print(f"settings changed since: {', '.join(others) or 'none'}")
+        about = {"script": os.path.basename(sys.argv[0]), "changed": cfg.changed, "config": cfg}
+        write_whole(f"{cfg.out_dir}/settings.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
         with open(self.path, "a" if resume_from else "w") as file:
             file.write("\n" if resume_from else "")  # ends a line that a kill cut short
         if cfg.wandb:

@@ -64,6 +64,8 @@ def test_log_writes_means_since_the_last_line(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "a new run in" in printed and "step 4, 32 images: loss 4.5, grad_norm 9, lr 5.00e-01" in printed
     assert "evaluation at step 4: loss 0.2500, loss_by_t 1.0000 -" in printed
+    about = json.loads((tmp_path / "settings.json").read_text())
+    assert about["config"]["out_dir"] == str(tmp_path) and about["changed"].items() <= about["config"].items()
 
 
 def test_a_resumed_log_counts_the_last_record_of_a_step(tmp_path):

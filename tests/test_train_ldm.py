@@ -345,7 +345,8 @@ def test_what_a_run_leaves(finished):
     assert run.log[0]["lr"] == pytest.approx(1e-3 / 3) and run.log[-1]["lr"] == 1e-3
     names = {f"{name}_{step:08d}.png" for name in ("samples", "predictions") for step in (3, 6)}
     names |= {f"ema_{step:08d}.safetensors" for step in (3, 6)}
-    assert {p.name for p in run.out.iterdir()} == names | {"latest.safetensors", "log.jsonl", "loss.png"}
+    names |= {"latest.safetensors", "log.jsonl", "loss.png", "settings.json"}
+    assert {p.name for p in run.out.iterdir()} == names
     for path in run.out.glob("*.png"):
         assert np.asarray(Image.open(path).convert("L")).std() > 1, path
     tensors, meta = run.checkpoint

@@ -383,7 +383,8 @@ def test_what_a_run_leaves(finished):
     expected = {
         f"{name}_{step:08d}.{end}" for name, end in (("recon", "png"), ("ema", "safetensors")) for step in (3, 6)
     }
-    assert {p.name for p in run.out.iterdir()} == expected | {"latest.safetensors", "log.jsonl", "loss.png"}
+    expected |= {"latest.safetensors", "log.jsonl", "loss.png", "settings.json"}
+    assert {p.name for p in run.out.iterdir()} == expected
     for path in run.out.glob("*.png"):
         assert np.asarray(Image.open(path).convert("L")).std() > 1, path
     for text in ("24 training and 16 validation images", "parameters", "TFLOP per image"):
