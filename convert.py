@@ -40,8 +40,8 @@ VAE |= dict(patch_size=1, norm_groups=32, dropout=0.0, tanh_out=False)
 UNET = dict(in_channels=4, out_channels=4, concat_channels=0, channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=2)
 UNET |= dict(attention_ds=(1, 2, 4), num_heads=8, head_dim=0, transformer_depth=1, context_dim=0, context_pool=False)
 UNET |= dict(linear_proj=False, self_attention=True, middle_attention=True, linear_attention=False, qk_norm=False)
-UNET |= dict(num_classes=0, scale_shift=False, resblock_updown=False, resample="conv", unet_patch=1, norm_groups=32)
-UNET |= dict(unet_dropout=0.0)
+UNET |= dict(num_classes=0, scale_shift=False, resblock_updown=False, resample="conv", upsample="nearest")
+UNET |= dict(unet_patch=1, norm_groups=32, unet_dropout=0.0)
 
 # Published text towers, as text.CLIPTextEncoder's settings
 TOWERS = {
@@ -998,6 +998,8 @@ def limits(to, vae, model):
             "qk_norm": s["qk_norm"],
             "linear_attention of the U-Net": s["linear_attention"],
             "resample=pool": diffusers and s["resample"] == "pool" and not s["resblock_updown"],
+            "resample=max": s["resample"] == "max" and not s["resblock_updown"],
+            f"upsample={s['upsample']} of the U-Net": s["upsample"] != "nearest" and not s["resblock_updown"],
             "resblock_updown with transformers": diffusers and transformers and s["resblock_updown"],
             "transformers without middle_attention": diffusers and transformers and not s["middle_attention"],
             "num_res_blocks by level": diffusers and not transformers and several,

@@ -192,8 +192,8 @@ def load_heads(net, path=None):
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity, version 0.1 (Zhang et al. 2018).
 
-    forward: images (B,3,H,W) x 2 in [-1,1], sides >= MIN_SIDE[net] -> distances >= 0 (B,). Frozen, and always in eval
-    mode, whatever the mode of the module that holds it.
+    forward: floating-point images (B,3,H,W) x 2 in [-1,1], or with normalize=True in [0,1], sides >= MIN_SIDE[net] ->
+    distances >= 0 (B,). Frozen, and always in eval mode, whatever the mode of the module that holds it.
     """
 
     def __init__(self, net="vgg", trunk_weights=None, head_weights=None):
@@ -219,7 +219,7 @@ class LPIPS(nn.Module):
 
     def features(self, x):
         """Images (B,3,H,W) in [-1,1] -> the taps' activations, of length 1 over the channels: [(B,C,h,w), ...]."""
-        x, taps = (x - self.shift) / self.scale, []
+        x, taps = (x.to(self.shift.dtype) - self.shift) / self.scale, []
         for i, layer in enumerate(self.trunk):
             x = layer(x)
             if i in TAPS[self.net]:
@@ -238,7 +238,10 @@ class LPIPS(nn.Module):
             total = total + (difference * weight[:, None, None]).sum(dim=1).mean(dim=(1, 2))
         return total
 
-    def forward(self, x, y):
+    def forward(self, x, y, normalize=False):
+        for images in (x, y):
+            assert images.is_floating_point(), f"LPIPS of {images.dtype} images: scale them to [-1,1] in floating point"
+        x, y = (2 * x - 1, 2 * y - 1) if normalize else (x, y)
         return self.distance(self.features(x), self.features(y))
 
 

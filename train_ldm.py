@@ -80,7 +80,8 @@ linear_attention = False  # linear-time self-attention
 qk_norm = False  # RMS-normalize queries and keys
 scale_shift = False  # the time embedding scales and shifts (FiLM) instead of being added
 resblock_updown = False  # residual blocks change the resolution instead of convolutions
-resample = "conv"  # conv | pool: how else the resolution changes
+resample = "conv"  # conv | pool | max: else down by a strided convolution, mean or maximum; conv has one on the way up
+upsample = "nearest"  # nearest | bilinear | bicubic: interpolation on the way up
 unet_patch = 1  # >= 1: fold patches of p x p latents into channels first, for small fast models and pixels
 norm_groups = 32  # >= 1: groups of every GroupNorm
 unet_dropout = 0.0  # in [0, 1): in every residual block
@@ -481,6 +482,7 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
     arguments = {name: cfg[name] for name in inspect.signature(UNet).parameters if name in cfg}
     arguments |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0], concat_channels=concat_channels)
     arguments |= dict(context_dim=context_dim, num_classes=unet_classes)
+    arguments |= dict(context_pool=cfg.context_pool and context_dim > 0)
     unet = common.build(UNet, **arguments)  # another denoiser: its class here and in `arguments`
     if side % unet.side_multiple:
         need = f"latents of side {side}, which must be a multiple of {unet.side_multiple}"

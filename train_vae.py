@@ -58,7 +58,7 @@ vq_legacy = False  # vq: vq_beta on the codebook term instead, as CompVis traine
 activation = "silu"  # silu | swiglu: of the residual blocks
 downsample = "conv"  # conv | avg | max: how the encoder halves the side
 upsample = "nearest"  # nearest | bilinear | bicubic: how the decoder doubles it
-linear_attention = False  # linear-time attention after every resampler
+linear_attention = False  # linear-time attention at the end of every level, and in the middle in place of the other
 patch_size = 1  # >= 1: p > 1 folds p x p pixels into channels first, for fast small models
 norm_groups = 32  # >= 1: groups of every GroupNorm
 dropout = 0.0  # in [0, 1]: in every residual block

@@ -55,19 +55,23 @@ def timestep_embedding(t, dim, max_period=10000.0):
 class Downsample(nn.Module):
     def __init__(self, c, resample):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1) if resample == "conv" else nn.AvgPool2d(2)
+        pool = nn.MaxPool2d(2) if resample == "max" else nn.AvgPool2d(2)
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1) if resample == "conv" else pool
 
     def forward(self, x):
         return self.conv(x)
 
 
 class Upsample(nn.Module):
-    def __init__(self, c, resample):
+    def __init__(self, c, resample, mode):
         super().__init__()
-        self.conv = Conv2d(c, c, 3, padding=1) if resample == "conv" else None
+        self.mode = mode
+        self.conv = Conv2d(c, c, 3, padding=1) if resample == "conv" else nn.Identity()
 
     def forward(self, x):
-        return F.interpolate(x, scale_factor=2.0) if self.conv is None else upsample_conv(x, self.conv)
+        if self.mode == "nearest" and isinstance(self.conv, Conv2d):
+            return upsample_conv(x, self.conv)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode=self.mode))
 
 
 class ResBlock(nn.Module):
@@ -229,6 +233,7 @@ class UNet(nn.Module):
         scale_shift=False,
         resblock_updown=False,
         resample="conv",
+        upsample="nearest",
         unet_patch=1,
         norm_groups=32,
         unet_dropout=0.0,
@@ -249,7 +254,9 @@ class UNet(nn.Module):
         linear_attention: self-attention in linear time.  qk_norm: RMSNorm on queries and keys.
         num_classes: rows of the class embedding added to the time embedding, with the null class; 0: no classes.
         scale_shift: the time embedding scales and shifts instead of being added (FiLM).
-        resblock_updown: residual blocks change the resolution, instead of `resample`, conv | pool.
+        resblock_updown: residual blocks change the resolution, instead of `resample` and `upsample`.
+        resample: conv | pool | max: halve the side by a strided convolution, a mean or a maximum; after the
+            interpolation that doubles it, `upsample` nearest | bilinear | bicubic, conv has a convolution.
         unet_patch: p > 1 folds p x p latents or pixels into channels first.
         norm_groups: groups of each GroupNorm.  unet_dropout: dropout in the residual blocks.
         """
@@ -305,7 +312,7 @@ class UNet(nn.Module):
                 if ds in attention_ds:
                     stage.append(attention_block(c, self_attn[level]))
                 if level and i == res_blocks[level]:
-                    stage.append(res_block(c, c, "up") if resblock_updown else Upsample(c, resample))
+                    stage.append(res_block(c, c, "up") if resblock_updown else Upsample(c, resample, upsample))
                     ds //= 2
                 self.output_blocks.append(stage)
 
@@ -368,7 +375,8 @@ def check_settings(s, res_blocks, self_attn):
         assert len(values) == levels, f"{name}={s[name]}: must be one value, or one for each of the {levels} levels"
     heads = f"num_heads={s['num_heads']}, head_dim={s['head_dim']}"
     assert bool(s["num_heads"]) != bool(s["head_dim"]), f"{heads}: one of them must be 0"
-    assert s["resample"] in ("conv", "pool"), f"resample={s['resample']!r}: must be one of conv, pool"
+    for name, choices in (("resample", ("conv", "pool", "max")), ("upsample", ("nearest", "bilinear", "bicubic"))):
+        assert s[name] in choices, f"{name}={s[name]!r}: must be one of {', '.join(choices)}"
     assert not context or s["transformer_depth"], f"context_dim={context}: needs transformer_depth >= 1"
     assert context or not s["context_pool"], "context_pool=True: needs context_dim > 0"
     assert context or all(self_attn), f"self_attention={s['self_attention']}: needs context_dim > 0"

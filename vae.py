@@ -95,54 +95,52 @@ class LinearAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, c, resample, groups, linear_attention):
+    def __init__(self, c, mode):
         super().__init__()
-        self.resample = resample
-        self.conv = nn.Conv2d(c, c, 3, stride=2) if resample == "conv" else nn.Identity()
-        self.attn = LinearAttention(c, groups) if linear_attention else nn.Identity()
+        self.mode = mode
+        self.conv = nn.Conv2d(c, c, 3, stride=2) if mode == "conv" else nn.Identity()
 
     def forward(self, x):
-        if self.resample == "conv":
-            x = self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and below only, as the published weights require
-        else:
-            x = F.avg_pool2d(x, 2) if self.resample == "avg" else F.max_pool2d(x, 2)
-        return self.attn(x)
+        if self.mode == "conv":
+            return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and below only, as the published weights require
+        return F.avg_pool2d(x, 2) if self.mode == "avg" else F.max_pool2d(x, 2)
 
 
 class Upsample(nn.Module):
-    def __init__(self, c, mode, groups, linear_attention):
+    def __init__(self, c, mode):
         super().__init__()
         self.mode = mode
         self.conv = Conv2d(c, c, 3, padding=1)
-        self.attn = LinearAttention(c, groups) if linear_attention else nn.Identity()
 
     def forward(self, x):
         if self.mode == "nearest":
-            return self.attn(upsample_conv(x, self.conv))
-        return self.attn(self.conv(F.interpolate(x, scale_factor=2.0, mode=self.mode)))
+            return upsample_conv(x, self.conv)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode=self.mode))
 
 
 class Level(nn.Module):
-    """One resolution of the encoder or decoder: residual blocks, optionally attention after each, a resampler."""
+    """One resolution: residual blocks, optionally attention after each, a resampler, optionally linear attention."""
 
-    def __init__(self, channels, groups, gated, dropout, with_attention, resampler):
+    def __init__(self, channels, groups, gated, dropout, with_attention, resampler, linear_attention):
         super().__init__()
         pairs = list(zip(channels[:-1], channels[1:]))
         self.block = nn.ModuleList(ResBlock(a, b, groups, gated, dropout) for a, b in pairs)
         self.attn = nn.ModuleList(Attention(b, groups) if with_attention else nn.Identity() for _, b in pairs)
         self.resample = resampler
+        self.linear_attn = LinearAttention(channels[-1], groups) if linear_attention else nn.Identity()
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
-        return self.resample(x)
+        return self.linear_attn(self.resample(x))
 
 
 class Middle(nn.Module):
-    def __init__(self, c, groups, gated, dropout, with_attention):
+    def __init__(self, c, groups, gated, dropout, with_attention, linear_attention):
         super().__init__()
+        attention = LinearAttention if linear_attention else Attention
         self.block_1 = ResBlock(c, c, groups, gated, dropout)
-        self.attn_1 = Attention(c, groups) if with_attention else nn.Identity()
+        self.attn_1 = attention(c, groups) if with_attention else nn.Identity()
         self.block_2 = ResBlock(c, c, groups, gated, dropout)
 
     def forward(self, x):
@@ -173,12 +171,13 @@ class Encoder(nn.Module):
         c = s["ch"]
         for i, width in enumerate(widths):
             channels = [c] + [width] * s["num_res_blocks"]
-            resampler = Downsample(width, s["downsample"], s["norm_groups"], s["linear_attention"])
+            resampler = Downsample(width, s["downsample"])  # also of the last level: initial weights depend on it
             resampler = resampler if i < len(widths) - 1 else nn.Identity()
             with_attention = s["resolution"] // s["patch_size"] // 2**i in s["attn_resolutions"]
-            self.down.append(Level(channels, s["norm_groups"], gated, s["dropout"], with_attention, resampler))
+            options = (s["norm_groups"], gated, s["dropout"], with_attention, resampler, s["linear_attention"])
+            self.down.append(Level(channels, *options))
             c = width
-        self.mid = Middle(c, s["norm_groups"], gated, s["dropout"], s["mid_attention"])
+        self.mid = Middle(c, s["norm_groups"], gated, s["dropout"], s["mid_attention"], s["linear_attention"])
         self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
         self.conv_out = Conv2d(c, s["z_channels"] * (2 if s["bottleneck"] == "kl" else 1), 3, padding=1)
 
@@ -200,13 +199,14 @@ class Decoder(nn.Module):
         self.patch_size, self.tanh_out = s["patch_size"], s["tanh_out"]
         c = widths[-1]
         self.conv_in = Conv2d(s["z_channels"], c, 3, padding=1)
-        self.mid = Middle(c, s["norm_groups"], gated, s["dropout"], s["mid_attention"])
+        self.mid = Middle(c, s["norm_groups"], gated, s["dropout"], s["mid_attention"], s["linear_attention"])
         levels = []
         for i, width in reversed(list(enumerate(widths))):
             channels = [c] + [width] * (s["num_res_blocks"] + 1)
-            resampler = Upsample(width, s["upsample"], s["norm_groups"], s["linear_attention"]) if i else nn.Identity()
+            resampler = Upsample(width, s["upsample"]) if i else nn.Identity()
             with_attention = s["resolution"] // s["patch_size"] // 2**i in s["attn_resolutions"]
-            levels.append(Level(channels, s["norm_groups"], gated, s["dropout"], with_attention, resampler))
+            options = (s["norm_groups"], gated, s["dropout"], with_attention, resampler, s["linear_attention"])
+            levels.append(Level(channels, *options))
             c = width
         self.up = nn.ModuleList(reversed(levels))  # up[0] is the full resolution, as in the published weights
         self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
@@ -357,7 +357,7 @@ class VAE(nn.Module):
             codebook loss).
         embed_dim: latent channels C, between the two 1x1 convolutions; 0: z_channels.
         activation: silu | swiglu.  downsample: conv | avg | max.  upsample: nearest | bilinear | bicubic.
-        linear_attention: linear-time attention after each resampler.
+        linear_attention: linear-time attention at the end of each level, and in the middle in place of the quadratic.
         patch_size: p > 1 folds p x p pixels into channels first, which makes small models fast.
         norm_groups: groups of each GroupNorm.  tanh_out: tanh on the decoder's output.
         """

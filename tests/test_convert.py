@@ -857,6 +857,7 @@ LIMITS = [  # the layouts that cannot hold them: a part's settings, of which the
     ("both", "vae", [dict(activation="swiglu"), dict(downsample="avg"), dict(upsample="bilinear")]),
     ("both", "vae", [dict(linear_attention=True), dict(patch_size=2, ch_mult=(1,))]),
     ("both", "unet", [dict(unet_patch=2), dict(qk_norm=True), dict(linear_attention=True)]),
+    ("both", "unet", [dict(resample="max"), dict(upsample="bilinear")]),
     ("both", "cross", [dict(context_pool=True), dict(middle_attention=False)]),
     ("both", "model", [dict(objective="flow"), dict(schedule="flow"), dict(objective="eps")]),
     ("diffusers", "vae", [dict(attn_resolutions=(16,), resolution=32), dict(tanh_out=True), dict(embed_dim=5)]),

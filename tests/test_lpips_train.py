@@ -130,6 +130,11 @@ def test_precision(trunks):
         distance = lpips(x, y)
     assert distance.dtype == torch.float32
     torch.testing.assert_close(distance, single, rtol=0.03, atol=0)
+    assert torch.equal(lpips(x.double(), y.double()), single)
+    torch.testing.assert_close(lpips(x.half(), y.half()), single, rtol=0.03, atol=0)
+    torch.testing.assert_close(lpips((x + 1) / 2, (y + 1) / 2, normalize=True), single, rtol=1e-4, atol=1e-6)
+    with pytest.raises(AssertionError, match="LPIPS of torch.uint8 images: scale them to"):
+        lpips(x.byte(), y.byte())
     torch.testing.assert_close(lpips.double()(x.double(), y.double()), single.double(), rtol=1e-4, atol=1e-6)
 
 

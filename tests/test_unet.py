@@ -139,13 +139,16 @@ def test_transformer_block_formula():
 
 
 def test_resampling():
-    x, down, up = normal(1, 2, 4, 6), unet.Downsample(2, "conv"), unet.Upsample(2, "conv")
+    x, down, up = normal(1, 2, 4, 6), unet.Downsample(2, "conv"), unet.Upsample(2, "conv", "nearest")
     torch.testing.assert_close(unet.Downsample(2, "pool")(x), x.view(1, 2, 2, 2, 3, 2).mean((3, 5)))
     doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert torch.equal(unet.Upsample(2, "pool")(x), doubled)
+    assert torch.equal(unet.Upsample(2, "pool", "nearest")(x), doubled)
     padded = F.pad(x, (1, 1, 1, 1))  # on all sides, unlike the autoencoder's
     torch.testing.assert_close(down(x), F.conv2d(padded, down.conv.weight, down.conv.bias, stride=2))
     torch.testing.assert_close(up(x), up.conv(doubled))
+    assert torch.equal(unet.Downsample(2, "max")(x), x.view(1, 2, 2, 2, 3, 2).amax((3, 5)))
+    smooth, up = F.interpolate(x, (8, 12), mode="bilinear"), unet.Upsample(2, "conv", "bilinear")
+    assert torch.equal(unet.Upsample(2, "max", "bilinear")(x), smooth) and torch.equal(up(x), up.conv(smooth))
 
 
 # --- the U-Net ---
@@ -159,6 +162,9 @@ GOLDEN = [  # option, fingerprint of the initial weights (seed 0), std of a floa
     (dict(context_dim=12, context_pool=True), -1485.6688, 0.47385739),
     (dict(resblock_updown=True), 328.23427, 0.59951645),
     (dict(resample="pool"), 805.90494, 0.53260841),
+    (dict(resample="max"), 805.90494, 0.55618116),
+    (dict(upsample="bilinear"), 754.92542, 0.62760698),
+    (dict(resample="pool", upsample="bicubic"), 805.90494, 0.5324255),
     (dict(qk_norm=True), 754.92542, 0.60931824),
     (dict(linear_attention=True), 754.92542, 0.63525117),
     (dict(attention_ds=()), -80.800386, 0.57942612),
@@ -273,7 +279,7 @@ BAD = [
     (dict(num_heads=2, head_dim=8), "num_heads=2, head_dim=8: one of them must be 0"),
     (dict(num_heads=0), "num_heads=0, head_dim=0: one of them must be 0"),
     (dict(channels=12, channel_mult=(2, 4), norm_groups=8), "norm_groups=8: must divide the 12 channels"),
-    (dict(resample="nearest"), "resample='nearest': must be one of conv, pool"),
+    (dict(resample="nearest"), "resample='nearest': must be one of conv, pool, max"),
     (dict(context_dim=8, transformer_depth=0), "context_dim=8: needs transformer_depth >= 1"),
     (dict(context_dim=8, attention_ds=(4,), middle_attention=False), "context_dim=8: needs attention_ds"),
     (dict(context_pool=True), "context_pool=True: needs context_dim > 0"),
