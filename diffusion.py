@@ -8,7 +8,8 @@ branch of `make_schedule` and a name in `SCHEDULES`, an objective a branch of `t
 
     schedule = make_schedule("flow")
     denoise = make_denoiser(unet, schedule, "flow", {"context": text(["a red star"])})
-    x0 = sample_heun(denoise, torch.randn(1, 4, 32, 32), sample_times(20, schedule), schedule)
+    times = sample_times(20, schedule)
+    x0 = sample_heun(denoise, start_std(times, schedule) * torch.randn(1, 4, 32, 32), times, schedule)
 """
 
 import functools
@@ -26,6 +27,9 @@ class Schedule(NamedTuple):
     alpha: Callable  # of a float tensor t in [0, 1], any shape, dtype and device; alpha(0) = 1
     sigma: Callable  # likewise; sigma(0) = 0
     discrete: int  # number T of entries of a DDPM table, entry i at t = (i + 1) / T; 0 for continuous time
+    # of spacing leading on a table, see sample_times; of another project's model its scheduler's
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
 
 
 SCHEDULES = ("linear", "scaled_linear", "quadratic", "sqrt", "sigmoid", "squared_cosine", "cosine", "flow")
@@ -165,23 +169,28 @@ SPACINGS = ("trailing", "leading", "linspace", "karras", "quadratic")
 def sample_times(steps, schedule, objective="v", spacing="trailing"):
     """Times of `steps` steps, strictly descending: float64 (steps + 1,). On a table all but karras are entries.
 
-    trailing   equal steps from t_max to 0 (Lin et al. 2024, table 2), rounded to entries, halves up
-    leading    Stable Diffusion's: multiples of T / steps, rounded down, plus 1, ending at entry 0 and not at t = 0
+    trailing   equal steps from t_max to 0, rounded to entries as numpy does (Lin et al. 2024, table 2)
+    leading    Stable Diffusion's: multiples of T // steps, plus steps_offset, ending at entry 0, or with
+               set_alpha_to_one at t = 0
     linspace   equal steps from t_max to entry 0, then 0 (Nichol & Dhariwal 2021)
     karras     equal steps in (sigma / alpha)^(1/7) from t_max to entry 0, then 0 (Karras et al. 2022, eq. 5);
                where that ratio is infinite the first step is from t_max to below 0.995
     quadratic  indices that grow as a square up to 0.8 T, plus 1, ending at entry 0 (Song et al. 2021, appendix D.2)
 
     Entry 0 is at 1/T, in continuous time at 1/1000. With all T steps, leading and quadratic are the complete table,
-    down to t = 0. Both start below t_max, where there is some signal: leading at about 1 - 1 / steps. On a table
-    sigma ~ sqrt(t) near 0, so the last step of trailing is the largest: second-order samplers gain less there.
+    down to t = 0. Both start below t_max, where there is some signal: leading at about 1 - 1 / steps, or lower where
+    steps do not divide T. On a table sigma ~ sqrt(t) near 0, so the last step of trailing is the largest: second-order
+    samplers gain less there.
     """
     T, top = schedule.discrete, t_max(objective, schedule)
     assert 1 <= steps <= (T or 1000), f"steps must be in [1, {T or 1000}], got {steps}"
     assert spacing in SPACINGS, f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}"
     first, end, i, last = 1 / (T or 1000), 0.0, torch.arange(steps), max(steps - 1, 1)  # i in ascending time
-    if spacing == "trailing":  # rounded in integers: all distinct
-        times = ((2 * T * (i + 1) + steps) // (2 * steps)).double() / T if T else top * (i + 1).double() / steps
+    if spacing == "trailing" and T:
+        step = T - (T - T / steps)  # with the rounding of np.arange(T, 0, -T / steps), which decides halves
+        times = (T - step * i.flip(0).double()).round() / T
+    elif spacing == "trailing":
+        times = top * (i + 1).double() / steps
     elif spacing == "linspace":
         times = torch.linspace(top, first, steps, dtype=torch.float64).flip(0)
         times = (T * times).round() / T if T else times
@@ -193,14 +202,23 @@ def sample_times(steps, schedule, objective="v", spacing="trailing"):
         times = time_of_ratio(schedule, torch.linspace(high, low, steps, dtype=torch.float64).flip(0) ** 7)
         times[-1] = top
     elif T:
-        index = i * T // steps if spacing == "leading" else 8 * T * i**2 // (10 * last**2)
-        index = (index - i).cummax(0).values + i  # the first indices of a square would coincide
-        offset = 1 if steps < T else 0
-        times, end = (index + offset + 1).double() / T, offset / T
+        index, offset, to_zero = i * (T // steps), schedule.steps_offset, schedule.set_alpha_to_one
+        if spacing == "quadratic":
+            index, offset, to_zero = 8 * T * i**2 // (10 * last**2), 1, False
+            index = (index - i).cummax(0).values + i  # the first indices of a square would coincide
+        if index[-1] + offset >= T:
+            offset, to_zero = 0, True
+        times = (index + offset + 1).double() / T
+        end = 0.0 if to_zero else min(first, times[0].item() * (1 - 1e-9))  # from entry 0 to itself
     else:
         share = i.double() / steps if spacing == "leading" else 0.8 * (i.double() / last) ** 2
         times, end = 2 * first + (top - 2 * first) * share, first
     return torch.cat([torch.tensor([end], dtype=torch.float64), times]).flip(0)
+
+
+def start_std(times, schedule):
+    """Std of the pure noise at times[0]: sigma, but 1 on a table, even where some signal is left (as in diffusers)."""
+    return 1.0 if schedule.discrete else schedule.sigma(times[:1]).item()
 
 
 def time_of_ratio(schedule, ratio):
@@ -235,7 +253,8 @@ def randn(shape, generators=None, device=None, dtype=None):
 
 
 # --- samplers: (denoise, x, times, schedule, generators=None, **options) -> x0 ---
-# x is the sample at times[0]: pure noise at t = 1. The times descend to 0, or to an end with some noise left.
+# x is the sample at times[0]: start_std times noise, or a noisy image. The times descend to 0, or to an end with some
+# noise left.
 
 
 def sample_ddpm(denoise, x, times, schedule, generators=None, noise_scale=1.0, variance="small"):
@@ -342,10 +361,11 @@ def sample_euler_a(denoise, x, times, schedule, generators=None, eta=1.0):
 def sample_plms(denoise, x, times, schedule, generators=None):
     """PLMS: DDIM steps with the Adams-Bashforth mean of the last four eps (PNDM, Liu et al. 2022, arXiv 2202.09778).
 
-    The first step averages eps at its two ends, so S steps take S + 1 evaluations. Where alpha < 1e-3, as at zero SNR,
-    a step in sigma / alpha is nearly infinite and a mean of eps would diverge: DDIM's step is used there. The weights
-    are those of equal steps: with two or three very unequal ones it overshoots. With a v network the result differs
-    from diffusers', which averages v, although the v of different steps belong to different alpha and sigma.
+    The first of several steps averages eps at its two ends, so S > 1 steps take S + 1 evaluations. Where alpha < 1e-3,
+    as at zero SNR, a step in sigma / alpha is nearly infinite and a mean of eps would diverge: DDIM's step is used
+    there. The weights are those of equal steps: with two or three very unequal ones it overshoots. With a v network the
+    result differs from diffusers', which averages v, although the v of different steps belong to different alpha and
+    sigma.
     """
     adams = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
     past = []  # eps of the last steps, the newest first
@@ -357,7 +377,7 @@ def sample_plms(denoise, x, times, schedule, generators=None):
         if alpha_t < 1e-3:
             x = ddim
             continue
-        if len(past) == 1 and sigma_s > 0:
+        if len(past) == 1 and len(times) > 2:
             mean = (eps + (ddim - alpha_s * denoise(ddim, s)) / sigma_s) / 2
         else:
             mean = sum(weight * e for weight, e in zip(adams[len(past) - 1], past))

@@ -50,6 +50,7 @@ from diffusion import (
     randn,
     sample_times,
     samplers,
+    start_std,
 )
 from text import CLIPTextEncoder
 from unet import Denoiser, UNet
@@ -326,9 +327,9 @@ def sample_batch(pipeline, conditions, seeds, inputs, guided, on_step, *, sides,
     noise = noise.to(device, dtype, memory_format=torch.channels_last)
     network = guided_denoiser(pipeline, conditions, task_inputs(pipeline, inputs, sides, generators), **guided)
     latents = encode(pipeline, inputs["image"]) if "image" in inputs else None
-    x = schedule.sigma(times[:1]).item() * noise
+    x = start_std(times, schedule) * noise
     if strength < 1:
-        x = schedule.alpha(times[:1]).item() * latents + x
+        x = schedule.alpha(times[:1]).item() * latents + schedule.sigma(times[:1]).item() * noise
     denoise = network
     if "mask" in inputs and pipeline.task["task"] != "inpaint":
         mask = F.max_pool2d((inputs["mask"] > 0.5).to(dtype), pipeline.factor)  # generate latents masked in part

@@ -7,7 +7,7 @@ import torch
 
 from common import install_excepthook
 from configurator import configure
-from diffusion import make_denoiser, randn, sample_times, samplers
+from diffusion import make_denoiser, randn, sample_times, samplers, start_std
 from sample import decode, load_pipeline, network_inputs, to_pil
 
 ckpt = "out/ldm"  # stage-2 checkpoint
@@ -48,7 +48,7 @@ def interpolate(pipeline, ends, seeds, count, steps, sampler="unipc", guidance=3
     guidance = guidance if cond else 1.0
     denoise = make_denoiser(pipeline.denoiser.unet, schedule, objective, cond, null, guidance)
     times = sample_times(steps, schedule, objective)
-    x = schedule.sigma(times[:1]).item() * noise.to(device)
+    x = start_std(times, schedule) * noise.to(device)
     return decode(pipeline, samplers[sampler](denoise, x, times, schedule))
 
 

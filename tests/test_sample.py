@@ -18,7 +18,7 @@ import sample
 from checkpoint import UserError
 from configurator import configure
 from data.tasks import augment_low, image_condition
-from diffusion import make_denoiser, make_schedule, randn, sample_times, samplers
+from diffusion import make_denoiser, make_schedule, randn, sample_times, samplers, start_std
 from sample import compile_unet, decode, encode, generate, load_pipeline, read_prompts, round_weights, save_grid, to_pil
 
 NAMES = ("text", "class", "none", "pixels", "tokens", "inpaint", "sr", "semantic")
@@ -79,7 +79,7 @@ def by_hand(pipeline, cond, null, seeds, steps, guidance=1.0, sampler="ddim", sp
     schedule, objective = pipeline.schedule, pipeline.objective
     denoise = make_denoiser(pipeline.denoiser.unet, schedule, objective, cond, null, guidance, **guided)
     times, generators = sample_times(steps, schedule, objective, spacing), seeded(seeds)
-    x = schedule.sigma(times[:1]).item() * randn((len(seeds), *pipeline.latent_shape), generators)
+    x = start_std(times, schedule) * randn((len(seeds), *pipeline.latent_shape), generators)
     return decode(pipeline, samplers[sampler](denoise, x, times, schedule, generators, **dict(options)))
 
 
