@@ -52,7 +52,7 @@ from checkpoint import UserError, reject, write_whole
 from common import install_excepthook
 from configurator import configure
 from data.dataset import to_rgb
-from data.forms import IMAGES, captions_of, hub_names, list_files, open_parquet, parse
+from data.forms import IMAGES, PIXELS, captions_of, hub_names, list_files, open_parquet, parse
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, also the limit of data/dataset.py; larger ones may be bombs
@@ -183,15 +183,16 @@ def parquet_names(path, column):
     return hub_names(open_parquet(path), column)
 
 
-def parquet_rows(path, image, columns):
-    """(row number, function that returns the encoded image, dict of the other columns) of each row.
+def parquet_rows(path, columns=None):
+    """(row number, function that returns the encoded image, dict of these columns) of each row; None: all the others.
 
-    image: the names that the image's column may have.
+    PIXELS are the names that the image's column may have.
     """
     f = open_parquet(path)
     there = f.schema_arrow.names
-    pixels = next((name for name in image if name in there), None)
-    missing = [column for column in columns if column not in there] + ([] if pixels else list(image[:1]))
+    pixels = next((name for name in PIXELS if name in there), None)
+    columns = [name for name in there if name != pixels] if columns is None else columns
+    missing = [column for column in columns if column not in there] + ([] if pixels else ["image"])
     if missing:
         reject(path, f"no column {missing[0]!r}, only {', '.join(there)}", "check that it is the right file")
     row = 0
@@ -262,7 +263,7 @@ def read_bytes(image):
         return f.read(size)
 
 
-def convert(image, record, size, crop, quality, min_side):
+def convert(image, record, size, crop, quality, min_side, min_bytes):
     """Shrink an image to `size` on its short side and encode it.
 
     Returns (reason to drop it or "", encoded bytes, ".jpg" or ".png", record with the original size, and boxes moved).
@@ -271,6 +272,8 @@ def convert(image, record, size, crop, quality, min_side):
         data = read_bytes(image)
         if not len(data):
             return "broken: 0 bytes", b"", "", {}
+        if len(data) < min_bytes:
+            return f"tiny: {len(data)} bytes, less than min_bytes={min_bytes}", b"", "", {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
@@ -519,7 +522,7 @@ def trim_dropped(path, writers):
 def pack(items, cfg, classes=(), total=None, **about):
     """Write everything that the top of this file lists to cfg.out_dir; returns meta.json as a dict.
 
-    cfg has out_dir, size, crop, quality, min_side, shard_mb, workers, and perhaps drop_duplicates and vocab_size.
+    cfg has out_dir, size, crop, quality, min_side, shard_mb, workers, perhaps min_bytes, drop_duplicates, vocab_size.
     classes: names of the labels.  total: number of items, for the progress bar.  about: more fields for meta.json.
     """
     out, seen = cfg.out_dir, set()
@@ -534,7 +537,8 @@ def pack(items, cfg, classes=(), total=None, **about):
     if complete := sum(len(writer.shards) for writer in writers.values()):
         print(f"{out}: {complete} shards are complete, continuing")
     trim_dropped(f"{out}/dropped.jsonl", writers)
-    to_size = functools.partial(convert, **{name: cfg[name] for name in ("size", "crop", "quality", "min_side")})
+    how = {name: cfg[name] for name in ("size", "crop", "quality", "min_side")}
+    to_size = functools.partial(convert, **how, min_bytes=cfg.get("min_bytes", 0))
     bar = tqdm(desc=out, total=total, unit=" images", disable=None)
     with bar, open(f"{out}/dropped.jsonl", "a", buffering=1) as dropped:  # a line is there before the shard behind it
         work = numbered(items, writers, out, bar)

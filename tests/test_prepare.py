@@ -70,7 +70,9 @@ def parquet(rows, names):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
-    rows = [row | {"image": dict(bytes=encoded(row["image"]))} if type(row["image"]) is int else row for row in rows]
+    rows = [
+        row | {"image": dict(bytes=encoded(row["image"]))} if type(row.get("image")) is int else row for row in rows
+    ]
     features = {column: {"names": list(of), "_type": "ClassLabel"} for column, of in names.items()}
     file, table = pa.BufferOutputStream(), pa.Table.from_pylist(rows)
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -231,14 +233,15 @@ def test_broken_tiny_huge_and_duplicate_images_are_dropped_and_listed(items, cap
         "missing": ("nowhere.jpg", "broken: .*No such file"),
         "unread": (fails, "broken: the disk is gone"),
         "tiny": (encoded(51, width=7, height=90), "tiny: 7 x 90, less than min_side=8"),
+        "short": (b"GIF", "tiny: 3 bytes, less than min_bytes=4"),
         "bomb": (bomb(30000, 30000), "huge"),
         "large": (bomb(10000, 9500), "huge: 10000 x 9500"),
         "twin": (items[4]["image"], "duplicate"),
     }
     mixed = items[:20] + [dict(key=key, image=image, split="train") for key, (image, _) in bad.items()]
-    meta = pack(mixed)
-    assert meta["count"] == 20 and meta["dropped"] == dict(broken=5, tiny=1, huge=2, duplicate=1)
-    assert "20 train images in 1 shards; dropped: 5 broken, 2 huge, 1 tiny, 1 duplicate" in capsys.readouterr().out
+    meta = pack(mixed, min_bytes=4)
+    assert meta["count"] == 20 and meta["dropped"] == dict(broken=5, tiny=2, huge=2, duplicate=1)
+    assert "20 train images in 1 shards; dropped: 5 broken, 2 tiny, 2 huge, 1 duplicate" in capsys.readouterr().out
     lines = [json.loads(line) for line in Path("out/dropped.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == list(bad) and not records().keys() & bad.keys()
     for line in lines:
@@ -380,7 +383,7 @@ def test_hostile_archives_write_nothing_outside_and_are_refused(monkeypatch):
     says("not a folder, .zip or .tar", room.list_images, __file__)
     # a path in parquet is not followed
     source("", {"paths.parquet": [dict(image="in/a.zip"), dict(image=None)]})
-    assert [image() for _, image, _ in room.parquet_rows("paths.parquet", ("image",), [])] == [b""] * 2
+    assert [image() for _, image, _ in room.parquet_rows("paths.parquet")] == [b""] * 2
 
 
 # --- every data set: its files, settings, and what is made of them ---
@@ -445,6 +448,11 @@ WIKIART["style"] = ["Cubism", "Pop_Art"]
 PAINTINGS = [dict(image=i, artist=i % 2, genre=i // 2 % 2, style=i // 4 % 2) for i in range(8)]
 HUB_WIKIART = {"data/train-0.parquet": (PAINTINGS, WIKIART)}
 CAPTIONS = ["portrait", "portrait by claude monet", "painting", "painting by claude monet"]
+ARCHIVE = {"Pop_Art/roy_whaam-1963.jpg": 1, "Cubism/juan-gris_guitar-1913.jpg": 2, "Cubism/pablo_chair.jpg": 3}
+OF_ARCHIVE = {
+    "Pop_Art/roy_whaam-1963.jpg": ("train", 1, 1, "painting by roy, pop art"),
+    "Cubism/juan-gris_guitar-1913.jpg": ("train", 2, 0, "painting by juan gris, cubism"),
+}
 OF_WIKIART = {f"train-0/{i:06d}": ("train", i, 0, f"{text}, cubism") for i, text in enumerate(CAPTIONS)}
 
 LSUN = {f"bedroom_{split}_lmdb": {f"{split}{i}": n + i for i in range(n)} for split, n in (("train", 12), ("val", 3))}
@@ -454,7 +462,7 @@ LSUN |= {
 
 ART = {"Art Movement/Cubism/Guitar Player##abc.jpg": 1, "Art Movement/Pop Art/Soup##def.jpg": 2}
 ART |= {"Artists1/Picasso/Guitar Player##abc.jpg": 1, "Artists1/Picasso/Blue_Room##ghi.jpg": 3}
-ART["Medium/Drawing/Broken##jkl.jpg"] = encoded(4)[:600]
+ART |= {"Medium/Drawing/Broken##jkl.jpg": encoded(4)[:600], "Medium/Drawing/Short##mno.gif": encoded(5)[:599]}
 
 
 def open_images():
@@ -484,7 +492,19 @@ def fetched_shard(shard):
     return made | {f"{9 - shard}_stats.json": ["[1", '{"count": "x", "status_dict": 3}'][shard]}
 
 
+def fetched_table(shard):
+    """The same in img2dataset's parquet format, where dead links are rows without an image."""
+    made, columns = fetched_shard(shard), ("key", "jpg", "caption", "url", "status", "similarity", "NSFW")
+    files, rows = made.pop(f"{shard:05d}.tar"), [dict.fromkeys(columns) | dict(key="x", status="failed_to_download")]
+    for name, seed in files.items():
+        if name.endswith(".jpg"):
+            record = room.parse(files[f"{name[:-4]}.json"]) or {}
+            rows.append(record | dict(key=name[:-4], jpg=encoded(seed)))
+    return made | {f"{shard:05d}.parquet": rows}
+
+
 FETCHED = fetched_shard(0) | fetched_shard(1)
+TABLES = fetched_table(0) | fetched_table(1)
 LINKS = dict(links=20, images=16, not_downloaded=4, not_resized=0, reasons={"HTTP Error 404: Not Found": 4})
 OF_FETCHED = {"000010003": ("train", 103, None, "a caption, number 1 3")}
 
@@ -524,7 +544,11 @@ MADE = {
     "wikiart": ("wikiart", HUB_WIKIART, {}, dict(train=8), WIKIART["style"], OF_WIKIART),
     "wikiart artist": ("wikiart", HUB_WIKIART, dict(label="artist"), dict(train=8), WIKIART["artist"],
                        {"train-0/000005": ("train", 5, 1)}),
-    "art500k": ("art500k", ART, {}, dict(train=3), ["Cubism", "Pop Art"],
+    "wikiart archive": ("wikiart", ARCHIVE, {}, dict(train=3), ["Cubism", "Pop_Art"], OF_ARCHIVE),
+    "wikiart zip": ("wikiart", {"wikiart.zip": {f"wikiart/{path}": seed for path, seed in ARCHIVE.items()}},
+                    dict(source="src/wikiart.zip", label="artist"), dict(train=3), ["juan-gris", "pablo", "roy"],
+                    {"wikiart/Cubism/pablo_chair.jpg": ("train", 3, 1)}),
+    "art500k": ("art500k", ART, dict(min_bytes=600), dict(train=3), ["Cubism", "Pop Art"],
                 {"Artists1/Picasso/Blue_Room##ghi.jpg": ("train", 3, None, "Blue Room, Picasso"),
                  "Art Movement/Cubism/Guitar Player##abc.jpg": ("train", 1, 0, "Guitar Player, Cubism")}),
     "openimages": ("openimages", open_images, {}, dict(train=4, val=2), [], {"0b": ("train", 11, None, "A cat.")}),
@@ -532,6 +556,8 @@ MADE = {
                         {"0a": ("train", 10, None)}),
     "openimages some": ("openimages", open_images, dict(n_train=2, n_val=1), dict(train=2, val=1), [], {}),
     "laion400m": ("laion400m", FETCHED, dict(min_similarity=0.32), dict(train=14), [], OF_FETCHED),
+    "laion400m parquet": ("laion400m", TABLES, dict(min_similarity=0.32), dict(train=14), [], OF_FETCHED),
+    "captions parquet": ("conceptual_captions", TABLES, {}, dict(train=18), [], OF_FETCHED),
     "captions": ("conceptual_captions", FETCHED, {}, dict(train=18), [], OF_FETCHED),
     "folder": ("folder", CLASSES, {}, dict(train=19, val=1), ["cats", "dogs"], {"cats/7.jpg": ("train", 7, 0)}),
     "folder splits": ("folder", SPLITS, {}, dict(train=1, val=1, test=1), [], {"test/0.jpg": ("test", 2, None)}),
@@ -612,6 +638,10 @@ WRONG = [
     ("lsun", {"tower_train_lmdb/data.mdb": bytes(9999)}, {}, "tower_train_lmdb: damaged"),
     ("wikiart", {"a.parquet": [dict(image=0, label=1)]}, {}, "no column 'style', only image, label"),
     ("wikiart", {"a.parquet": b"PAR1" + bytes(99)}, {}, "a.parquet: "),
+    ("wikiart", ARCHIVE, dict(label="genre"), "the archive has style and artist, not genre; set --label"),
+    ("wikiart", {"roy_whaam.jpg": 1}, {}, "roy_whaam.jpg is in no folder of a style"),
+    ("laion400m", {"0.parquet": [dict(url="x")]}, {}, "no column 'image', only url"),
+    ("art500k", ART, {}, "no images left .dropped: 6 tiny"),  # below 5,000 bytes
     ("art500k", ART, dict(group="Genre"), "no images in a group 'Genre', only in Art Movement, Artists1, Medium"),
     ("openimages", {"train/data/0a.jpg": 1, "train/labels/detections.csv": "ImageID,XMin\n0a,x\n"}, {},
      "detections.csv: line 2 cannot be read"),
@@ -768,8 +798,8 @@ def test_mnist(capsys, monkeypatch):
     for split, prefix, n in (("train", "train", 30), ("val", "t10k", 20)):
         images, labels = np.load(f"out/{split}/images.npy"), np.load(f"out/{split}/labels.npy")
         raw = gzip.decompress(files[f"{prefix}-images-idx3-ubyte.gz"])[16:]
-        assert images.shape == (n, 32, 32, 1) and images[:, 2:30, 2:30].tobytes() == raw
-        assert images.sum(dtype=int) == sum(raw) and labels.tolist() == [i * 10 // n for i in range(n)]
+        assert images.shape == (n, 28, 28, 1) and images.tobytes() == raw
+        assert labels.tolist() == [i * 10 // n for i in range(n)]
     assert json.loads(Path("out/classes.json").read_text()) == list("0123456789")
     capsys.readouterr()
     Path("out/val/meta.json").unlink()

@@ -5,8 +5,9 @@
 
 DIR has the unpacked images: GROUP/NAME/TITLE##ID.jpg, of the groups Artists1, Artists2, "Art Movement", Medium.
 Source: https://deepart.hkust.edu.hk/ART500K/art500k.html. License: non-commercial research only.
-Size: not measured. Time: that of reading it. Some of its files are broken, and a work is in several groups: broken
-ones are dropped, and of identical ones the first is kept, that of the chosen group before others.
+Size: not measured. Time: that of reading it. Some of its files are broken or mere placeholders, and a work is in
+several groups: broken and very small files are dropped, and of identical ones the first is kept, that of the chosen
+group before others.
 On disk: train-*.tar, val-*.tar (one in a hundred), classes.json (the names in the chosen group; works of other groups
 have no label), bpe.tiktoken, meta.json, dropped.jsonl. A caption is the title, with the folder's name.
 """
@@ -26,6 +27,7 @@ size = 256  # >= 1: short side in pixels; smaller images are not enlarged
 crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
 quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
 min_side = 64  # >= 0: images with a shorter side are dropped
+min_bytes = 5000  # >= 0: files with fewer bytes are dropped
 drop_duplicates = True  # keep only the first of identical images
 vocab_size = 8192  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
 shard_mb = 256.0  # > 0: size of a shard

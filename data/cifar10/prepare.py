@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.forms import PIXELS, shard_split
+from data.forms import shard_split
 from data.prepare import check_source, fetch, pack, parquet_files, parquet_rows, reading, run
 
 source = ""  # cifar-10-binary.tar.gz, or a folder of parquet files
@@ -57,7 +57,7 @@ def from_parquet(files):
     for path in files:
         name = os.path.basename(path).removesuffix(".parquet")
         split = "train" if shard_split(name) == "train" else "val"
-        for row, image, record in parquet_rows(path, PIXELS, ["label"]):
+        for row, image, record in parquet_rows(path, ["label"]):
             yield dict(key=f"{name}/{row:05d}", image=image, split=split, label=record["label"])
 
 

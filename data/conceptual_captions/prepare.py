@@ -2,7 +2,7 @@
 
     python data/conceptual_captions/prepare.py --urls=Train_GCC-training.tsv     # pip install img2dataset
     python data/conceptual_captions/prepare.py --urls=cc12m.tsv --out_dir=data/cc12m
-    python data/conceptual_captions/prepare.py --fetched=DIR                     # what img2dataset fetched before
+    python data/conceptual_captions/prepare.py --fetched=DIR    # tar or parquet shards that img2dataset wrote before
 
 The lists come from https://ai.google.com/research/ConceptualCaptions/download: lines of caption and URL (CC12M: URL and
 caption), without a header; a copy of them gets one. License: the lists may be used freely; every image has its own.
@@ -22,7 +22,7 @@ from data.laion400m.prepare import from_urls
 from data.prepare import check_source, run
 
 urls = ""  # Train_GCC-training.tsv or cc12m.tsv
-fetched = ""  # img2dataset's output; default out_dir/.fetched
+fetched = ""  # img2dataset's output, tar or parquet shards; default out_dir/.fetched
 repack = True  # pack the fetched images into shards; False only reports
 out_dir = "data/conceptual_captions"  # folder for the shards
 size = 256  # >= 1: short side in pixels; smaller images are not enlarged

@@ -24,7 +24,7 @@ import tarfile
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import UserError, reject
-from data.forms import PIXELS, shard_split
+from data.forms import shard_split
 from data.prepare import (
     MAX_BYTES,
     check_source,
@@ -124,7 +124,7 @@ def from_parquet(files, label_of, fraction):
     for path in files:
         name = os.path.basename(path).removesuffix(".parquet")
         split = {"train": "train", "validation": "val", "val": "val"}.get(shard_split(name))
-        for row, image, record in parquet_rows(path, PIXELS, ["label"]) if split else ():
+        for row, image, record in parquet_rows(path, ["label"]) if split else ():
             key, label = f"{name}/{row:06d}", label_of.get(record["label"])
             if label is not None and (split == "val" or in_fraction(key, fraction)):
                 yield dict(key=key, image=image, split=split, label=label)
@@ -138,7 +138,7 @@ def prepare(cfg):
     if files := parquet_files(source):
         names = synsets = parquet_names(files[0], "label")
         if not names:
-            labels = [r["label"] for path in files for *_, r in parquet_rows(path, PIXELS, ["label"])]
+            labels = [r["label"] for path in files for *_, r in parquet_rows(path, ["label"])]
             highest = max((label for label in labels if isinstance(label, int)), default=-1)
             if highest < 0:
                 reject(source, "no numbers in the column label", "use the hub's own files")

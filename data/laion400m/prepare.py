@@ -2,7 +2,7 @@
 
     python data/laion400m/prepare.py --urls=DIR            # pip install img2dataset; DIR has the lists, as parquet
     python data/laion400m/prepare.py --urls=DIR --repack=False   # img2dataset's shards are enough
-    python data/laion400m/prepare.py --fetched=DIR         # what img2dataset fetched before, perhaps on other machines
+    python data/laion400m/prepare.py --fetched=DIR         # tar or parquet shards that img2dataset wrote before
 
 The lists have the columns URL and TEXT, and NSFW and similarity. LAION withdrew those of LAION-400M in December 2023;
 its later lists (Re-LAION) name some columns differently: rename them. Put the parquet files that you want into one
@@ -23,10 +23,10 @@ import sys
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
 from data.forms import IMAGES, NOWHERE, Index, captions_of, field, parse, tar_samples
-from data.prepare import check_source, need, pack, run, save
+from data.prepare import check_source, need, pack, parquet_rows, run, save
 
 urls = ""  # folder of parquet files with URL and TEXT, or one such file
-fetched = ""  # img2dataset's output; default out_dir/.fetched
+fetched = ""  # img2dataset's output, tar or parquet shards; default out_dir/.fetched
 repack = True  # pack the fetched images into shards; False only reports
 out_dir = "data/laion400m"  # folder for the shards
 max_unsafe = "UNLIKELY"  # UNLIKELY | UNSURE | NSFW: keep images with NSFW up to this
@@ -102,25 +102,37 @@ def report(links):
             print(f"  {n:9d}  {' '.join(reason.split())[:100]}")
 
 
+def from_tar(path):
+    """(key, image, record) of each sample."""
+    with open(path, "rb") as f:
+
+        def read(_, offset, size):
+            f.seek(offset)
+            return f.read(size)
+
+        for key, sample in tar_samples(f, Index()):
+            image = next((sample[ending] for ending in sample if ending in IMAGES), None)
+            if image is None:
+                continue
+            record = parse(read(*sample.get(".json", NOWHERE)))
+            record = record if isinstance(record, dict) else {}  # damaged
+            if not captions_of(record) and ".txt" in sample:
+                record["text"] = read(*sample[".txt"]).decode("utf-8", "replace").strip()
+            yield key, (path, *image[1:]), record
+
+
+def from_parquet(path):
+    """The same; the rows of dead links have no image."""
+    for row, image, record in parquet_rows(path):
+        if record.get("status") in (None, "success"):
+            yield record.get("key") or f"{os.path.basename(path)}/{row:06d}", image, record
+
+
 def items(shards, unwanted=lambda record: ""):
     for path in shards:
-        with open(path, "rb") as f:
-
-            def read(_, offset, size):
-                f.seek(offset)
-                return f.read(size)
-
-            for key, sample in tar_samples(f, Index()):
-                image = next((sample[ending] for ending in sample if ending in IMAGES), None)
-                if image is None:
-                    continue
-                record = parse(read(*sample.get(".json", NOWHERE)))
-                record = record if isinstance(record, dict) else {}  # damaged
-                texts = captions_of(record)
-                if not texts and ".txt" in sample:
-                    texts = captions_of(read(*sample[".txt"]).decode("utf-8", "replace").strip())
-                item = dict(key=key, image=(path, *image[1:]), text=texts, url=record.get("url", ""))
-                yield item | dict(drop=unwanted(record))
+        for key, image, record in (from_tar if path.endswith(".tar") else from_parquet)(path):
+            item = dict(key=key, image=image, text=captions_of(record), url=record.get("url", ""))
+            yield item | dict(drop=unwanted(record))
 
 
 def from_urls(cfg, unwanted=lambda record: "", **options):
@@ -129,13 +141,16 @@ def from_urls(cfg, unwanted=lambda record: "", **options):
     is_begun = cfg.repack and os.path.exists(f"{cfg.out_dir}/meta.json")  # then everything has been fetched
     if cfg.urls and not is_begun:
         fetch_urls(cfg, folder, **options)
-    shards = sorted(glob.glob(f"{glob.escape(folder)}/*.tar"))
-    if not shards and not is_begun:
-        reject(folder, "no tar shards", "set --urls to the lists, or --fetched to the output of img2dataset")
+    # beside each tar img2dataset writes a parquet file without the images
+    tars, tables = (sorted(glob.glob(f"{glob.escape(folder)}/*.{ending}")) for ending in ("tar", "parquet"))
+    if not tars and not tables and not is_begun:
+        reject(
+            folder, "no shards", "set --urls to the lists, or --fetched to the output of img2dataset (tar or parquet)"
+        )
     links = count_links(folder)
     report(links)
     if cfg.repack:
-        pack(items(shards, unwanted), cfg, total=links["images"] or None, links=links)
+        pack(items(tars or tables, unwanted), cfg, total=links["images"] or None, links=links)
 
 
 def prepare(cfg):

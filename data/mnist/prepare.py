@@ -1,9 +1,10 @@
-"""MNIST: 60,000 + 10,000 handwritten digits of 28 x 28 pixels, padded to 32 x 32 (LeCun et al. 1998).
+"""MNIST: 60,000 + 10,000 handwritten digits of 28 x 28 pixels (LeCun et al. 1998).
 
     python data/mnist/prepare.py --download=True    # fetches 11 MB into data/mnist/raw, then makes train and val
     python data/mnist/prepare.py --source=DIR       # DIR has train-images-idx3-ubyte.gz and the other three files
 
-On disk: {train,val}/images.npy (N, 32, 32, 1) uint8, labels.npy; classes.json.
+On disk: {train,val}/images.npy (N, 28, 28, 1) uint8, labels.npy; classes.json.
+28 can be halved twice, by autoencoder, unet_patch and the U-Net's levels together; --image_size=32 enlarges the digits.
 """
 
 import gzip
@@ -24,7 +25,6 @@ download = False  # fetch the files that are missing or damaged
 mirror = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # where from
 out_dir = "data/mnist"  # folder for train, val and classes.json
 
-PAD = 2  # pixels on each side: 32 can be halved five times
 MD5 = {
     "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
     "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -49,13 +49,13 @@ def read_idx(path, ndim):
 
 
 def read_split(source, prefix):
-    """images (N, 32, 32, 1) and labels (N,), both uint8, of the two files that begin with prefix."""
+    """images (N, 28, 28, 1) and labels (N,), both uint8, of the two files that begin with prefix."""
     images = read_idx(f"{source}/{prefix}-images-idx3-ubyte.gz", 3)
     labels = read_idx(f"{source}/{prefix}-labels-idx1-ubyte.gz", 1)
     if images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
         what = f"{prefix} images are {images.shape}, and {len(labels)} labels up to {labels.max(initial=0)}"
         reject(source, what, "download both files again")
-    return np.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD)))[..., None], labels
+    return images[..., None], labels
 
 
 def prepare(cfg):
