@@ -37,14 +37,15 @@ def reject(path, what, remedy):
 # --- files ---
 
 
-def write_atomic(path, write):
-    """Call write(temporary name), then rename what it wrote, a file or a folder, to `path`: complete, or not there."""
-    folder, temporary = os.path.dirname(path) or ".", f"{path}.{os.getpid()}.tmp"
+@contextlib.contextmanager
+def replacing(path):
+    """Context with a temporary name for a file or folder, which then replaces `path`: complete, or not at all."""
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        write(temporary)
+        yield temporary
         sync(temporary)
         os.replace(temporary, path)
-        sync(folder)
+        sync(os.path.dirname(path) or ".")
     finally:
         if os.path.isdir(temporary):
             shutil.rmtree(temporary)
@@ -53,13 +54,9 @@ def write_atomic(path, write):
 
 
 def write_whole(path, write):
-    """Call write(file) with a binary file; `path` is then complete and on disk, or not there at all."""
-
-    def write_file(temporary):
-        with open(temporary, "wb") as file:
-            write(file)
-
-    write_atomic(path, write_file)
+    """Call write(file) with a binary file that then replaces `path`, see `replacing`."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        write(file)
 
 
 def sync(path):
@@ -77,25 +74,19 @@ def find(path):
     An id of the Hugging Face hub (owner/name) is fetched, as huggingface_hub does.
     """
     path = fetch(os.fspath(path))
-    file = os.path.join(path, "latest.safetensors")
-    if os.path.exists(file):
-        return file
+    names = os.listdir(path) if os.path.isdir(path) else ()
+    if "latest.safetensors" in names:
+        return os.path.join(path, "latest.safetensors")
     if not os.path.exists(path):
         reject(path, "no such checkpoint", "give a .safetensors file or the out_dir of a run")
-    if os.path.isdir(path) and not is_foreign_folder(path):
+    if os.path.isdir(path) and not {"config.json", "model_index.json"} & set(names):
         reject(path, "no latest.safetensors in it", "train first, or give a checkpoint file")
     return path
 
 
-def is_foreign_folder(path):
-    return any(os.path.exists(os.path.join(path, name)) for name in ("config.json", "model_index.json"))
-
-
 def is_ours(path):
-    """Whether `path`, an existing file or folder, is a checkpoint of this repository."""
-    if os.path.isdir(path):
-        return not is_foreign_folder(path)
-    if not path.endswith(".safetensors"):
+    """Whether what `find` returned is a checkpoint of this repository."""
+    if os.path.isdir(path) or not path.endswith(".safetensors"):
         return False
     try:
         with safe_open(path, framework="pt") as file:
@@ -138,41 +129,36 @@ def write(path, tensors, meta):
         folder = glob.escape(os.path.dirname(path) or ".")
         for left in glob.glob(f"{folder}/.tmp??????") + glob.glob(f"{glob.escape(path)}.*.tmp"):
             os.remove(left)  # of a killed run (.tmp?????? is safetensors' own), as large as a checkpoint
-        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         reject(path, f"could not be saved ({error})", "free disk space and run again; an earlier file is unchanged")
 
 
 def read(path, *prefixes):
     """(tensors, meta) of a checkpoint: all tensors, or those below any of `prefixes`; meta is what `write` got."""
-    return _read(path, tuple(f"{prefix}." for prefix in prefixes) or "")
+    return read_starts(path, tuple(f"{prefix}." for prefix in prefixes) or "")
 
 
 def read_meta(path):
     """The meta of a checkpoint alone."""
-    return _read(path, ())[1]
+    return read_starts(path, ())[1]
 
 
-def _read(path, starts):
+def read_starts(path, starts):
     path = find(path)
-    if os.path.isdir(path):
+    if not is_ours(path):
         reject(path, "not a checkpoint of this repository", "use another file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = file.metadata() or {}
-            text = stored.get("latent_diffusion", "")
-            if str(zlib.crc32(text.encode())) != stored.get("crc32"):
-                reject(path, "not a checkpoint of this repository, or its settings were altered", "use another file")
-            meta = json.loads(text)
-            if meta["format"] != FORMAT:
-                reject(path, f"format {meta['format']}, this code reads {FORMAT}", "use the code that wrote it")
-            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(starts)}, meta
-    except (OSError, SafetensorError, LookupError, TypeError, RecursionError, json.JSONDecodeError) as error:
-        reject(
-            path,
-            f"truncated or damaged ({error})",
-            "restore a copy, or start another out_dir from the last ema_*.safetensors",
-        )
+    remedy = "restore a copy, or start another out_dir from the last ema_*.safetensors"
+    with reading(path, "truncated or damaged", remedy), safe_open(path, framework="pt") as file:
+        stored = file.metadata()
+        text = stored["latent_diffusion"]
+        if str(zlib.crc32(text.encode())) != stored["crc32"]:
+            reject(path, "its settings were altered", "use another file")
+        meta = json.loads(text)
+        if meta["format"] != FORMAT:
+            reject(path, f"format {meta['format']}, this code reads {FORMAT}", "use the code that wrote it")
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(starts)}, meta
 
 
 def read_vae(path):
@@ -208,14 +194,14 @@ def tuples(settings):
 
 
 @contextlib.contextmanager
-def reading(path):
-    """Context in which settings and tensors of unexpected form raise UserError with the path of their file."""
+def reading(path, what="settings or tensors do not fit", remedy="use another file"):
+    """Context in which any other error is a UserError: settings and tensors of unexpected form can raise anything."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # settings and tensors of unexpected form can raise anything
-        reject(path, f"damaged: settings or tensors do not fit ({type(error).__name__}: {error})", "use another file")
+    except Exception as error:
+        reject(path, f"{what} ({type(error).__name__}: {error})", remedy)
 
 
 def build(model_class, settings, state, path, **more):
@@ -224,33 +210,26 @@ def build(model_class, settings, state, path, **more):
     Raises UserError, with `path` in it, where settings and tensors do not fit, before anything large is allocated.
     """
     settings = tuples(settings)
-    for name in ("num_res_blocks", "transformer_depth", "layers", "text_layers"):  # as many modules as they say
-        value = settings.get(name, 0)
-        if max(value if isinstance(value, tuple) else (value,)) > len(state):
-            reject(path, f"{name}={value}, but only {len(state)} tensors", "the file is damaged: use another")
-    try:
+    with reading(path, f"its settings do not build a {model_class.__name__}"):
+        for name in ("num_res_blocks", "transformer_depth", "layers", "text_layers"):  # as many modules as they say
+            if np.max(settings.get(name, 0)) > len(state):
+                reject(path, f"{name}={settings[name]}, but only {len(state)} tensors", "use another file")
         with torch.device("meta"):
-            model = model_class(**settings, **more)
-        load(model, state, path)
+            model = load(model_class(**settings, **more), state, path)
         if any(buffer.is_meta for buffer in model.buffers()):  # computed by the constructor, not in the file
             model = load(model_class(**settings, **more), state, path)
         return model
-    except UserError:
-        raise
-    except Exception as error:  # settings of an altered file can raise anything
-        reject(path, f"its settings do not build a {model_class.__name__} ({error})", "use another file")
 
 
 def load(model, state, path):
     """Load a state dict into `model`, freeze it, set eval mode; UserError names a tensor that differs."""
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            have, want = found.get(name, "missing"), wanted.get(name, "unknown")
+    own = model.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        want = tuple(own[name].shape) if name in own else "none"
+        have = tuple(state[name].shape) if name in state else "missing"
+        if want != have:
             reject(path, f"tensor {name} is {have}, its settings need {want}", "use another file")
-    dtypes = {name: t.dtype for name, t in model.state_dict().items()}
-    model.load_state_dict({name: t.detach().to(dtypes[name]) for name, t in state.items()}, assign=True)
+    model.load_state_dict({name: state[name].detach().to(t.dtype) for name, t in own.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
 
@@ -285,25 +264,19 @@ def profile_products(t_a, gamma_a, t_b, gamma_b):
 def posthoc_ema(path, std):
     """{"ema.NAME": tensor}: an average of relative length `std` in [0.01, 0.25], combined from a run's snapshots.
 
-    path: the out_dir of the run, or the snapshot (ema_STEP.safetensors) at which it ends; else it ends at the last one.
-    Snapshots hold averages at several steps and of several lengths (train_ldm.py --ema_stds --snapshot_every); the
-    profile asked for is approximated by least squares (section 3.2). Snapshots of another run are left out.
+    path: a checkpoint of the run, at whose step the average ends. The snapshots ema_STEP.safetensors beside it hold
+    averages of several lengths (train_ldm.py --ema_stds --snapshot_every); the profile asked for is approximated by
+    least squares (section 3.2).
     """
-    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    files = sorted(name for name in os.listdir(folder) if re.fullmatch(r"ema_\d+\.safetensors", name))
-    if os.path.basename(path) in files:
-        files = files[: files.index(os.path.basename(path)) + 1]
-    metas = {name: read_meta(f"{folder}/{name}") for name in [*files, "latest.safetensors"]
-             if os.path.exists(f"{folder}/{name}")}  # fmt: skip
-    newest = metas.get("latest.safetensors") or metas.get(files[-1] if files else "", {})
-    sources = [
-        (name, f"ema_power_{i}", metas[name]["step"], power_exponent(length))
-        for name in files
-        if metas[name]["run"] == newest["run"]
-        for i, length in enumerate(metas[name]["model"]["ema_stds"])
-    ]
+    path = find(path)
+    end, sources = read_meta(path), []  # (file, prefix, step, gamma)
+    for file in sorted(glob.glob(f"{glob.escape(os.path.dirname(path) or '.')}/ema_[0-9]*.safetensors")):
+        meta = read_meta(file)
+        if meta["run"] == end["run"] and meta["step"] <= end["step"]:  # the folder may hold those of an earlier run
+            lengths = enumerate(meta["model"]["ema_stds"])
+            sources += [(file, f"ema_power_{i}", meta["step"], power_exponent(length)) for i, length in lengths]
     if not sources:
-        reject(folder, "no averages to combine", "train with --ema_stds=0.05,0.1 --snapshot_every=STEPS")
+        reject(path, "no averages to combine", "train with --ema_stds=0.05,0.1 --snapshot_every=STEPS")
     steps = np.array([step for _, _, step, _ in sources], dtype=np.float64)
     gammas = np.array([gamma for _, _, _, gamma in sources])
     target = np.array([steps.max()]), np.array([power_exponent(std)])
@@ -311,7 +284,7 @@ def posthoc_ema(path, std):
     b = profile_products(steps[:, None], gammas[:, None], *target)
     weights = np.linalg.lstsq(A, b, rcond=1e-12)[0][:, 0]
     total = {}
-    for weight, (name, prefix, _, _) in zip(weights, sources):
-        for key, t in part(read(f"{folder}/{name}", prefix)[0], prefix).items():
+    for weight, (file, prefix, _, _) in zip(weights, sources):
+        for key, t in part(read(file, prefix)[0], prefix).items():
             total[f"ema.{key}"] = total.get(f"ema.{key}", 0.0) + weight * t.double()
     return {name: t.float() for name, t in total.items()}

@@ -1386,7 +1386,8 @@ def save(path, write):
     """Write a file or a folder, complete or not at all."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        checkpoint.write_atomic(path, write)
+        with checkpoint.replacing(path) as temporary:
+            write(temporary)
     except (OSError, SafetensorError) as error:
         reject(path, f"could not be written ({error})", "free disk space and run again")
 
