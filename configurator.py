@@ -183,7 +183,8 @@ def checked(name, value, setting):
 def typed(value, default):
     """`value` in the type of `default`, also an int for a float, 1e5 for an int, a list for a tuple; or TypeError."""
     if isinstance(default, tuple) and isinstance(value, (tuple, list)):
-        return tuple(typed(element, element_of(default)) for element in value)
+        like = element_of(default)
+        return tuple(e if type(e) is int and not default else typed(e, like) for e in value)  # () is of any numbers
     if type(default) is float and type(value) is int:
         return float(value)
     if type(default) is int and type(value) is float and value.is_integer():

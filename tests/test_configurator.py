@@ -65,7 +65,7 @@ def settings(script):
 ARGUMENTS = [("batch_size=1_000", 1000), ("batch_size=1e5", 100_000), ("lr=3", 3.0), ("flip=FALSE", False)]
 ARGUMENTS += [("flip", True), ("data=a=b, c", "a=b, c"), ("data=1", "1"), ("data=", ""), ("ch_mult=[3]", (3,))]
 ARGUMENTS += [("ch_mult=1,2,4,4", (1, 2, 4, 4)), ("ch_mult=(1, 2,)", (1, 2)), ("ch_mult=()", ()), ("ch_mult=3", (3,))]
-ARGUMENTS += [("betas=0,.99", (0.0, 0.99)), ("extra=1,2.5", (1.0, 2.5)), ("names=c,d", ("c", "d"))]
+ARGUMENTS += [("betas=0,.99", (0.0, 0.99)), ("extra=1,2.5", (1, 2.5)), ("names=c,d", ("c", "d"))]
 ARGUMENTS += [("masks=true,False", (True, False)), ("compile=True", "true"), ("tokenizer=my/File", "my/File")]
 ARGUMENTS += [("objective=", ""), ("objective=v", "v"), ("eta=-1", -1.0), ("eta=1", 1.0), ("drop=0", 0.0)]
 
