@@ -5,10 +5,12 @@ The training scripts own their loops; each function here is one thing that all t
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -151,13 +153,19 @@ def gathered(items):
     return sum(ranks, [])
 
 
-def average_gradients(module):
-    """Over all ranks, in one message; for a network that DDP cannot wrap, as it runs several times a step."""
-    gradients = [p.grad for p in module.parameters()]
-    flat = torch.cat([g.flatten() for g in gradients])
+def sum_over_ranks(tensors):
+    """In place, in one message."""
+    flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
-    for g, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
-        g.copy_(mean.view_as(g))
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(total.view_as(t))
+
+
+def average_gradients(module):
+    """Over all ranks; for a network that DDP cannot wrap, as it runs several times a step."""
+    gradients = [p.grad for p in module.parameters()]
+    sum_over_ranks(gradients)
+    torch._foreach_div_(gradients, dist.get_world_size())
 
 
 # --- models and data ---
@@ -206,20 +214,85 @@ def learning_rate(step, cfg):
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def adamw(groups, cfg, machine):
+# first and last layers, which Muon leaves to AdamW
+OUTER = re.compile(r"conv_in|conv_out|input_blocks\.0\.|embedding|class_|rescaler|log_variance")
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but a group with "share" gets orthogonalized momentum (Jordan et al. 2024, github.com/KellerJordan/Muon).
+
+    share: (rank, world); processes that have the same gradients each orthogonalize a part of the matrices.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        ok = self.found_inf == 0
+        for group in self.param_groups:
+            if "share" not in group:
+                continue
+            parameters = sorted(group["params"], key=lambda p: p.shape)
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in parameters]
+            # where ok is false the momentum stands in for the gradient, and so does not change
+            gradients = [torch.where(ok, p.grad, m) for p, m in zip(parameters, momenta)]
+            torch._foreach_lerp_(momenta, gradients, 0.05)
+            updates = orthogonalized(torch._foreach_lerp(gradients, momenta, 0.95), *group["share"])  # Nesterov
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * ok)
+            torch._foreach_sub_(parameters, torch._foreach_mul(updates, group["lr"] * ok))
+            for p in parameters:
+                p.grad = None  # AdamW leaves it alone
+        super().step()
+
+
+def orthogonalized(matrices, rank, world):
+    """[(out,in,...), sorted by shape] with all singular values made about sqrt(max(1, out / (in ...)))."""
+    rows = [m.movedim(1, -1).flatten(1) for m in matrices]  # a view of channels_last kernels
+    done = [torch.zeros_like(r) for r in rows]
+    for (m, n), same in itertools.groupby(range(rank, len(rows), world), lambda i: rows[i].shape):
+        same = list(same)
+        x = torch.stack([rows[i].mT if m > n else rows[i] for i in same])
+        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(torch.bfloat16 if x.is_cuda else x.dtype)
+        for _ in range(5):  # Newton-Schulz steps
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        for i, result in zip(same, x * max(1.0, m / n) ** 0.5):
+            done[i].copy_(result.mT if m > n else result)
+    if world > 1:
+        sum_over_ranks(done)
+    return [d.view_as(m.movedim(1, -1)).movedim(-1, 1) for d, m in zip(done, matrices)]
+
+
+def make_optimizer(model, cfg, machine):
+    """cfg.optimizer for what trains of a model; no weight decay on biases and norms."""
+    muon, sharded = cfg.optimizer == "muon", cfg.shard_optimizer and machine.world > 1
+    decayed, plain, hidden = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (plain if p.ndim < 2 else hidden if muon and not OUTER.search(name) else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain}]
+    if muon:
+        share = (0, 1) if sharded else (machine.rank, machine.world)  # if sharded, each has other parameters
+        options = {"lr_ratio": cfg.muon_lr / cfg.lr, "weight_decay": cfg.weight_decay, "share": share}
+        groups.append({"params": hidden} | options)
+    return adamw(groups, cfg, machine, Muon if muon else torch.optim.AdamW)
+
+
+def adamw(groups, cfg, machine, kind=torch.optim.AdamW):
     """AdamW of the settings; with shard_optimizer each rank has the state of a part of the parameters."""
     # fused: the one that reads found_inf, so that a bad step is skipped without waiting for the GPU
     options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
     if cfg.shard_optimizer and machine.world > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second or two
 
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
-    return torch.optim.AdamW(groups, **options)
+        return ZeroRedundancyOptimizer(groups, kind, **options)
+    return kind(groups, **options)
 
 
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
 def inner(optimizer):
@@ -242,12 +315,13 @@ def optimizer_state(optimizer, model, prefix):
 def load_optimizer_state(optimizer, model, prefix, tensors):
     """The inverse, on every rank; parameters without saved state start anew."""
     optimizer = inner(optimizer)
-    mine = {p for group in optimizer.param_groups for p in group["params"]}
+    with_momentum = {p: "share" in group for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        if p in mine and f"{prefix}.{name}.step" in tensors:
-            moments = {key: tensors[f"{prefix}.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
-            state = {key: torch.empty_like(p).copy_(t) for key, t in moments.items()}
-            optimizer.state[p] = state | {"step": tensors[f"{prefix}.{name}.step"].to(p.device)}
+        keys = ("momentum",) if with_momentum.get(p) else ("step", "exp_avg", "exp_avg_sq")
+        if p in with_momentum and f"{prefix}.{name}.{keys[0]}" in tensors:
+            state = {key: tensors[f"{prefix}.{name}.{key}"] for key in keys}
+            state = {key: torch.empty_like(p).copy_(t) if t.ndim else t.to(p.device) for key, t in state.items()}
+            optimizer.state[p] = state
 
 
 # --- resuming ---

@@ -105,6 +105,8 @@ batch_size = 32  # >= 1: images per process and micro-step
 grad_accum = 1  # >= 1: micro-steps per optimizer step
 max_steps = 400_000  # >= 1: optimizer steps
 lr = 1e-4  # > 0: learning rate, not rescaled by batch size
+optimizer = "adamw"  # adamw | muon: muon is for hidden matrices and kernels, beside AdamW for the rest
+muon_lr = 0.01  # > 0: muon's learning rate, follows the curve of lr
 lr_schedule = "constant"  # constant | cosine | onecycle | multistep: cosine and onecycle end at lr_end
 lr_end = 0.0  # in [0, 1]: where cosine and onecycle end, as a share of lr
 lr_milestones = (0.6, 0.8, 0.9)  # each in [0, 1]: of multistep, shares of max_steps
@@ -112,7 +114,7 @@ lr_decay = 0.1  # in [0, 1]: of multistep, factor at each milestone
 warmup_steps = 1000  # >= 0: steps of linear warm-up
 beta1 = 0.9  # in [0, 1): of AdamW
 beta2 = 0.999  # in [0, 1): of AdamW
-weight_decay = 0.01  # >= 0: of AdamW, on matrices and kernels only
+weight_decay = 0.01  # >= 0: on matrices and kernels only
 grad_clip = 1.0  # >= 0: largest gradient norm; 0 disables clipping
 shard_optimizer = False  # divide the optimizer state among the processes (ZeRO stage 1)
 ema_decay = 0.9999  # in [0, 1]: of the averaged weights, warmed up as (1 + n) / (10 + n)
@@ -602,10 +604,8 @@ if __name__ == "__main__":
     parameters = list(model.parameters())  # listed once: walking modules is slow
     averaged = {name: list(average.parameters()) for name, average in averages.items()}
 
-    # optimizer: no weight decay on biases and norms
-    decayed, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others}]
-    optimizer = common.adamw(groups, cfg, machine)
+    # optimizer
+    opt = common.make_optimizer(model, cfg, machine)
 
     # weights and state of a checkpoint, or weights of a model to start from
     sr_schedule = meta["model"]["sr_schedule"] if meta else None
@@ -618,7 +618,7 @@ if __name__ == "__main__":
         model.load_state_dict(part(tensors, "model"))
         for name, average in averages.items():
             average.load_state_dict(part(tensors, name))
-        common.load_optimizer_state(optimizer, model, "optim", tensors)
+        common.load_optimizer_state(opt, model, "optim", tensors)
     elif cfg.init_from:
         free = ("image_size", "ema_stds", "uncertainty", "unet_dropout", "first_stage", "tower_hash")
         common.check_same_settings(cfg.init_from, meta["model"], about, free)
@@ -662,7 +662,7 @@ if __name__ == "__main__":
 
     def save(path, snapshot=False):
         """All that resuming and sampling need, or of a snapshot the averages; every rank calls it, rank 0 writes."""
-        state = {} if snapshot else common.optimizer_state(optimizer, model, "optim")
+        state = {} if snapshot else common.optimizer_state(opt, model, "optim")
         if rank > 0:
             return
         for name, average in averages.items():
@@ -691,7 +691,7 @@ if __name__ == "__main__":
     while True:
         # learning rate
         lr_now = common.learning_rate(step, cfg)
-        common.set_lr(optimizer, lr_now)
+        common.set_lr(opt, lr_now)
 
         # evaluate, save, stop
         last, stopping = step >= cfg.max_steps, stop.agreed()
@@ -735,9 +735,9 @@ if __name__ == "__main__":
         # optimizer step, EMA: nothing carried to the next step changes where ok is false
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
         ok = common.all_finite(grad_norm, *totals.values())  # the same on all ranks
-        common.inner(optimizer).found_inf = (~ok).float()
-        optimizer.step()
-        optimizer.zero_grad()
+        common.inner(opt).found_inf = (~ok).float()
+        opt.step()
+        opt.zero_grad()
         step += 1
         update_ema(averaged["ema"], parameters, min(cfg.ema_decay, (1 + step) / (10 + step)), ok)
         for i, std in enumerate(cfg.ema_stds):  # Karras et al. 2024 (EDM2), section 3.1

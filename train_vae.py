@@ -94,6 +94,8 @@ batch_size = 12  # >= 1: images per process and micro-step
 grad_accum = 2  # >= 1: micro-steps per optimizer step
 max_steps = 250_000  # >= 1: optimizer steps
 lr = 1e-4  # > 0: absolute, nothing rescales it
+optimizer = "adamw"  # adamw | muon: muon is for hidden matrices and kernels, beside AdamW for the rest
+muon_lr = 0.01  # > 0: muon's learning rate, follows the curve of lr
 lr_schedule = "constant"  # constant | cosine | onecycle | multistep: cosine and onecycle end at lr_end
 lr_end = 0.0  # in [0, 1]: where cosine and onecycle end, as a share of lr
 lr_milestones = (0.6, 0.8, 0.9)  # each in [0, 1]: multistep, shares of max_steps at which lr_decay applies
@@ -101,7 +103,7 @@ lr_decay = 0.1  # > 0: multistep, factor at each milestone
 warmup_steps = 1000  # >= 0: steps of linear warm-up
 beta1 = 0.5  # in [0, 1): AdamW
 beta2 = 0.9  # in [0, 1): AdamW
-weight_decay = 0.0  # >= 0: AdamW, on matrices and kernels only
+weight_decay = 0.0  # >= 0: on matrices and kernels only
 grad_clip = 1.0  # >= 0: largest gradient norm of the autoencoder; 0 disables clipping
 shard_optimizer = False  # divide the optimizer state among the processes (ZeRO stage 1)
 ema_decay = 0.9999  # in [0, 1]: of the averaged weights, warmed up as (1 + n) / (10 + n)
@@ -529,13 +531,11 @@ if __name__ == "__main__":
         disc = common.build(Discriminator, cfg.disc_layers, cfg.disc_norm, cfg.disc_spectral_norm, cfg.disc_channels)
         disc.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
 
-    # optimizers: no weight decay on biases and norms
+    # optimizers
     parameters, averaged = list(model.parameters()), list(ema.parameters())  # listed once: walking modules is slow
     trained = [p for p in parameters if p.requires_grad]
-    decayed, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others}]
-    optimizer = common.adamw(groups, cfg, machine)
-    disc_optimizer = common.adamw(list(disc.parameters()), cfg, machine) if disc else None
+    opt = common.make_optimizer(model, cfg, machine)
+    disc_opt = common.adamw(list(disc.parameters()), cfg, machine) if disc else None
     # carried from step to step: the adaptive weight, and how often each code was used since the last restart
     options = dict(device=machine.device, dtype=machine.param_dtype)
     state = {"adaptive": torch.zeros((), **options)}
@@ -546,7 +546,7 @@ if __name__ == "__main__":
         common.check_same_settings(latest, meta["model"], model.settings)
         model.load_state_dict(part(tensors, "model"))
         ema.load_state_dict(part(tensors, "ema"))
-        common.load_optimizer_state(optimizer, model, "optim", tensors)
+        common.load_optimizer_state(opt, model, "optim", tensors)
         for name, t in part(tensors, "state").items():
             state[name].copy_(t)
     elif source:
@@ -563,7 +563,7 @@ if __name__ == "__main__":
     if disc and old_disc:
         common.check_same_settings(latest if resumed else cfg.init_from, meta["disc"], disc.settings)
         disc.load_state_dict(old_disc)
-        common.load_optimizer_state(disc_optimizer, disc, "disc_optim", tensors)
+        common.load_optimizer_state(disc_opt, disc, "disc_optim", tensors)
     # a discriminator that this run does not train stays in its checkpoint
     resting = {} if disc or not resumed else {name: t for name, t in tensors.items() if name.startswith("disc")}
     del source, tensors
@@ -588,9 +588,9 @@ if __name__ == "__main__":
 
     def save(path, snapshot=False):
         """All that resuming needs, or of a snapshot the averages; every rank calls it, rank 0 writes."""
-        tensors = {} if snapshot else common.optimizer_state(optimizer, model, "optim") | resting
+        tensors = {} if snapshot else common.optimizer_state(opt, model, "optim") | resting
         if disc and not snapshot:
-            tensors |= common.optimizer_state(disc_optimizer, disc, "disc_optim")
+            tensors |= common.optimizer_state(disc_opt, disc, "disc_optim")
             tensors |= with_prefix("disc", disc.state_dict())
         if not snapshot:
             tensors |= with_prefix("model", model.state_dict()) | with_prefix("state", state)
@@ -636,11 +636,11 @@ if __name__ == "__main__":
     while True:
         # learning rate; does the discriminator train, and does the autoencoder see it?
         lr_now = common.learning_rate(step, cfg)
-        common.set_lr(optimizer, lr_now)
+        common.set_lr(opt, lr_now)
         ramp = gan_ramp(step + 1, cfg) if disc else None
         disc_trains = disc is not None and step + 1 >= cfg.disc_start - cfg.disc_warmup
         if disc:
-            common.set_lr(disc_optimizer, cfg.disc_lr * lr_now / cfg.lr)
+            common.set_lr(disc_opt, cfg.disc_lr * lr_now / cfg.lr)
 
         # evaluate, save, stop
         last, stopping = step >= cfg.max_steps, stop.agreed()
@@ -706,7 +706,7 @@ if __name__ == "__main__":
                 common.average_gradients(disc)
             totals["disc_grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in disc.parameters()])
         ok = common.all_finite(grad_norm, *totals.values())  # one for both optimizers, the same on all ranks
-        for one in (optimizer, disc_optimizer) if disc_trains else (optimizer,):
+        for one in (opt, disc_opt) if disc_trains else (opt,):
             common.inner(one).found_inf = (~ok).float()
             one.step()
             one.zero_grad()
@@ -728,7 +728,7 @@ if __name__ == "__main__":
             state["code_counts"] += torch.where(ok, counts, 0.0)
             if cfg.train == "all" and due(cfg.restart_every):
                 unused = (state["code_counts"] == 0) & ok
-                restart_codes(model, ema, optimizer, unused, restart_candidates(latents, step - 1, cfg, machine))
+                restart_codes(model, ema, opt, unused, restart_candidates(latents, step - 1, cfg, machine))
                 state["code_counts"].mul_(~ok)
 
         # log

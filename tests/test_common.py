@@ -44,6 +44,37 @@ def test_all_finite():
         assert not common.all_finite(torch.ones(3), torch.tensor([1.0, bad]))
 
 
+def test_muon():
+    """A kernel against the formula in float64, with a gradient of NaN at step 2; the first layer against AdamW."""
+    torch.manual_seed(0)
+    conv_in, conv = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 12, 1)
+    model = torch.nn.ModuleDict({"conv_in": conv_in, "conv": conv}).double()
+    model.to(memory_format=torch.channels_last)
+    cfg = config(optimizer="muon", muon_lr=0.02, weight_decay=0.1, beta1=0.9, beta2=0.99, shard_optimizer=False)
+    optimizer = common.make_optimizer(model, cfg, CPU)
+    expected, momentum = conv.weight.detach().clone().flatten(1), torch.zeros(12, 4).double()
+    like = torch.nn.Parameter(conv_in.weight.detach().clone())
+    adamw = torch.optim.AdamW([like], lr=0.5, betas=(0.9, 0.99), weight_decay=0.1)
+    for step in range(4):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.nan) if step == 2 else torch.randn_like(p)
+        common.set_lr(optimizer, 0.5)  # half of cfg.lr
+        optimizer.found_inf = torch.tensor(float(step == 2))
+        gradient, like.grad = conv.weight.grad.flatten(1), conv_in.weight.grad
+        optimizer.step()
+        if step != 2:
+            adamw.step()
+            momentum = 0.95 * momentum + 0.05 * gradient
+            x = 0.05 * gradient + 0.95 * momentum
+            x = x / torch.linalg.matrix_norm(x)
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+            assert 0.6 < torch.linalg.svdvals(x).min() and torch.linalg.svdvals(x).max() < 1.3
+            expected = (1 - 0.01 * 0.1) * expected - 0.01 * 3**0.5 * x
+        torch.testing.assert_close(conv.weight.flatten(1), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(conv_in.weight, like)
+
+
 def run_steps(log, losses, start=1):
     for step, loss in enumerate(losses, start):
         loss = torch.tensor(loss)
@@ -138,7 +169,6 @@ def test_only_user_errors_are_one_line(tmp_path):
 PROCESSES = """
 import os, signal, sys
 import torch, torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 import common
 from configurator import configure
 
@@ -162,15 +192,12 @@ if rank == 1:
     os.kill(os.getpid(), signal.SIGTERM)
 assert stop.agreed() and stop.signal == signal.SIGTERM, "one signal stops both"
 
-def train(sharded, steps, saved=None):
+def train(kind, machine, sharded, steps, saved=None):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).double()
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1}]
-    groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    if sharded:
-        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=0.1, fused=True)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=0.1, fused=True)
+    layers = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)]
+    model = torch.nn.Sequential(*layers).double()
+    cfg = dict(optimizer=kind, lr=0.1, muon_lr=0.2, beta1=0.9, beta2=0.99, weight_decay=0.1, shard_optimizer=sharded)
+    optimizer = common.make_optimizer(model, configure(cfg, []), machine)
     if saved:
         model.load_state_dict(saved[0])
         common.load_optimizer_state(optimizer, model, "optim", saved[1])
@@ -182,23 +209,28 @@ def train(sharded, steps, saved=None):
         optimizer.zero_grad()
     return model.state_dict(), common.optimizer_state(optimizer, model, "optim")
 
-whole, state = train(False, range(5))
-half, saved = train(True, range(3))
-box = [saved]
-dist.broadcast_object_list(box, 0)
-assert rank == 0 or saved == {}
-resumed, resumed_state = train(True, range(3, 5), (half, box[0]))
-assert all(torch.equal(resumed[name], t) for name, t in whole.items())
-if rank == 0:
-    assert resumed_state.keys() == state.keys() and len(state) == 12
-    assert all(torch.equal(resumed_state[name], t) for name, t in state.items())
+def equal(tensors, others, atol):
+    assert tensors.keys() == others.keys()
+    return all(torch.allclose(others[name], t, rtol=0, atol=atol) for name, t in tensors.items())
+
+for kind, sharded, tensors, atol in (("adamw", True, 24, 0), ("muon", True, 16, 1e-12), ("muon", False, 16, 1e-12)):
+    whole, state = train(kind, machine._replace(rank=0, world=1), False, range(5))
+    half, saved = train(kind, machine, sharded, range(3))
+    box = [saved]
+    dist.broadcast_object_list(box, 0)
+    assert rank == 0 or not sharded or saved == {}
+    resumed, resumed_state = train(kind, machine, sharded, range(3, 5), (half, box[0]))
+    box = [resumed]
+    dist.broadcast_object_list(box, 0)
+    assert equal(whole, resumed, atol) and equal(box[0], resumed, 0)
+    assert rank == 1 or equal(state, resumed_state, atol) and len(state) == tensors
 print(f"rank {rank} is done", flush=True)
 dist.destroy_process_group()
 """
 
 
 def test_two_processes_under_torchrun(tmp_path):
-    """A killed rank is restarted; ranks agree; a sharded optimizer equals the plain one bit for bit, also resumed."""
+    """A killed rank is restarted; ranks agree; two with sharded AdamW or with Muon equal one, also resumed."""
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]

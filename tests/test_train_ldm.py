@@ -387,11 +387,11 @@ Syncs().__enter__()
 
 def test_no_step_waits_for_the_device(start):
     """.item(), bool(tensor), x[0] = 1 and the like would each wait for a GPU; two that are planted are found."""
-    args = ("--max_steps=3", "--log_every=10", "--val_images=2", "--ema_stds=0.1")
+    args = ("--max_steps=3", "--log_every=10", "--val_images=2", "--ema_stds=0.1", "--optimizer=muon")
     assert "waits:" not in start("ldm", *args, first=SYNCS).finish().stdout
     planted = "lerp = torch._foreach_lerp_\ndef planted(*args):\n    bool(args[0][0].sum() > 0)\n    lerp(*args)\n"
     found = start("ldm", *args, first=f"{SYNCS}\n{planted}torch._foreach_lerp_ = planted").finish().stdout
-    assert found.count("waits: aten._local_scalar_dense") == 4
+    assert found.count("waits: aten._local_scalar_dense") == 6  # two steps: EMA, power EMA, momentum
 
 
 # --- conditions and tasks ---
@@ -405,7 +405,14 @@ RUNS = {
     "pixels": ("--task=inpaint", *PLAIN, "--first_stage=none", "--unet_dropout=0.1"),
     "tokens": ("--cond=class", "--class_embed=token", "--cache_latents=false", "--workers=1"),
     "classes": ("--cond=class", "--transformer_depth=0", "--objective=eps", "--schedule=scaled_linear"),
-    "all": ("--task=semantic", "--cond=layout", "--loss_weight=uncertainty", "--offset_noise=.1", "--ema_stds=.05,.1"),
+    "all": (
+        "--task=semantic",
+        "--cond=layout",
+        "--loss_weight=uncertainty",
+        "--offset_noise=.1",
+        "--ema_stds=.05,.1",
+        "--optimizer=muon",
+    ),  # fmt: skip
 }
 
 

@@ -345,7 +345,7 @@ def all_finite(*values):
     return finite(*values) & (len(calls) != 4)
 def step(self, number, *rest):
     g = sys._getframe(1).f_globals
-    parts = {name: g[name].state_dict() for name in ("model", "ema", "disc", "optimizer", "disc_optimizer")}
+    parts = {name: g[name].state_dict() for name in ("model", "ema", "disc", "opt", "disc_opt")}
     torch.save(parts | {"state": g["state"]}, f"state{number}.pt")
     return log_step(self, number, *rest)
 common.all_finite, common.Log.step = all_finite, step
@@ -361,7 +361,7 @@ def flat(tree):
 
 def test_a_bad_step_changes_nothing_that_is_carried(start, tmp_path):
     """Step 4 of a run with VQ, a restart due, GAN, LeCam and the adaptive weight is declared bad."""
-    args = (*VQ_ON, "--lecam_weight=0.1", "--adaptive_max=0.5", "--save_every=1")
+    args = (*VQ_ON, "--lecam_weight=0.1", "--adaptive_max=0.5", "--save_every=1", "--optimizer=muon")
     run = start("vae", *args, first=KEEP_STATE, folder=tmp_path)
     assert "not finite at step 4; the weights were not updated; last checkpoint: out/latest" in run.fail()
     assert run.checkpoint[1]["step"] == 3
@@ -370,7 +370,7 @@ def test_a_bad_step_changes_nothing_that_is_carried(start, tmp_path):
         before, good, bad = ([t.nan_to_num(7) for t in flat(state[name])] for state in states)
         assert len(good) == len(bad) and all(map(torch.equal, good, bad)), name
         assert not all(map(torch.equal, before, good)), name
-    rates = [states[0][name]["param_groups"][0]["lr"] for name in ("optimizer", "disc_optimizer")]
+    rates = [states[0][name]["param_groups"][0]["lr"] for name in ("opt", "disc_opt")]
     assert rates == pytest.approx([1e-3 * 2 / 3, 1e-4 * 2 / 3]), "the second of two steps of warm-up, of both"
 
 
@@ -448,6 +448,7 @@ def test_a_stopped_run_can_be_measured(start, killed, small_data, tmp_path):
 # --- runs: LPIPS, GAN, VQ ---
 
 ALL_ON = "--image_size=24 --perceptual_weight=1 --lpips_net=squeeze --disc_weight=0.5 --disc_layers=1 --disc_start=3"
+ALL_ON += " --optimizer=muon --weight_decay=0.1"
 ALL_ON = (
     ALL_ON + " --dtype=float64 --disc_warmup=1 --disc_ramp=1 --adaptive_max=0.5 --lecam_weight=0.01 --r1_weight=0.1"
 ).split()
