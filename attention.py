@@ -85,8 +85,6 @@ def reference(q, k, v, causal):
 
 def unavailable(backend, device, dtype):
     """Return in one line why a backend cannot run, or an empty string."""
-    if backend not in BACKENDS:
-        return f"not one of {', '.join(BACKENDS)}"
     if backend == "triton":
         if triton is None:
             return "Triton is not installed; pip install triton (Linux), or use sdpa"

@@ -1,6 +1,5 @@
 """Shared by all tests: the repository on sys.path, folders of data, and runs as training leaves them."""
 
-import copy
 import functools
 import json
 import os
@@ -22,6 +21,8 @@ if not torch.cuda.is_available():  # runs attention's kernels on the CPU; Triton
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+from checkpoint import UserError, with_prefix, write  # noqa: E402
 
 
 def pytest_make_parametrize_id(val, argname):
@@ -50,25 +51,31 @@ def with_torchvision():
             torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
 
 
-@pytest.fixture(scope="session")
-def lpips_package(with_torchvision):
-    """The package `lpips`, to compare with."""
-    return pytest.importorskip("lpips")
+def reference(name):
+    """Fixture of a package to compare with; without it the test is skipped."""
+    return pytest.fixture(scope="session")(lambda with_torchvision: pytest.importorskip(name))
 
 
-@pytest.fixture(scope="session")
-def open_clip(with_torchvision):
-    return pytest.importorskip("open_clip")
+lpips_package, open_clip = reference("lpips"), reference("open_clip")
+transformers, diffusers = reference("transformers"), reference("diffusers")
 
 
-@pytest.fixture(scope="session")
-def transformers(with_torchvision):
-    return pytest.importorskip("transformers")
+# --- for all test files ---
 
 
-@pytest.fixture(scope="session")
-def diffusers(with_torchvision):
-    return pytest.importorskip("diffusers")
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def near(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def refused(message, call, *args, **options):
+    """That a call raises a UserError of one line with `message` in it."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
 
 
 @torch.no_grad()
@@ -127,23 +134,28 @@ def ldm_settings(denoiser, **more):
     return s | {"sr_scale": 0, "sr_noise": 0, "sr_schedule": None, "map_classes": 0} | more
 
 
+def noisy(model):
+    """(model.* and ema.* of a checkpoint, the EMA as a model)."""
+    state = fill(model, 1).state_dict()
+    tensors = with_prefix("model", {name: t.clone() for name, t in state.items()})
+    ema = fill(model, 2).requires_grad_(False).eval()
+    return tensors | with_prefix("ema", ema.state_dict()), ema
+
+
 def make_vae_run(path):
-    import checkpoint
     from vae import VAE
 
     vae = VAE(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=4, patch_size=2, mid_attention=False)
     vae.latent_mean.copy_(torch.tensor([0.1, -0.2, 0.3]))
     vae.latent_std.copy_(torch.tensor([0.5, 1.0, 1.5]))
-    model, ema = fill(copy.deepcopy(vae), 1), fill(vae, 2).requires_grad_(False).eval()
-    tensors = checkpoint.with_prefix("model", model.state_dict()) | checkpoint.with_prefix("ema", ema.state_dict())
+    tensors, ema = noisy(vae)
     path.mkdir()
-    checkpoint.write(f"{path}/latest.safetensors", tensors, meta("vae", vae.settings))
+    write(f"{path}/latest.safetensors", tensors, meta("vae", vae.settings))
     return Saved(str(path), ema, None, [])
 
 
 def make_ldm_run(path, vae, classes=(), examples=None, unet=None, **model):
     """unet, model: settings that differ from these and from ldm_settings."""
-    import checkpoint
     from text import TextEncoder
     from unet import Denoiser, Rescaler, UNet
 
@@ -156,9 +168,8 @@ def make_ldm_run(path, vae, classes=(), examples=None, unet=None, **model):
     settings |= dict(num_classes=1000 if task == "sr" else len(classes) + 1 if cond == "class" and not token else 0)
     rescaler = Rescaler(5, vae.factor) if task == "semantic" else None
     denoiser = Denoiser(UNet(**settings | (unet or {})), text, tokens, rescaler, model.get("uncertainty", False))
-    weights, ema = fill(copy.deepcopy(denoiser), 1), fill(denoiser, 2).requires_grad_(False).eval()
-    tensors = checkpoint.with_prefix("model", weights.state_dict()) | checkpoint.with_prefix("ema", ema.state_dict())
-    tensors |= checkpoint.with_prefix("vae", vae.state_dict()) if vae else {}
+    tensors, ema = noisy(denoiser)
+    tensors |= with_prefix("vae", vae.state_dict()) if vae else {}
     if text:
         tensors["text.bpe"] = torch.tensor(list(text.bpe()), dtype=torch.uint8)
     about = {"num_classes": len(classes), "sr_scale": 2, "map_classes": 5 if rescaler else 0}
@@ -166,9 +177,8 @@ def make_ldm_run(path, vae, classes=(), examples=None, unet=None, **model):
     examples = examples or [None] * 3
     more = dict(vae=vae and vae.settings, examples=examples, classes=list(classes))
     path.mkdir()
-    checkpoint.write(
-        f"{path}/latest.safetensors", tensors, meta("ldm", ldm_settings(denoiser, **about | model), **more)
-    )
+    about = meta("ldm", ldm_settings(denoiser, **about | model), **more)
+    write(f"{path}/latest.safetensors", tensors, about)
     return Saved(str(path), vae, ema, examples)
 
 
@@ -210,9 +220,8 @@ def small_data(tmp_path_factory):
     for part, count in (("train", 24), ("val", 16)):
         (root / part).mkdir()
         labels = rng.integers(0, 3, count)
-        blob = np.exp(
-            -((y - rng.uniform(4, 12, (count, 1, 1))) ** 2 + (x - rng.uniform(4, 12, (count, 1, 1))) ** 2) / 20
-        )
+        distance = (y - rng.uniform(4, 12, (count, 1, 1))) ** 2 + (x - rng.uniform(4, 12, (count, 1, 1))) ** 2
+        blob = np.exp(-distance / 20)
         images = 40 * rng.random((count, 16, 16, 3)) + 200 * blob[..., None] * np.eye(3)[labels][:, None, None]
         np.save(root / part / "images.npy", images.astype(np.uint8))
         np.save(root / part / "labels.npy", labels)
@@ -224,7 +233,6 @@ def small_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def first_stage(tmp_path_factory):
     """An untrained autoencoder with latent statistics, as a checkpoint of stage 1."""
-    import checkpoint
     from vae import VAE
 
     torch.manual_seed(0)
@@ -232,7 +240,7 @@ def first_stage(tmp_path_factory):
     vae.latent_mean.copy_(torch.linspace(-0.2, 0.1, 4))
     vae.latent_std.copy_(torch.linspace(0.8, 1.4, 4))
     path = tmp_path_factory.mktemp("first_stage") / "latest.safetensors"
-    checkpoint.write(str(path), checkpoint.with_prefix("ema", vae.state_dict()), meta("vae", vae.settings))
+    write(str(path), with_prefix("ema", vae.state_dict()), meta("vae", vae.settings))
     return path
 
 
@@ -251,16 +259,16 @@ def start(tmp_path_factory, small_data, first_stage):
     return start
 
 
+def short_run(start, stage, ranks, **options):
+    """A run of six steps with global batch 4."""
+    args = ("--eval_every=3", "--save_every=3", "--snapshot_every=3", f"--batch_size={4 // ranks}")
+    return start(stage, *args, ranks=ranks, **options)
+
+
 @pytest.fixture(scope="session")
 def finished(start):
-    """finished(stage, ranks): a run of six steps with global batch 4, made once for all tests."""
-
-    @functools.cache
-    def finished(stage, ranks=1):
-        args = ("--eval_every=3", "--save_every=3", f"--batch_size={4 // ranks}", "--snapshot_every=3")
-        return start(stage, *args, ranks=ranks, keep=True, plots=ranks == 1).finish()
-
-    return finished
+    """finished(stage, ranks): a short_run, made once for all tests."""
+    return functools.cache(lambda stage, ranks=1: short_run(start, stage, ranks, keep=True, plots=ranks == 1).finish())
 
 
 @pytest.fixture(scope="session")
@@ -269,8 +277,7 @@ def killed(start):
 
     @functools.cache
     def killed(stage, ranks=1):
-        args = ("--eval_every=3", "--save_every=3", f"--batch_size={4 // ranks}", "--snapshot_every=3")
-        run = start(stage, *args, ranks=ranks, trap=("step 4,", signal.SIGKILL))
+        run = short_run(start, stage, ranks, trap=("step 4,", signal.SIGKILL))
         assert run.wait()[0] == -signal.SIGKILL  # the others are killed too, or notice first that they are alone
         return run
 

@@ -4,7 +4,6 @@ A forkserver that has torch loaded starts them, so that a run costs its own seco
 as on the command line: argv, folder, environment, output, signals, exit status.
 """
 
-import json
 import multiprocessing
 import os
 import resource
@@ -17,9 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
+from checkpoint import read, write
 from common import Machine, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,24 +26,15 @@ VAE_ARGS += " --perceptual_weight=0 --disc_weight=0"
 UNET_ARGS = "--image_size=16 --channels=8 --channel_mult=1,2 --num_res_blocks=1 --attention_ds=2 --head_dim=8"
 UNET_ARGS += " --norm_groups=4 --text_width=16 --text_layers=1 --text_heads=2 --text_length=12"
 UNET_ARGS += " --n_samples=3 --sample_steps=2"
-RUN_ARGS = (
-    "--device=cpu --workers=0 --batch_size=4 --grad_accum=1 --lr=1e-3 --warmup_steps=2 --log_every=1 --max_steps=6"
-)
+RUN_ARGS = "--device=cpu --workers=0 --batch_size=4 --grad_accum=1 --lr=1e-3 --warmup_steps=2 --log_every=1"
+RUN_ARGS += " --max_steps=6"
 ARGS = {"vae": f"{VAE_ARGS} {RUN_ARGS} --out_dir=out", "ldm": f"{UNET_ARGS} {RUN_ARGS} --out_dir=out"}
 ARGS["lpips"] = "--net=squeeze --device=cpu --workers=0 --batch_size=4 --lr=1e-2 --max_steps=6 --eval_every=3"
 ARGS["lpips"] += " --save_every=3 --log_every=1 --out_dir=out"
 SCRIPTS = {"vae": "train_vae.py", "ldm": "train_ldm.py", "lpips": "lpips_train.py"}
 
 context = multiprocessing.get_context("forkserver")
-preload = [
-    "torch._dynamo",
-    "torch.utils.flop_counter",
-    "matplotlib.pyplot",
-    "diffusion",
-    "sample",
-    "train_ldm",
-    "train_vae",
-]
+preload = ["torch._dynamo", "torch.utils.flop_counter", "matplotlib.pyplot", "sample", "train_ldm", "train_vae"]
 context.set_forkserver_preload([*preload, "helpers"])
 
 
@@ -93,7 +82,7 @@ def _main(script, args, folder, environment, trap, limit, keep, plots, first="")
             trace = trace.tb_next
         scope = trace.tb_frame.f_globals
     if keep and "model" in scope:
-        save_file({name: t.contiguous() for name, t in scope["model"].state_dict().items()}, keep)
+        write(keep, scope["model"].state_dict(), {})
     sys.exit(status)
 
 
@@ -158,13 +147,6 @@ class Run:
     def log(self):
         """One record for each step."""
         return read_log(self.out)
-
-
-def read(path):
-    """(tensors, meta) of a checkpoint."""
-    with safe_open(path, framework="pt") as f:
-        text = (f.metadata() or {}).get("latent_diffusion", "null")
-        return {name: f.get_tensor(name) for name in f.keys()}, json.loads(text)
 
 
 def machine(rank=0, world=1):

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from safetensors.torch import save_file
 
 import checkpoint
-from checkpoint import UserError, build, find, is_ours, posthoc_ema, read, with_prefix, write
+from checkpoint import build, find, is_ours, posthoc_ema, read, with_prefix, write
 from vae import VAE
 
 TENSORS = {"ema.a": torch.arange(6.0).view(2, 3).T, "ema.unet.b": torch.ones(2), "emas.c": torch.zeros(())}
@@ -25,13 +26,6 @@ def path(tmp_path):
     path = str(tmp_path / "latest.safetensors")
     write(path, TENSORS, META)
     return path
-
-
-def refused(message, function, *args):
-    """That a call raises UserError, in one line, with a part of its message."""
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    assert message in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
 
 
 def test_what_is_written_is_read(path):
