@@ -36,7 +36,6 @@ import os
 import signal
 import tarfile
 import threading
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -51,7 +50,7 @@ from tqdm import tqdm
 from checkpoint import UserError, reject, write_whole
 from common import install_excepthook
 from configurator import configure
-from data.dataset import to_rgb
+from data.dataset import BadImage, as_bad_image, to_rgb
 from data.forms import IMAGES, PIXELS, captions_of, hub_names, list_files, open_parquet, parse
 
 SPLITS = ("train", "val", "test")
@@ -103,15 +102,15 @@ def digest(path):
         return hashlib.file_digest(f, "md5").hexdigest()
 
 
-def fetch(url, path, md5=""):
+def fetch(url, path, md5):
     """Download url to path, unless it is there, and check its md5; a partial download (PATH.part) is continued."""
-    if os.path.exists(path) and (not md5 or digest(path) == md5):
+    if os.path.exists(path) and digest(path) == md5:
         return path
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = f"{path}.part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as response:
             have = have if response.status == 206 else 0  # 200: the server starts over
             size = have + int(response.headers.get("Content-Length", 0))
@@ -121,11 +120,11 @@ def fetch(url, path, md5=""):
                     file.write(chunk)
                     bar.update(len(chunk))
         if os.path.getsize(part) < size:
-            reject(url, f"the connection ended after {os.path.getsize(part)} of {size} bytes", "run again to continue")
+            raise OSError(f"the connection ended after {os.path.getsize(part)} of {size} bytes")
     except (OSError, http.client.HTTPException) as e:
-        if not (isinstance(e, urllib.error.HTTPError) and e.code == 416):  # 416: nothing is left to send
+        if getattr(e, "code", 0) != 416:  # 416: nothing is left to send
             reject(url, f"download failed ({e})", f"run again to continue, or save the file as {path} yourself")
-    if md5 and digest(part) != md5:
+    if digest(part) != md5:
         os.remove(part)
         reject(url, f"the downloaded file is not the published one (md5 {md5})", "run again, or use another source")
     os.replace(part, path)
@@ -190,16 +189,15 @@ def parquet_rows(path, columns=None):
     """
     f = open_parquet(path)
     there = f.schema_arrow.names
-    pixels = next((name for name in PIXELS if name in there), None)
-    columns = [name for name in there if name != pixels] if columns is None else columns
-    missing = [column for column in columns if column not in there] + ([] if pixels else ["image"])
-    if missing:
+    pixels = next((name for name in PIXELS if name in there), PIXELS[0])
+    columns = [name for name in there if name != pixels] if columns is None else list(columns)
+    if missing := [name for name in (*columns, pixels) if name not in there]:
         reject(path, f"no column {missing[0]!r}, only {', '.join(there)}", "check that it is the right file")
     row = 0
     for group in range(f.num_row_groups):
         try:
             table = f.read_row_group(group, [pixels, *columns], use_threads=False)  # threads do not survive a fork
-            records = table.select(list(columns)).to_pylist() if columns else [{}] * table.num_rows
+            records = table.select(columns).to_pylist() if columns else [{}] * table.num_rows
         except Exception as e:  # of many types
             reject(path, f"damaged ({e})", "download it again")
         for at, record in enumerate(records):
@@ -221,15 +219,16 @@ def list_images(source):
     if source.endswith(".zip"):
         with reading(source):
             archive = zipfile.ZipFile(source)
-        found = {info.filename: functools.partial(unzip, archive, info) for info in archive.infolist()}
-        names = sorted(name for name in found if name.lower().endswith(IMAGES) and "__MACOSX" not in name)
-        return [(name, found[name]) for name in names]
-    if source.endswith(".tar"):
+        found = {m.filename: functools.partial(unzip, archive, m) for m in archive.infolist()}
+    elif source.endswith(".tar"):
         with reading(source), tarfile.open(source, "r:") as tar:
-            return sorted((m.name, (source, m.offset_data, m.size)) for m in tar if m.name.lower().endswith(IMAGES))
-    if not os.path.isdir(source):
+            found = {m.name: (source, m.offset_data, m.size) for m in tar}
+    elif os.path.isdir(source):
+        found = {path: f"{source}/{path}" for path in list_files(source)}
+    else:
         reject(source, "not a folder, .zip or .tar", "unpack it and set --source to the folder")
-    return [(path, f"{source}/{path}") for path in list_files(source) if path.lower().endswith(IMAGES)]
+    names = sorted(name for name in found if name.lower().endswith(IMAGES) and "__MACOSX" not in name)
+    return [(name, found[name]) for name in names]
 
 
 def unzip(archive, info):
@@ -268,29 +267,27 @@ def convert(image, record, size, crop, quality, min_side, min_bytes):
 
     Returns (reason to drop it or "", encoded bytes, ".jpg" or ".png", record with the original size, and boxes moved).
     """
+    nothing = b"", "", {}
     try:
-        data = read_bytes(image)
-        if not len(data):
-            return "broken: 0 bytes", b"", "", {}
-        if len(data) < min_bytes:
-            return f"tiny: {len(data)} bytes, less than min_bytes={min_bytes}", b"", "", {}
-        with warnings.catch_warnings():
+        with as_bad_image("broken"), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            return f"huge: {width} x {height}, more than {MAX_PIXELS} pixels", b"", "", {}
-        if min(width, height) < min_side:
-            return f"tiny: {width} x {height}, less than min_side={min_side}", b"", "", {}
-        return "", *shrink(image, data, record, size, crop, quality)
-    except MemoryError:  # of this process, not of the image
-        raise
-    except Image.DecompressionBombError:  # twice MAX_PIXELS: Pillow does not open it
-        return f"huge: more than {2 * MAX_PIXELS} pixels", b"", "", {}
-    except Image.UnidentifiedImageError:  # its own message has an address in it
-        return "broken: not an image that Pillow can read", b"", "", {}
-    except Exception as e:  # a damaged file can raise anything
-        return f"broken: {' '.join((str(e) or type(e).__name__).split())[:200]}", b"", "", {}
+            data = read_bytes(image)
+            if not len(data):
+                raise ValueError("0 bytes")
+            if len(data) < min_bytes:
+                return f"tiny: {len(data)} bytes, less than min_bytes={min_bytes}", *nothing
+            try:
+                image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
+            except Image.DecompressionBombError:  # Pillow does not open these
+                return f"huge: more than {2 * MAX_PIXELS} pixels", *nothing
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                return f"huge: {width} x {height}, more than {MAX_PIXELS} pixels", *nothing
+            if min(width, height) < min_side:
+                return f"tiny: {width} x {height}, less than min_side={min_side}", *nothing
+            return "", *shrink(image, data, record, size, crop, quality)
+    except BadImage as e:
+        return str(e), *nothing
 
 
 def shrink(image, data, record, size, crop, quality):
@@ -299,13 +296,11 @@ def shrink(image, data, record, size, crop, quality):
         orientation = image.getexif().get(0x0112, 1)
     except Exception:  # damaged EXIF is ignored, as in to_rgb
         orientation = 1
-    width, height = image.size
     is_jpeg = image.format == "JPEG"
     is_plain = is_jpeg and image.mode == "RGB" and orientation in (0, 1)
+    width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
     if is_jpeg:
         image.draft(None, (2 * size, 2 * size))  # decodes large ones at 1/2, 1/4 or 1/8
-        if orientation in (5, 6, 7, 8):
-            width, height = height, width
     image = to_rgb(image)
     if not is_jpeg:  # Pillow gives the upright size of a TIFF from the start, of others only now
         width, height = image.size
@@ -418,12 +413,20 @@ def read_shard(path):
 
 
 class Writer:
-    """Writes the shards of one split. The one being filled is in memory, so that on disk all are complete."""
+    """Writes the shards of one split, behind those that are there, whose images it adds to `seen`.
 
-    def __init__(self, out_dir, split, shard_bytes):
+    The shard being filled is in memory, so that on disk all are complete.
+    """
+
+    def __init__(self, out_dir, split, shard_bytes, seen):
         self.out_dir, self.split, self.shard_bytes = out_dir, split, shard_bytes
         self.shards, self.count = [], 0
         self.next, self.last = 0, ""  # first position after the complete shards, and the key before it
+        while os.path.exists(path := f"{out_dir}/{self.name}"):
+            for position, image, record in read_shard(path):
+                self.next, self.last, self.count = position + 1, record["key"], self.count + 1
+                is_new(image.read(), seen)
+            self.shards.append(self.name)
         self.open()
 
     @property
@@ -433,14 +436,6 @@ class Writer:
     def open(self):
         self.buffer = io.BytesIO()
         self.tar = tarfile.open(fileobj=self.buffer, mode="w", format=tarfile.GNU_FORMAT)
-
-    def skip_complete(self):
-        """Yield the encoded images of the shards that are on disk, and continue behind them."""
-        while os.path.exists(path := f"{self.out_dir}/{self.name}"):
-            for position, image, record in read_shard(path):
-                self.next, self.last, self.count = position + 1, record["key"], self.count + 1
-                yield image.read()
-            self.shards.append(self.name)
 
     def add(self, position, image, ending, record):
         text = json.dumps(record, ensure_ascii=False).encode(errors="replace")
@@ -472,11 +467,10 @@ def begin(out_dir, settings):
             reject(shards[0], "was not made by this command", REMEDY)
         os.makedirs(out_dir, exist_ok=True)
         save(path, json.dumps({"settings": settings}))
-        return None
     with open(path) as f:
         meta = json.load(f)
     before = meta.get("settings", {})
-    for name in {**before, **settings}:
+    for name in before | settings:
         if before.get(name) != settings.get(name):
             reject(out_dir, f"was made with {name}={before.get(name)}, not {settings.get(name)}", REMEDY)
     return meta if all(os.path.exists(f"{out_dir}/{name}") for name in meta.get("shards", ["-"])) else None
@@ -497,11 +491,10 @@ def numbered(items, writers, out_dir, bar):
         image, item = b"" if item.get("drop") else item["image"], dict(item)
         if callable(image):
             try:
-                image = image()
-            except (UserError, MemoryError):
-                raise
-            except Exception as e:  # a damaged archive can raise anything
-                image, item["drop"] = b"", f"broken: {' '.join(str(e).split())[:200]}"
+                with as_bad_image("broken"):
+                    image = image()
+            except BadImage as e:
+                image, item["drop"] = b"", str(e)
         record = {name: value for name, value in item.items() if name not in ("image", "split", "drop")}
         yield (position, split, item), image, record
     if expected:
@@ -511,12 +504,10 @@ def numbered(items, writers, out_dir, bar):
 def trim_dropped(path, writers):
     """Keep the lines of an earlier run about items before the end of the complete shards; the others come again."""
     lines = []
-    if os.path.exists(path):
-        with open(path) as f:
-            lines = [line for line in f if parse(line)]  # a full disk cuts lines off
-    records = map(json.loads, lines)
-    kept = [line for line, r in zip(lines, records) if r["position"] < writers[r["split"]].next]
-    save(path, "".join(kept))
+    with contextlib.suppress(FileNotFoundError), open(path) as f:
+        lines = f.readlines()
+    records = map(parse, lines)  # a full disk cuts lines off
+    save(path, "".join(line for line, r in zip(lines, records) if r and r["position"] < writers[r["split"]].next))
 
 
 def pack(items, cfg, classes=(), total=None, **about):
@@ -530,10 +521,7 @@ def pack(items, cfg, classes=(), total=None, **about):
     if meta := begin(out, settings):
         print(f"{out}: up to date")
         return meta
-    writers = {split: Writer(out, split, cfg.shard_mb * 1e6) for split in SPLITS}
-    for writer in writers.values():
-        for image in writer.skip_complete():
-            is_new(image, seen)
+    writers = {split: Writer(out, split, cfg.shard_mb * 1e6, seen) for split in SPLITS}
     if complete := sum(len(writer.shards) for writer in writers.values()):
         print(f"{out}: {complete} shards are complete, continuing")
     trim_dropped(f"{out}/dropped.jsonl", writers)

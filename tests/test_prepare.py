@@ -355,7 +355,7 @@ def test_downloads_continue_and_are_checked(monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for end in (1000, 2000):
-        says(f"after {end} of 5000 bytes; run again to continue", fetch, "raw/a", md5)
+        says(f"after {end} of 5000 bytes.; run again to continue", fetch, "raw/a", md5)
     for _ in range(2):  # then it is there
         fetch("raw/a", md5)
     assert asked == [None, "bytes=1000-", "bytes=2000-"]
@@ -368,7 +368,7 @@ def test_downloads_continue_and_are_checked(monkeypatch):
     says("not the published one", fetch, "d", "0" * 32)
     assert not list(Path().glob("d*"))
     monkeypatch.undo()
-    says("download failed .*save the file as e yourself", room.fetch, "http://127.0.0.1:1/e", "e")
+    says("download failed .*save the file as e yourself", room.fetch, "http://127.0.0.1:1/e", "e", "")
 
 
 def test_hostile_archives_write_nothing_outside_and_are_refused(monkeypatch):
