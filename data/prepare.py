@@ -71,17 +71,9 @@ def run(prepare, scope):
 
 
 def save(path, content):
-    """Write an array (as .npy), an image (as PNG), bytes or text; the file is complete or absent."""
-
-    def write(file):
-        if isinstance(content, np.ndarray):
-            np.save(file, content)
-        elif isinstance(content, Image.Image):
-            content.save(file, "PNG")
-        else:
-            file.write(content.encode() if isinstance(content, str) else content)
-
-    write_whole(path, write)
+    """Write an array (as .npy) or text; the file is complete or absent."""
+    is_text = isinstance(content, str)
+    write_whole(path, lambda file: file.write(content.encode()) if is_text else np.save(file, content))
 
 
 def is_made(folder, meta):
@@ -89,7 +81,7 @@ def is_made(folder, meta):
     path = f"{folder}/meta.json"
     if os.path.exists(path):
         with open(path) as f:
-            if json.load(f) == meta:
+            if json.load(f) == json.loads(json.dumps(meta)):  # tuples become lists
                 print(f"{folder}: up to date")
                 return True
         os.remove(path)
@@ -137,9 +129,8 @@ def from_hub(repo, patterns):
     try:
         return hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
     except Exception as e:  # of many types, from three packages
-        first = (str(e) or type(e).__name__).strip().splitlines()[0]
         remedy = "run again to continue; some sets need `hf auth login` and their terms accepted"
-        reject(repo, f"download failed ({first})", remedy)
+        reject(repo, f"download failed ({e})", remedy)
 
 
 def need(module, why):
@@ -558,9 +549,9 @@ def finish(cfg, settings, writers, classes, about):
     if cfg.get("vocab_size", 0):
         training = writers.get("train") or next(iter(writers.values()))
         records = (record for name in training.shards for _, _, record in read_shard(f"{out}/{name}"))
-        captions = itertools.islice((text for record in records for text in captions_of(record)), BPE_CAPTIONS)
-        if first := next(captions, None):
-            save(f"{out}/bpe.tiktoken", train_bpe(itertools.chain([first], captions), cfg.vocab_size))
+        captions = list(itertools.islice((text for record in records for text in captions_of(record)), BPE_CAPTIONS))
+        if captions:
+            save(f"{out}/bpe.tiktoken", train_bpe(captions, cfg.vocab_size))
     meta = dict(
         count=sum(writer.count for writer in writers.values()),
         splits={split: writer.count for split, writer in writers.items()},

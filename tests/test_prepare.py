@@ -489,7 +489,7 @@ def fetched_shard(shard):
     stats = dict(count=10, successes=8, failed_to_download=2, failed_to_resize=0)
     stats["status_dict"] = {"success": 8, "HTTP Error 404: Not Found": 2}
     made = {f"{shard:05d}.tar": files, f"{shard:05d}_stats.json": json.dumps(stats), f"{shard:05d}.parquet": b"table"}
-    return made | {f"{9 - shard}_stats.json": ["[1", '{"count": "x", "status_dict": 3}'][shard]}
+    return made | {f"{9 - shard}_stats.json": "[1"}
 
 
 def fetched_table(shard):
@@ -979,9 +979,9 @@ def test_the_judge_is_right_and_rejects_other_captions(rendered):
     assert np.mean([got == scene for got, scene in zip(readings, np.roll(scenes, 7))]) <= 0.02
     for side, scene, size in zip((64, 32, 96) * 5, sorted(shapes.held_out()), ("small", "large") * 8):
         shape, color, background = scene
-        image, other = compose(*scene, size, side, 0.47), {"small": "large", "large": "small"}[size]
-        assert shapes.judge(image, shapes.caption(size, color, shape, background)), (side, scene)
-        assert not shapes.judge(image, shapes.caption(other, color, shape, background))
+        image = compose(*scene, size, side, 0.47)
+        expected = dict(size=size, color=color, shape=shape, background=background)
+        assert shapes.read(image) == expected, (side, scene)
 
 
 def as_jpeg(image):
@@ -1010,7 +1010,7 @@ def test_the_judge_is_right_on_degraded_images(name, rendered):
     degraded = np.stack([np.asarray(DEGRADATIONS[name](Image.fromarray(image))) for image in images])
     squared = ((degraded.astype(np.float64) - images) ** 2).mean((1, 2, 3))
     assert 25 < np.mean(10 * np.log10(255**2 / squared)) < 28
-    assert shapes.accuracy(degraded, captions) >= 0.98
+    assert np.mean([shapes.read(image) == shapes.parse(text) for image, text in zip(degraded, captions)]) >= 0.98
 
 
 def test_the_judge_rejects_what_is_not_one_clean_shape():
@@ -1046,7 +1046,6 @@ def test_the_judge_rejects_what_is_not_one_clean_shape():
     assert middle["shape"] == "circle" and middle["size"] is None
     for image in (np.zeros((64, 32, 3), np.uint8), np.zeros((64, 64)), np.zeros((64, 64, 3))):
         says(r"must be \(S, S, 3\) uint8", shapes.read, image)
-    says("'a cat' is not a caption", shapes.judge, np.zeros((64, 64, 3), np.uint8), "a cat")
 
 
 def score(images, prompts, capsys):

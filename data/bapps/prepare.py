@@ -26,8 +26,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from checkpoint import UserError, reject, write_whole
-from data.dataset import BadImage, Dataset, seed_of
+from checkpoint import UserError, reject, write_atomic
+from data.dataset import Dataset, first_good, seed_of
+from data.forms import IMAGES
 from data.prepare import is_made, run, save
 
 source = ""  # folder of the published layout
@@ -39,7 +40,6 @@ standin_val = 200  # >= 1: validation triplets of each category of the stand-in
 seed = 0  # of the stand-in
 
 PARTS = {"2afc": ("ref", "p0", "p1", "judge"), "jnd": ("p0", "p1", "same")}  # the last one is the judgement
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # distortions: their values at amount 0 (hardly visible) and 1 (gross), with even ratios between
 KNOWN = {
     "noise": (2.0, 50.0),  # standard deviation, of 255
@@ -114,13 +114,12 @@ def pack_judgements(source, out_dir, size, what):
             os.remove(f"{out_dir}/meta.json")
         shape = (len(items), len(items[0]) - 1, size, size, 3)
 
-        def write(file, items=items, shape=shape):  # as np.save, but the array may not fit in memory
-            header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint8)) | dict(shape=shape)
-            np.lib.format.write_array_header_1_0(file, header)
-            for path in (path for *patches, _ in items for path in patches):
-                file.write(read_patch(path, size).tobytes())
+        def write(temporary, items=items, shape=shape):  # the array may not fit in memory
+            images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            for i, (*patches, _) in enumerate(items):
+                images[i] = [read_patch(path, size) for path in patches]
 
-        write_whole(f"{target}/images.npy", write)
+        write_atomic(f"{target}/images.npy", write)
         save(f"{target}/judge.npy", np.array([read_judgement(item[-1]) for item in items], np.float32))
         save(f"{target}/meta.json", json.dumps(meta))
         print(f"{target}: {len(items)} judgements of {shape[1]} patches of {size} x {size}", flush=True)
@@ -220,12 +219,10 @@ def make_standin(photos, folder, size, n_train, n_val, seed):
     rgb = functools.lru_cache(50)(dataset.rgb)
 
     def choose(chosen, rng):
-        for _ in range(100):
-            try:
-                return rgb(chosen[rng.integers(len(chosen))])
-            except BadImage as e:
-                print(f"skipped a bad photo: {e}", flush=True)
-        reject(photos, "100 photos in a row cannot be decoded", "check them")
+        found = first_good(lambda _: dict(photo=rgb(chosen[rng.integers(len(chosen))])), dataset)
+        for line in found["bad"]:
+            print(f"skipped a bad photo: {line}", flush=True)
+        return found["photo"]
 
     for task, split, category, distortions in work:
         target = f"{folder}/{task}/{split}/{category}"

@@ -81,9 +81,8 @@ def items(images, splits, attributes, attribute):
 
 def prepare(cfg):
     source = check_source(cfg.source, "a folder with img_align_celeba.zip and the lists")
-    archive = find_file(source, "img_align_celeba.zip") if os.path.isdir(source) else None
     images = list_images(source)
-    if archive and not images:
+    if archive := not images and find_file(source, "img_align_celeba.zip"):
         images = list_images(archive)
     partition = find_file(source, "list_eval_partition.txt", "list_eval_partition.csv")
     table = find_file(source, "list_attr_celeba.txt", "list_attr_celeba.csv")

@@ -62,9 +62,7 @@ def from_parquet(files):
 
 
 def prepare(cfg):
-    source = cfg.source
-    if cfg.download and not source:
-        source = fetch(URL, "data/cifar10/raw/cifar-10-binary.tar.gz", MD5)
+    source = cfg.source or (fetch(URL, "data/cifar10/raw/cifar-10-binary.tar.gz", MD5) if cfg.download else "")
     check_source(source, "cifar-10-binary.tar.gz or a folder of parquet files, or add --download=True")
     files = parquet_files(source)
     if not files and os.path.isdir(source):

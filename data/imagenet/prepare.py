@@ -26,12 +26,12 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..",
 from checkpoint import UserError, reject
 from data.forms import shard_split
 from data.prepare import (
-    MAX_BYTES,
     check_source,
     digest,
     find_file,
     from_hub,
     in_fraction,
+    list_images,
     need,
     pack,
     parquet_files,
@@ -74,7 +74,7 @@ def read_kit(source):
     if path and not (names and truth):
         scipy = need("scipy.io", f"reading {KIT}")
         with reading(path), tarfile.open(path, "r:gz") as tar:
-            members = {os.path.basename(m.name): m for m in tar if m.isfile() and m.size < MAX_BYTES}
+            members = {os.path.basename(m.name): m for m in tar if m.isfile()}
             files = {name: tar.extractfile(members[name]).read() for name in KIT_FILES if name in members}
         try:
             synsets = scipy.loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
@@ -97,27 +97,22 @@ def choose(synsets, names, wanted):
     return {old: new for new, old in enumerate(chosen)}
 
 
-def from_tars(source, synsets, truth, label_of, fraction):
+def from_tars(source, truth, label_of, fraction):
     with reading(f"{source}/{TRAIN}"), tarfile.open(f"{source}/{TRAIN}", "r:") as tar:
         for member in sorted((m for m in tar if m.name.endswith(".tar")), key=lambda m: m.name):
             synset = member.name.removesuffix(".tar")
-            label = label_of.get(synsets.index(synset))
-            if label is None:
+            if synset not in label_of:
                 continue
             with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                 for m in inner:
                     key = f"{synset}/{os.path.splitext(m.name)[0]}"
                     if m.isfile() and in_fraction(key, fraction):
                         image = (f"{source}/{TRAIN}", member.offset_data + m.offset_data, m.size)
-                        yield dict(key=key, image=image, label=label, split="train" if truth else None)
-    if truth:
-        with reading(f"{source}/{VAL}"), tarfile.open(f"{source}/{VAL}", "r:") as tar:
-            for m in sorted((m for m in tar if m.name.endswith(".JPEG")), key=lambda m: m.name):
-                synset = truth[int(re.search(r"(\d+)\.JPEG", m.name)[1]) - 1]
-                label = label_of.get(synsets.index(synset)) if synset in synsets else None
-                if label is not None:
-                    image = (f"{source}/{VAL}", m.offset_data, m.size)
-                    yield dict(key=f"val/{m.name.removesuffix('.JPEG')}", image=image, split="val", label=label)
+                        yield dict(key=key, image=image, label=label_of[synset], split="train" if truth else None)
+    for name, image in list_images(f"{source}/{VAL}") if truth else ():
+        synset = truth[int(re.search(r"(\d+)\.JPEG", name)[1]) - 1]
+        if synset in label_of:
+            yield dict(key=f"val/{name.removesuffix('.JPEG')}", image=image, split="val", label=label_of[synset])
 
 
 def from_parquet(files, label_of, fraction):
@@ -131,9 +126,8 @@ def from_parquet(files, label_of, fraction):
 
 
 def prepare(cfg):
-    source = cfg.source
-    if cfg.download and not source:
-        source = from_hub("ILSVRC/imagenet-1k", ["data/train-*", "data/validation-*"])
+    hub = "ILSVRC/imagenet-1k", ["data/train-*", "data/validation-*"]
+    source = cfg.source or (from_hub(*hub) if cfg.download else "")
     check_source(source, f"a folder with {TRAIN} or parquet files, or add --download=True")
     if files := parquet_files(source):
         names = synsets = parquet_names(files[0], "label")
@@ -158,7 +152,7 @@ def prepare(cfg):
     if files:
         items = from_parquet(files, label_of, cfg.fraction)
     else:
-        items = from_tars(source, synsets, truth, label_of, cfg.fraction)
+        items = from_tars(source, truth, {synsets[old]: new for old, new in label_of.items()}, cfg.fraction)
     pack(items, cfg, [names[old] for old in label_of])
 
 

@@ -22,7 +22,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.forms import IMAGES, NOWHERE, Index, captions_of, field, parse, tar_samples
+from data.forms import IMAGES, NOWHERE, Index, captions_of, parse, tar_samples
 from data.prepare import check_source, need, pack, parquet_rows, run, save
 
 urls = ""  # folder of parquet files with URL and TEXT, or one such file
@@ -74,16 +74,11 @@ def fetch_urls(cfg, folder, **options):
 def count_links(folder):
     """Sums of img2dataset's *_stats.json: links, images, and how often each reason for a loss occurred."""
     total, reasons = collections.Counter(), collections.Counter()
-
-    def add(counter, values):  # a damaged file has others
-        values = values if isinstance(values, dict) else {}
-        counter.update({name: n for name, n in values.items() if isinstance(n, int)})
-
     for path in sorted(glob.glob(f"{glob.escape(folder)}/*_stats.json")):
         with open(path, "rb") as f:
-            stats = parse(f.read())
-        add(total, stats)
-        add(reasons, field(stats, ["status_dict"]))
+            stats = parse(f.read())  # {} where it was cut short
+        total.update({name: n for name, n in stats.items() if isinstance(n, int)})
+        reasons.update(stats.get("status_dict", {}))
     del reasons["success"]
     return dict(
         links=total["count"],

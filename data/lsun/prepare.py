@@ -37,8 +37,7 @@ def get(env, key):
         return transaction.get(key)
 
 
-def items(source, folders, classes, fraction):
-    lmdb = need("lmdb", "reading LSUN")
+def items(lmdb, source, folders, classes, fraction):
     for category, split in folders:
         path = f"{source}/{category}_{split}_lmdb"
         try:
@@ -63,8 +62,8 @@ def prepare(cfg):
     if missing or not there:
         what = f"no folder {(missing or ['bedroom'])[0]}_train_lmdb, only {', '.join(there) or 'none of that form'}"
         reject(source, what, "unpack the zips there")
-    need("lmdb", "reading LSUN")
-    pack(items(source, [folder for folder in folders if folder[0] in wanted], wanted, cfg.fraction), cfg, wanted)
+    folders, lmdb = [folder for folder in folders if folder[0] in wanted], need("lmdb", "reading LSUN")
+    pack(items(lmdb, source, folders, wanted, cfg.fraction), cfg, wanted)
 
 
 if __name__ == "__main__":

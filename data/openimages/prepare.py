@@ -63,21 +63,23 @@ def read_names(source):
     return names
 
 
-def read_boxes(path, ids, names):
-    """{image id: [(class name, x0, y0, x1, y1) as shares of the image]} of the images in ids."""
-    boxes = {}
+def read_objects(path, ids, names):
+    """{image id: objects as data/prepare.py takes them} of the images in ids."""
+    found = {}
     if not os.path.exists(path):
-        return boxes
+        return found
     with open(path, newline="", encoding="utf-8", errors="replace") as f:
         reader = csv.DictReader(f)
         try:
             for row in reader:
                 if row["ImageID"] in ids:
-                    box = tuple(float(row[name]) for name in ("XMin", "YMin", "XMax", "YMax"))
-                    boxes.setdefault(row["ImageID"], []).append((names.get(row["LabelName"], row["LabelName"]), *box))
+                    x0, y0, x1, y1 = (float(row[name]) for name in ("XMin", "YMin", "XMax", "YMax"))
+                    objects = found.setdefault(row["ImageID"], dict(bbox=[], categories=[], unit="image"))
+                    objects["bbox"].append((x0, y0, x1 - x0, y1 - y0))
+                    objects["categories"].append(names.get(row["LabelName"], row["LabelName"]))
         except (ValueError, TypeError, KeyError, csv.Error) as e:
             reject(path, f"line {reader.line_num} cannot be read ({type(e).__name__}: {e})", "download it again")
-    return boxes
+    return found
 
 
 def read_captions(folder, ids):
@@ -91,24 +93,23 @@ def read_captions(folder, ids):
 
 
 def read_split(cfg, source, folder, names, n):
-    """[(key, image, boxes)] of the photos of a split, at most n."""
+    """[(key, image, its objects or None)] of the photos of a split, at most n."""
     images = {os.path.splitext(path)[0]: image for path, image in list_images(f"{source}/{folder}/data")}
-    boxes = read_boxes(f"{source}/{folder}/labels/detections.csv", images, names)
+    objects = read_objects(f"{source}/{folder}/labels/detections.csv", images, names)
     only = {name.strip() for name in cfg.only.split(",") if name.strip()}
-    keys = [key for key in images if not only or only & {name for name, *_ in boxes.get(key, [])}]
-    return [(key, images[key], boxes.get(key)) for key in (keys[:n] if n else keys)]
+    keys = [key for key in images if not only or (key in objects and only & set(objects[key]["categories"]))]
+    return [(key, images[key], objects.get(key)) for key in (keys[:n] if n else keys)]
 
 
 def items(splits, source):
     for folder, split, photos in splits:
         captions = read_captions(f"{source}/{folder}/labels", {key for key, *_ in photos})
-        for key, image, boxes in photos:
+        for key, image, objects in photos:
             item = dict(key=key, image=image, split=split)
             if key in captions:
                 item["text"] = captions[key]
-            if boxes:
-                bbox = [(x0, y0, x1 - x0, y1 - y0) for _, x0, y0, x1, y1 in boxes]
-                item["objects"] = dict(bbox=bbox, categories=[name for name, *_ in boxes], unit="image")
+            if objects:
+                item["objects"] = objects
             yield item
 
 

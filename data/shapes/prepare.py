@@ -222,19 +222,6 @@ def read(image):
     return found
 
 
-def judge(image, text):
-    """Whether an image matches its caption in all four attributes."""
-    wanted = parse(text)
-    if wanted is None:
-        raise UserError(f"{text!r} is not a caption of this data set, such as {caption(*combinations()[0])!r}")
-    return read(image) == wanted
-
-
-def accuracy(images, captions):
-    """Share of the images that match their captions."""
-    return float(np.mean([judge(image, text) for image, text in zip(images, captions, strict=True)]))
-
-
 def score_folder(folder, seed):
     """Print how many samples in a folder match their prompts, in total and by attribute."""
     index = os.path.join(folder, "samples.jsonl")
@@ -292,15 +279,16 @@ def contact_sheet(images, captions, columns=8):
     return sheet
 
 
-def make(cfg):
-    """Make each split below out_dir that is missing or has other settings; its meta.json is written last."""
+def prepare(cfg):
+    if cfg.score:
+        score_folder(cfg.score, cfg.seed)
+        return
     recipe = dict(size=cfg.size, seed=cfg.seed, vocab_size=cfg.vocab_size, palette=PALETTE, shapes=SHAPES, radii=RADII)
     recipe |= dict(radius_jitter=RADIUS_JITTER, brightness_jitter=BRIGHTNESS_JITTER, position=POSITION)
     recipe |= dict(map_classes=["background", *SHAPES])
-    recipe = json.loads(json.dumps(recipe))  # as meta.json has it: tuples are lists
     for split, n in (("val", cfg.n_val), ("train", cfg.n_train)):
         folder, meta = os.path.join(cfg.out_dir, split), recipe | dict(split=split, count=n)
-        if is_made(folder, meta):
+        if is_made(folder, meta):  # it is written last
             continue
         images, captions, labels, maps, boxes, names = make_split(split, n, cfg.size, cfg.seed)
         objects = [{"bbox": [box], "categories": [name]} for box, name in zip(boxes.tolist(), names)]
@@ -310,7 +298,7 @@ def make(cfg):
         save(f"{folder}/maps.npy", maps)
         save(f"{folder}/captions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         if split == "val":
-            save(f"{cfg.out_dir}/sheet.png", contact_sheet(images[:40], captions[:40]))
+            contact_sheet(images[:40], captions[:40]).save(f"{cfg.out_dir}/sheet.png")
         else:
             every = [f"{color} {shape}" for color in PALETTE for shape in SHAPES]
             save(f"{cfg.out_dir}/classes.json", json.dumps(SHAPES) + "\n")
@@ -320,13 +308,6 @@ def make(cfg):
             save(f"{cfg.out_dir}/prompts.txt", "\n".join(choose_prompts(captions, cfg.seed)) + "\n")
         save(f"{folder}/meta.json", json.dumps(meta, indent=1) + "\n")
         print(f"{folder}: {n} images of {cfg.size} x {cfg.size}")
-
-
-def prepare(cfg):
-    if cfg.score:
-        score_folder(cfg.score, cfg.seed)
-    else:
-        make(cfg)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,8 @@ def items(paintings):
 
 
 def prepare(cfg):
-    source, label = cfg.source, cfg.label
-    if cfg.download and not source:
-        source = from_hub("huggan/wikiart", ["data/*.parquet"])
+    label = cfg.label
+    source = cfg.source or (from_hub("huggan/wikiart", ["data/*.parquet"]) if cfg.download else "")
     check_source(source, "the parquet files of huggan/wikiart or the archive's folders, or add --download=True")
     if files := parquet_files(source):
         names = {column: parquet_names(files[0], column) for column in COLUMNS}
