@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from checkpoint import UserError, reject, write_atomic
+from checkpoint import UserError, reject, replacing
 from data.dataset import Dataset, first_good, seed_of
 from data.forms import IMAGES
 from data.prepare import is_made, run, save
@@ -114,12 +114,10 @@ def pack_judgements(source, out_dir, size, what):
             os.remove(f"{out_dir}/meta.json")
         shape = (len(items), len(items[0]) - 1, size, size, 3)
 
-        def write(temporary, items=items, shape=shape):  # the array may not fit in memory
-            images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        with replacing(f"{target}/images.npy") as temporary:
+            images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)  # it may not fit in memory
             for i, (*patches, _) in enumerate(items):
                 images[i] = [read_patch(path, size) for path in patches]
-
-        write_atomic(f"{target}/images.npy", write)
         save(f"{target}/judge.npy", np.array([read_judgement(item[-1]) for item in items], np.float32))
         save(f"{target}/meta.json", json.dumps(meta))
         print(f"{target}: {len(items)} judgements of {shape[1]} patches of {size} x {size}", flush=True)
