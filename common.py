@@ -375,77 +375,83 @@ class Log:
     Logged terms are means over the steps since the last line and over all ranks; until then they stay on the device.
     """
 
-    def __init__(self, cfg, machine, step, images_per_step, tflop=0.0, resume_from="", saved=None):
-        """step: the steps done so far.  tflop: of training on one image.
-
-        resume_from: checkpoint of a resumed run.  saved: the settings in it.
-        """
+    def __init__(self, cfg, machine, images_per_step, data, meta, tflop=0.0):
+        """data: the dataset's fingerprint.  meta: of a checkpoint to resume, or {}.  tflop: of training on an image."""
         self.cfg, self.machine, self.images_per_step, self.tflop = cfg, machine, images_per_step, tflop
-        self.path, self.wandb, self.pending = f"{cfg.out_dir}/log.jsonl", None, []
-        self.last_step, self.bad_images = step, 0
+        self.path, self.latest = f"{cfg.out_dir}/log.jsonl", f"{cfg.out_dir}/latest.safetensors"
+        self.pending, self.keys, self.bad_images, self.wandb = [], [], 0, None
+        self.last_step, self.started = meta.get("step", 0), time.time()
         self.restart_clock()
         on_gpu = machine.device.type == "cuda"
         hardware = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
         self.peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in hardware), 0)
+        # run: tells its snapshots from those of another run
+        self.about = dict(config=cfg, git=git_revision(), run=meta.get("run", time.time_ns()))
+        self.about |= dict(images_per_step=images_per_step, data=data)
         if machine.rank > 0:
             return
         os.makedirs(cfg.out_dir, exist_ok=True)
         self.print(f"command: {' '.join(sys.argv)}")
-        self.print(f"git {git_revision()}, python {platform.python_version()}, torch {torch.__version__}")
+        self.print(f"git {self.about['git']}, python {platform.python_version()}, torch {torch.__version__}")
         self.print(f"{machine.world} x {hardware}, {machine.precision}; settings not default: {cfg.changed}")
-        start = f"resumed from {resume_from} at step {step}" if resume_from else f"a new run in {cfg.out_dir}"
+        start = f"resumed from {self.latest} at step {self.last_step}" if meta else f"a new run in {cfg.out_dir}"
         accumulated = images_per_step // (cfg.batch_size * machine.world)
         size = f"processes {machine.world} x batch_size {cfg.batch_size} x grad_accum {accumulated}"
         self.print(f"{start}; {images_per_step} images per step: {size}")
-        if resume_from and saved:
-            now = json.loads(json.dumps(cfg))  # tuples as lists
+        if meta:
+            saved, now = meta["config"], json.loads(json.dumps(cfg))  # tuples as lists
             others = [f"{k}={now[k]} was {saved[k]}" for k in now if k in saved and now[k] != saved[k]]
             self.print(f"settings changed since: {', '.join(others) or 'none'}")
+            if meta["data"] != data:
+                self.print("warning: the dataset has changed since the checkpoint; images come in another order")
         about = {"script": os.path.basename(sys.argv[0]), "changed": cfg.changed, "config": cfg}
         write_whole(f"{cfg.out_dir}/settings.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
-        with open(self.path, "a" if resume_from else "w") as file:
-            file.write("\n" if resume_from else "")  # ends a line that a kill cut short
+        with open(self.path, "a" if meta else "w") as file:
+            file.write("\n" if meta else "")  # ends a line that a kill cut short
         if cfg.wandb:
             import wandb
 
-            wandb.init(project="latent-diffusion", name=cfg.out_dir, config=dict(cfg))
-            self.wandb = wandb
+            self.wandb = wandb.init(project="latent-diffusion", name=cfg.out_dir, config=dict(cfg))
+
+    def header(self, step, **more):
+        """The meta of a checkpoint at a step."""
+        return {"step": step, "images_seen": step * self.images_per_step} | self.about | more
 
     def print(self, text):
         """On rank 0."""
         if self.machine.rank == 0:
             print(text, flush=True)
 
-    def skipped(self, lines):
-        """Name and count images that did not decode, on every rank."""
-        for line in lines:
+    def saw(self, batch):
+        """Keep the keys of a batch of this step; name and count its images that did not decode, on every rank."""
+        self.keys += batch["key"]
+        for line in batch.get("bad", ()):
             self.bad_images += 1
             print(f"skipped a bad image ({self.bad_images} so far on rank {self.machine.rank}): {line}", flush=True)
 
-    def step(self, step, terms, grad_norm, ok, lr, keys=()):
-        """After optimizer step number `step` (from 1); returns what is logged now, {} for most steps.
+    def step(self, step, terms, ok, lr):
+        """After optimizer step number `step` (from 1).
 
-        terms: {name: () tensor} of this rank.  ok: of `all_finite`.  keys: of this step's images.
+        terms: {name: tensor} of this rank, (), or (2,K) for sums and counts in K bins, of which the means are logged.
+        ok: of `all_finite`.
         """
-        terms = terms | {"grad_norm": grad_norm}
-        self.pending.append((step, list(terms), torch.stack([t.detach() for t in terms.values()]), ok, list(keys)))
-        self.last_step = step
-        if step % self.cfg.log_every and step < self.cfg.max_steps:
-            return {}
-        self.check()
-        return self.progress(step, lr)
+        self.pending.append((step, {name: t.detach() for name, t in terms.items()}, ok, self.keys))
+        self.keys, self.last_step = [], step
+        if step % self.cfg.log_every == 0 or step == self.cfg.max_steps:
+            self.check()
+            self.progress(step, lr)
 
     def progress(self, step, lr):
-        values = {}
-        for _, names, numbers, _, _ in self.pending:
-            for name, number in zip(names, numbers):
-                values.setdefault(name, []).append(number)
-        means = torch.stack([torch.stack(numbers).mean() for numbers in values.values()])
+        names = dict.fromkeys(name for _, terms, _, _ in self.pending for name in terms)
+        means = [torch.stack([t[name] for _, t, _, _ in self.pending if name in t]).mean(dim=0) for name in names]
         if self.machine.world > 1:
-            dist.all_reduce(means)
-            means /= self.machine.world
-        record = dict(zip(values, means.tolist()))
-        text = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+            sum_over_ranks(means)
+            torch._foreach_div_(means, self.machine.world)
+        record = dict(zip(names, [mean.tolist() for mean in means]))
+        text = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float))
+        for name, value in record.items():
+            if not isinstance(value, float):
+                record[name] = [total / count if count else None for total, count in zip(*value)]
         speed = (step - self.clock_step) * self.images_per_step / max(time.time() - self.clock, 1e-9)
         record |= {"lr": lr, "images_per_s": float(f"{speed:.6g}")}
         text += f", lr {lr:.2e}, {speed:.1f} images/s"
@@ -455,23 +461,20 @@ class Log:
         if self.machine.device.type == "cuda":
             record["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             text += f", {record['memory_gb']:.1f} GiB"
-        left = int((self.cfg.max_steps - step) * self.images_per_step / max(speed, 1e-9))
+        left = datetime.timedelta(seconds=int((self.cfg.max_steps - step) * self.images_per_step / max(speed, 1e-9)))
         self.write(step, record)
-        self.print(
-            f"step {step}, {step * self.images_per_step} images: {text}, {datetime.timedelta(seconds=left)} left"
-        )
+        self.print(f"step {step}, {step * self.images_per_step} images: {text}, {left} left")
         self.pending = []
         self.restart_clock()
-        return record
 
     def evaluation(self, step, scores):
-        """After an evaluation: numbers, or lists of numbers, by name. The time that it took is not training time."""
+        """After an evaluation: numbers, or lists of numbers, by name."""
         self.write(step, scores)
         text = ", ".join(f"{name.removeprefix('val_')} {brief(value)}" for name, value in scores.items())
         self.print(f"evaluation at step {step}: {text}")
-        self.restart_clock()
 
     def restart_clock(self):
+        """After what is not training time."""
         self.clock, self.clock_step = time.time(), self.last_step
 
     def write(self, step, record):
@@ -485,18 +488,23 @@ class Log:
 
     def check(self):
         """End the run if a step since the last line was not finite; all ranks call it, before anything is saved."""
-        fine = torch.stack([entry[3] for entry in self.pending]).tolist() if self.pending else []
+        fine = torch.stack([ok for _, _, ok, _ in self.pending]).tolist() if self.pending else []
         if all(fine):
             return
-        step, names, numbers, _, keys = self.pending[fine.index(False)]
-        names = [name for name, number in zip(names, numbers.tolist()) if not math.isfinite(number)]
+        step, terms, _, keys = self.pending[fine.index(False)]
+        names = [name for name, t in terms.items() if not t.isfinite().all()]
         what = f"{', '.join(names) or 'a term of another rank'} not finite at step {step}; the weights were not updated"
-        latest = f"{self.cfg.out_dir}/latest.safetensors"
-        saved = f"last checkpoint: {latest}" if os.path.exists(latest) else "no checkpoint yet"
+        saved = f"last checkpoint: {self.latest}" if os.path.exists(self.latest) else "no checkpoint yet"
         images = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
         raise UserError(
             f"{what}; {saved}; try a lower lr, grad_clip or more warmup_steps; images of the step: {images}"
         )
+
+    def end(self, step, stop):
+        """The last line of a run that has finished, or was stopped by a signal; all ranks leave."""
+        how = "finished" if step >= self.cfg.max_steps else "stopped"
+        self.print(f"{how} at step {step} after {time.time() - self.started:.0f} s: {self.latest}")
+        leave(128 + stop.signal if how == "stopped" else 0)
 
 
 def progress_bar(items, title):
@@ -505,8 +513,8 @@ def progress_bar(items, title):
 
 
 def brief(value):
-    if isinstance(value, (list, tuple)):
-        return " ".join(brief(v) for v in value)
+    if isinstance(value, list):
+        return " ".join(map(brief, value))
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -536,21 +544,21 @@ def plot_log(out_dir, panels):
     columns = min(4, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
     figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.5 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()  # of those without a panel
     for axis, (title, names) in zip(axes.flat, panels.items()):
+        axis.set_axis_on()
         for name in names:
-            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-            steps, values = zip(*points)
+            steps, values = zip(*[(record["step"], record[name]) for record in records if record.get(name) is not None])
             values = np.array(values, dtype=float)  # None becomes NaN
-            labels = name if values.ndim == 1 else [f"{i}" for i in range(values.shape[1])]  # the index in the list
-            axis.plot(steps, values, marker="." if len(points) < 30 else None, label=labels)
-        positive = all(line.get_ydata().min() > 0 for line in axis.lines)
+            labels = name if values.ndim == 1 else list(range(values.shape[1]))  # the index in the list
+            axis.plot(steps, values, marker="." if len(steps) < 30 else None, label=labels)
+        positive = not any((line.get_ydata() <= 0).any() for line in axis.lines)
         axis.set_yscale("log" if positive and any(word in title for word in ("loss", "norm")) else "linear")
         axis.set_title(title)
         axis.set_xlabel("step")
         if len(axis.lines) > 1:
             axis.legend(fontsize="small", ncols=2 if len(axis.lines) > 4 else 1)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(f"{out_dir}/loss.png", dpi=80)
     plt.close(figure)

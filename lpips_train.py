@@ -19,7 +19,6 @@ import importlib.util
 import json
 import math
 import os
-import time
 
 import numpy as np
 import torch
@@ -473,21 +472,10 @@ if __name__ == "__main__":
     with torch.device("meta"):  # three images forward, and backward where the trunk is trained
         x = torch.zeros(3, 3, images.size, images.size)
         tflop = (3 if cfg.train_trunk else 1) * common.count_tflop(make_trunk(cfg.net), x)
-    log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
+    log = common.Log(cfg, machine, images_per_step, f"{len(images)} judgements", meta, tflop)
     counts = f"{len(images)} training and {len(validation['2afc'])} validation judgements"
     log.print(f"{counts} in {cfg.dataset}: {description}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
-
-    # saving
-    run = meta["run"] if resumed else time.time_ns()
-    header = dict(stage="lpips", model=model.settings, config=cfg, git=common.git_revision(), run=run)
-
-    def save(path):
-        """All that resuming needs; every rank calls it, rank 0 writes."""
-        state = common.optimizer_state(optimizer, model, "optim") | with_prefix("model", model.state_dict())
-        progress = {"step": step, "images_seen": step * images_per_step, "images_per_step": images_per_step}
-        if rank == 0:
-            checkpoint.write(path, state, header | progress)
 
     # compile, DDP, loader
     net = torch.compile(model) if machine.compile else model
@@ -501,32 +489,34 @@ if __name__ == "__main__":
         return every > 0 and step % every == 0 and step > start_step
 
     # training loop
-    stop, start_step, started = common.Stop(), step, time.time()
+    stop, start_step = common.Stop(), step
     while True:
-        # learning rate
         lr_now = common.learning_rate(step, cfg)
         common.set_lr(optimizer, lr_now)
 
         # evaluate, save, stop
         last, stopping = step >= cfg.max_steps, stop.agreed()
-        saving = last or stopping or due(cfg.save_every)
-        if saving or due(cfg.eval_every):
+        evaluating, saving = last or due(cfg.eval_every), last or stopping or due(cfg.save_every)
+        if evaluating or saving:
             log.check()  # nothing is saved after a step that was not finite
-        if last or due(cfg.eval_every):
-            log.evaluation(step, evaluate_heads(lpips, others, validation, cfg, machine, autocast))
-            if rank == 0:
-                common.plot_log(cfg.out_dir, PANELS)
-        if saving:
-            save(latest)
+            if evaluating:
+                log.evaluation(step, evaluate_heads(lpips, others, validation, cfg, machine, autocast))
+                if rank == 0:
+                    common.plot_log(cfg.out_dir, PANELS)
+            if saving:
+                state = common.optimizer_state(optimizer, model, "optim") | with_prefix("model", model.state_dict())
+                if rank == 0:
+                    checkpoint.write(latest, state, log.header(step, stage="lpips", model=model.settings))
+            log.restart_clock()  # this was not training time
         if last or stopping:
             break
 
         # forward and backward
         torch.manual_seed(seed_of(cfg.seed, "dropout", step, rank))
-        totals, keys = {}, []
+        totals = {}
         for micro in range(micro_steps):
             batch = next(batches)
-            keys += batch["key"]
+            log.saw(batch)
             for name in ("images", "judge"):
                 batch[name] = batch[name].to(machine.device, machine.param_dtype, non_blocking=True)
             net.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
@@ -537,17 +527,14 @@ if __name__ == "__main__":
                 totals[name] = totals.get(name, 0.0) + term.detach() / micro_steps
 
         # optimizer step, heads >= 0: nothing carried to the next step changes where ok is false
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-        ok = common.all_finite(grad_norm, *totals.values())  # the same on all ranks
+        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+        ok = common.all_finite(*totals.values())  # the same on all ranks
         common.inner(optimizer).found_inf = (~ok).float()
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_clamp_min_(list(model.heads), 0.0)  # more difference is never more alike
         step += 1
+        log.step(step, totals, ok, lr_now)
 
-        # log
-        log.step(step, totals, grad_norm, ok, lr_now, keys)
-
-    log.print(f"{'finished' if last else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")
-    common.leave(0 if last else 128 + stop.signal)
+    log.end(step, stop)

@@ -14,7 +14,6 @@ import inspect
 import json
 import math
 import os
-import time
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ from attention import unavailable, use_attention
 from checkpoint import UserError, part, power_exponent, reject, with_prefix
 from configurator import configure
 from data.cache import LatentCache
-from data.dataset import BadImage, Dataset, Stream, collate, loader, seed_of
+from data.dataset import BadImage, Stream, collate, loader, seed_of, train_and_validation
 from data.tasks import WithCondition, augment_low, check_task, image_condition, layout_string, show_condition
 from diffusion import OBJECTIVES, SCHEDULES, make_denoiser, make_schedule, samplers, t_max, target, to_x0, unet_time  # noqa: F401
 from sample import Pipeline, generate, read_prompts, save_grid
@@ -145,7 +144,7 @@ wandb = False  # also log to Weights & Biases
 MODEL_SETTINGS = ("cond", "class_embed", "image_size", "objective", "schedule", "beta_start", "beta_end", "zero_snr",
                   "ema_stds", "text_encoder", "task", "sr_scale", "sr_noise")  # fmt: skip
 PANELS = {"loss: error at training's t, val_loss at uniform t": ("error", "val_loss"), "gradient norm": ("grad_norm",)}
-PANELS |= {"val_loss by tenths of t": ("val_loss_by_t",)}
+PANELS |= {"training loss by tenths of t": ("error_by_t",), "validation loss by tenths of t": ("val_loss_by_t",)}
 
 
 def check_settings(cfg):
@@ -221,12 +220,19 @@ def drop_condition(condition, null, dropped):
 
 
 def train_step(denoiser, inputs, noise, cfg):
-    """One forward pass -> {"loss": to differentiate, "error": not weighted}, both ()."""
+    """One forward pass -> {"loss": to differentiate, (); "error": not weighted, (); "error_by_t": (2,10)}.
+
+    error_by_t: sums of the error, and counts, by tenths of t.
+    """
     error, weight, log_variance = prediction_error(denoiser, inputs, noise, cfg)
     loss = weight * error
     if log_variance is not None:
         loss = error / log_variance.exp() + log_variance  # Karras et al. 2024 (EDM2), eq. 21
-    return {"loss": loss.mean(), "error": error.mean()}
+    tenths = (10 * training_times(noise["t"], cfg)).long().clamp(max=9)[:, None] == torch.arange(
+        10, device=error.device
+    )
+    by_t = torch.stack([(tenths * error.detach()[:, None]).sum(dim=0), tenths.sum(dim=0)])
+    return {"loss": loss.mean(), "error": error.mean(), "error_by_t": by_t}
 
 
 def step_noise(step, shape, cfg, machine, micro_steps):
@@ -371,6 +377,19 @@ def evaluate(denoiser, validation, conditioner, cfg, machine, autocast):
     return {"val_loss": losses.mean().item(), "val_loss_by_t": [b.mean().item() if len(b) else None for b in bins]}
 
 
+def choose_examples(cfg, images, validation_images, num_classes, object_names):
+    """What the sample grids show: prompts or layouts, one class after the other, or None for each image."""
+    if cfg.cond == "class":
+        return [i % num_classes for i in range(cfg.n_samples)]
+    if cfg.cond == "none":
+        return [None] * cfg.n_samples
+    if cfg.prompts:
+        return read_prompts(cfg.prompts)[: cfg.n_samples]
+    sources = (first_captions(dataset, cfg.val_images, object_names) for dataset in (validation_images, images))
+    captions = next(filter(None, sources), [""])  # those of training if validation has none
+    return list(dict.fromkeys(captions))[: cfg.n_samples]
+
+
 def first_captions(images, count, object_names):
     """The first caption, or the layout, of `count` images of a dataset.  object_names: of layouts, else None."""
     captions = []
@@ -484,7 +503,8 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
     arguments = {name: cfg[name] for name in inspect.signature(UNet).parameters if name in cfg}
     arguments |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0], concat_channels=concat_channels)
     arguments |= dict(context_dim=context_dim, num_classes=unet_classes)
-    arguments |= dict(context_pool=cfg.context_pool and context_dim > 0)
+    if cfg.context_pool and not context_dim:  # of a text model's configuration, with --cond=none
+        arguments["context_pool"] = False
     unet = common.build(UNet, **arguments)  # another denoiser: its class here and in `arguments`
     if side % unet.side_multiple:
         need = f"latents of side {side}, which must be a multiple of {unet.side_multiple}"
@@ -493,7 +513,7 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
 
 
 def read_initial(cfg):
-    """(tensors, meta) of the model in init_from, as `checkpoint.read` returns them for one of ours."""
+    """(tensors, meta) of the model in init_from: EMA, tokenizer; "model" and "config" as in a checkpoint's meta."""
     path = checkpoint.find(cfg.init_from)
     if checkpoint.is_ours(path):
         tensors, meta = checkpoint.read(path, "ema", "text")
@@ -501,7 +521,7 @@ def read_initial(cfg):
             reject(path, "an autoencoder, not a denoiser", "set it as first_stage, not as init_from")
         if meta["vae"]:
             meta["config"]["first_stage"] = path
-        return tensors, meta
+        return tensors, {"model": meta["model"], "config": meta["config"]}
     known = {name: cfg.given[name] for name in ("num_heads", "head_dim") if name in cfg.given}
     known |= {"objective": cfg.given.get("objective", ""), "otherwise": cfg.objective}
     parts = convert.load_pipeline(path, cfg.clip_vocab, **known)
@@ -514,7 +534,7 @@ def read_initial(cfg):
     for name in ("num_res_blocks", "self_attention"):
         settings[name] = settings[name] if isinstance(settings[name], tuple) else (settings[name],)
     files = {"first_stage": path if parts["vae"] else "none", "tower_weights": path if parts["text"] else ""}
-    return tensors, meta | {"model": meta["model"] | {"unet": settings}, "config": files}
+    return tensors, {"model": meta["model"] | {"unet": settings}, "config": files}
 
 
 def inherited(cfg, meta):
@@ -534,7 +554,7 @@ if __name__ == "__main__":
     common.install_excepthook()
     cfg = configure(globals())
 
-    # a checkpoint to resume, or a model to start from, has its settings and its tokenizer
+    # a checkpoint to resume, or a model to start from, has the settings of the model and its tokenizer
     latest, tensors, meta = f"{cfg.out_dir}/latest.safetensors", {}, {}
     resumed = os.path.exists(latest)
     if resumed:
@@ -552,31 +572,19 @@ if __name__ == "__main__":
     autocast = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16")
     if reason := unavailable(cfg.attention, machine.device, getattr(torch, machine.precision)):
         raise UserError(f"attention={cfg.attention}: {reason}")
-    step, images_per_step, micro_steps = common.start(cfg, world, meta if resumed else {}, latest)
+    step, images_per_step, micro_steps = common.start(cfg, world, meta, latest)
 
     # data
-    images = Dataset(cfg.dataset, "train", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
-    try:
-        validation_images = Dataset(cfg.dataset, "val", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
-    except ValueError:  # too few images to set any aside
-        validation_images = images
+    images, validation_images = train_and_validation(cfg.dataset, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
     common.assert_same_on_all_ranks(step=step, images=len(images))
     check_task(images, cfg.task, cfg.sr_scale, cfg.sr_degradation, cfg.cond == "layout")
+    conditions = {"none": "images", "text": "captions", "class": "labels", "layout": "objects"}[cfg.cond]
+    if not images.counts[conditions]:
+        reject(cfg.dataset, f"its training images have no {conditions}", "set another --cond, such as none")
     num_classes = images.num_classes if cfg.cond == "class" else 0
     map_classes = images.map_classes if cfg.task == "semantic" else 0
     object_names = images.object_classes if cfg.cond == "layout" else None
-    if cfg.cond == "class" and not num_classes:
-        reject(cfg.dataset, "has no labels", "set --cond=none or --cond=text")
-
-    # what the sample grids show: prompts, one class after the other, or nothing
-    examples = [None] * cfg.n_samples
-    if cfg.cond in ("text", "layout"):
-        captions = first_captions(validation_images, cfg.val_images, object_names)
-        if cfg.cond == "text" and not captions:
-            reject(cfg.dataset, "its validation images have no captions", "set --cond=none or --cond=class")
-        examples = (read_prompts(cfg.prompts) if cfg.prompts else list(dict.fromkeys(captions)))[: cfg.n_samples]
-    elif cfg.cond == "class":
-        examples = [i % num_classes for i in range(cfg.n_samples)]
+    examples = choose_examples(cfg, images, validation_images, num_classes, object_names)
 
     # frozen models: first stage, text encoder
     vae = None if cfg.first_stage == "none" else load_first_stage(cfg, latest if resumed else "")
@@ -603,11 +611,9 @@ if __name__ == "__main__":
     averages = {"ema": ema} | {f"ema_power_{i}": copy.deepcopy(ema) for i in range(len(cfg.ema_stds))}
     parameters = list(model.parameters())  # listed once: walking modules is slow
     averaged = {name: list(average.parameters()) for name, average in averages.items()}
-
-    # optimizer
     opt = common.make_optimizer(model, cfg, machine)
 
-    # weights and state of a checkpoint, or weights of a model to start from
+    # weights and state of the checkpoint, or weights of the model to start from
     sr_schedule = meta["model"]["sr_schedule"] if meta else None
     about = {name: cfg[name] for name in MODEL_SETTINGS}
     about |= dict(unet=model.unet.settings, text=text and text.settings, first_stage="vae" if vae else "none")
@@ -643,36 +649,16 @@ if __name__ == "__main__":
 
     # log
     tflop = count_tflop(ema, conditioner(collate([validation[0]])))
-    log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
+    log = common.Log(cfg, machine, images_per_step, images.fingerprint, meta if resumed else {}, tflop)
     log.print(f"{len(images)} training and {len(validation_images)} validation images; {images}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image; latents {latent_shape}")
     if conditioner.resident is not None:
         log.print(f"latents kept on {machine.device}: {streams[0].bytes / 2**30:.3g} GiB in each process")
+    if images.counts[conditions] < len(images):
+        log.print(f"{conditions} on {images.counts[conditions]} of {len(images)} training images, the others have none")
     for prompt in examples if encoder else ():
         if encoder.count_tokens(prompt) > encoder.length:
             log.print(f"prompt cut to {encoder.length} tokens: {prompt[:60]}")
-
-    # saving
-    run = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
-    header = dict(stage="ldm", model=about, config=cfg, git=common.git_revision(), run=run)
-    header |= dict(images_per_step=images_per_step, vae=vae and vae.settings, classes=images.classes, examples=examples)
-    header |= dict(data=images.fingerprint)
-    if resumed and meta["data"] != images.fingerprint:
-        log.print("warning: the dataset has changed since the checkpoint; images come in another order")
-
-    def save(path, snapshot=False):
-        """All that resuming and sampling need, or of a snapshot the averages; every rank calls it, rank 0 writes."""
-        state = {} if snapshot else common.optimizer_state(opt, model, "optim")
-        if rank > 0:
-            return
-        for name, average in averages.items():
-            state |= with_prefix(name, average.state_dict())
-        if text:
-            state["text.bpe"] = torch.tensor(list(text.bpe()), dtype=torch.uint8)
-        if not snapshot:
-            state |= with_prefix("model", model.state_dict()) | (with_prefix("vae", vae.state_dict()) if vae else {})
-        progress = {"step": step, "images_seen": step * images_per_step, "snapshot": snapshot}
-        checkpoint.write(path, state, header | progress)
 
     # compile, DDP, loader
     net = torch.compile(model) if machine.compile else model
@@ -687,30 +673,38 @@ if __name__ == "__main__":
         return every > 0 and step % every == 0 and step > start_step
 
     # training loop
-    stop, start_step, started = common.Stop(), step, time.time()
+    stop, start_step = common.Stop(), step
     while True:
-        # learning rate
         lr_now = common.learning_rate(step, cfg)
         common.set_lr(opt, lr_now)
 
         # evaluate, save, stop
         last, stopping = step >= cfg.max_steps, stop.agreed()
-        saving = last or stopping or due(cfg.save_every)
+        evaluating, saving = last or due(cfg.eval_every), last or stopping or due(cfg.save_every)
         snapshot = due(cfg.snapshot_every) or (last and cfg.snapshot_every > 0)
-        if saving or snapshot or due(cfg.eval_every):
+        if evaluating or saving or snapshot:
             log.check()  # nothing is saved after a step that was not finite
-        if last or due(cfg.eval_every):
-            log.evaluation(step, evaluate(ema, validation, conditioner, cfg, machine, autocast))
-            if rank == 0:
+            if evaluating:
+                log.evaluation(step, evaluate(ema, validation, conditioner, cfg, machine, autocast))
+            if evaluating and rank == 0:
                 save_samples(f"{cfg.out_dir}/samples_{step:08d}.png", pipeline, validation, cfg, autocast)
                 batch = collate([validation[i] for i in range(min(6, len(validation)))])
                 save_predictions(f"{cfg.out_dir}/predictions_{step:08d}.png", pipeline, conditioner(batch), autocast)
                 common.plot_log(cfg.out_dir, PANELS)
-        if snapshot:
-            save(f"{cfg.out_dir}/ema_{step:08d}.safetensors", snapshot=True)
-        if saving:
-            save(latest)
-        if saving or snapshot or due(cfg.eval_every):
+            state = common.optimizer_state(opt, model, "optim") if saving else {}  # all ranks take part
+            if rank == 0:
+                header = log.header(step, stage="ldm", model=about, vae=vae and vae.settings, examples=examples)
+                header |= {"classes": images.classes}
+                tensors = {"text.bpe": torch.tensor(list(text.bpe()), dtype=torch.uint8)} if text else {}
+                for name, average in averages.items():
+                    tensors |= with_prefix(name, average.state_dict())
+                if snapshot:  # the averages alone
+                    path = f"{cfg.out_dir}/ema_{step:08d}.safetensors"
+                    checkpoint.write(path, tensors, header | {"snapshot": True})
+                if saving:
+                    tensors |= state | with_prefix("model", model.state_dict())
+                    tensors |= with_prefix("vae", vae.state_dict()) if vae else {}
+                    checkpoint.write(latest, tensors, header)
             log.restart_clock()  # this was not training time
         if last or stopping:
             break
@@ -719,11 +713,10 @@ if __name__ == "__main__":
         noise = step_noise(step, latent_shape, cfg, machine, micro_steps)
         if cfg.unet_dropout:
             torch.manual_seed(seed_of(cfg.seed, "dropout", step, rank))
-        totals, keys = {}, []
+        totals = {}
         for micro in range(micro_steps):
             batch = next(batches)
-            keys += batch["key"]
-            log.skipped(batch["bad"])
+            log.saw(batch)
             net.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
             inputs = conditioner(batch, noise[micro])
             with autocast:
@@ -733,8 +726,8 @@ if __name__ == "__main__":
                 totals[name] = totals.get(name, 0.0) + term.detach() / micro_steps
 
         # optimizer step, EMA: nothing carried to the next step changes where ok is false
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-        ok = common.all_finite(grad_norm, *totals.values())  # the same on all ranks
+        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+        ok = common.all_finite(*totals.values())  # the same on all ranks
         common.inner(opt).found_inf = (~ok).float()
         opt.step()
         opt.zero_grad()
@@ -743,9 +736,6 @@ if __name__ == "__main__":
         for i, std in enumerate(cfg.ema_stds):  # Karras et al. 2024 (EDM2), section 3.1
             decay = (1 - 1 / step) ** (power_exponent(std) + 1)
             update_ema(averaged[f"ema_power_{i}"], parameters, decay, ok)
+        log.step(step, totals, ok, lr_now)
 
-        # log
-        log.step(step, totals, grad_norm, ok, lr_now, keys)
-
-    log.print(f"{'finished' if last else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")
-    common.leave(0 if last else 128 + stop.signal)
+    log.end(step, stop)

@@ -15,7 +15,6 @@ import copy
 import inspect
 import math
 import os
-import time
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,7 @@ import checkpoint
 import common
 from checkpoint import UserError, part, reject, with_prefix
 from configurator import configure
-from data.dataset import BadImage, Dataset, Stream, loader, seed_of, uniform
+from data.dataset import BadImage, Dataset, Stream, loader, seed_of, train_and_validation, uniform
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
 from metrics import frechet, gaussian, load_inception, psnr, ssim
 from vae import VAE, Attention, Discriminator, ResBlock, turn_and_scale
@@ -87,6 +86,7 @@ disc_channels = 64  # >= 1: of its first layer
 disc_norm = "group"  # group | batch | none: batch is the published one, with each process's own statistics
 disc_spectral_norm = False  # spectral normalization of its kernels
 disc_lr = 1e-4  # > 0: follows the curve of lr
+disc_weight_decay = 0.0  # >= 0: AdamW, on its kernels only
 r1_weight = 0.0  # >= 0: R1, half of it times the squared gradient of the summed real logits, a mean per pixel
 lecam_weight = 0.0  # >= 0: LeCam, pulls the logits to the other side's running mean, for little data
 # optimizer
@@ -120,9 +120,10 @@ snapshot_every = 0  # >= 0: steps between kept EMA snapshots ema_STEP.safetensor
 log_every = 50  # >= 1: steps between progress lines
 dist_timeout = 30.0  # > 0: minutes after which a collective operation fails on ranks whose peers do not answer
 latent_images = 10_000  # >= 1: training images over which the latent statistics are measured
-measure_latents = False  # only measure them again for the checkpoint in out_dir
+measure_latents = False  # only measure them for ckpt, and store them if it has none
 eval_only = False  # only evaluate ckpt on val_images images of dataset
-ckpt = ""  # eval_only, a checkpoint or out_dir; "" is out_dir
+ckpt = ""  # of these two, a checkpoint or out_dir; "" is out_dir. Its model, dataset and image_size unless given
+overwrite = False  # of these two, replace the statistics of ckpt, or eval.png beside it
 eval_split = "all"  # all | train | val | test: eval_only, which images of dataset
 inception_weights = ""  # eval_only, torch-fidelity's Inception weights, a .pth, for rFID; "" disables it
 device = "auto"  # auto | cpu | cuda: auto is cuda if there is a GPU
@@ -142,17 +143,27 @@ PANELS |= {"val_kl_per_channel": ("val_kl_per_channel",)}  # a line for each cha
 
 def check_settings(cfg):
     """What involves several settings; `configure` has checked each by itself."""
-    eval_settings = " ".join(f"--{name}" for name in ("ckpt", "eval_split", "inception_weights") if name in cfg.changed)
+    evaluating = " ".join(f"--{name}" for name in ("eval_split", "inception_weights") if name in cfg.changed)
+    measuring = " ".join(f"--{name}" for name in ("ckpt", "overwrite") if name in cfg.changed)
     side = max(min_side(cfg), MIN_SIDE[cfg.lpips_net] if cfg.lpips_trunk else 1)  # measured without a weight too
     parts = f"SSIM, LPIPS ({cfg.lpips_net}) and the discriminator; lower disc_layers or disable one of them"
     for wrong, message in (
         (cfg.adaptive_min > cfg.adaptive_max, "adaptive_min must be <= adaptive_max"),
-        (eval_settings and not cfg.eval_only, f"{eval_settings} is only used with --eval_only=True"),
+        (evaluating and not cfg.eval_only, f"{evaluating} is only used with --eval_only"),
+        (
+            measuring and not (cfg.eval_only or cfg.measure_latents),
+            f"{measuring} needs --eval_only or --measure_latents",
+        ),
         (cfg.train == "decoder" and not cfg.init_from, "--train=decoder needs a trained autoencoder; set init_from"),
         (cfg.image_size < side, f"image_size={cfg.image_size} is below {side}, which is the least of {parts}"),
     ):
         if wrong:
             raise UserError(message)
+
+
+def check_multiple(cfg, vae):
+    if cfg.image_size % vae.factor:
+        raise UserError(f"image_size={cfg.image_size} is not a multiple of {vae.factor}, the autoencoder's factor")
 
 
 def min_side(cfg):
@@ -402,13 +413,23 @@ def build_lpips(cfg, machine):
     return lpips.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
 
 
+def open_checkpoint(cfg, machine):
+    """(path, autoencoder, settings) for --eval_only and --measure_latents: those not given are those of its run."""
+    path = checkpoint.find(cfg.ckpt or cfg.out_dir)
+    saved = checkpoint.read_meta(path)["config"] if checkpoint.is_ours(path) else {}
+    names = ("dataset", "image_size", "perceptual_weight", "lpips_net", "lpips_trunk", "lpips_heads")
+    cfg = cfg.replace(disc_weight=0.0, **{name: saved[name] for name in names if name in saved.keys() - cfg.given})
+    check_settings(cfg)
+    vae = VAE.from_pretrained(path).to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
+    check_multiple(cfg, vae)
+    return path, vae, cfg
+
+
 def evaluate_checkpoint(cfg, machine, autocast):
     """--eval_only: print the scores of cfg.ckpt, save eval.png beside it."""
-    check_settings(cfg)
-    source = cfg.ckpt or cfg.out_dir
+    path, vae, cfg = open_checkpoint(cfg, machine)
     images = Dataset(cfg.dataset, cfg.eval_split, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
     validation = Subset(Stream(images, cfg.seed, train=False), common.spread(len(images), cfg.val_images))
-    vae = VAE.from_pretrained(source).to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     if cfg.inception_weights and len(validation) < 2:
         raise UserError(f"rFID needs 2 images or more, {cfg.dataset} has 1: leave inception_weights out")
     try:
@@ -416,14 +437,36 @@ def evaluate_checkpoint(cfg, machine, autocast):
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from None
     scores, (x, y) = evaluate(vae, validation, cfg, machine, autocast, build_lpips(cfg, machine), inception)
-    if machine.rank == 0:
-        path = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/eval.png"
-        error_map = (y - x).abs().mean(dim=1, keepdim=True).expand_as(x)
-        save_grid(path, (x, y, 4 * error_map - 1))  # white from an error of 64 gray levels on
-        print(f"{source} on {len(validation)} images at {cfg.image_size} px of {images}")
-        for name, value in scores.items():
-            print(f"  {name.removeprefix('val_'):20} {value if isinstance(value, list) else format(value, '.4f')}")
-        print(f"originals, reconstructions and error map: {path}")
+    if machine.rank > 0:
+        return
+    print(f"{path} on {len(validation)} images at {cfg.image_size} px of {images}")
+    for name, value in scores.items():
+        print(f"  {name.removeprefix('val_'):20} {value if isinstance(value, list) else format(value, '.4f')}")
+    grid = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "eval.png")
+    if os.path.exists(grid) and not cfg.overwrite:
+        return print(f"{grid} is there already: --overwrite=True replaces it")
+    error_map = (y - x).abs().mean(dim=1, keepdim=True).expand_as(x)
+    save_grid(grid, (x, y, 4 * error_map - 1))  # white from an error of 64 gray levels on
+    print(f"originals, reconstructions and error map: {grid}")
+
+
+def measure_checkpoint(cfg, machine, autocast):
+    """--measure_latents: print the latent statistics of cfg.ckpt, and store them if it has none."""
+    path, vae, cfg = open_checkpoint(cfg, machine)
+    images = Dataset(cfg.dataset, "train", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
+    mean, std = latent_statistics(vae, images, cfg, machine, autocast)
+    if machine.rank > 0:
+        return
+    print(f"{path} at {cfg.image_size} px on {images}\n{as_text(mean, std)}")
+    if vae.has_latent_statistics and not cfg.overwrite:
+        return print(f"not stored, as the checkpoint has {as_text(vae.latent_mean, vae.latent_std)} (--overwrite=True)")
+    if not checkpoint.is_ours(path) or checkpoint.read_meta(path)["stage"] != "vae":
+        reject(path, "cannot store latent statistics", "give a checkpoint of train_vae.py")
+    tensors, meta = checkpoint.read(path)
+    for name, value in (("latent_mean", mean), ("latent_std", std)):
+        tensors |= {f"{prefix}.{name}": value.to(vae.latent_mean) for prefix in ("model", "ema")}
+    checkpoint.write(path, tensors, meta)
+    print(f"stored in {path}")
 
 
 @torch.no_grad()
@@ -452,6 +495,10 @@ def latent_statistics(vae, images, cfg, machine, autocast):
     return mean, (variance.mean().expand_as(mean) if vae.quantize else variance).sqrt()
 
 
+def as_text(mean, std):
+    return f"latent mean {[round(m, 4) for m in mean.tolist()]}, std {[round(s, 4) for s in std.tolist()]}"
+
+
 def save_grid(path, rows):
     """An image of rows of images (N,3,H,W) in [-1,1], all of one size."""
     grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).float()
@@ -472,58 +519,59 @@ def count_tflop(vae, cfg):
     return total
 
 
+# --- starting from another model ---
+
+
+def read_initial(path):
+    """(tensors, meta) of an autoencoder, as a checkpoint has them: EMA weights, and the discriminator if it has one."""
+    vae, tensors, meta = VAE.from_pretrained(path), {}, {}
+    if checkpoint.is_ours(checkpoint.find(path)):
+        tensors, meta = checkpoint.read(path, "disc", "disc_optim")
+    weights = vae.state_dict()
+    tensors |= with_prefix("model", weights) | with_prefix("ema", weights)
+    return tensors, {"model": vae.settings, "disc": meta.get("disc")}
+
+
 if __name__ == "__main__":
     common.install_excepthook()
     cfg = configure(globals())
-
-    # processes, device, precision
     machine = common.setup(cfg)
     rank, world = machine.rank, machine.world
     autocast = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16")
-    if cfg.eval_only:
-        evaluate_checkpoint(cfg, machine, autocast)
+    if cfg.eval_only or cfg.measure_latents:
+        (evaluate_checkpoint if cfg.eval_only else measure_checkpoint)(cfg, machine, autocast)
         common.leave()
 
-    # a checkpoint to resume, or a model to start from, has its settings
-    latest, tensors, meta, source = f"{cfg.out_dir}/latest.safetensors", {}, {}, None
+    # a checkpoint to resume, or a model to start from, has the settings of the model
+    latest, tensors, meta = f"{cfg.out_dir}/latest.safetensors", {}, {}
     resumed = os.path.exists(latest)
     if resumed:
         tensors, meta = checkpoint.read(latest)
         common.check_same_settings(latest, meta, {"stage": "vae", "train": cfg.train, "init_from": cfg.init_from})
-    elif cfg.measure_latents:
-        reject(latest, "no such checkpoint, which --measure_latents needs", "set out_dir")
     elif cfg.init_from:
-        source = VAE.from_pretrained(cfg.init_from)
-        if checkpoint.is_ours(checkpoint.find(cfg.init_from)):
-            tensors, meta = checkpoint.read(cfg.init_from, "disc", "disc_optim")
+        tensors, meta = read_initial(cfg.init_from)
     if cfg.init_from:
-        inherited = checkpoint.tuples(meta["model"] if resumed else source.settings)
-        cfg = cfg.replace(**{k: v for k, v in inherited.items() if k in cfg and k not in cfg.given})
+        model_settings = checkpoint.tuples(meta["model"])
+        cfg = cfg.replace(**{k: v for k, v in model_settings.items() if k in cfg.keys() - cfg.given})
     check_settings(cfg)
-    step, images_per_step, micro_steps = common.start(cfg, world, meta if resumed else {}, latest)
+    step, images_per_step, micro_steps = common.start(cfg, world, meta, latest)
 
     # data
-    images = Dataset(cfg.dataset, "train", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
-    try:
-        validation_images = Dataset(cfg.dataset, "val", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
-    except ValueError:  # too few images to set any aside
-        validation_images = images
+    images, validation_images = train_and_validation(cfg.dataset, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
     common.assert_same_on_all_ranks(step=step, images=len(images))
     stream = Stream(images, cfg.seed, crop=cfg.crop, flip=cfg.flip)
     validation = common.spread(len(validation_images), cfg.val_images)
     validation = Subset(Stream(validation_images, cfg.seed, train=False), validation)
 
     # models
-    lpips = None if cfg.measure_latents else build_lpips(cfg, machine)
+    lpips = build_lpips(cfg, machine)
     torch.manual_seed(seed_of(cfg.seed, "init"))
     model = common.build(VAE, **{name: cfg[name] for name in inspect.signature(VAE).parameters if name in cfg})
-    if cfg.image_size % model.factor:
-        raise UserError(f"image_size={cfg.image_size} is not a multiple of {model.factor}, the autoencoder's factor")
+    check_multiple(cfg, model)
     model.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     model.encoder.checkpointing = model.decoder.checkpointing = cfg.checkpointing
-    model.requires_grad_(cfg.train == "all")
-    for module in (model.decoder, model.post_quant_conv):
-        module.requires_grad_(True)
+    for name, child in model.named_children():
+        child.requires_grad_(cfg.train == "all" or name in ("decoder", "post_quant_conv"))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     disc = None
     if cfg.disc_weight:
@@ -531,88 +579,47 @@ if __name__ == "__main__":
         disc = common.build(Discriminator, cfg.disc_layers, cfg.disc_norm, cfg.disc_spectral_norm, cfg.disc_channels)
         disc.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
 
-    # optimizers
+    # optimizers, and what else is carried from step to step: the adaptive weight, the use of codes since a restart
     parameters, averaged = list(model.parameters()), list(ema.parameters())  # listed once: walking modules is slow
-    trained = [p for p in parameters if p.requires_grad]
     opt = common.make_optimizer(model, cfg, machine)
-    disc_opt = common.adamw(list(disc.parameters()), cfg, machine) if disc else None
-    # carried from step to step: the adaptive weight, and how often each code was used since the last restart
-    options = dict(device=machine.device, dtype=machine.param_dtype)
-    state = {"adaptive": torch.zeros((), **options)}
-    state["code_counts"] = torch.zeros(cfg.codebook_size if model.quantize else 0, **options)
+    players = [("model", model, "optim", opt)]
+    if disc:
+        plain = cfg.replace(optimizer="adamw", weight_decay=cfg.disc_weight_decay)
+        disc_opt = common.make_optimizer(disc, plain, machine)
+        players.append(("disc", disc, "disc_optim", disc_opt))
+    state = {"adaptive": torch.zeros(()), "code_counts": torch.zeros(cfg.codebook_size if model.quantize else 0)}
+    state = {name: t.to(machine.device, machine.param_dtype) for name, t in state.items()}
 
-    # weights and state of a checkpoint, or weights of a model to start from
-    if resumed:
-        common.check_same_settings(latest, meta["model"], model.settings)
-        model.load_state_dict(part(tensors, "model"))
+    # weights and state of the checkpoint, or weights of the model to start from
+    if meta:
+        free = () if resumed else ("tanh_out", "dropout", "vq_beta", "vq_legacy")
+        if part(tensors, "model").keys() == model.state_dict().keys():  # attention at the same levels
+            free = (*free, "resolution")
+        source = latest if resumed else cfg.init_from
+        for name, network, optim, optimizer in players:
+            if meta[name]:  # a discriminator can be a new one
+                common.check_same_settings(source, meta[name], network.settings, free)
+                network.load_state_dict(part(tensors, name))
+                common.load_optimizer_state(optimizer, network, optim, tensors)
         ema.load_state_dict(part(tensors, "ema"))
-        common.load_optimizer_state(opt, model, "optim", tensors)
         for name, t in part(tensors, "state").items():
             state[name].copy_(t)
-    elif source:
-        free = ["tanh_out", "dropout", "vq_beta", "vq_legacy"]
-        if source.state_dict().keys() == model.state_dict().keys():  # attention at the same levels
-            free.append("resolution")
-        common.check_same_settings(cfg.init_from, source.settings, model.settings, free)
-        for module in (model, ema):
-            module.load_state_dict(source.state_dict())
-    if cfg.train == "all" and step < cfg.max_steps and not cfg.measure_latents:
+    if cfg.train == "all" and step < cfg.max_steps:
         for buffer in (model.latent_mean, model.latent_std, ema.latent_mean, ema.latent_std):
             buffer.fill_(math.nan)  # measured at the end; those of an earlier end do not hold for what follows
-    old_disc = part(tensors, "disc")
-    if disc and old_disc:
-        common.check_same_settings(latest if resumed else cfg.init_from, meta["disc"], disc.settings)
-        disc.load_state_dict(old_disc)
-        common.load_optimizer_state(disc_opt, disc, "disc_optim", tensors)
     # a discriminator that this run does not train stays in its checkpoint
-    resting = {} if disc or not resumed else {name: t for name, t in tensors.items() if name.startswith("disc")}
-    del source, tensors
+    resting = {} if disc else {name: t for name, t in tensors.items() if name.startswith("disc")}
+    del tensors
 
     # log
     tflop = count_tflop(model, cfg)
-    log = common.Log(cfg, machine, step, images_per_step, tflop, latest if resumed else "", meta.get("config"))
+    log = common.Log(cfg, machine, images_per_step, images.fingerprint, meta if resumed else {}, tflop)
     log.print(f"{len(images)} training and {len(validation_images)} validation images; {images}")
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
     if disc:
-        size = f"{sum(p.numel() for p in disc.parameters()):,} parameters{'' if old_disc else ', a new one'}"
+        size = f"{sum(p.numel() for p in disc.parameters()):,} parameters{'' if meta.get('disc') else ', a new one'}"
         first = f"trains from step {max(1, cfg.disc_start - cfg.disc_warmup)}, GAN loss from step {cfg.disc_start}"
         log.print(f"discriminator: {size}, {first}{' (beyond max_steps)' if cfg.disc_start > cfg.max_steps else ''}")
-
-    # saving
-    run = meta["run"] if resumed else time.time_ns()  # tells its snapshots from those of another run
-    header = dict(stage="vae", model=model.settings, config=cfg, git=common.git_revision(), run=run)
-    header |= dict(images_per_step=images_per_step, disc=disc.settings if disc else meta["disc"] if resting else None)
-    header |= dict(data=images.fingerprint)
-    if resumed and meta["data"] != images.fingerprint:
-        log.print("warning: the dataset has changed since the checkpoint; images come in another order")
-
-    def save(path, snapshot=False):
-        """All that resuming needs, or of a snapshot the averages; every rank calls it, rank 0 writes."""
-        tensors = {} if snapshot else common.optimizer_state(opt, model, "optim") | resting
-        if disc and not snapshot:
-            tensors |= common.optimizer_state(disc_opt, disc, "disc_optim")
-            tensors |= with_prefix("disc", disc.state_dict())
-        if not snapshot:
-            tensors |= with_prefix("model", model.state_dict()) | with_prefix("state", state)
-        progress = {"step": step, "images_seen": step * images_per_step, "snapshot": snapshot}
-        if rank == 0:
-            checkpoint.write(path, tensors | with_prefix("ema", ema.state_dict()), header | progress)
-
-    def measure():
-        mean, std = latent_statistics(ema, images, cfg, machine, autocast)
-        for module in (model, ema):
-            module.latent_mean.copy_(mean)
-            module.latent_std.copy_(std)
-        log.print(f"latent mean {[round(m, 4) for m in mean.tolist()]}, std {[round(s, 4) for s in std.tolist()]}")
-
-    if cfg.measure_latents:
-        measure()
-        if rank == 0:  # everything else in the file stays as it is
-            tensors, meta = checkpoint.read(latest)
-            for prefix, module in (("model", model), ("ema", ema)):
-                tensors |= {f"{prefix}.{name}": getattr(module, name) for name in ("latent_mean", "latent_std")}
-            checkpoint.write(latest, tensors, meta)
-        common.leave()
 
     # compile, DDP, loader
     if machine.compile:  # all but the last layer, so that the adaptive weight's gradients do not run all of it again
@@ -632,38 +639,49 @@ if __name__ == "__main__":
         return every > 0 and step % every == 0 and step > start_step
 
     # training loop
-    stop, start_step, started = common.Stop(), step, time.time()
+    stop, start_step = common.Stop(), step
     while True:
         # learning rate; does the discriminator train, and does the autoencoder see it?
         lr_now = common.learning_rate(step, cfg)
         common.set_lr(opt, lr_now)
-        ramp = gan_ramp(step + 1, cfg) if disc else None
-        disc_trains = disc is not None and step + 1 >= cfg.disc_start - cfg.disc_warmup
         if disc:
             common.set_lr(disc_opt, cfg.disc_lr * lr_now / cfg.lr)
+        ramp = gan_ramp(step + 1, cfg) if disc else None
+        disc_trains = disc is not None and step + 1 >= cfg.disc_start - cfg.disc_warmup
 
         # evaluate, save, stop
         last, stopping = step >= cfg.max_steps, stop.agreed()
-        before_gan = disc and step == cfg.disc_start - 1 and step > 0
-        saving = last or stopping or due(cfg.save_every)
+        evaluating, saving = last or due(cfg.eval_every), last or stopping or due(cfg.save_every)
         snapshot = due(cfg.snapshot_every) or (last and cfg.snapshot_every > 0)
-        if saving or snapshot or before_gan or due(cfg.eval_every):
+        before_gan = disc is not None and step == cfg.disc_start - 1 and 0 < step < cfg.max_steps  # to go back to
+        if evaluating or saving or snapshot or before_gan:
             log.check()  # nothing is saved after a step that was not finite
-        if last or due(cfg.eval_every):
-            scores, examples = evaluate(ema, validation, cfg, machine, autocast, lpips)
-            log.evaluation(step, scores)
-            if rank == 0:
-                save_grid(f"{cfg.out_dir}/recon_{step:08d}.png", examples)
-                common.plot_log(cfg.out_dir, PANELS)
-        if last and not (cfg.train == "decoder" and ema.has_latent_statistics):
-            measure()
-        if snapshot:
-            save(f"{cfg.out_dir}/ema_{step:08d}.safetensors", snapshot=True)
-        if saving:
-            save(latest)
-        if before_gan:
-            save(f"{cfg.out_dir}/before_gan.safetensors")  # to go back to
-        if saving or snapshot or before_gan or due(cfg.eval_every):
+            if evaluating:
+                scores, examples = evaluate(ema, validation, cfg, machine, autocast, lpips)
+                log.evaluation(step, scores)
+                if rank == 0:
+                    save_grid(f"{cfg.out_dir}/recon_{step:08d}.png", examples)
+                    common.plot_log(cfg.out_dir, PANELS)
+            if last and (cfg.train == "all" or not ema.has_latent_statistics):
+                mean, std = latent_statistics(ema, images, cfg, machine, autocast)
+                for module in (model, ema):
+                    module.latent_mean.copy_(mean)
+                    module.latent_std.copy_(std)
+                log.print(as_text(mean, std))
+            header = log.header(
+                step, stage="vae", model=model.settings, disc=disc.settings if disc else meta.get("disc")
+            )
+            averages = with_prefix("ema", ema.state_dict())
+            if snapshot and rank == 0:
+                checkpoint.write(f"{cfg.out_dir}/ema_{step:08d}.safetensors", averages, header)
+            if saving or before_gan:
+                tensors = averages | resting | with_prefix("state", state)
+                for name, network, optim, optimizer in players:  # all ranks take part
+                    tensors |= with_prefix(name, network.state_dict())
+                    tensors |= common.optimizer_state(optimizer, network, optim)
+                for path in [latest] * saving + [f"{cfg.out_dir}/before_gan.safetensors"] * before_gan:
+                    if rank == 0:
+                        checkpoint.write(path, tensors, header)
             log.restart_clock()  # this was not training time
         if last or stopping:
             break
@@ -677,17 +695,16 @@ if __name__ == "__main__":
         adaptive = state["adaptive"] if cfg.adaptive_weight else torch.ones_like(state["adaptive"])
         gan_weight = None if ramp is None else ramp * cfg.disc_weight * adaptive
         measured = gan_weight is not None and cfg.adaptive_weight
-        opponent = disc if disc_trains else None
         gradients = torch.zeros(2, *last_layer.shape, device=machine.device, dtype=machine.param_dtype)  # nll, GAN
-        totals, keys, posteriors = {}, [], []
+        totals, posteriors = {}, []
         for micro in range(micro_steps):
             batch = next(batches)
-            keys += batch["key"]
-            log.skipped(batch["bad"])
+            log.saw(batch)
             options = dict(non_blocking=True, memory_format=torch.channels_last)
             batch["image"] = batch["image"].to(machine.device, machine.param_dtype, **options)
             net.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
             with autocast:
+                opponent = disc if disc_trains else None
                 terms, posterior = train_step(net, batch, noise[micro], cfg, lpips, opponent, gan_weight, transform)
             if measured:
                 for k, name in enumerate(("nll", "gan")):
@@ -697,15 +714,15 @@ if __name__ == "__main__":
                 (terms["disc_loss"] / micro_steps).backward()
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0.0) + term.detach() / micro_steps
-            posteriors.append((posterior.indices, posterior.mean.detach()) if model.quantize else ())
+            posteriors.append(posterior)
 
         # optimizer steps, EMA: nothing carried to the next step changes where ok is false
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
+        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
         if disc_trains:
             if world > 1:
                 common.average_gradients(disc)
             totals["disc_grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in disc.parameters()])
-        ok = common.all_finite(grad_norm, *totals.values())  # one for both optimizers, the same on all ranks
+        ok = common.all_finite(*totals.values())  # one for both optimizers, the same on all ranks
         for one in (opt, disc_opt) if disc_trains else (opt,):
             common.inner(one).found_inf = (~ok).float()
             one.step()
@@ -722,17 +739,13 @@ if __name__ == "__main__":
                 dist.all_reduce(gradients)
             state["adaptive"].copy_(torch.where(ok, adaptive_ratio(gradients / world, cfg), state["adaptive"]))
         if model.quantize:
-            indices, latents = zip(*posteriors)
-            counts = count_codes(indices, cfg.codebook_size, machine.param_dtype)
+            counts = count_codes([p.indices for p in posteriors], cfg.codebook_size, machine.param_dtype)
             totals["codes_used"], totals["perplexity"] = code_use(counts)
             state["code_counts"] += torch.where(ok, counts, 0.0)
             if cfg.train == "all" and due(cfg.restart_every):
-                unused = (state["code_counts"] == 0) & ok
-                restart_codes(model, ema, opt, unused, restart_candidates(latents, step - 1, cfg, machine))
+                candidates = restart_candidates([p.mean.detach() for p in posteriors], step - 1, cfg, machine)
+                restart_codes(model, ema, opt, (state["code_counts"] == 0) & ok, candidates)
                 state["code_counts"].mul_(~ok)
+        log.step(step, totals, ok, lr_now)
 
-        # log
-        log.step(step, totals, grad_norm, ok, lr_now, keys)
-
-    log.print(f"{'finished' if last else 'stopped'} at step {step} after {time.time() - started:.0f} s: {latest}")
-    common.leave(0 if last else 128 + stop.signal)
+    log.end(step, stop)

@@ -619,6 +619,15 @@ class Dataset:
         self.remote.prefetch(names[at:] + names[:at])
 
 
+def train_and_validation(path, *options):
+    """The training and validation images at a path; the same where there are too few to set any aside."""
+    train = Dataset(path, "train", *options)
+    try:
+        return train, Dataset(path, "val", *options)
+    except ValueError:
+        return train, train
+
+
 # --- the endless sequence and its micro-batches ---
 
 

@@ -78,11 +78,13 @@ def test_muon():
 def run_steps(log, losses, start=1):
     for step, loss in enumerate(losses, start):
         loss = torch.tensor(loss)
-        log.step(step, {"loss": loss}, 2 * loss, loss.isfinite(), lr=0.5, keys=[f"image {step}"])
+        log.saw({"key": [f"image {step}"]})
+        by_t = torch.stack([loss * torch.tensor([2.0, 0, 3]), torch.tensor([1.0, 0, 1])])  # sums and counts
+        log.step(step, {"loss": loss, "by_t": by_t, "grad_norm": 2 * loss}, loss.isfinite(), lr=0.5)
 
 
 def test_log_writes_means_since_the_last_line(tmp_path, capsys):
-    log = common.Log(config(out_dir=str(tmp_path)), CPU, 0, 8)
+    log = common.Log(config(out_dir=str(tmp_path)), CPU, 8, "data", {})
     run_steps(log, [1.0, 2.0, 3.0, 6.0, 5.0])
     log.evaluation(4, {"val_loss": 0.25, "val_loss_by_t": [1.0, None]})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -91,7 +93,7 @@ def test_log_writes_means_since_the_last_line(tmp_path, capsys):
         (4, 32, 4.5, 9.0),
         (4, 32, None, None),
     ]
-    assert lines[0]["lr"] == 0.5 and lines[0]["images_per_s"] > 0
+    assert lines[0]["lr"] == 0.5 and lines[0]["images_per_s"] > 0 and lines[0]["by_t"] == [3.0, None, 4.5]
     printed = capsys.readouterr().out
     assert "a new run in" in printed and "step 4, 32 images: loss 4.5, grad_norm 9, lr 5.00e-01" in printed
     assert "evaluation at step 4: loss 0.2500, loss_by_t 1.0000 -" in printed
@@ -99,24 +101,28 @@ def test_log_writes_means_since_the_last_line(tmp_path, capsys):
     assert about["config"]["out_dir"] == str(tmp_path) and about["changed"].items() <= about["config"].items()
 
 
-def test_a_resumed_log_counts_the_last_record_of_a_step(tmp_path):
+def test_a_resumed_log_counts_the_last_record_of_a_step(tmp_path, capsys):
     cfg = config(out_dir=str(tmp_path))
-    run_steps(common.Log(cfg, CPU, 0, 8), [1.0, 1.0, 1.0, 1.0])
+    run_steps(common.Log(cfg, CPU, 8, "data", {}), [1.0, 1.0, 1.0, 1.0])
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # killed
     assert [r["loss"] for r in common.read_log(tmp_path)] == [1.0, 1.0]
-    run_steps(common.Log(cfg, CPU, 2, 8, resume_from="latest"), [3.0, 3.0, 3.0, 3.0], start=3)
+    log = common.Log(cfg, CPU, 8, "data", dict(step=2, config={"lr": 2.0}, data="other"))
+    run_steps(log, [3.0, 3.0, 3.0, 3.0], start=3)
     assert [(r["step"], r["loss"]) for r in common.read_log(tmp_path)] == [(2, 1.0), (4, 3.0), (6, 3.0)]
-    common.Log(cfg, CPU, 0, 8)
+    printed = capsys.readouterr().out
+    assert "settings changed since: lr=1.0 was 2.0" in printed and "warning: the dataset has changed" in printed
+    common.Log(cfg, CPU, 8, "data", {})
     assert common.read_log(tmp_path) == [], "a new run begins a new log"
 
 
 def test_a_step_that_is_not_finite_ends_the_run(tmp_path, capsys):
-    log = common.Log(config(out_dir=str(tmp_path), log_every=10), CPU, 0, 8)
+    log = common.Log(config(out_dir=str(tmp_path), log_every=10), CPU, 8, "data", {})
     run_steps(log, [1.0, math.nan, math.inf])
     with pytest.raises(UserError) as caught:
         log.check()
-    assert "loss, grad_norm not finite at step 2; the weights were not updated; no checkpoint yet" in str(caught.value)
+    expected = "loss, by_t, grad_norm not finite at step 2; the weights were not updated; no checkpoint yet"
+    assert expected in str(caught.value)
     assert str(caught.value).endswith("images of the step: image 2")
     (tmp_path / "latest.safetensors").touch()
     with pytest.raises(UserError, match=f"last checkpoint: {tmp_path}/latest.safetensors; try a lower lr"):
@@ -125,7 +131,7 @@ def test_a_step_that_is_not_finite_ends_the_run(tmp_path, capsys):
 
 
 def test_plot(tmp_path):
-    log = common.Log(config(out_dir=str(tmp_path)), CPU, 0, 8)
+    log = common.Log(config(out_dir=str(tmp_path)), CPU, 8, "data", {})
     run_steps(log, [1.0, 2.0, 3.0, 4.0])
     for step in (2, 4):
         log.evaluation(step, {"val_loss": 1.0, "val_by_t": [1.0, None, 3.0]})

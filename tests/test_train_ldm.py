@@ -664,8 +664,8 @@ MISFITS = {
     "--task=sr --sr_scale=3": "3",
     "--image_size=18": "latents of side 9, which must be a multiple of 2",
     "--num_heads=2": "num_heads=2, head_dim=8",
-    "--cond=class --dataset=.": "has no labels; set --cond=none or --cond=text",
-    "--dataset=.": "its validation images have no captions; set --cond=none or --cond=class",
+    "--cond=class --dataset=.": "its training images have no labels; set another --cond, such as none",
+    "--dataset=.": "its training images have no captions; set another --cond, such as none",
     "--attention=sdpa_cudnn": "attention=sdpa_cudnn: no kernels for cpu",
 }
 

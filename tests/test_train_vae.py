@@ -627,7 +627,8 @@ UNFIT = {
     "--image_size=8": "image_size=8 is below 11",
     "--train=decoder": "needs a trained autoencoder; set init_from",
     "--adaptive_min=2": "adaptive_min must be <= adaptive_max",
-    "--ckpt=out --eval_split=val": "--ckpt --eval_split is only used with --eval_only=True",
+    "--eval_split=val": "--eval_split is only used with --eval_only",
+    "--ckpt=out --overwrite": "--ckpt --overwrite needs --eval_only or --measure_latents",
 }
 WRONG = {
     "--disc_loss=wgan": "--disc_loss=wgan must be one of hinge | vanilla | least_squares",
@@ -635,7 +636,7 @@ WRONG = {
     "--dataset=nowhere": "nowhere",
     "--image_size=17": "image_size=17 is not a multiple of 2",
     "--norm_groups=3": "norm_groups=3: must divide ch * ch_mult",
-    "--measure_latents": "no such checkpoint, which --measure_latents needs",
+    "--measure_latents": "out: no such checkpoint",
     "--image_size=32 --perceptual_weight=1 --lpips_trunk=none.pth": "none.pth: does not load",
 }
 
