@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 import os
 import shutil
 import threading
@@ -94,24 +93,14 @@ def test_it_belongs_to_encoder_and_data(stream, vae, tmp_path):
 
 def photos(form, edited):
     """Files of 100 images in a form; edited: number 37 has other pixels, or only another orientation (EXIF)."""
-    pixels = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), np.uint8)
-    pixels[37] = 255 - pixels[37] if edited and form in ("bmp", "npy") else pixels[37]
-    if form == "npy":
-        return {"images.npy": pixels}
-    if form == "bmp":
-        return {f"{i:02d}.bmp": encoded(pixels[i], "BMP") for i in range(100)}
-    tag = Image.Exif()
-    tag[0x0112] = 1
-    files = {f"{i:02d}.jpg": encoded(pixels[i], "JPEG", exif=tag) for i in range(100)}
-    tag[0x0112] = 3 if edited else 1
-    files["37.jpg"] = encoded(pixels[37], "JPEG", exif=tag)
-    if form == "parquet":  # uncompressed, so that the size stays
-        pa, table = pytest.importorskip("pyarrow"), io.BytesIO()
-        pytest.importorskip("pyarrow.parquet").write_table(
-            pa.table({"image": list(files.values())}), table, compression="none"
-        )
-        return {"0.parquet": table.getvalue()}
-    return files if form == "jpg" else {"0.tar": files}
+    pixels, exif = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), np.uint8), Image.Exif()
+    if edited and form != "jpg":
+        pixels[37] = 255 - pixels[37]
+    exif[0x0112] = 3 if edited else 1
+    files = {f"{i:02d}.bmp": encoded(pixel, "BMP") for i, pixel in enumerate(pixels)}
+    turned = {"a.jpg": encoded(pixels[0], "JPEG"), "b.jpg": encoded(pixels[37], "JPEG", exif=exif)}
+    shards = {"npy": pixels, "tar": files, "parquet": {"image": list(files.values())}}
+    return files | turned if form == "jpg" else files if form == "bmp" else {f"images.{form}": shards[form]}
 
 
 @pytest.mark.parametrize("keeps_time", (False, True))

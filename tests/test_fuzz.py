@@ -3,19 +3,20 @@
 LDM_FUZZ_SECONDS=60 python -m pytest tests/test_fuzz.py      # a minute for each kind of file
 """
 
+import base64
 import gzip
 import io
+import json
 import os
 import pickle
 import signal
 import sys
-import tarfile
 import time
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from test_data import encoded, pixels, png, put
 
 import checkpoint
 import convert
@@ -55,55 +56,16 @@ class Code:
         return os.system, ("touch /tmp/hacked",)
 
 
-def image_bytes(kind="PNG", size=(9, 7)):
-    file = io.BytesIO()
-    Image.fromarray(np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(size[1], size[0], 3)).save(file, kind)
-    return file.getvalue()
-
-
-def tar_bytes():
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in (
-            ("a.jpg", image_bytes("JPEG")),
-            ("a.txt", b"a red star"),
-            ("a.json", b'{"label": 1, "objects": {"bbox": [[0, 0, 2, 2]], "categories": ["x"]}}'),
-            ("b.png", image_bytes()),
-            ("b.cls", b"3"),
-            ("../c.png", image_bytes()),
-        ):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return file.getvalue()
-
-
-def parquet_bytes():
-    import pyarrow.parquet
-
-    file = io.BytesIO()
-    table = {"image": [{"bytes": image_bytes(), "path": "a"}] * 3, "text": ["a", "b", None], "label": [0, 1, 2]}
-    pyarrow.parquet.write_table(pyarrow.table(table), file)
-    return file.getvalue()
-
-
-def npy_bytes(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
 def torch_bytes(content):
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
 
 
-def checkpoint_bytes(tmp_path):
+def tiny_checkpoint(path):
     vae = VAE(ch=4, ch_mult=(1, 2), num_res_blocks=1, norm_groups=2, mid_attention=False)
     meta = {"stage": "vae", "model": vae.settings, "config": {}, "step": 1, "run": 1}
-    checkpoint.write(f"{tmp_path}/seed.safetensors", checkpoint.with_prefix("ema", vae.state_dict()), meta)
-    return (tmp_path / "seed.safetensors").read_bytes()
+    checkpoint.write(str(path), checkpoint.with_prefix("ema", vae.state_dict()), meta)
 
 
 def read_dataset(path):
@@ -124,32 +86,27 @@ def read_foreign(path):
             assert "\n" not in str(error)
 
 
+JPEG, RECORD = encoded(pixels(0), "JPEG"), {"label": 1, "objects": {"bbox": [[0, 0, 2, 2]], "categories": ["x"]}}
+TAR = [("a.jpg", JPEG), ("a.txt", b"a red star"), ("a.json", json.dumps(RECORD).encode())]
+TAR += [("b.png", png()), ("b.cls", b"3"), ("../c.png", png())]
+TABLE = {"image": [{"bytes": png(), "path": "a"}] * 3, "text": ["a", "b", None], "label": [0, 1, 2]}
 MERGES = gzip.compress(b"#version: 0.2\na b\nab c\n")
 SETTINGS = {"lr": Setting(1.0, "> 0: rate"), "name": Setting("a"), "sizes": Setting((1, 2))}
-KINDS = {  # file name: (content, reader)
-    "latest.safetensors": (checkpoint_bytes, VAE.from_pretrained),
-    "model.ckpt": (lambda _: torch_bytes({"state_dict": {"a.weight": torch.ones(2)}, "epoch": 3}), read_foreign),
-    "code.pkl": (lambda _: pickle.dumps(Code()), read_foreign),
-    "heads.pth": (
-        lambda _: torch_bytes({"lin0.model.1.weight": torch.ones(1, 64, 1, 1)}),
-        lambda p: load_heads("vgg", p),
-    ),
-    "a.tar": (lambda _: tar_bytes(), read_dataset),
-    "a.parquet": (lambda _: parquet_bytes(), read_dataset),
-    "images.npy": (lambda _: npy_bytes(np.zeros((3, 4, 4, 3), np.uint8)), read_dataset),
-    "a.jpg": (lambda _: image_bytes("JPEG"), read_dataset),
-    "metadata.jsonl": (lambda _: b'{"file_name": "x.png", "text": ["a", "b"], "label": 1}\n', read_dataset),
-    "classes.json": (lambda _: b'{"0": "cat", "1": "dog"}', read_dataset),
-    "bpe.tiktoken": (lambda _: make_tokenizer_bytes(), make_tokenizer),
-    "merges.txt.gz": (lambda _: MERGES, lambda path: convert.read_merges(path)),
-    "config.py": (lambda _: b"lr = 2\nname = 'b'\nsizes = (1, 2, 3)\n", lambda path: parse([path], SETTINGS)),
+KINDS = {  # file name: (content, as test_data.put takes it, or a function that writes the file; reader)
+    "latest.safetensors": (tiny_checkpoint, VAE.from_pretrained),
+    "model.ckpt": (torch_bytes({"state_dict": {"a.weight": torch.ones(2)}, "epoch": 3}), read_foreign),
+    "code.pkl": (pickle.dumps(Code()), read_foreign),
+    "heads.pth": (torch_bytes({"lin0.model.1.weight": torch.ones(1, 64, 1, 1)}), lambda path: load_heads("vgg", path)),
+    "a.tar": (TAR, read_dataset),
+    "a.parquet": (TABLE, read_dataset),
+    "images.npy": (np.zeros((3, 4, 4, 3), np.uint8), read_dataset),
+    "a.jpg": (JPEG, read_dataset),
+    "metadata.jsonl": (b'{"file_name": "x.png", "text": ["a", "b"], "label": 1}\n', read_dataset),
+    "classes.json": ({"0": "cat", "1": "dog"}, read_dataset),
+    "bpe.tiktoken": (b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)), make_tokenizer),
+    "merges.txt.gz": (MERGES, convert.read_merges),
+    "config.py": (b"lr = 2\nname = 'b'\nsizes = (1, 2, 3)\n", lambda path: parse([path], SETTINGS)),
 }
-
-
-def make_tokenizer_bytes():
-    from text import TextEncoder
-
-    return TextEncoder(8, 1, 1, 4).bpe() or b"YQ== 0\n"
 
 
 def mutate(data, rng):
@@ -174,11 +131,13 @@ def mutate(data, rng):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_file_is_one_line(name, tmp_path):
-    make, reader = KINDS[name]
-    good, rng, tried = make(tmp_path), np.random.default_rng(0), 0
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "x.png").write_bytes(image_bytes())
+    (content, reader), folder = KINDS[name], tmp_path / "in"
+    put(folder, {"x.png": png()})
+    if callable(content):
+        content(folder / name)
+    else:
+        put(folder, {name: content})
+    good, rng, tried = (folder / name).read_bytes(), np.random.default_rng(0), 0
     end = time.monotonic() + SECONDS
     before = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(Forbidden("more than 20 s")))
     try:

@@ -17,7 +17,7 @@ import shutil
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from checkpoint import reject, write_whole
+from checkpoint import reject, replacing
 from data.laion400m.prepare import from_urls
 from data.prepare import check_source, run
 
@@ -44,13 +44,10 @@ def add_header(path, target):
         if len(first) != 2 or sum(is_url) != 1:
             reject(path, "does not begin with a caption, a tab and a URL", "download it again")
         f.seek(0)
-
-        def write(file):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with replacing(target) as temporary, open(temporary, "wb") as file:
             file.write(b"\t".join(b"url" if yes else b"caption" for yes in is_url) + b"\n")
             shutil.copyfileobj(f, file)
-
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        write_whole(target, write)
     return target
 
 
