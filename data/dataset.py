@@ -5,7 +5,8 @@
         npy      images.npy (N, H, W, C) uint8; optional labels.npy, captions.jsonl, meta.json {"classes": [...]}
         tar      shards of KEY.jpg (png, ...) with KEY.txt, KEY.cls or KEY.json, as img2dataset and webdataset write
         parquet  shards with image {bytes, path} or bytes, label, text or caption, as the Hugging Face hub has them
-        folder   image files; sub-folders are classes; optional metadata.jsonl {file_name, text, label}
+        folder   image files; sub-folders are classes; captions in KEY.txt, KEY.caption or KEY.json beside KEY.jpg, or
+                 in metadata.jsonl, .csv or .parquet {file_name, text, label}
               and, beside any of them, classes.json: a list of names, or {index: name}.
         Semantic maps (a pixel is its class, 255 unknown) are KEY.map.png beside KEY.jpg, maps.npy (N, H, W), or a
         parquet column map; map_classes.json names the classes. Objects are a field or column
@@ -48,11 +49,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from checkpoint import UserError, reject
 from data import forms
-from data.forms import CAPTIONS, HELD_OUT, IMAGES, MAPS, NAMES, OBJECTS, PIXELS, SPLITS, TALLIES, captions_of, field
+from data.forms import HELD_OUT, IMAGES, NAMES, OWN, SPLITS, TALLIES
 from data.shards import Indexes, Remote, StoredIndexes, digest
 
-# part of an item: names that its parquet column can have
-PARQUET_COLUMNS = dict(image=PIXELS, text=CAPTIONS, record=OBJECTS, map=MAPS)
 VISIBLE = 0.2  # share of a box's area that must be inside the crop, else the object is left out
 GROUP_BYTES = 256 * 2**20  # parquet row groups kept per worker
 WINDOW = 32  # shards that are shuffled together, where there are more
@@ -132,15 +131,22 @@ def permute(index, n, seed):
 
 
 def to_rgb(image):
-    """Any PIL image as 8-bit RGB: first frame, upright (EXIF), transparency on white, 16-bit gray scaled to 8."""
+    """Any PIL image as 8-bit RGB: first frame, upright (EXIF), transparency on white, 16-bit gray scaled to 8, floats
+    in [0, 1] to 0..255. Raises UserError for other floats and 32-bit integers, whose scale is unknown.
+    """
     image.load()  # bad pixels are an error ...
+    is_16_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")  # mode I: PGM, and PNG in older Pillow
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # ... bad EXIF is not
         pass
-    if image.mode.startswith("I"):  # I;16, I;16B, I (16-bit PNG in older Pillow); PIL's own convert clips them at 255
-        gray = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode[0] in "IF":  # PIL's own convert clips them at 255
+        gray = np.asarray(image).astype(np.float64)
+        top = 65535 if is_16_bit else 1
+        if image.mode == "I" and not is_16_bit or not (0 <= gray.min() and gray.max() <= top):
+            what = "32-bit integers" if image.mode == "I" else "floats"
+            raise UserError(f"{what} of {gray.min():g} to {gray.max():g}: save 8 or 16 bits, or floats in [0, 1]")
+        return Image.fromarray((gray * (255 / top)).round().astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -166,12 +172,13 @@ def to_tensor(image):
 
 
 class Item(NamedTuple):
-    """Location of an item: its key, its label, the header of its shard, and {part: (file, offset, size)}."""
+    """Location of an item."""
 
     key: str
     label: int  # class number, -1 for none
-    header: dict  # see data.forms.Index
-    where: dict
+    header: dict  # of its shard, see data.forms.Index
+    where: dict  # of image and map: (file, offset, size)
+    record: dict  # {"text": captions, "objects": [[name, box], ...]}, those that it has
 
 
 class Dataset:
@@ -198,15 +205,15 @@ class Dataset:
         else:
             remedy = "pass --dataset=DIR, a folder of images or shards, or images.npy"
             reject(f"dataset {self.path}", "does not exist", remedy)
-        self.format, self._indexes = self._index(paths, cache_dir)
+        self.format, self._indexes, self._left = self._index(paths, cache_dir)
         self.headers = self._indexes.headers
-        self._ignored = self._ignored_files(paths) if self.format != "folder" else []
         if not any(header["n"] for header in self.headers):
-            looked = f"looked for images.npy, *.tar, *.parquet and {' '.join(IMAGES)}, in sub-folders too"
+            looked = "looked for images.npy, *.tar, *.parquet and image files that Pillow reads, in sub-folders too"
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
             if os.path.exists(f"{self.root}/prepare.py"):  # such as data/openimages, before it is run
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
-            reject(f"dataset {self.path}", f"({self.format}) holds no images", looked)
+            found = f", left out: {', '.join(left)}" if (left := self._left_out()) else ""
+            reject(f"dataset {self.path}", f"({self.format}) holds no images{found}", looked)
         self._part, counts = self._choose_split(split)
         self.counts = self._count(split)
         self.shards = list(counts)
@@ -218,7 +225,7 @@ class Dataset:
         self._name_classes()
         self._opened = OrderedDict()  # shard of this split -> its index, last used last
         self._last = None, None  # number of the item that was read last, and its Item
-        self._groups = OrderedDict()  # parquet: (file, row group, column names) -> column, last used last
+        self._groups = OrderedDict()  # parquet: (file, row group, name) -> column, last used last
 
     def __getstate__(self):  # a worker opens its own files
         return self.__dict__ | dict(_opened=OrderedDict(), _groups=OrderedDict())
@@ -236,7 +243,11 @@ class Dataset:
         sizes = {split: sum(self._choose_split(split)[1].values()) for split in ("train", *(held_out or ["val"]))}
         where = f"images in {shards} shards" if self.format in ("tar", "parquet") else "images"
         parts = [f"{self.format}, {total} {where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"]
-        if self.num_classes:
+        distinct = sum(header["distinct"] for header in self.headers)  # at most
+        if not self.classes and forms.is_far_apart(self.num_classes - 1, distinct):
+            labels = self._occurring(range(shards))
+            parts.append(f"labels up to {labels[-1]}, of which {len(labels)} occur")
+        elif self.num_classes:
             names = ", ".join(self.classes[:5] + ["..."] * (len(self.classes) > 5))
             parts.append(f"{self.num_classes} classes" + (f" ({names})" if names else ""))
         of_all, of_train = self._count("all"), self._count("train")
@@ -244,43 +255,56 @@ class Dataset:
             if of_all[name] or name in ("labels", "captions"):
                 part = f" (train {of_train[name]} of {of_train['images']})" if 0 < of_all[name] < total else ""
                 parts.append(f"{name} on {of_all[name]} of {total}{part}")
-        left = {}  # reason -> (count, example)
-        if self._ignored:
-            left["of another format"] = len(self._ignored), self._ignored[0]
+        repeated = sum(header["repeated"] for header in self.headers)
+        parts += [f"{repeated} keys repeated (files side by side are an item)"] if repeated else []
+        left = self._left_out()
         if sum(sizes.values()) < total:
-            left["in no split"] = total - sum(sizes.values()), "beside train/"
+            left.append(f"{total - sum(sizes.values())} in no split (beside train/)")
+        return f"{self.path}: {', '.join(parts)}" + (f"; left out: {', '.join(left)}" if left else "")
+
+    def _left_out(self):
+        """What lies at the path and is not read: a phrase for each reason, with a count and an example."""
+        left = dict(self._left)
         for header in self.headers:
             for reason, (count, example) in header["left"].items():
-                before, first = left.get(reason, (0, example))
-                left[reason] = before + count, first
-        parts += [f"left out: {count} {reason} ({example})" for reason, (count, example) in left.items()]
-        return f"{self.path}: {', '.join(parts)}"
+                forms.leave_out(left, reason, example, count)
+        return [f"{count} {reason} ({example})" for reason, (count, example) in left.items()]
 
     # finding files, choosing a split
 
     def _index(self, paths, cache_dir):
-        """(form, indexes) of what is at these paths."""
+        """(format, indexes, what is left out): images.npy, or the shards of more bytes, tar or parquet, but image files
+        where there are more of these.
+        """
         npy = [path for path in paths if path in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
-        tars = [path for path in paths if path.endswith(".tar")]
-        shards = tars or [path for path in paths if path.endswith(".parquet")]
-        if shards and (self.remote or not npy):
-            form, index = ("tar", forms.index_tar) if tars else ("parquet", forms.index_parquet)
-            with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
-                stamps = list(pool.map(self.remote.stamps.get if self.remote else self._stat, shards))
-            origin = self.path if self.remote else os.path.realpath(self.path)
-            folder, index = f"{cache_dir}/index-{digest('v5', form, origin)}", functools.partial(index, self._open_file)
-            return form, StoredIndexes(folder, list(zip(shards, stamps)), index)
+        images = [] if self.remote else [path for path in paths if path.lower().endswith(IMAGES)]
+        shards = [path for path in paths if os.path.basename(path).lower() not in forms.METADATA]
+        by_form = {form: [path for path in shards if path.lower().endswith(f".{form}")] for form in ("tar", "parquet")}
+        with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
+            stamp = self.remote.stamps.get if self.remote else self._stat
+            stamps = {form: list(pool.map(stamp, shards)) for form, shards in by_form.items()}
+        form = max(stamps, key=lambda form: (sum(size or 0 for size, *_ in stamps[form]), len(stamps[form])))
+        shards, left = by_form[form], {}
         if npy and not self.remote:
-            return "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
-        return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths))
-
-    def _ignored_files(self, paths):
-        """Files with images that are ignored, as the data set has another format."""
-        read = {name for header in self.headers for name in header["files"]}
-        read |= {os.path.splitext(name)[0] + ".parquet" for name in read}  # img2dataset writes one beside each tar
-        endings = (*IMAGES, ".tar", ".parquet", ".npy")
-        read.add("sheet.png")  # a preview that data/shapes/prepare.py writes
-        return [path for path in paths if path.lower().endswith(endings) and path not in read]
+            form, indexes = "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
+        elif shards:
+            origin = self.path if self.remote else os.path.realpath(self.path)
+            index = functools.partial(getattr(forms, f"index_{form}"), self._open_file)
+            folder = f"{cache_dir}/index-{digest('v7', form, origin)}"
+            indexes = StoredIndexes(folder, list(zip(shards, stamps[form])), index)
+            n = sum(header["n"] for header in indexes.headers)
+            if n < len(images):
+                why = "with fewer images than there are outside" if n else "without images"
+                forms.leave_out(left, f".{form} files {why}", shards[0], len(shards))
+                paths, shards = sorted(set(paths) - set(shards)), []
+        if not shards and form != "npy":
+            return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths)), left
+        read = {name for header in indexes.headers for name in header["files"]}
+        for path in paths:  # img2dataset writes KEY.parquet and KEY_stats.json beside KEY.tar
+            of_shard = {path.removesuffix("_stats.json") + ".tar", os.path.splitext(path)[0] + ".tar"}
+            if path not in read and not of_shard & read and os.path.basename(path) not in OWN:
+                forms.leave_out_file(left, path)
+        return form, indexes, left
 
     def _choose_split(self, split):
         """(part, {shard: number of its items}) of a split.
@@ -296,7 +320,7 @@ class Dataset:
             return "all", sizes
         held = {s: self.headers[s]["held"] for s in sizes}
         if not any(held.values()):  # few items: the one with the smallest crc32 is held out
-            held[min(sizes, key=lambda s: self.headers[s]["least"][0])] = 1
+            held[min(sizes, key=lambda s: self.headers[s]["least"])] = 1
         counts = {s: held[s] if split == "val" else sizes[s] - held[s] for s in sizes}
         return split, {s: count for s, count in counts.items() if count}
 
@@ -306,11 +330,9 @@ class Dataset:
         counts = dict(images=sum(sizes.values())) | dict.fromkeys(TALLIES, 0)
         for s, size in sizes.items():
             header = self.headers[s]
-            is_usual = header["held"] == (size if part == "val" else header["n"] - size)
             for name in TALLIES:
-                total, of_held, of_least = header[name]
-                held = of_held if is_usual else of_least
-                counts[name] += {"all": total, "train": total - held, "val": held}[part]
+                total, held = header[name]
+                counts[name] += held if part == "val" else total - held if size < header["n"] else total
         return counts
 
     def _open_shard(self, k):
@@ -318,12 +340,10 @@ class Dataset:
         if k not in self._opened:
             header, arrays = self.headers[self.shards[k]], self._indexes.load(self.shards[k])
             rows, count = np.arange(header["n"]), self.bounds[k + 1] - self.bounds[k]
-            if self._part != "all":
-                n_held = count if self._part == "val" else header["n"] - count
-                held = (
-                    arrays["held"] if n_held == header["held"] else header["least"][1:]
-                )  # few items, see _choose_split
-                rows = rows[held] if self._part == "val" else np.delete(rows, held)
+            if self._part == "val":
+                rows = rows[arrays["held"]]
+            elif count < header["n"]:  # some are held out
+                rows = np.delete(rows, arrays["held"])
             self._opened[k] = arrays, rows, self._to_classes(header, arrays["rows"]["label"][rows].astype(np.int64))
             while len(self._opened) > 2 * WINDOW:
                 self._opened.popitem(last=False)
@@ -342,9 +362,10 @@ class Dataset:
         row = rows[at]
         first = arrays["ends"][row - 1] if row else 0
         key = header["prefix"] + os.fsdecode(arrays["keys"][first : arrays["ends"][row]].tobytes())
-        v = arrays["rows"][row].item()  # in the order of COLUMNS
-        where = dict(image=v[1:4], text=v[4:7], record=v[7:10], map=v[10:13])
-        self._last = i, Item(key, int(labels[at]), header, where)
+        _, *image_and_map, begin, size = arrays["rows"][row].item()  # in the order of COLUMNS
+        where = dict(image=image_and_map[:3], map=image_and_map[3:])
+        record = json.loads(arrays["records"][begin : begin + size].tobytes() or "{}")
+        self._last = i, Item(key, int(labels[at]), header, where, record)
         return self._last[1]
 
     @functools.cached_property
@@ -382,9 +403,9 @@ class Dataset:
         names = next((header["names"] for header in headers if header["names"]), [])
         is_named = any(header["named"] for header in headers)
         if is_named:  # where some shards have words for labels, all labels are words
-            labels = [self._indexes.load(s)["rows"]["label"] for s, header in enumerate(headers) if not header["named"]]
-            numbers = {str(label) for found in labels for label in np.unique(found).tolist() if label >= 0}
-            names = sorted(numbers.union(*(header["names"] for header in headers if header["named"])))
+            numbers = self._occurring(s for s, header in enumerate(headers) if not header["named"])
+            words = (name for header in headers if header["named"] for name in header["names"])
+            names = forms.by_value({*words, *map(str, numbers)})
             highest = len(names) - 1
         self.classes = self._listed_names("classes.json", "meta.json") or names
         order = list(range(len(names)))  # order[i]: the class of names[i]
@@ -402,6 +423,11 @@ class Dataset:
         self.num_classes = max(len(self.classes), highest + 1) if highest >= 0 else 0
         labels = names if is_named else map(str, range(len(names)))
         self._class_of = dict(zip(labels, order)) if is_named or is_renumbered else None
+
+    def _occurring(self, shards):
+        """The labels in the indexes of these shards, sorted."""
+        found = (np.unique(self._indexes.load(s)["rows"]["label"]) for s in shards if self.headers[s]["labels"][0])
+        return sorted({label for labels in found for label in labels.tolist() if label >= 0})
 
     def _to_classes(self, header, labels):
         """Labels of a shard's index, an array with -1 for none, as classes."""
@@ -425,11 +451,7 @@ class Dataset:
     def meta(self, i):
         """dict(label, text, key) of item i, without its pixels."""
         item = self._item(i)
-        with as_bad_image(item.key, "its caption does not read ({})"):
-            text = self._read(item, "text")
-            if self.format != "parquet":
-                text = text.decode("utf-8", "replace").strip() if text else self._record(item)
-        return dict(label=item.label, text=captions_of(text), key=item.key)
+        return dict(label=item.label, text=item.record.get("text", []), key=item.key)
 
     def encoded(self, i):
         """The stored file of image i, as bytes; of npy its pixels."""
@@ -449,7 +471,9 @@ class Dataset:
             return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
         if not data and part == "image":
             raise ValueError("it has 0 bytes")
-        return Image.open(io.BytesIO(data)) if data else None
+        if data and data.startswith(forms.POINTER):
+            raise ValueError("a git-lfs pointer: fetch the file itself (git lfs pull)")
+        return Image.open(io.BytesIO(data), formats=forms.FORMATS) if data else None
 
     def rgb(self, i):
         """Image i as PIL RGB, uncropped."""
@@ -521,20 +545,21 @@ class Dataset:
     @functools.cached_property
     def map_classes(self):
         """Number of classes of the maps: of map_classes.json, else of 500 maps, spread over all."""
-        found = (np.array(image) for image in self._sampled(self._map, 500) if image is not None)
-        return len(self.map_names) or 1 + max((int(image[image < 255].max(initial=0)) for image in found), default=-1)
+        highest, bad = [-1] * (not self.counts["maps"]), ""
+        for i in () if self.map_names or highest else self._spread(500):
+            try:
+                image = self._map(i)
+                highest += [] if image is None else [int(np.array(image)[np.array(image) < 255].max(initial=0))]
+            except BadImage as e:
+                bad = bad or str(e)
+        if not highest and not self.map_names:
+            reject(f"dataset {self.path}", f"none of the maps tried reads ({bad})", "correct them")
+        return len(self.map_names) or 1 + max(highest)
 
     def objects(self, i):
         """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
-        item = self._item(i)
-        with as_bad_image(item.key, "its objects do not read ({})"):
-            objects = self._record(item) if self.format == "parquet" else field(self._record(item), OBJECTS)
-            if objects is None:
-                return []
-            names, boxes = field(objects, ["categories", "category"]), [[float(v) for v in b] for b in objects["bbox"]]
-            if len(names) != len(boxes) or any(len(box) != 4 for box in boxes):
-                raise ValueError(f"{len(names)} categories, {len(boxes)} boxes: give [x, y, w, h] and a category each")
-            return [(self._object_names.get(name, str(name).strip()), box) for name, box in zip(names, boxes)]
+        objects = self._item(i).record.get("objects", [])
+        return [(self._object_names.get(name, str(name).strip()), box) for name, box in objects]
 
     def boxes(self, i, flip=False, crop="center", u=None):
         """Objects of item i: [(name, x0, y0, x1, y1), ...] in shares of the square that `pixels` cuts, y downwards.
@@ -560,13 +585,11 @@ class Dataset:
     def object_classes(self):
         """Names of the objects' classes: those of object_classes.json, else of 10000 items, spread over all."""
         listed = self._listed_names("object_classes.json")
-        return listed or sorted({name for objects in self._sampled(self.objects, 10000) for name, _ in objects})
+        return listed or sorted({name for i in self._spread(10000) for name, _ in self.objects(i)})
 
-    def _sampled(self, read, n):
-        """read(i) of at most n items, spread over all; those that do not read are skipped."""
-        for i in range(0, len(self), -(-len(self) // n)):
-            with contextlib.suppress(BadImage):
-                yield read(i)
+    def _spread(self, n):
+        """At most n items, spread over all."""
+        return range(0, len(self), -(-len(self) // n))
 
     # reading
 
@@ -576,20 +599,14 @@ class Dataset:
     def _open_file(self, name):
         return self.remote.open(name) if self.remote else open(f"{self.root}/{name}", "rb")
 
-    def _record(self, item):
-        """The JSON record of an item; in parquet, its objects."""
-        record = self._read(item, "record")
-        return record if self.format == "parquet" else json.loads(record or "null")
-
     def _read(self, item, part):
-        """The image, text, record or map of an item: bytes, or the value of a parquet cell; None if it has none."""
+        """The encoded image or map of an item; None if it has no map."""
         file, at, size = item.where[part]
-        if not size and part != "image":
+        if not size and part == "map":
             return None
         if self.format == "parquet":
             _, group, row = item.where["image"]
-            value = self._cell(PARQUET_COLUMNS[part], item.header["files"][0], group, row)
-            return value.get("bytes") if part in ("image", "map") and isinstance(value, dict) else value
+            return forms.image_bytes(self._cell(item.header["columns"][part], item.header["files"][0], group, row))
         name = item.header["files"][file] if file >= 0 else item.key
         name = os.path.splitext(item.key)[0] + ".map.png" if file < 0 and part == "map" else name
         with self._open_file(name) as f:  # opened each time, so that workers share no file position
@@ -599,12 +616,11 @@ class Dataset:
             raise ValueError(f"{name} ends after {at + len(data)} bytes, the index says {at + size}")
         return data
 
-    def _cell(self, names, file, group, row):
-        """One parquet cell, of the first column called one of names; some row groups are kept."""
-        cached = (file, group, names)
+    def _cell(self, column, file, group, row):
+        """One parquet cell; some row groups are kept."""
+        cached = (file, group, column)
         if cached not in self._groups:
             f = forms.open_parquet(file, self._open_file(file))
-            column = next(name for name in names if name in f.schema_arrow.names)
             # no threads: pyarrow's pool does not outlive a fork
             self._groups[cached] = f.read_row_group(group, columns=[column], use_threads=False).column(0)
             while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > GROUP_BYTES:

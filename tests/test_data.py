@@ -167,6 +167,8 @@ def modes():
         "1 bit": (Image.new("1", (2, 2), 1), np.full((2, 2, 3), 255)),
         "16 bit PNG": (opened(encoded(wide)), of_wide),
         "16 bit TIFF": (opened(encoded(wide, "TIFF")), of_wide),
+        "16 bit PGM": (opened(encoded(Image.fromarray(wide.astype(np.int32)), "PPM")), of_wide),
+        "float TIFF": (opened(encoded((wide / 65535).astype(np.float32), "TIFF")), of_wide),
         "CMYK": (Image.fromarray(rgb).convert("CMYK"), rgb),
         "orientation": (opened(turned(rgb[:, ::-1])), rgb[:, ::-1]),
         "animation": (
@@ -288,6 +290,10 @@ def described(*names, **more):
     return lines({"file_name": name, "text": f"t{i}"} | more for i, name in enumerate(names))
 
 
+def tar_bytes(members):
+    return put(Path(), {"joined.tar": members}).joinpath("joined.tar").read_bytes()
+
+
 def hub_table():
     """A label column whose names are in the schema, as the Hugging Face hub keeps them."""
     pa = pytest.importorskip("pyarrow")
@@ -296,11 +302,12 @@ def hub_table():
     return pa.table({"image": [png()] * 3, "label": [1, 0, None]}, schema)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4265380512\n"
 P, GREY = png(), np.arange(2 * 8 * 8, dtype=np.uint8).reshape(2, 8, 8)
 # name: (files, {key: label or (label, captions)}, class names, what str(dataset) says was left out)
 FOUND = {
     "classes": ({"b/1.png": P, "a/1.png": P}, {"a/1.png": 0, "b/1.png": 1}, "a b", ""),
-    "no classes": ({"1.png": P, "x.txt": "-"}, {"1.png": -1}, "", "1 not an image (x.txt)"),
+    "no classes": ({"1.png": P, "x.txt": "-"}, {"1.png": -1}, "", "1 .txt files without an image (x.txt)"),
     "train is a class": ({"9/1.png": P, "train/1.png": P}, {"9/1.png": 0, "train/1.png": 1}, "9 train", ""),
     "labels in metadata": (
         {"a/1.png": P, "b/2.png": P, "metadata.jsonl": described("a/1.png", label="x")},
@@ -315,7 +322,7 @@ FOUND = {
     ),
     "metadata of more": (
         {"a.png": P, "metadata.jsonl": described("a.png", "b.png")}, {"a.png": (-1, "t0")}, "",
-        "1 in metadata.jsonl, but no image here (b.png)",
+        "1 lines of metadata without an image (b.png)",
     ),
     "classes.json orders": (
         {"cat/1.png": P, "dog/1.png": P, "classes.json": ["dog", "bird", "cat"]},
@@ -333,7 +340,134 @@ FOUND = {
                        "d.jpg": P, "d.txt": b"", "d.json": b'{"text": ["one", "", "two"]}'}},
         {"sub/0/x/a": (3, "ein Bär"), "sub/0/b": (1, "json"), "sub/0/c": (-1, "first"),
          "sub/0/d": (-1, "one", "two")}, "",
-        "1 hidden, or cut short (._c.jpg), left out: 1 without an image (lonely.txt)",
+        "1 tar members that are hidden (._c.jpg), 1 tar members beside an image (b.seg.png), "
+        "1 tar members without an image (lonely.txt)",
+    ),
+    "captions beside images": (
+        {"5_dog/1.JPG": P, "5_dog/1.txt": "\ufeffa dog\n", "5_dog/2.png": P, "5_dog/2.caption": "two".encode("utf-16"),
+         "5_dog/v1.5.png": P, "5_dog/v1.5.json": {"caption": ["x", "y"]}, "5_dog/4.png": P, "5_dog/4.png.txt": "four",
+         "5_dog/5.png": P, "5_dog/5.txt": " ", "5_dog/notes.txt": "-"},
+        {"5_dog/1.JPG": (-1, "a dog"), "5_dog/2.png": (-1, "two"), "5_dog/4.png": (-1, "four"), "5_dog/5.png": -1,
+         "5_dog/v1.5.png": (-1, "x", "y")}, "", "1 .txt files without an image (5_dog/notes.txt)",
+    ),
+    "captions and classes": (
+        {"a/1.png": P, "a/1.txt": "one", "b/1.png": P, "b/1.json": '{"prompt": "two"}', "b/2.png": P, "b/2.json": "{"},
+        {"a/1.png": (0, "one"), "b/1.png": (1, "two"), "b/2.png": 1}, "a b",
+        "1 .json files that are not JSON (b/2.png)",
+    ),
+    "labels beside images": (
+        {"x/1.png": P, "x/1.cls": "7", "x/2.png": P, "x/2.json": {"label": 3, "text": "t"}},
+        {"x/1.png": 7, "x/2.png": (3, "t")}, "", "",
+    ),
+    "captions of several images": (
+        {"1.png": P, "1.jpg": P, "1.txt": "of which?", "1.jpg.txt": "of the JPEG"},
+        {"1.jpg": (-1, "of the JPEG"), "1.png": -1}, "", "1 .txt files beside several images of one name (1.txt)",
+    ),
+    "img2dataset's files": (
+        {f"0000{s}/0000{s}000{i}.{end}": content for s in range(2) for i in range(2)
+         for end, content in (("jpg", P), ("txt", f"{s}{i}"), ("json", {"caption": "-", "key": "k"}))}
+        | {"00000_stats.json": {}, "00000.parquet": {"key": ["k"]}},
+        {f"0000{s}/0000{s}000{i}.jpg": (-1, f"{s}{i}") for s in range(2) for i in range(2)}, "",
+        "1 .parquet files without images (00000.parquet), 1 .json files without an image (00000_stats.json)",
+    ),
+    "metadata.csv": (
+        {"a/1.png": P, "a/2.png": P,
+         "a/metadata.csv": 'File_Name,Text,label\r\n1.png,"one, ""two""\nthree",x\r\n2.png,,\r\n'},
+        {"a/1.png": (0, 'one, "two"\nthree'), "a/2.png": -1}, "x", "",
+    ),
+    "metadata.csv of Excel": (
+        {"1.png": P, "2.png": P, "metadata.csv": "file_name;text\n1.png;caf\xe9, black\n2.png;a; b\n".encode("cp1252")},
+        {"1.png": (-1, "caf\xe9, black"), "2.png": (-1, "a; b")}, "", "",
+    ),
+    "metadata.tsv in UTF-16": (
+        {"1.png": P, "metadata.tsv": "image\tcaption\n1.png\tone\n".encode("utf-16")}, {"1.png": (-1, "one")}, "", "",
+    ),
+    "metadata in single quotes": (
+        {"1.png": P, "metadata.csv": "'file_name','text'\n'1.png','one, two'\n"}, {"1.png": (-1, "one, two")}, "", "",
+    ),
+    "metadata.parquet": (
+        {"1.png": P, "metadata.parquet": {"file_name": ["1.png"], "text": ["one"]}}, {"1.png": (-1, "one")}, "", "",
+    ),
+    "metadata of something else": (
+        {"1.png": P, "metadata.csv": "id,name\n1,x\n"}, {"1.png": -1}, "",
+        "1 lines of metadata without file_name (metadata.csv)",
+    ),
+    "names in another form": (
+        {f"cafe\u0301/{i}.JPG": P for i in range(3)}
+        | {"metadata.jsonl": "\ufeff" + described(".\\caf\xe9\\0.jpg", "caf\xe9/1.Jpg", "cafe\u0301/2.JPG")},
+        {f"cafe\u0301/{i}.JPG": (-1, f"t{i}") for i in range(3)}, "", "",
+    ),
+    "names that fit several images": (
+        {"1.jpg": P, "1.JPG": P, "metadata.jsonl": described("1.jpg", "1.Jpg")}, {"1.JPG": -1, "1.jpg": (-1, "t0")}, "",
+        "1 lines of metadata that fit several images (1.Jpg)",
+    ),
+    "several lines of an image": (
+        {"1.png": P, "2.png": P,
+         "metadata.jsonl": described("1.png", "1.png", "2.png", label=2) + '\n{"file":"1.png","label":3}'},
+        {"1.png": (2, "t0", "t1"), "2.png": (2, "t2")}, "", "1 labels in metadata unlike an earlier line (1.png)",
+    ),
+    "classes that are numbers": (
+        {f"{i}/1.png": P for i in ("0", "2", "10", "003")},
+        {"0/1.png": 0, "003/1.png": 3, "10/1.png": 10, "2/1.png": 2}, "0 1 2 003 4 5 6 7 8 9 10", "",
+    ),
+    "classes that are ids": (
+        {f"{i}/1.png": P for i in (90210, 7, 1138)},
+        {"1138/1.png": 1, "7/1.png": 0, "90210/1.png": 2}, "7 1138 90210", "",
+    ),
+    "labels that are none": (
+        {"images.npy": np.zeros((6, 8, 8, 3), np.uint8), "labels.npy": np.array([0.5, np.nan, -1, -7, 2, 2**40])},
+        {"00000000": -1, "00000001": -1, "00000002": -1, "00000003": -1, "00000004": 2, "00000005": -1}, "",
+        "3 labels that are no class (00000000: 0.5)",
+    ),
+    "archives beside a folder": (
+        {"a/1.png": P, "a/2.png": P, "a/3.heic": "-", "old.tar": {"x.png": P}, "old.zip": "P", "b.TAR.GZ": "", "x": ""},
+        {"a/1.png": 0, "a/2.png": 0}, "a",
+        "1 .tar files with fewer images than there are outside (old.tar), 1 .heic files (a/3.heic), "
+        "1 .gz files (b.TAR.GZ), 1 .zip files (old.zip), 1 other files (x)",
+    ),
+    "a folder beside an archive": (
+        {"a.png": P, "a.txt": "-", "0.tar": {"1.png": P, "2.png": P}, "0_stats.json": {}, "0.parquet": {"key": ["k"]}},
+        {"0/1": -1, "0/2": -1}, "", "1 .png files (a.png), 1 .txt files (a.txt)",
+    ),
+    "formats of Pillow": (
+        {f"{form}.{form}": encoded(pixels(0), name) for form, name in
+         (("bmp", "BMP"), ("jp2", "JPEG2000"), ("tga", "TGA"), ("webp", "WEBP"), ("pbm", "PPM"), ("avif", "AVIF"))}
+        | {"a.eps": "%!PS", "b.mpg": "-"},
+        {f"{form}.{form}": -1 for form in ("avif", "bmp", "jp2", "pbm", "tga", "webp")}, "",
+        "1 .eps files (a.eps), 1 .mpg files (b.mpg)",
+    ),
+    "tar and parquet": (
+        {"a.tar": {"1.png": P}, "b.parquet": {"image": [P + np.random.default_rng(i).bytes(9000) for i in range(9)]}},
+        {f"b/{i:06d}": -1 for i in range(9)}, "", "1 .tar files (a.tar)",
+    ),
+    "parquet, some without images": (
+        {"a.parquet": {"img": [{"bytes": P, "path": "a"}, {"bytes": None, "path": "b"}], "label": [1, 2]},
+         "b.parquet": {"image": ["c.jpg"] * 3, "Text": list("abc")}, "c.parquet": {"url": ["u"]}},
+        {"a/000000": 1}, "",
+        "1 rows of parquet with a path or nothing for the image's bytes (a/000001), "
+        "3 rows of parquet whose images are paths, without bytes (b.parquet), "
+        "1 rows of parquet without images, only ['url'] (c.parquet)",
+    ),
+    "tar, dots in keys": (
+        {"0.tar": {"v_2.05.png": P, "v_2.05.txt": b"a", "v_2.06.png": P, "v_2.06.map.png": P, "x.png": P, "x.txt": b"b"}
+         },
+        {"0/v_2.05": (-1, "a"), "0/v_2.06": -1, "0/x": (-1, "b")}, "", "",
+    ),
+    "tar, joined": (
+        {"0.tar": lambda: tar_bytes({"0.jpg": P}) + tar_bytes({"5.jpg": P, "5.txt": b"five"}) + b"junk" * 300},
+        {"0/0": -1, "0/5": (-1, "five")}, "", "1200 bytes that are not tar (from byte 20480)",
+    ),
+    "tar, encodings": (
+        {"0.tar": {"0.jpg": P, "0.txt": b"\xef\xbb\xbfa cat", "1.jpg": P, "1.txt": "dog\u2019s".encode("cp1252"),
+                   "2.jpg": P, "2.txt": "fox".encode("utf-16"), "3.jpg": P, "3.txt": "owl".encode("utf-16-le"),
+                   "4.jpg": P, "4.json": '{"text": "\xe9"}'.encode("utf-16-be"), "5.jpg": P, "5.cls": b"\xef\xbb\xbf3"}
+         },
+        {"0/0": (-1, "a cat"), "0/1": (-1, "dog\u2019s"), "0/2": (-1, "fox"), "0/3": (-1, "owl"), "0/4": (-1, "\xe9"),
+         "0/5": 3}, "", "",
+    ),
+    "tar, Unicode forms and pointers": (
+        {"0.tar": {"caf\xe9.jpg": P, "cafe\u0301.txt": b"x", "1.jpg": P, "1.txt": POINTER}},
+        {"0/caf\xe9": (-1, "x"), "0/1": -1}, "", "1 git-lfs pointers (1.txt)",
     ),
     "tar, grouped by extension": (
         {"0.tar": {"a.jpg": P, "b.jpg": P, "a.txt": b"A", "b.txt": b"B"}}, {"0/a": (-1, "A"), "0/b": (-1, "B")}, "", "",
@@ -351,7 +485,7 @@ FOUND = {
     ),
     "npy, with a tar and the preview of data/shapes": (
         {"images.npy": GREY[..., None], "labels.npy": np.array([0, 2]), "x.tar": {"1.png": P}, "sheet.png": P},
-        {"00000000": 0, "00000001": 2}, "", "1 of another format (x.tar)",
+        {"00000000": 0, "00000001": 2}, "", "1 .tar files (x.tar)",
     ),
 }  # fmt: skip
 
@@ -364,16 +498,15 @@ def test_what_is_found(tmp_path, case):
     labels = [value[0] if isinstance(value, tuple) else value for value in wanted.values()]
     assert (metas(ds), ds.classes, ds.labels.tolist()) == (wanted, classes.split(), labels)
     assert ds.num_classes == (max(max(labels) + 1, len(ds.classes)) if max(labels) >= 0 else 0)
-    assert str(ds).partition(", left out: ")[2] == left_out, str(ds)
+    assert str(ds).partition("; left out: ")[2] == left_out, str(ds)
     assert all(ds[i]["image"].shape == (3, 8, 8) for i in range(len(ds)))
 
 
 # name: (files, message)
 REFUSED = {
-    "empty": ({"notes.txt": "-"}, r"holds no images; looked for images.npy, \*.tar, \*.parquet and .jpg"),
+    "empty": ({"notes.txt": "-"}, r"holds no images, left out: 1 .txt files .*; looked for images.npy, \*.tar"),
     "not made": ({"prepare.py": "-"}, "holds no images; run .*prepare.py"),
     "metadata names nothing": ({"a.png": P, "metadata.jsonl": described("b.png")}, "metadata.jsonl: names no image"),
-    "metadata without names": ({"a.png": P, "metadata.jsonl": '{"text": "t"}'}, "line without file_name"),
     "metadata broken": ({"a.png": P, "metadata.jsonl": '{"file_name": "a.png"}\n{'}, "jsonl line 2: is not JSON"),
     "class without a name": (
         {"cat/1.png": P, "dog/1.png": P, "classes.json": ["dog", "a", "b"]}, "'cat' is not among",
@@ -388,7 +521,10 @@ REFUSED = {
     "npy in Fortran order": ({"images.npy": np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8))}, "in C order"),
     "npy of objects": ({"images.npy": np.array([{}])}, "does not load as .npy .*Python objects"),
     "npy maps": ({"images.npy": GREY, "maps.npy": GREY[:1]}, r"uint8 \(1, 8, 8\); make it uint8 \(2, 8, 8\)"),
-    "parquet without images": ({"a.parquet": {"photo": [P]}}, "has the columns .'photo'.; call the one"),
+    "parquet without images": ({"a.parquet": {"photo": [P]}}, r"left out: 1 rows .* only \['photo'\] \(a.par"),
+    "maps in color": ({"1.png": P, "1.map.png": P}, "none of the maps .*1.png.*mode RGB: save"),
+    **{f"a pointer for {name}": ({"1.png": P, name: POINTER}, f"{name}: is a git-lfs pointer; fetch the file itself")
+       for name in ("0.tar", "0.parquet", "images.npy", "classes.json", "metadata.csv")},
     "parquet that is none": ({"a.parquet": b"PAR1 not really"}, "does not open as parquet"),
 }  # fmt: skip
 
@@ -397,19 +533,32 @@ REFUSED = {
 def test_what_is_refused(tmp_path, case):
     files, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
-        Dataset(put(tmp_path / "set", files), "all", 8)
+        Dataset(put(tmp_path / "set", files), "all", 8).map_classes  # noqa: B018
 
 
-def test_a_repeated_key_never_gets_the_others_caption(tmp_path):
+# members of a tar with the number of their image or their caption, items of key 0 as "image caption", what is left out
+REPEATED = {
+    "apart": ("0.jpg=1 1.png=2 1.txt=b 0.png=3 0.txt=c", ["1", "3 c"], ""),
+    "the same name": ("0.jpg=1 1.png=2 1.txt=b 0.jpg=3 0.txt=c", ["1", "3 c"], ""),
+    "in pairs": ("0.jpg=1 0.txt=a 0.jpg=3 0.txt=c", ["1 a", "3 c"], ""),
+    "by extension": ("0.jpg=1 0.jpg=3 0.txt=a 0.txt=c", ["1", "3"], "2 tar members that fit several images (0.txt)"),
+    "far apart": ("0.jpg=1 1.png=2 0.jpg=3 1.txt=b 0.txt=c", ["1", "3"], "1 tar members without an image (0.txt)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REPEATED)
+def test_a_repeated_key_never_gets_the_others_caption(tmp_path, case):
     """Items with the same key in one shard: then what is side by side is an item."""
-    for shard, second in (("0", "0.png"), ("1", "0.jpg")):
-        members = [("0.png", png(1)), ("1.png", png(2)), ("1.txt", b"one"), (second, png(3)), ("0.txt", b"blue")]
-        put(tmp_path / "set", {f"{shard}.tar": members})
+    members, wanted, left_out = REPEATED[case]
+    pairs = [member.split("=") for member in members.split()]
+    put(
+        tmp_path / "set",
+        {"0.tar": [(name, value.encode() if "txt" in name else png(int(value))) for name, value in pairs]},
+    )
     ds = Dataset(tmp_path / "set", "all", 8)
-    for i, shard in ((0, "0"), (3, "1")):
-        found = [(ds.key(j), ds.meta(j)["text"], ds.encoded(j)) for j in range(i, i + 3)]
-        wanted = [(f"{shard}/0", [], png(1)), (f"{shard}/0", ["blue"], png(3)), (f"{shard}/1", ["one"], png(2))]
-        assert found == wanted
+    names = {png(i): str(i) for i in range(4)}
+    found = [" ".join([names[ds.encoded(i)], *ds.meta(i)["text"]]) for i in range(len(ds)) if ds.key(i) == "0/0"]
+    assert found == wanted and "1 keys repeated" in str(ds) and str(ds).partition("; left out: ")[2] == left_out
 
 
 def test_parquet_keeps_only_some_row_groups(tmp_path, monkeypatch):
@@ -419,6 +568,33 @@ def test_parquet_keeps_only_some_row_groups(tmp_path, monkeypatch):
     ds = Dataset(tmp_path / "set/a.parquet", "all", 30)  # one shard by its own name
     for i in list(range(12)) + [0, 11, 5]:
         assert torch.equal(ds[i]["image"], to_tensor(Image.fromarray(noise[i]))) and len(ds._groups) <= 2
+
+
+def test_ids_as_labels_are_named(tmp_path):
+    """In one shard or over several; not where classes.json names them."""
+    for s, labels in enumerate([[0, 7, 5_000_000] * 3, [7, 9]]):
+        put(tmp_path / "set", {f"{s}.parquet": {"image": [P] * len(labels), "label": labels}})
+        assert f", labels up to 5000000, of which {3 + s} occur, labels on" in str(Dataset(tmp_path / "set", "all", 8))
+    put(tmp_path / "few", {"images.npy": GREY, "labels.npy": np.array([0, 999])})
+    assert "1000 classes, labels on 2 of 2" in str(Dataset(tmp_path / "few", "all", 8))
+
+
+def test_the_order_of_the_file_system_does_not_matter(tmp_path, monkeypatch):
+    files = {
+        f"{c}/{i}.{end}": P if end == "png" else "t" for c in "ab" for i in "123" for end in ("png", "txt", "heic")
+    }
+    first = Dataset(put(tmp_path / "set", files | {"b/metadata.csv": "file,text\n1.png,x\n0.png,y\n"}), "all", 8)
+    real = os.walk
+
+    def walk(*args, **options):
+        for folder, folders, names in real(*args, **options):
+            folders.sort(reverse=True)
+            names.sort(reverse=True)
+            yield folder, folders, names
+
+    monkeypatch.setattr(os, "walk", walk)
+    again = Dataset(tmp_path / "set", "all", 8)
+    assert (metas(again), str(again), again.fingerprint) == (metas(first), str(first), first.fingerprint)
 
 
 def test_links(tmp_path):
@@ -436,9 +612,9 @@ BOXED = [
     ({"bbox": [[0, 0, 4, 8]], "category": ["x y "]}, [("x y", 0, 0, 0.5, 1)]),
     ({"bbox": [[0, 0, 0, 8], [9, 9, 9, 9], [-2, -2, 4, 4]], "categories": [0, 0, 7]}, [("7", 0, 0, 0.25, 0.25)]),
     (None, []),
-    ({"bbox": [[0, 0, 4]], "categories": [1]}, "give .x, y, w, h. and a category each"),
-    ({"bbox": [], "categories": [1]}, "1 categories, 0 boxes"),
-    ({"categories": []}, "bbox"),
+    ({"bbox": [[0, 0, 4]], "categories": [1]}, []),
+    ({"bbox": [], "categories": [1]}, []),
+    ({"categories": []}, []),
 ]
 
 
@@ -446,12 +622,10 @@ def test_numbered_objects_and_bad_ones(tmp_path):
     records = [{"text": "t", "objects": value} for value, _ in BOXED]
     files = {"images.npy": np.zeros((len(BOXED), 8, 8, 3), np.uint8), "captions.jsonl": lines(records)}
     ds = Dataset(put(tmp_path / "set", files), "all", 8)
-    for i, (_, wanted) in enumerate(BOXED):
-        if isinstance(wanted, list):
-            assert ds.boxes(i) == wanted
-            continue
-        with pytest.raises(BadImage, match=f"0000000{i}: its objects do not read .*{wanted}"):
-            ds.boxes(i)
+    assert [ds.boxes(i) for i in range(len(ds))] == [wanted for _, wanted in BOXED]
+    assert "objects on 3 of 7" in str(ds) and "1 boxes without area (00000002)" in str(ds)
+    reason = "00000004: 1 categories, 1 boxes: give [x, y, w, h] and a category each"
+    assert f"3 items whose objects do not read ({reason})" in str(ds)
     assert ds.object_classes == ["0", "1", "7", "x y"]
     for name, names in (("classes.json", ["a", "cat"]), ("object_classes.json", ["person", "tree"])):
         put(tmp_path / "set", {name: names})
@@ -529,6 +703,13 @@ def test_each_bad_item_says_what_is_wrong(tmp_path, monkeypatch):
         "cut.jpg": (good[: len(good) // 2], "truncated"),
         "turned.jpg": (camera[: len(camera) // 2], "truncated"),  # turning it must not hide that it is cut
         "text.png": (b"<html>404</html>", "not an image that Pillow can read"),
+        "float.tif": (
+            encoded(np.float32([[0, 2]]), "TIFF"),
+            "floats of 0 to 2: save 8 or 16 bits, or floats in .0, 1.",
+        ),
+        "nan.tif": (encoded(np.float32([[np.nan]]), "TIFF"), "floats of nan to nan"),
+        "wide.tif": (encoded(np.int32([[0, 200]]), "TIFF"), "32-bit integers of 0 to 200: save"),
+        "lfs.jpg": (POINTER, "a git-lfs pointer: fetch the file itself"),
         "huge.png": (encoded(np.zeros((40, 400, 3), np.uint8)), "400x40 is over"),
         "link.png": (None, "No such file"),
     }
@@ -553,19 +734,24 @@ def test_each_bad_item_says_what_is_wrong(tmp_path, monkeypatch):
     for name, (_, reason) in maps.items():
         with pytest.raises(BadImage, match=f"^{name}.jpg: .*{reason}"):
             ds.map(at[f"{name}.jpg"])
+    assert ds.map_classes == 4
     assert np.array_equal(ds.map(at["palette.jpg"]) % 256, classes[:, 4:14])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow itself refuses beyond twice the limit
     with pytest.raises(BadImage, match="huge.png: .*decompression bomb"):
         ds.pixels(at["huge.png"])
 
 
-def test_a_damaged_tar_gives_what_is_complete(tmp_path, capsys):
-    put(tmp_path / "set", {"a.tar": tar_of(*range(5)) | {"6.png": P, "6.json": b"{damaged"}, "empty.tar": b""})
-    with pytest.raises(BadImage, match="a/6: its caption does not read"):
-        Dataset(tmp_path / "set", "all", 10).meta(5)
-    os.truncate(tmp_path / "set/a.tar", 3 * 1024 + 520)  # one header and one block an image: the fourth is cut
+def test_a_damaged_tar_gives_what_is_complete(tmp_path):
+    path = (
+        put(tmp_path / "set", {"a.tar": tar_of(*range(5)), "empty.tar": b"", "none.tar": b"a web page" * 100}) / "a.tar"
+    )
+    header = path.read_bytes()[4 * 1024 : 4 * 1024 + 512]
+    path.write_bytes(path.read_bytes().replace(header, b"damaged " * 64))
     ds = Dataset(tmp_path / "set", "all", 10)
-    assert "damaged" in capsys.readouterr().out and "left out: 1 " in str(ds)
+    assert len(ds) == 4 and "bytes that are not tar (from byte 4096), 1000 bytes that are not tar (" in str(ds)
+    os.truncate(path, 3 * 1024 + 520)  # one header and one block an image: the fourth is cut
+    ds = Dataset(tmp_path / "set", "all", 10)
+    assert "left out: 1 tar members cut short (3.png)" in str(ds)
     assert len(ds) == 3 and all(ds[i]["image"].shape == (3, 10, 10) for i in range(3))
     os.truncate(tmp_path / "set/a.tar", 2 * 1024 + 520)  # after it was indexed
     with pytest.raises(BadImage, match="a/2: a.tar ends after 2568 bytes, the index says"):
@@ -839,7 +1025,7 @@ def test_remote_faults(memory, monkeypatch, capsys):
     monkeypatch.setattr(type(fs), "get_file", get_file)
     os.remove(ds.remote.local("00000.tar"))
     faults += [RuntimeError("503 slow down"), ConnectionResetError("peer"), "cut"]
-    assert ds.meta(0)["text"] == ["no 0"] and not faults
+    assert ds.encoded(0) == b"not an image" and not faults
     assert "fetching 00000.tar of memory://set again (RuntimeError('503 slow down'))" in capsys.readouterr().out
     os.remove(ds.remote.local("00000.tar"))
     faults += ["cut"] * 4

@@ -702,7 +702,8 @@ def test_folder_keeps_captions_and_objects():
     files |= {f"{i}.json": json.dumps(dict(text=[f"image {i}", "another"], objects=objects)) for i in range(9)}
     source("src", {"a.tar": files})
     meta = prepare("folder", size=20, vocab_size=300)
-    assert meta["count"] == 9 and meta["dropped"] == dict(broken=1) and Path("out/bpe.tiktoken").exists()
+    assert meta["count"] == 10 and not meta["dropped"] and Path("out/bpe.tiktoken").exists()
+    assert "text" not in records()["a/bad"][1], "damaged JSON is counted when the source is opened"
     for i in range(9):
         _, record, _ = records()[f"a/{i}"]
         assert record["text"] == [f"image {i}", "another"] and "label" not in record

@@ -4,9 +4,9 @@
     python data/folder/prepare.py --source=DIR --out_dir=data/mine --size=512 --vocab_size=8192
 
 DIR is anything that data/dataset.py reads: images in folders (sub-folders are classes; train/ and val/ are splits;
-optional metadata.jsonl {file_name, text, label, objects}), tar shards of KEY.jpg with KEY.json, .txt or .cls, or
-parquet. It can be trained on without this; this makes it small and fast, and leaves out broken and duplicate images,
-and semantic maps.
+captions in KEY.txt or KEY.json beside KEY.jpg, or in metadata.jsonl or .csv), tar shards of KEY.jpg with KEY.json, .txt
+or .cls, or parquet. It can be trained on without this; this makes it small and fast, and leaves out broken and
+duplicate images, and semantic maps.
 Source and license: yours. Size: about 45 KB an image at 256 pixels and quality 95. Time: 200 JPEG
 of 500 x 375 a second and core, 50 of 1024 x 768, 26 PNG of 1024 x 1024.
 On disk: train-*.tar, val-*.tar (the images that data/dataset.py would hold out of DIR), test-*.tar if DIR has test/

@@ -85,7 +85,7 @@ def read_objects(path, ids, names):
 def read_captions(folder, ids):
     captions = {}
     for path in sorted(glob.glob(f"{glob.escape(folder)}/*captions*.jsonl")):
-        for _, _, record in json_lines(path):
+        for record in json_lines(path):
             key, caption = field(record, ["image_id"]), field(record, ["caption"])
             if isinstance(key, str) and key in ids and isinstance(caption, str) and caption.strip():
                 captions.setdefault(key, []).append(caption.strip())
