@@ -204,31 +204,32 @@ def reading(path, what="settings or tensors do not fit", remedy="use another fil
         reject(path, f"{what} ({type(error).__name__}: {error})", remedy)
 
 
-def build(model_class, settings, state, path, **more):
+def build(model_class, settings, state, path, remedy="use another file", **more):
     """The model of these settings with the weights of a state dict, frozen and in eval mode.
 
-    Raises UserError, with `path` in it, where settings and tensors do not fit, before anything large is allocated.
+    Raises UserError, with `path` and `remedy` in it, where settings and tensors do not fit, before anything large is
+    allocated.
     """
     settings = tuples(settings)
-    with reading(path, f"its settings do not build a {model_class.__name__}"):
+    with reading(path, f"its settings do not build a {model_class.__name__}", remedy):
         for name in ("num_res_blocks", "transformer_depth", "layers", "text_layers"):  # as many modules as they say
             if np.max(settings.get(name, 0)) > len(state):
-                reject(path, f"{name}={settings[name]}, but only {len(state)} tensors", "use another file")
+                reject(path, f"{name}={settings[name]}, but only {len(state)} tensors", remedy)
         with torch.device("meta"):
-            model = load(model_class(**settings, **more), state, path)
+            model = load(model_class(**settings, **more), state, path, remedy)
         if any(buffer.is_meta for buffer in model.buffers()):  # computed by the constructor, not in the file
-            model = load(model_class(**settings, **more), state, path)
+            model = load(model_class(**settings, **more), state, path, remedy)
         return model
 
 
-def load(model, state, path):
+def load(model, state, path, remedy="use another file"):
     """Load a state dict into `model`, freeze it, set eval mode; UserError names a tensor that differs."""
     own = model.state_dict()
     for name in sorted(own.keys() | state.keys()):
         want = tuple(own[name].shape) if name in own else "none"
         have = tuple(state[name].shape) if name in state else "missing"
         if want != have:
-            reject(path, f"tensor {name} is {have}, its settings need {want}", "use another file")
+            reject(path, f"tensor {name} is {have}, its settings need {want}", remedy)
     model.load_state_dict({name: state[name].detach().to(t.dtype) for name, t in own.items()}, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -62,13 +62,15 @@ class Setting(NamedTuple):
         return self.comment.partition(":")[0].strip()
 
 
-def configure(scope, argv=None):
+def configure(scope, argv=None, more=None):
     """Apply `argv` (default: the command line) to the settings in `scope`, a script's globals(); return a `Config`.
 
+    more: {name: Setting} of another script, see `find_settings`, which follow the script's own.
     A wrong argument ends the program: one line on stderr, exit status 2. `--help` prints every setting.
     """
     argv = sys.argv[1:] if argv is None else argv
-    settings = find_settings(scope)
+    own = find_settings(scope)
+    settings = own | (more or {}) | own  # in this order; of one name the script's own
     if "--help" in argv or "-h" in argv:
         print(help_text(scope.get("__doc__"), settings))
         sys.exit(0)
@@ -78,7 +80,7 @@ def configure(scope, argv=None):
         print(f"{Path(scope.get('__file__', 'settings')).name}: {error}", file=sys.stderr)
         sys.exit(2)
     scope.update(values)
-    config = Config({name: scope[name] for name in settings})
+    config = Config({name: setting.default for name, setting in settings.items()} | values)
     config.given = values
     config.changed = {name: value for name, value in config.items() if value != settings[name].default}
     return config

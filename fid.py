@@ -27,14 +27,15 @@ import torch.distributed as dist
 from PIL import Image
 
 import checkpoint
+import sample
 from checkpoint import UserError, reject, write_whole
 from common import install_excepthook, progress_bar, setup
-from configurator import configure
+from configurator import configure, find_settings
 from data.dataset import BadImage, Dataset
-from diffusion import SPACINGS, samplers  # noqa: F401  of the settings `sampler` and `spacing`
+from grid import to_pil
 from lpips_train import LPIPS, MIN_SIDE, TAPS
 from metrics import NEIGHBORS, frechet, gaussian, load_inception, mmd, precision_recall
-from sample import choose_conditions, generate, latent_sides, load_from_settings, to_pil
+from sample import choose_conditions, earlier_files, generate, latent_sides, load_from_settings
 
 # the two sets
 samples = "samples.npz"  # generated images: an .npz (arr_0, uint8 (N,H,W,3)), or a folder written by sample.py
@@ -45,45 +46,14 @@ image_size = 0  # >= 0: side in pixels at which both are compared; 0 is that of 
 inception_weights = ""  # torch-fidelity's weights-inception-2015-12-05-6726825d.pth: FID, KID, precision, recall
 trunk = "squeeze"  # squeeze | alex | vgg: network of LPIPS
 trunk_weights = ""  # torchvision's ImageNet weights of it, a .pth
-# generate the samples first; the settings below are those of sample.py
-num_samples = 0  # >= 0: generate this many into samples, with classes as arr_1; 0 scores existing ones
-ckpt = "out/ldm"  # stage-2 checkpoint or its out_dir; or another project's file, folder or Hugging Face id
-prompt = ""  # prompt of all images; with neither prompt, prompts nor cls: the checkpoint's examples, or all classes
-prompts = ""  # file with one prompt per line, used in turns
-negative = ""  # prompt to guide away from, instead of the empty one
-cls = ""  # class number or name, or several separated by commas, used in turns
-size = ()  # each >= 1: side in pixels, or height,width; () is the trained size
-seed = 0  # in [-4e18, 4e18]: image i starts from the noise of seed + i
-sampler = "unipc"  # one of samplers: see diffusion.py
-steps = 20  # in [1, 1000]: sampling steps
-spacing = "trailing"  # one of SPACINGS: how the steps are distributed over time
-eta = -1.0  # -1 or in [0, 1]: noise of ddim, euler_a and dpmpp_2m_sde; -1 is 0 for ddim and 1 for the others
-noise_scale = 1.0  # >= 0: factor of ddpm's noise; below 1 is smoother
-variance = "small"  # small | large: of ddpm's noise
-order = 2  # in [1, 3]: of unipc
-guidance = 3.0  # >= 0: classifier-free guidance scale; 1 disables it
-guidance_from = 0.0  # in [0, 1): guide at times t >= this (t = 0 is data)
-guidance_to = 1.0  # in (0, 1]: and t <= this
-guidance_rescale = 0.0  # in [0, 1]: how far the guided standard deviation is restored to the unguided one
-guide_ckpt = ""  # weaker model to guide away from, instead of the empty condition (autoguidance)
-ema_std = 0.0  # 0 or in [0.01, 0.25]: relative length of a post-hoc EMA from the run's snapshots; 0 is the stored EMA
-first_stage = ""  # autoencoder with a fine-tuned decoder, used instead of the checkpoint's
-denoiser = ""  # MODULE:CLASS of your own denoiser, such as mine:DiT, if the checkpoint was trained with one
-tower_weights = ""  # file or folder of the frozen text encoder, if moved since training
-clip_vocab = ""  # file or folder of its tokenizer, if moved since training
-objective = ""  # "" | eps | v: prediction of another project's network, if its file does not name it
-num_heads = 0  # >= 0: attention heads of another project's U-Net, if its file does not hold them
-head_dim = 0  # >= 0: or channels of each head
-decode_batch = 8  # >= 0: images decoded at a time, which takes more memory than sampling; 0 is all
-decode_tile = 0  # >= 0: side in latents of the tiles that are decoded separately; 0 is no tiles
-compile = "auto"  # auto | true | false: torch.compile of the denoiser; auto is on CUDA
-attention = "auto"  # auto | triton | xformers | sdpa | sdpa_flash | sdpa_cudnn | sdpa_efficient | sdpa_math | reference
-# machine
+# generate the samples first; this also takes sample.py's settings: ckpt, prompts, cls, steps, guidance, ...
+num_samples = 0  # >= 0: images to generate, of the prompts or classes in turns; 0 scores existing ones
 batch_size = 64  # >= 1: images at a time, on each process
-device = "auto"  # auto | cpu | cuda
-dtype = "auto"  # auto | float32 | bfloat16: of generating; auto is bfloat16 on CUDA, else float32
+compile = "auto"  # auto | true | false: torch.compile of the denoiser; auto is on CUDA
 dist_timeout = 1440.0  # > 0: minutes that a process waits for the slowest at the end
 
+# settings of sample.py that are not used here: image inputs and output
+UNUSED = "n init_image strength mask noise_level semantic_map out_dir show".split()
 # settings that do not change the images: generating resumes with other values
 FREE = "samples reference split image_size inception_weights trunk trunk_weights decode_batch compile device".split()
 
@@ -91,8 +61,11 @@ FREE = "samples reference split image_size inception_weights trunk trunk_weights
 
 
 def generate_samples(cfg, machine):
-    """Generate cfg.num_samples images into the .npz cfg.samples, or do nothing if it has them already."""
-    pipeline, options = load_from_settings(cfg, machine)
+    """Generate cfg.num_samples images into the .npz cfg.samples, or do nothing if it has them already.
+
+    Their prompts or classes are used in turns: the given ones, else the checkpoint's examples, or all its classes.
+    """
+    cfg, pipeline, options = load_from_settings(cfg, machine)
     if pipeline.task["task"] != "none":
         raise UserError(f"--num_samples is not for a checkpoint with task={pipeline.task['task']}, which needs images")
     conditions = choose_conditions(pipeline, cfg)
@@ -113,7 +86,7 @@ def generate_samples(cfg, machine):
     for name in ("ckpt", "guide_ckpt", "first_stage"):
         settings[f"crc32 of {name}"] = describe(cfg[name]) if cfg[name] else None
     settings["crc32 of conditions"] = zlib.crc32(json.dumps(conditions).encode())
-    labels = conditions if pipeline.num_classes else None
+    labels = [pipeline.numbers[i] for i in conditions] if pipeline.num_classes else None
     generate_many(cfg.samples, cfg.num_samples, cfg.batch_size, generate_rows, labels, settings, machine)
 
 
@@ -223,9 +196,7 @@ def open_set(source, name, split="all"):
             reject(source, f"does not load ({error})", "give an .npz with the images as arr_0, uint8 (N,H,W,3)")
     else:
         images = Dataset(source, split)
-        if os.path.exists(f"{source}/samples.jsonl"):  # written by sample.py: grid.png is not a sample
-            with open(f"{source}/samples.jsonl", encoding="utf-8") as lines:
-                names = {json.loads(line)["file"] for line in lines}
+        if names := earlier_files(source) - {"grid.png"}:  # written by sample.py
             return images, [i for i in range(len(images)) if images.key(i) in names]
     return images, range(len(images))
 
@@ -342,7 +313,8 @@ def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze
 
 
 if __name__ == "__main__":
-    cfg = configure(globals())
+    generating = {name: setting for name, setting in find_settings(vars(sample)).items() if name not in UNUSED}
+    cfg = configure(globals(), more=generating)
     install_excepthook()
     machine = setup(cfg.replace(deterministic=False))
     networks = {name: cfg[name] for name in ("inception_weights", "trunk", "trunk_weights")}
@@ -351,8 +323,8 @@ if __name__ == "__main__":
             load_extractor(**networks, device=machine.device)
             open_set(cfg.reference, "reference", cfg.split)
         generate_samples(cfg, machine)
-    if cfg.num_samples and machine.rank == 0:
-        print(f"{cfg.num_samples} images in {cfg.samples}")
+        if machine.rank == 0:
+            print(f"{cfg.num_samples} images in {cfg.samples}")
     if cfg.reference and machine.rank == 0:
         options = dict(batch_size=cfg.batch_size, device=machine.device, split=cfg.split)
         result = score(cfg.samples, cfg.reference, cfg.image_size, **networks, **options)

@@ -21,19 +21,20 @@ import inspect
 import json
 import math
 import os
-import textwrap
+import re
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import checkpoint
 import convert
+import diffusion
 from attention import unavailable, use_attention
 from checkpoint import UserError, reject
 from common import install_excepthook, setup
@@ -41,17 +42,8 @@ from configurator import configure
 from data.dataset import to_rgb, to_tensor
 from data.forms import IMAGES
 from data.tasks import augment_low, image_condition
-from diffusion import (
-    SPACINGS,  # noqa: F401  of the setting `spacing`
-    Schedule,
-    keep_known,
-    make_denoiser,
-    make_schedule,
-    randn,
-    sample_times,
-    samplers,
-    start_std,
-)
+from diffusion import SPACINGS, Schedule, samplers  # noqa: F401  of the setting `spacing`
+from grid import make_grid, save_png, to_pil
 from text import CLIPTextEncoder
 from unet import Denoiser, UNet
 from vae import VAE
@@ -61,13 +53,13 @@ ckpt = "out/ldm"  # stage-2 checkpoint or its out_dir; or another project's file
 prompt = ""  # the prompt, or a layout; without prompt, prompts and cls: the examples of training's sample grids
 prompts = ""  # file with one prompt per line
 negative = ""  # prompt to guide away from, instead of the empty one
-cls = ""  # class number or name, or several separated by commas
+cls = ""  # class name or number, or several separated by commas
 n = 0  # >= 0: images per prompt, class or input image; 0 is 4 if there is one of them, else 1
 size = ()  # each >= 1: side in pixels, or height,width; () is the trained size, or that of the input image
 seed = 0  # in [-4e18, 4e18]: image i starts from the noise of seed + i
-# sampling
-sampler = "unipc"  # one of samplers: see diffusion.py
-steps = 20  # in [1, 1000]: sampling steps
+# sampling; a checkpoint has its own sampler, steps and guidance, these defaults are for another project's model
+sampler = "unipc"  # one of samplers: see diffusion.py; unless given, the checkpoint's
+steps = 20  # in [1, 1000]: sampling steps; unless given, the checkpoint's
 spacing = "trailing"  # one of SPACINGS: how the steps are distributed over time
 # options of some samplers
 eta = -1.0  # -1 or in [0, 1]: noise of ddim, euler_a and dpmpp_2m_sde; -1 is 0 for ddim and 1 for the others
@@ -75,7 +67,7 @@ noise_scale = 1.0  # >= 0: factor of ddpm's noise; below 1 is smoother
 variance = "small"  # small | large: of ddpm's noise
 order = 2  # in [1, 3]: of unipc
 # guidance
-guidance = 3.0  # >= 0: classifier-free guidance scale; 1 disables it
+guidance = 3.0  # >= 0: classifier-free guidance scale, 1 disables it; unless given, the checkpoint's
 guidance_from = 0.0  # in [0, 1): guide at times t >= this (t = 0 is data)
 guidance_to = 1.0  # in (0, 1]: and t <= this
 guidance_rescale = 0.0  # in [0, 1]: how far the guided standard deviation is restored to the unguided one
@@ -127,10 +119,11 @@ class Pipeline(NamedTuple):
     objective: str
     latent_shape: tuple  # (C, h, w) as trained
     num_classes: int  # 0 if not class-conditional
-    classes: list  # their names, or []
+    classes: list  # their names, or []: see `numbers`
     examples: list  # what to generate by default: prompts, class numbers, or None
     task: dict = {"task": "none"}  # task, and sr_scale, sr_noise, sr_schedule, map_classes where it has them
     tower: torch.nn.Module | None = None  # a frozen text encoder outside of the denoiser
+    sampling: dict = {}  # sampler, steps and guidance of training's sample grids; {} for another project's model
 
     @property
     def text(self):
@@ -146,6 +139,13 @@ class Pipeline(NamedTuple):
     def multiple(self):
         """Image sides are multiples of this."""
         return self.factor * self.denoiser.unet.side_multiple
+
+    @property
+    def numbers(self):
+        """The number of each class: the one that it is named by, if all names are whole numbers, else its position."""
+        if self.classes and all(re.fullmatch(r"\d{1,9}", name) for name in self.classes):
+            return [int(name) for name in self.classes]
+        return list(range(self.num_classes))
 
     def to(self, device):
         """Moves all networks."""
@@ -176,12 +176,9 @@ def load_pipeline(
     """
     path = checkpoint.find(path)
     if checkpoint.is_ours(path):
-        meta = checkpoint.read_meta(path)
-        if meta["stage"] != "ldm":
-            reject(path, f"stage {meta['stage']}, which does not generate images", "give a checkpoint of train_ldm.py")
         if objective or known:
-            reject(path, "has all its settings", f"leave out {', '.join(['objective'] * bool(objective) + [*known])}")
-        model = Denoiser.from_pretrained(path, ema_std, unet_class)
+            reject(path, "has all its settings", "leave out objective, num_heads and head_dim")
+        model, meta = Denoiser.from_pretrained(path, ema_std, unet_class), checkpoint.read_meta(path)
         vae = VAE.from_pretrained(path) if meta["vae"] else None
         tower = CLIPTextEncoder.of_checkpoint(path, tower_weights, clip_vocab)
     else:
@@ -191,13 +188,14 @@ def load_pipeline(
         model, vae, tower, meta = build_foreign(path, parts)
     if first_stage:
         vae = with_decoder(vae, first_stage)
-    about = meta["model"]
+    about, config = meta["model"], meta.get("config", {})
+    own = {"sampler": "sampler", "steps": "sample_steps", "guidance": "guidance"}
     side = about["image_size"] // (vae.factor if vae else 1)
     ends = about["beta_start"], about["beta_end"]
     return Pipeline(
         denoiser=model,
         vae=vae,
-        schedule=make_schedule(about["schedule"], *ends, zero_snr=about["zero_snr"]),
+        schedule=diffusion.make_schedule(about["schedule"], *ends, zero_snr=about["zero_snr"]),
         objective=about["objective"],
         latent_shape=(vae.latent_channels if vae else 3, side, side),
         num_classes=about["num_classes"] if about["cond"] == "class" else 0,
@@ -205,6 +203,7 @@ def load_pipeline(
         examples=meta["examples"],
         task={name: about.get(name) for name in ("task", "sr_scale", "sr_noise", "sr_schedule", "map_classes")},
         tower=tower,
+        sampling={name: config[setting] for name, setting in own.items() if setting in config},
     )
 
 
@@ -272,40 +271,38 @@ def generate(
         checkpoint does image to image, where `strength` is the share of the steps, and with "mask" inpainting.
     guide: a Pipeline with the same latents and schedule to guide away from (Karras et al. 2024, arXiv 2406.02507).
     callback: called with x0_hat as up to 16 images (B,3,H,W) at every evaluation of the first batch.
-    progress: show a bar, of images or of the steps of a single batch, on a terminal.
+    progress: show a bar of the steps of all batches on a terminal.
     options: of the sampler. See diffusion.py for steps, spacing and guidance.
 
     `generate.evaluations` is then the number of network evaluations per image.
     """
-    inputs, several, images = inputs or {}, len(conditions) > batch_size, []
+    inputs, images = inputs or {}, []
     assert sampler in samplers, f"sampler must be one of {', '.join(samplers)}, got {sampler!r}"
     assert 0 < strength <= 1 and (strength == 1 or "image" in inputs), f"strength={strength} needs inputs['image']"
     assert guide is None or is_comparable(pipeline, guide), "the guide has other latents, noise or conditions"
     for name, rows in {"seeds": seeds, **inputs}.items():
         assert len(rows) == len(conditions), f"{len(rows)} {name} for {len(conditions)} images"
     sides = latent_sides(pipeline, input_size(pipeline, inputs) or size)
-    times = sample_times(steps, pipeline.schedule, pipeline.objective, spacing)
+    times = diffusion.sample_times(steps, pipeline.schedule, pipeline.objective, spacing)
     times = times[-1 - max(1, round(steps * strength)) :]
     guided = dict(guidance=guidance, negative=negative, guide=guide)
     guided |= dict(guidance_interval=guidance_interval, guidance_rescale=guidance_rescale)
-    total, unit = (len(conditions), "image") if several else (len(times) - 1, "step")
-    bar = tqdm(total=total, unit=unit, leave=False, disable=None if progress else True)
+    batches, steps = range(0, len(conditions), batch_size), len(times) - 1
+    bar = tqdm(total=len(batches) * steps, unit="step", leave=False, disable=None if progress else True)
 
     def on_step(x0, t):
-        if not several:
-            bar.update((times[:-1] >= t).sum().item() - bar.n)
+        bar.update(len(images) * steps + (times[:-1] >= t).sum().item() - bar.n)
         if callback is not None and not images:
             callback(decode(pipeline, x0[:16], decode_tile, decode_batch))
 
-    job = dict(sides=sides, times=times, strength=strength, sampler=functools.partial(samplers[sampler], **options))
-    for start in range(0, len(conditions), batch_size):
+    job = (sides, times, strength, functools.partial(samplers[sampler], **options), on_step)
+    for start in batches:
         rows = slice(start, start + batch_size)
         batch = {name: t[rows] for name, t in inputs.items()}
         full = len(conditions[rows]) == batch_size or not getattr(pipeline.denoiser.unet, "is_compiled", False)
         with contextlib.nullcontext() if full else torch.compiler.set_stance("force_eager"):  # no second compilation
-            x = sample_batch(pipeline, conditions[rows], seeds[rows], batch, guided, on_step, **job)
+            x = sample_batch(pipeline, conditions[rows], seeds[rows], batch, *job, **guided)
         images.append(decode(pipeline, x, decode_tile, decode_batch))
-        bar.update(len(x) if several else 0)
     bar.close()
     images = torch.cat(images)
     if "mask" in inputs:  # known pixels are copied, without the loss of the autoencoder
@@ -313,27 +310,27 @@ def generate(
     return images
 
 
-def sample_batch(pipeline, conditions, seeds, inputs, guided, on_step, *, sides, times, strength, sampler):
+def sample_batch(pipeline, conditions, seeds, inputs, sides, times, strength, sampler, on_step, **guided):
     """Latents (B,C,*sides) of one batch of `generate`.
 
-    guided: keyword arguments of guided_denoiser.  on_step: called as on_step(x0_hat, t) at every evaluation.
-    sampler: a function of `samplers` with its options bound.
+    sampler: a function of `samplers` with its options bound.  on_step: called with x0_hat and t at every evaluation.
+    guided: keyword arguments of guided_denoiser.
     """
     schedule, weight = pipeline.schedule, next(pipeline.denoiser.parameters())
     device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
     inputs = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in inputs.items()}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # also of the noise that a sampler adds
-    noise = randn((len(seeds), pipeline.latent_shape[0], *sides), generators)
+    noise = diffusion.randn((len(seeds), pipeline.latent_shape[0], *sides), generators)
     noise = noise.to(device, dtype, memory_format=torch.channels_last)
     network = guided_denoiser(pipeline, conditions, task_inputs(pipeline, inputs, sides, generators), **guided)
     latents = encode(pipeline, inputs["image"]) if "image" in inputs else None
-    x = start_std(times, schedule) * noise
+    x = diffusion.start_std(times, schedule) * noise
     if strength < 1:
         x = schedule.alpha(times[:1]).item() * latents + schedule.sigma(times[:1]).item() * noise
     denoise = network
     if "mask" in inputs and pipeline.task["task"] != "inpaint":
         mask = F.max_pool2d((inputs["mask"] > 0.5).to(dtype), pipeline.factor)  # generate latents masked in part
-        denoise = keep_known(network, latents, mask)
+        denoise = diffusion.keep_known(network, latents, mask)
 
     def observed(x, t):
         x0 = denoise(x, t)
@@ -360,7 +357,7 @@ def guided_denoiser(pipeline, conditions, extra, guidance=1.0, negative="", guid
     else:
         guidance = 1.0  # unconditional
     unet, schedule, objective = pipeline.denoiser.unet, pipeline.schedule, pipeline.objective
-    return make_denoiser(unet, schedule, objective, cond, null, guidance, guide=weak, **options)
+    return diffusion.make_denoiser(unet, schedule, objective, cond, null, guidance, guide=weak, **options)
 
 
 def network_inputs(pipeline, conditions, concat=None, level=None):
@@ -383,7 +380,7 @@ def task_inputs(pipeline, inputs, sides, generators):
     if task.get("sr_noise"):
         low = inputs["low"]
         level["level"] = inputs.get("level", torch.zeros(len(low), dtype=torch.long, device=low.device))
-        eps = randn(low.shape, generators, low.device, low.dtype)
+        eps = diffusion.randn(low.shape, generators, low.device, low.dtype)
         inputs = inputs | {"low": augment_low(low, level["level"], eps, task.get("sr_schedule"))}
     return level | {"concat": image_condition(task["task"], pipeline.vae, inputs, sides, task.get("map_classes") or 0)}
 
@@ -403,7 +400,9 @@ def latent_sides(pipeline, size):
     if not size:
         return pipeline.latent_shape[1:]
     if len(size) > 2 or any(side % pipeline.multiple or side < 1 for side in size):
-        raise UserError(f"size={','.join(map(str, size))} must be one or two multiples of {pipeline.multiple}")
+        raise UserError(
+            f"size={','.join(f'{side:g}' for side in size)} must be one or two multiples of {pipeline.multiple}"
+        )
     return tuple(int(side) // pipeline.factor for side in (size[0], size[-1]))
 
 
@@ -431,21 +430,22 @@ def decode(pipeline, x, tile=0, batch=0):
     tile: side in latents of tiles that are decoded separately, 0 for none. batch: images at a time, 0 for all, or
     fewer if memory runs out. bfloat16 autocast does not overflow here, unlike float16.
     """
-    if 0 < batch < len(x):
-        return torch.cat([decode(pipeline, part, tile) for part in x.split(batch)])
-    vae = pipeline.vae
-    try:
-        if vae is not None:
-            z = vae.denormalize(x)
-            x = vae.decode_tiled(z, tile, tile // 4) if tile else vae.decode(z)
-        return x.float().cpu().clamp(-1, 1)
-    except torch.OutOfMemoryError:
-        if len(x) == 1:
-            raise  # decode_tile=64, or smaller, needs less
-    return torch.cat([decode(pipeline, half, tile) for half in x.split(-(-len(x) // 2))])
+    vae, batch, decoded = pipeline.vae, batch or len(x), []
+    while len(decoded) < len(x):
+        z = x[len(decoded) : len(decoded) + batch]
+        try:
+            if vae is not None:
+                z = vae.denormalize(z)
+                z = vae.decode_tiled(z, tile, tile // 4) if tile else vae.decode(z)
+            decoded.extend(z.float().cpu().clamp(-1, 1))
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise  # decode_tile=64, or smaller, needs less
+            batch = -(-len(z) // 2)
+    return torch.stack(decoded)
 
 
-# --- output ---
+# --- the command ---
 
 
 def read_prompts(path):
@@ -460,49 +460,18 @@ def read_prompts(path):
     return lines
 
 
-def to_pil(image):
-    """(3,H,W) in [-1,1] -> PIL."""
-    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def make_grid(images, captions, columns=0):
-    """Images (N,3,H,W) with captions below as one PIL image, near square or with `columns`."""
-    N, _, H, W = images.shape
-    columns, zoom = columns or math.ceil(N**0.5), max(1, 128 // W)
-    lines = 2 if any(captions) else 0
-    cell_w, cell_h = W * zoom + 4, H * zoom + 4 + 12 * lines
-    grid = Image.new("RGB", (columns * cell_w, -(-N // columns) * cell_h), "white")
-    pen = ImageDraw.Draw(grid)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = i % columns * cell_w + 2, i // columns * cell_h + 2
-        grid.paste(to_pil(image).resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (x, y))
-        wrapped = textwrap.wrap(caption, max(8, cell_w // 6))[:lines]
-        pen.text((x, y + H * zoom), "\n".join(wrapped).encode("latin-1", "replace").decode("latin-1"), fill="black")
-    return grid
-
-
-def save_grid(path, images, captions, settings=None, columns=0):
-    """Save make_grid as a PNG, with `settings` as text in it."""
-    grid, info = make_grid(images, captions, columns), PngInfo()
-    info.add_text("settings", json.dumps(settings or {}), zip=True)
-    grid.save(path, pnginfo=info)
-    return grid
-
-
-# --- the command ---
-
-
 def load_class(path):
     """The class that the setting `denoiser` names, MODULE:CLASS; `UNet` for ""."""
     if not path:
         return UNet
-    module, _, name = path.partition(":")
+    (module, _, name), found, reason = path.partition(":"), None, "names no class"
     try:
         found = getattr(importlib.import_module(module), name, None) if module and name else None
     except ModuleNotFoundError as error:
-        raise UserError(f"--denoiser={path}: {error}; name a module in this folder or on PYTHONPATH") from None
+        reason = error
     if not isinstance(found, type):
-        raise UserError(f"--denoiser={path} names no class: write MODULE:CLASS, such as examples.dit:DiT")
+        remedy = "write MODULE:CLASS, such as examples.dit:DiT, with a module in this folder or on PYTHONPATH"
+        raise UserError(f"--denoiser={path}: {reason}; {remedy}")
     return found
 
 
@@ -511,18 +480,26 @@ def sampler_options(sampler):
     return list(inspect.signature(samplers[sampler]).parameters)[5:]
 
 
+def with_sampling(cfg, pipeline):
+    """cfg with the checkpoint's own sampler, steps and guidance where these are settings that are not given."""
+    own = {name: value for name, value in pipeline.sampling.items() if name in cfg and name not in cfg.given}
+    return cfg.replace(**own)
+
+
 def load_from_settings(cfg, machine):
-    """(pipeline on `machine`, keyword arguments of `generate`) from the settings of this script or of fid.py."""
+    """(cfg of `with_sampling`, pipeline on `machine`, keyword arguments of `generate`) of this script or of fid.py."""
     parts = dict(unet_class=load_class(cfg.denoiser))
     parts |= {name: cfg[name] for name in ("tower_weights", "clip_vocab", "first_stage")}
     known = {name: cfg[name] for name in ("objective", "num_heads", "head_dim") if cfg[name]}
-    weights = torch.bfloat16 if machine.precision == "bfloat16" else torch.float32
-    if reason := unavailable(cfg.attention, machine.device, weights):
+    if reason := unavailable(cfg.attention, machine.device, getattr(torch, machine.precision)):
         raise UserError(f"--attention={cfg.attention}: {reason}")
     pipeline = load_pipeline(cfg.ckpt, cfg.ema_std, **parts, **known)
+    cfg = with_sampling(cfg, pipeline)
     check_settings(cfg, pipeline)
     guide = load_pipeline(cfg.guide_ckpt, **parts) if cfg.guide_ckpt else None
-    for part in (pipeline, guide) if guide else (pipeline,):
+    if guide and not is_comparable(pipeline, guide):
+        reject(cfg.guide_ckpt, "has other latents, noise or conditions", "use an earlier or smaller model like ckpt")
+    for part in filter(None, (pipeline, guide)):
         part.to(machine.device)
         for network in filter(None, (part.denoiser, part.tower)):
             use_attention(network, cfg.attention)
@@ -530,24 +507,16 @@ def load_from_settings(cfg, machine):
             round_weights(part)
         if machine.compile:
             compile_unet(part)
-    if guide and not is_comparable(pipeline, guide):
-        reject(cfg.guide_ckpt, "has other latents, noise or conditions", "use an earlier or smaller model like ckpt")
     names = "steps sampler spacing size batch_size guidance guidance_rescale negative decode_tile decode_batch".split()
-    options = {name: cfg[name] for name in names} | dict(guide=guide)
-    options["guidance_interval"] = (cfg.guidance_from, cfg.guidance_to)
-    chosen = [name for name in sampler_options(cfg.sampler) if cfg.get(name, -1) != -1]  # -1: the sampler's default
-    return pipeline, options | {name: cfg[name] for name in chosen}
+    names += [name for name in sampler_options(cfg.sampler) if cfg.get(name, -1) != -1]  # -1: the sampler's default
+    interval = cfg.guidance_from, cfg.guidance_to
+    return cfg, pipeline, {name: cfg[name] for name in names} | dict(guide=guide, guidance_interval=interval)
 
 
 def check_settings(cfg, pipeline):
     """UserError for a setting that has no effect with this checkpoint or with the other settings."""
     task, text = pipeline.task["task"], pipeline.text is not None
     guidable = text or pipeline.num_classes > 0 or bool(cfg.guide_ckpt)
-    sr_noise = pipeline.task.get("sr_noise") or 0
-    takers = {}  # option: the samplers that have it
-    for sampler in samplers:
-        for option in sampler_options(sampler):
-            takers.setdefault(option, []).append(sampler)
     rules = [  # settings, whether they have an effect, what they need
         ("prompt prompts negative", text, "a checkpoint with text"),
         ("cls", pipeline.num_classes, "a checkpoint with classes"),
@@ -558,10 +527,12 @@ def check_settings(cfg, pipeline):
         ("init_image", task != "semantic", "another checkpoint; use --semantic_map"),
         ("mask strength", cfg.get("init_image") and task in ("none", "inpaint"), "--init_image, without another task"),
         ("semantic_map", task == "semantic", "a checkpoint with task=semantic"),
-        ("noise_level", cfg.get("noise_level", 0) <= sr_noise, "task=sr with a larger sr_noise"),
+        ("noise_level", cfg.get("noise_level", 0) <= (pipeline.task.get("sr_noise") or 0), "task=sr, larger sr_noise"),
         ("size", task != "sr", "a checkpoint with a task other than sr"),
-        *((name, cfg.sampler in having, f"another sampler: {', '.join(having)}") for name, having in takers.items()),
     ]
+    for option in sorted({option for sampler in samplers for option in sampler_options(sampler)}):
+        having = [sampler for sampler in samplers if option in sampler_options(sampler)]
+        rules.append((option, cfg.sampler in having, f"another sampler: {', '.join(having)}"))
     for names, used, need in rules:
         for name in names.split():
             if name in cfg.changed and not used:
@@ -569,39 +540,40 @@ def check_settings(cfg, pipeline):
 
 
 def choose_conditions(pipeline, cfg):
-    """The prompts, class numbers or Nones that the settings prompt, prompts and cls name."""
+    """The prompts, class positions or Nones that the settings prompt, prompts and cls name, or the examples."""
     if pipeline.text is not None:
-        prompts = [cfg.prompt] if cfg.prompt else read_prompts(cfg.prompts) if cfg.prompts else pipeline.examples
-        for prompt in prompts:
+        prompts = read_prompts(cfg.prompts) if cfg.get("prompts") else pipeline.examples
+        prompts = [cfg.prompt] if cfg.prompt else prompts
+        for prompt in [*prompts, cfg.get("negative", "")]:
             if (count := pipeline.text.count_tokens(prompt)) > pipeline.text.length:
                 print(f"prompt of {count} tokens cut to {pipeline.text.length}: {prompt[:60]}...")
         return prompts
     if not cfg.cls:
         return pipeline.examples
-    numbers = {name: i for i, name in enumerate(pipeline.classes)}
-    numbers = {str(i): i for i in range(pipeline.num_classes)} | numbers  # a name has precedence over a number
-    names = [cfg.cls] if cfg.cls in numbers else [name.strip() for name in cfg.cls.split(",")]  # names can have commas
+    known = {str(number): i for i, number in enumerate(pipeline.numbers)}
+    known |= {name: i for i, name in enumerate(pipeline.classes)}  # a name has precedence over a number
+    names = [cfg.cls] if cfg.cls in known else [name.strip() for name in cfg.cls.split(",")]  # names can have commas
     for name in names:
-        if name not in numbers:
-            known = "".join(f", {name}" for name in pipeline.classes[:10])
-            raise UserError(f"--cls={name} is not a class of this checkpoint: 0 to {pipeline.num_classes - 1}{known}")
-    return [numbers[name] for name in names]
+        if name not in known:
+            some = ", ".join(pipeline.classes[:10]) or f"0 to {pipeline.num_classes - 1}"
+            raise UserError(f"--cls={name} is not a class of this checkpoint: {some}")
+    return [known[name] for name in names]
 
 
 def open_images(path):
     """{name: PIL image} of a file, or of the images in a folder in sorted order."""
-    folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
-    names = [name] if name else sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGES))
-    if not names:
+    files, images = [Path(path)], {}
+    if files[0].is_dir():
+        files = sorted(file for file in files[0].iterdir() if file.name.lower().endswith(IMAGES))
+    if not files:
         reject(path, "no images in it", "give an image, or a folder of images")
-    images = {}
-    for name in names:
+    for file in files:
         try:
-            with Image.open(os.path.join(folder, name)) as image:
+            with Image.open(file) as image:
                 image.load()
-                images[name] = image
+                images[file.name] = image
         except Exception as error:  # Pillow's plugins raise exceptions of many types
-            reject(os.path.join(folder, name), f"does not open as an image ({error})", "give an image")
+            reject(file, f"does not open as an image ({error})", "give an image")
     return images
 
 
@@ -643,14 +615,14 @@ def read_inputs(pipeline, cfg):
             if pipeline.task["sr_noise"]:
                 rows[-1]["level"] = torch.tensor(cfg.noise_level)
         else:
-            rows.append({"image": to_tensor(fit(to_rgb(image), size, multiple))})
+            image = to_rgb(image)  # upright
+            rows.append({"image": to_tensor(fit(image, size, multiple))})
             if mask is not None:
                 if mask.size != image.size:
                     reject(cfg.mask, f"is {mask.size}, {name} is {image.size}", "make them the same size")
-                white = to_tensor(fit(mask, size, multiple, nearest).convert("RGB"))[:1] > 0
-                if not white.any():
+                rows[-1]["mask"] = (to_tensor(fit(mask, size, multiple, nearest).convert("RGB"))[:1] > 0).float()
+                if not rows[-1]["mask"].any():
                     reject(cfg.mask, "is all black", "make white what is to be generated")
-                rows[-1]["mask"] = white.float()
     sizes = {tuple(next(iter(row.values())).shape[-2:]) for row in rows}
     if len(sizes) > 1:
         reject(cfg.semantic_map or cfg.init_image, f"several sizes {sorted(sizes)}", "set --size, or run it for each")
@@ -680,17 +652,24 @@ def choose_inputs(pipeline, cfg):
     return list(conditions), seeds, [names[i] for i in index], inputs
 
 
+def earlier_files(folder):
+    """Names of what an earlier call wrote into `folder`: the images in its samples.jsonl, and their grid.png."""
+    file = Path(folder, "samples.jsonl")
+    images = re.findall(r'^{"file": "(\d+\.png)"', file.read_text(errors="replace"), re.M) if file.exists() else []
+    return {*images, "grid.png"} if images else set()
+
+
 def save_samples(folder, images, records, settings):
-    """PNGs with their records, samples.jsonl and grid.png of up to 64 images; returns the grid."""
+    """PNGs with their records, samples.jsonl, grid.png of up to 64 images; those of an earlier call are removed."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "samples.jsonl"), "w") as file:
-        for image, record in zip(images, records):
-            info = PngInfo()
-            info.add_text("settings", json.dumps(record | {"config": settings}), zip=True)
-            to_pil(image).save(os.path.join(folder, record["file"]), pnginfo=info)
-            file.write(json.dumps(record) + "\n")
-    captions = [record["prompt"] for record in records[:64]]
-    return save_grid(os.path.join(folder, "grid.png"), images[:64], captions, {"config": settings})
+    for name in earlier_files(folder):
+        Path(folder, name).unlink(missing_ok=True)
+    Path(folder, "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for image, record in zip(images, records):
+        save_png(Path(folder, record["file"]), to_pil(image), record | {"config": settings})
+    grid = make_grid(images[:64], [record["prompt"] for record in records])
+    save_png(Path(folder, "grid.png"), grid, {"config": settings})
+    return grid
 
 
 if __name__ == "__main__":
@@ -699,15 +678,10 @@ if __name__ == "__main__":
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("sample.py runs in one process; for torchrun see fid.py")
     machine = setup(cfg.replace(deterministic=False))
-    pipeline, options = load_from_settings(cfg, machine)
+    cfg, pipeline, options = load_from_settings(cfg, machine)
     conditions, seeds, names, inputs = choose_inputs(pipeline, cfg)
     share = cfg.strength if cfg.strength > 0 else 0.75 if "image" in inputs and "mask" not in inputs else 1.0
     options["batch_size"] = min(cfg.batch_size, len(conditions))
-
-    started = time.time()
-    with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16"):
-        images = generate(pipeline, conditions, seeds, inputs=inputs, strength=share, progress=True, **options)
-    seconds = time.time() - started
 
     file = checkpoint.find(cfg.ckpt)
     folder = cfg.out_dir or os.path.join(file if os.path.isdir(file) else os.path.dirname(file), "samples")
@@ -716,8 +690,18 @@ if __name__ == "__main__":
         records.append({"file": f"{i:05d}.png", "prompt": pipeline.caption(condition), "seed": seeds[i]})
         if inputs:
             records[-1] |= {"from": names[i], "strength": share}
+    for name in {"grid.png", *(record["file"] for record in records)} - earlier_files(folder):
+        if Path(folder, name).exists():
+            reject(folder, f"its {name} is not of an earlier call", "set another --out_dir")
+
+    started = time.time()
+    with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16"):
+        images = generate(pipeline, conditions, seeds, inputs=inputs, strength=share, progress=True, **options)
+    seconds = time.time() - started
     grid = save_samples(folder, images, records, cfg)
-    speed = f"{len(images) / seconds:.2f} images/s, {generate.evaluations} network evaluations each"
-    print(f"{len(images)} images in {seconds:.1f} s, {speed}: {folder}/grid.png")
+    how = (
+        f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, {generate.evaluations} network evaluations each"
+    )
+    print(f"{len(images)} images in {seconds:.1f} s ({how}): {folder}/grid.png")
     if cfg.show:
         grid.show()

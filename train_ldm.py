@@ -31,7 +31,8 @@ from data.cache import LatentCache
 from data.dataset import BadImage, Stream, collate, loader, seed_of, train_and_validation
 from data.tasks import WithCondition, augment_low, check_task, image_condition, layout_string, show_condition
 from diffusion import OBJECTIVES, SCHEDULES, make_denoiser, make_schedule, samplers, t_max, target, to_x0, unet_time  # noqa: F401
-from sample import Pipeline, generate, read_prompts, save_grid
+from grid import save_grid
+from sample import Pipeline, generate, read_prompts
 from text import CLIPTextEncoder, TextEncoder, make_tokenizer
 from unet import Denoiser, Rescaler, UNet
 from vae import VAE

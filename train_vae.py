@@ -19,7 +19,6 @@ import os
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
@@ -28,6 +27,7 @@ import common
 from checkpoint import UserError, part, reject, with_prefix
 from configurator import configure
 from data.dataset import BadImage, Dataset, Stream, loader, seed_of, train_and_validation, uniform
+from grid import save_grid
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
 from metrics import frechet, gaussian, load_inception, psnr, ssim
 from vae import VAE, Attention, Discriminator, ResBlock, turn_and_scale
@@ -445,8 +445,8 @@ def evaluate_checkpoint(cfg, machine, autocast):
     grid = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "eval.png")
     if os.path.exists(grid) and not cfg.overwrite:
         return print(f"{grid} is there already: --overwrite=True replaces it")
-    error_map = (y - x).abs().mean(dim=1, keepdim=True).expand_as(x)
-    save_grid(grid, (x, y, 4 * error_map - 1))  # white from an error of 64 gray levels on
+    error_map = 4 * (y - x).abs().mean(dim=1, keepdim=True).expand_as(x) - 1  # white from an error of 64 gray levels on
+    save_grid(grid, torch.cat([x, y, error_map]), columns=len(x))
     print(f"originals, reconstructions and error map: {grid}")
 
 
@@ -497,12 +497,6 @@ def latent_statistics(vae, images, cfg, machine, autocast):
 
 def as_text(mean, std):
     return f"latent mean {[round(m, 4) for m in mean.tolist()]}, std {[round(s, 4) for s in std.tolist()]}"
-
-
-def save_grid(path, rows):
-    """An image of rows of images (N,3,H,W) in [-1,1], all of one size."""
-    grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).float()
-    Image.fromarray(((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
 def count_tflop(vae, cfg):
@@ -660,7 +654,7 @@ if __name__ == "__main__":
                 scores, examples = evaluate(ema, validation, cfg, machine, autocast, lpips)
                 log.evaluation(step, scores)
                 if rank == 0:
-                    save_grid(f"{cfg.out_dir}/recon_{step:08d}.png", examples)
+                    save_grid(f"{cfg.out_dir}/recon_{step:08d}.png", torch.cat(examples), columns=len(examples[0]))
                     common.plot_log(cfg.out_dir, PANELS)
             if last and (cfg.train == "all" or not ema.has_latent_statistics):
                 mean, std = latent_statistics(ema, images, cfg, machine, autocast)

@@ -8,18 +8,19 @@ import torch
 from common import install_excepthook
 from configurator import configure
 from diffusion import make_denoiser, randn, sample_times, samplers, start_std
-from sample import decode, load_pipeline, network_inputs, to_pil
+from grid import to_pil
+from sample import choose_conditions, decode, load_pipeline, network_inputs, with_sampling
 
 ckpt = "out/ldm"  # stage-2 checkpoint
-prompt = ""  # prompt of the first image
+prompt = ""  # prompt of the first image; "" is the checkpoint's first example
 prompt_to = ""  # and of the last; "" is the same
-cls = 0  # >= 0: class number, for a checkpoint with classes
+cls = ""  # class name or number; "" is the checkpoint's first example
 seed = 0  # of the first image
 seed_to = -1  # of the last; -1 is the same
 frames = 16  # >= 2: images
-sampler = "unipc"  # one of samplers: those that add noise make the animation flicker
-steps = 20  # in [1, 1000]: sampling steps
-guidance = 3.0  # >= 0: classifier-free guidance scale
+sampler = "unipc"  # one of samplers: those that add noise make the animation flicker; unless given, the checkpoint's
+steps = 20  # in [1, 1000]: sampling steps; unless given, the checkpoint's
+guidance = 3.0  # >= 0: classifier-free guidance scale; unless given, the checkpoint's
 out = "interpolation.gif"  # file to write
 
 
@@ -56,9 +57,8 @@ if __name__ == "__main__":
     cfg = configure(globals())
     install_excepthook()
     pipeline = load_pipeline(cfg.ckpt).to("cuda" if torch.cuda.is_available() else "cpu")
-    ends = (cfg.cls, cfg.cls) if pipeline.num_classes else (None, None)
-    if pipeline.text is not None:
-        ends = cfg.prompt, cfg.prompt_to or cfg.prompt
+    cfg, first = with_sampling(cfg, pipeline), choose_conditions(pipeline, cfg)[0]
+    ends = first, first if pipeline.text is None else cfg.prompt_to or first
     seeds = cfg.seed, cfg.seed_to if cfg.seed_to >= 0 else cfg.seed
     images = interpolate(pipeline, ends, seeds, cfg.frames, cfg.steps, cfg.sampler, cfg.guidance)
     first, *others = map(to_pil, images)

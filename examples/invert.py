@@ -10,15 +10,16 @@ from common import install_excepthook
 from configurator import configure
 from data.dataset import to_rgb, to_tensor
 from diffusion import sample_ddim, sample_times, steps_of
-from sample import decode, encode, fit, guided_denoiser, load_pipeline, save_grid
+from grid import save_grid
+from sample import choose_conditions, decode, encode, fit, guided_denoiser, load_pipeline, with_sampling
 
 ckpt = "out/ldm"  # stage-2 checkpoint without a task
 image = "photo.png"  # file
 source_prompt = ""  # prompt that describes the image
 prompt = ""  # prompt of the edited image
-cls = 0  # >= 0: class number of both, for a checkpoint with classes
+cls = ""  # class name or number of both; "" is the checkpoint's first example
 steps = 50  # in [1, 1000]: of the inversion, and of generating
-guidance = 2.0  # >= 0: classifier-free guidance scale of generating
+guidance = 2.0  # >= 0: classifier-free guidance scale of generating; unless given, the checkpoint's
 iterations = 3  # >= 1: fixed-point iterations per step of the inversion
 out = "inverted.png"  # grid of the image, its reconstruction with source_prompt, and the edited image
 
@@ -57,9 +58,10 @@ if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(cfg.ckpt).to(device)
     x = to_tensor(fit(to_rgb(Image.open(cfg.image)), (), pipeline.multiple))[None]
-    ends = [cfg.cls if pipeline.num_classes else None] * 2
-    if pipeline.text is not None:
-        ends = [cfg.source_prompt, cfg.prompt]
-    again, edited = edit(pipeline, x.to(device), ends[:1], ends[1:], cfg.steps, cfg.guidance, cfg.iterations)
+    guidance = with_sampling(cfg, pipeline).guidance  # steps are more than an image needs
+    ends = [cfg.source_prompt, cfg.prompt]
+    if pipeline.text is None:
+        ends = choose_conditions(pipeline, cfg)[:1] * 2
+    again, edited = edit(pipeline, x.to(device), ends[:1], ends[1:], cfg.steps, guidance, cfg.iterations)
     save_grid(cfg.out, torch.cat([x, again, edited]), ["image", "reconstruction", pipeline.caption(ends[1])], columns=3)
     print(cfg.out)

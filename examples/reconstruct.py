@@ -10,8 +10,9 @@ from checkpoint import reject
 from common import install_excepthook
 from configurator import configure
 from data.dataset import BadImage, Dataset, to_tensor
+from grid import to_pil
 from metrics import psnr, ssim
-from sample import fit, to_pil
+from sample import fit
 from vae import VAE
 
 ckpt = "out/vae"  # stage-1 checkpoint, or a stage-2 one with its autoencoder

@@ -8,16 +8,17 @@ import torch
 from common import install_excepthook
 from configurator import configure
 from diffusion import samplers  # noqa: F401  of the setting `sampler`
-from sample import generate, load_pipeline, make_grid
+from grid import make_grid
+from sample import choose_conditions, generate, load_pipeline, with_sampling
 
 ckpt = "out/ldm"  # stage-2 checkpoint without a task
 prompt = ""  # prompt; "" is the checkpoint's first example
-cls = -1  # >= -1: class number; -1 is the checkpoint's first example
+cls = ""  # class name or number; "" is the checkpoint's first example
 n = 4  # in [1, 16]: images
 seed = 0  # of the first image
-sampler = "ddim"  # one of samplers: see diffusion.py
-steps = 20  # in [1, 1000]: sampling steps
-guidance = 3.0  # >= 0: classifier-free guidance scale
+sampler = "unipc"  # one of samplers: see diffusion.py; unless given, the checkpoint's
+steps = 20  # in [1, 1000]: sampling steps; unless given, the checkpoint's
+guidance = 3.0  # >= 0: classifier-free guidance scale; unless given, the checkpoint's
 out = "trajectory.gif"  # file to write
 
 
@@ -34,7 +35,7 @@ if __name__ == "__main__":
     cfg = configure(globals())
     install_excepthook()
     pipeline = load_pipeline(cfg.ckpt).to("cuda" if torch.cuda.is_available() else "cpu")
-    condition = cfg.prompt or (cfg.cls if cfg.cls >= 0 else pipeline.examples[0])
+    cfg, condition = with_sampling(cfg, pipeline), choose_conditions(pipeline, cfg)[0]
     conditions, captions = [condition] * cfg.n, [pipeline.caption(condition)] * cfg.n
     seeds = range(cfg.seed, cfg.seed + cfg.n)
     images, frames = trajectory(pipeline, conditions, seeds, cfg.steps, sampler=cfg.sampler, guidance=cfg.guidance)

@@ -157,10 +157,12 @@ def test_dit_from_a_checkpoint(runs, tmp_path, name):
     meta["model"]["unet"] = dit.settings
     checkpoint.write(f"{tmp_path}/mine.safetensors", kept | checkpoint.with_prefix("ema.unet", dit.state_dict()), meta)
     for model_class in (Denoiser, UNet):
-        with pytest.raises(UserError, match=r"not a UNet \(.*'width'\); name its class with --denoiser=MODULE:CLASS"):
+        with pytest.raises(
+            UserError, match="do not build a UNet .*'width'.*; a denoiser of another class needs --denoiser="
+        ):
             model_class.from_pretrained(f"{tmp_path}/mine.safetensors")
     args = [f"--ckpt={tmp_path}/mine.safetensors", "--denoiser=examples.dit:DiT"]
     cfg = configure(dict(vars(sample)), args)
-    pipeline, _ = sample.load_from_settings(cfg, sample.setup(cfg.replace(deterministic=False, device="cpu")))
+    _, pipeline, _ = sample.load_from_settings(cfg, sample.setup(cfg.replace(deterministic=False, device="cpu")))
     near(pipeline.denoiser(x, t, **inputs), out)
     assert pipeline.multiple == 8

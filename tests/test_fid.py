@@ -15,9 +15,10 @@ from PIL import Image
 import fid
 from checkpoint import UserError
 from fid import generate_many, score
+from grid import to_pil
 from lpips_train import make_trunk
 from metrics import frechet, gaussian, mmd, precision_recall
-from sample import generate, load_pipeline, to_pil
+from sample import generate, load_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from checkpoint import UserError
 from configurator import configure
 from data.tasks import augment_low, image_condition
 from diffusion import make_denoiser, make_schedule, randn, sample_times, samplers, start_std
-from sample import compile_unet, decode, encode, generate, load_pipeline, read_prompts, round_weights, save_grid, to_pil
+from grid import make_grid, save_png, to_pil
+from sample import compile_unet, decode, encode, generate, load_pipeline, read_prompts, round_weights
 
 NAMES = ("text", "class", "none", "pixels", "tokens", "inpaint", "sr", "semantic")
 CONDITIONS = {
@@ -126,8 +128,8 @@ def test_another_decoder(runs, pipelines, tmp_path):
 
 def test_checkpoints_that_do_not_generate(runs):
     for name, known, message in (
-        ("vae", {}, "stage vae, which does not generate images; give a checkpoint of train_ldm.py"),
-        ("text", dict(objective="v", num_heads=2), "has all its settings; leave out objective, num_heads"),
+        ("vae", {}, "stage vae, without a denoiser; give a checkpoint of train_ldm.py"),
+        ("text", dict(objective="v", num_heads=2), "has all its settings; leave out objective, num_heads and head_dim"),
     ):
         with pytest.raises(UserError, match=message):
             load_pipeline(runs[name].path, **known)
@@ -235,7 +237,7 @@ def test_decoding_in_slices_tiles_and_little_memory(pipelines, monkeypatch):
 
     monkeypatch.setattr(vae, "decode", little)
     near(decode(pipeline, x), expected)
-    assert sizes == [5, 3, 2, 1, 2]
+    assert sizes == [5, 3, 2, 2, 1]
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         decode(pipeline, x)
@@ -371,13 +373,13 @@ def test_mistakes_of_callers(pipelines):
 # --- output ---
 
 
-def test_to_pil_and_save_grid(tmp_path):
+def test_images_and_grids(tmp_path):
     image = torch.tensor([-1.0, -9.0, 0.0, 1.0, 3.0, 0.5]).view(1, 2, 3).expand(3, 2, 3)
     assert np.array(to_pil(image))[..., 1].tolist() == [[0, 0, 128], [255, 255, 191]]
     colors = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 24, 32)
     captions = ["a red star", "🌟 漢字 naïve", "", "long " * 40, "two\nlines"]
     settings = {"prompt": "🌟 naïve", "nested": {"ch_mult": [1, 2]}}
-    save_grid(tmp_path / "grid.png", colors, captions, settings)
+    save_png(tmp_path / "grid.png", make_grid(colors, captions), settings)
     with Image.open(tmp_path / "grid.png") as grid:
         assert json.loads(grid.text["settings"]) == settings
         pixels = np.array(grid)
@@ -404,8 +406,26 @@ def test_choose_classes(pipelines):
     assert [choose(cls) for cls in ("", "0", "3, cat ,2")] == [[0, 1, 2, 3], [0], [3, 0, 2]]
     assert choose("7") == [2] and choose("tench, Tinca") == [3], "a name goes before a number, and can have a comma"
     for cls in ("4", "0,-1", "bird", "²", "1.5", "1,"):
-        with pytest.raises(UserError, match="is not a class of this checkpoint: 0 to 3, cat, dog, 7, tench, Tinca"):
+        with pytest.raises(UserError, match="is not a class of this checkpoint: cat, dog, 7, tench, Tinca"):
             choose(cls)
+
+
+@pytest.mark.parametrize(
+    "classes, numbers, cls, chosen, refused, known",
+    [
+        (["1", "3", "7", "10"], [1, 3, 7, 10], "7,10", [2, 3], "2", "1, 3, 7, 10"),
+        (["007", "12", "3", "4"], [7, 12, 3, 4], "007,7", [0, 0], "0", "007, 12, 3, 4"),
+        (["cat", "3", "7", "10"], [0, 1, 2, 3], "cat,3,0", [0, 1, 0], "4", "cat, 3, 7, 10"),
+        ([], [0, 1, 2, 3], "3,0", [3, 0], "4", "0 to 3"),
+    ],
+)
+def test_a_number_is_one_class(pipelines, classes, numbers, cls, chosen, refused, known):
+    """Where all classes are named by whole numbers, a number is that name; else it is a position."""
+    pipeline = pipelines["class"]._replace(classes=classes)
+    assert pipeline.numbers == numbers
+    assert sample.choose_conditions(pipeline, settings(f"--cls={cls}")) == chosen
+    with pytest.raises(UserError, match=f"--cls={refused} is not a class of this checkpoint: {known}$"):
+        sample.choose_conditions(pipeline, settings(f"--cls={refused}"))
 
 
 def test_choose_prompts(pipelines, tmp_path, capsys):
@@ -418,6 +438,8 @@ def test_choose_prompts(pipelines, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     assert sample.choose_conditions(text, settings("--prompt=🌟 and far too long")) == ["🌟 and far too long"]
     assert capsys.readouterr().out == "prompt of 22 tokens cut to 16: 🌟 and far too long...\n"
+    sample.choose_conditions(text, settings("--prompt=a", "--negative=dark, blurred and far too long"))
+    assert capsys.readouterr().out == "prompt of 31 tokens cut to 16: dark, blurred and far too long...\n"
     for content in (b"\n \n\t\n", "naïve".encode("latin-1"), "a star".encode("utf-16")):
         file.write_bytes(content)
         with pytest.raises(UserError, match="prompts.txt: .*; give a file with one prompt per line"):
@@ -471,7 +493,7 @@ DO_NOT_FIT = [
     ("none", ["--mask=mask.png"], "--mask=mask.png has no effect here; it needs --init_image"),
     ("sr", ["--init_image=small.png", "--strength=0.5"], "--strength=0.5 has no effect"),
     ("sr", ["--init_image=small.png", "--size=64"], "--size=.* has no effect"),
-    ("sr", ["--init_image=small.png", "--noise_level=11"], "--noise_level=11 .* needs task=sr with a larger sr_noise"),
+    ("sr", ["--init_image=small.png", "--noise_level=11"], "--noise_level=11 .* needs task=sr, larger sr_noise"),
     ("none", ["--semantic_map=map.png"], "it needs a checkpoint with task=semantic"),
     ("semantic", [PHOTO], "--init_image=photo.png has no effect here"),
     ("semantic", [], r"this checkpoint \(task=semantic\) needs --semantic_map"),
@@ -490,7 +512,7 @@ DO_NOT_FIT = [
 
 @pytest.mark.parametrize("name", ["nomod:DiT", "examples.dit", "examples.dit:Foo", ":DiT", "examples.dit:torch"])
 def test_denoiser_that_is_no_class(name):
-    with pytest.raises(UserError, match=f"--denoiser={name}(: No module named 'nomod'; name a| names no class: write)"):
+    with pytest.raises(UserError, match=f"--denoiser={name}: (No module named 'nomod'|names no class); write MODULE"):
         sample.load_class(name)
 
 
@@ -560,7 +582,8 @@ def test_command_without_prompts_generates_the_examples(runs, pipelines, command
     status, out, err = command(*COMMAND, f"--ckpt={runs['text'].path}")
     folder = Path(runs["text"].path) / "samples"
     assert (status, err) == (0, "")
-    assert re.fullmatch(rf"2 images in .* images/s, 4 network evaluations each: {folder}/grid.png\n", out)
+    how = r"unipc, 2 steps, guidance 3, 4 network evaluations each"
+    assert re.fullmatch(rf"2 images in [\d.]+ s \({how}\): {folder}/grid.png\n", out)
     lines, images, configs = records(folder)
     prompts = ("a red star", "a blue circle")
     assert lines == [{"file": f"0000{i}.png", "prompt": prompt, "seed": i} for i, prompt in enumerate(prompts)]
@@ -593,6 +616,61 @@ def test_command(runs, files, command, name, args, expected):
     if "mask" in args[-1]:
         known = np.array(Image.open("mask.png")) == 0
         assert np.array_equal(images[0][known], np.array(Image.open("photo.png"))[known])
+
+
+def test_sampler_steps_and_guidance_are_the_checkpoints(runs, pipelines, command, tmp_path):
+    """Those of training's sample grids, unless they are given."""
+    tensors, meta = checkpoint.read(runs["text"].path)
+    own = {"sampler": "ddim", "sample_steps": 3, "guidance": 1.5}
+    checkpoint.write(f"{tmp_path}/a.safetensors", tensors, meta | {"config": meta["config"] | own})
+    for args, sampler, steps, guidance in (([], "ddim", 3, 1.5), (["--steps=2", "--guidance=3"], "ddim", 2, 3.0)):
+        status, out, err = command("sample.py", "--device=cpu", "--ckpt=a.safetensors", "--prompt=a", "--n=1", *args)
+        assert (status, err) == (0, "") and f"({sampler}, {steps} steps, guidance {guidance:g}, " in out
+        _, images, (config,) = records(tmp_path / "samples")
+        assert (config["sampler"], config["steps"], config["guidance"]) == (sampler, steps, guidance)
+        expected = generate(pipelines["text"], ["a"], [0], steps, guidance, sampler)
+        assert abs(images[0] - np.array(to_pil(expected[0]))).max() <= 1
+    assert load_pipeline("a.safetensors").sampling == {"sampler": "ddim", "steps": 3, "guidance": 1.5}
+
+
+def test_a_second_call_into_the_same_folder(runs, command, tmp_path):
+    """Replaces the first one's images and leaves what others put there, and refuses to overwrite that."""
+    args = (*COMMAND, f"--ckpt={runs['none'].path}", "--out_dir=out")
+    assert command(*args, "--n=3")[0] == 0
+    for name in ("00002.png", "00007.png", "notes.txt"):
+        (tmp_path / "out" / name).rename(tmp_path / "kept") if name == "00002.png" else None
+        (tmp_path / "out" / name).write_text("mine")
+    assert command(*args, "--n=2")[0] == 0
+    assert sorted(os.listdir("out")) == [
+        "00000.png",
+        "00001.png",
+        "00007.png",
+        "grid.png",
+        "notes.txt",
+        "samples.jsonl",
+    ]
+    status, _, err = command(*args, "--n=8")
+    assert status == 1 and err == "sample.py: out: its 00007.png is not of an earlier call; set another --out_dir\n"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/grid.png").write_text("mine")
+    assert "other: its grid.png is not of an earlier call" in command(*args, "--out_dir=other")[2]
+    assert len(os.listdir("out")) == 6 and (tmp_path / "out/00007.png").read_text() == "mine"
+
+
+def test_a_checkpoint_of_another_denoiser(runs, command, tmp_path):
+    """Is not called damaged: neither where its settings do not fit UNet nor where its tensors do not."""
+    tensors, meta = checkpoint.read(runs["none"].path)
+    unet = {name: meta["model"]["unet"][name] for name in ("in_channels", "out_channels", "channels")}
+    for settings, message in (
+        (dict(width=64, depth=2), "its settings do not build a UNet"),
+        (unet | {"norm_groups": 4}, "tensor .* is"),
+        (unet | {"num_res_blocks": 900}, "num_res_blocks=900, but only"),
+    ):
+        model = meta["model"] | {"unet": settings}
+        checkpoint.write(f"{tmp_path}/a.safetensors", tensors, meta | {"model": model})
+        _, _, err = command(*COMMAND, "--ckpt=a.safetensors")
+        need = r"; a denoiser of another class needs --denoiser=MODULE:CLASS \(unet_class= in Python\)\n"
+        assert re.fullmatch(f"sample.py: a.safetensors: {message}.*{need}", err), err
 
 
 def test_command_errors_are_one_line(runs, command, monkeypatch):

@@ -608,7 +608,11 @@ def test_eval_only(adversarial, start, small_data, trunk, tmp_path):
     for name in ("psnr", "ssim", "lpips", "kl", "largest_activation"):
         assert float(printed[name]) == pytest.approx(logged[f"val_{name}"], abs=2e-4), name
     assert eval(printed["latent_std"]) == logged["val_latent_std"] and "on 16 images" in run.stdout
-    assert np.asarray(Image.open(ckpt / "eval.png")).shape == (3 * 24, 4 * 24, 3)  # batch_size 4 of them
+    assert np.asarray(Image.open(ckpt / "eval.png")).shape == (
+        3 * (5 * 24 + 4),
+        4 * (5 * 24 + 4),
+        3,
+    )  # batch_size 4 of them
     assert not (tmp_path / "out").exists()
     mean = posterior_of(VAE.from_pretrained(ckpt), small_data, "val", 24).mean
     far = (mean - mean.mean(dim=(0, 2, 3), keepdim=True)).abs().amax(dim=(0, 2, 3))
