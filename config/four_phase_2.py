@@ -1,5 +1,6 @@
-# KL-f8 in four phases, 2: the discriminator joins, 1,000 steps by itself, then 5,000 to its full weight. Not yet run.
+# KL-f8 in four phases, 2: tanh on the output; the discriminator trains, 1,000 steps alone, then as a game. Not yet run.
 init_from = "out/four_phase_1"
+tanh_out = True
 perceptual_weight = 0
 disc_start = 1001
 disc_warmup = 1000

@@ -89,7 +89,12 @@ def test_loss_of_a_zero_prediction(objective, schedule):
     torch.testing.assert_close(errors, (target**2).mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net.x, alpha * x0 + sigma * eps, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net.t, unet_time.float(), rtol=1e-4, atol=1e-3)
-    assert train_step(net, inputs_of(x0), noise, cfg)["loss"] == errors.mean()
+    terms = train_step(net, inputs_of(x0), noise, cfg)
+    assert terms["loss"] == errors.mean()
+    tenths = (10 * t.float()).long() if schedule in ("cosine", "flow") else ((torch.floor(1000 * t) + 1) / 100).long()
+    for k in range(10):
+        inside = errors[tenths == k]
+        assert terms["error_by_t"][:, k].tolist() == pytest.approx([inside.sum().item(), len(inside)])
     # min-SNR weighs the error of x0
     cfg = cfg.replace(loss_weight="min_snr", min_snr_gamma=3.0)
     error, weight, _ = prediction_error(net, inputs_of(x0), noise, cfg)
@@ -342,6 +347,7 @@ def test_what_a_run_leaves(finished):
     assert [r["step"] for r in run.log if "loss" in r] == [1, 2, 3, 4, 5, 6]
     evaluated = [r for r in run.log if "val_loss" in r]
     assert [r["step"] for r in evaluated] == [3, 6] and all(len(r["val_loss_by_t"]) == 10 for r in evaluated)
+    assert all(len(r["error_by_t"]) == 10 for r in run.log)
     assert run.log[0]["lr"] == pytest.approx(1e-3 / 3) and run.log[-1]["lr"] == 1e-3
     names = {f"{name}_{step:08d}.png" for name in ("samples", "predictions") for step in (3, 6)}
     names |= {f"ema_{step:08d}.safetensors" for step in (3, 6)}
@@ -678,6 +684,18 @@ def test_data_and_models_that_do_not_fit_are_one_line(args, start, small_data, t
     assert MISFITS[args] in start("ldm", *args.split(), folder=tmp_path).fail()
 
 
+def test_few_captions(start, small_data, tmp_path):
+    """A run says how many training images have them; validation without any is fine."""
+    shutil.copytree(small_data, tmp_path / "data")
+    for folder, kept in (("train", 5), ("val", 0)):
+        path = tmp_path / "data" / folder / "captions.jsonl"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join(lines[:kept] + ["{}"] * (len(lines) - kept)) + "\n")
+    run = start("ldm", f"--dataset={tmp_path}/data", "--max_steps=1", folder=tmp_path).finish()
+    assert "captions on 5 of 24 training images, the others have none" in run.stdout
+    assert run.checkpoint[1]["examples"][0].endswith("blob")
+
+
 CONFIGS = sorted(Path(train_ldm.__file__).parent.glob("config/*_ldm.py"))
 
 
@@ -686,6 +704,9 @@ def test_configs(path):
     """They name settings that exist; one that says how many parameters it has, has as many."""
     cfg = configure(dict(vars(train_ldm)), [str(path)])
     train_ldm.check_settings(cfg)
+    side = cfg.image_size if cfg.first_stage == "none" else cfg.image_size // 4
+    with torch.device("meta"):
+        train_ldm.build_denoiser(cfg.replace(cond="none"), (4, side, side), map_classes=2)
     count = re.search(r"([\d.]+) M parameters", path.read_text().split("\n")[0])
     if not count:
         return

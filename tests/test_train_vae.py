@@ -425,7 +425,7 @@ def test_a_stopped_run_can_be_measured(start, killed, small_data, tmp_path):
     folder = resume_folder(killed("vae"), tmp_path)
     before, meta = read(folder / "out/latest.safetensors")
     assert before["ema.latent_std"].isnan().all()
-    run = start("vae", "--measure_latents", folder=folder).finish()
+    run = start("vae", "--measure_latents", "--device=cpu", "--ckpt=out", bare=True, folder=folder).finish()
     after, meta_after = run.checkpoint
     assert meta_after == meta and meta["step"] == 3
     kept = [name for name in before if "latent_" not in name]
@@ -439,6 +439,13 @@ def test_a_stopped_run_can_be_measured(start, killed, small_data, tmp_path):
     for prefix in ("model", "ema"):
         torch.testing.assert_close(after[f"{prefix}.latent_mean"], mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(after[f"{prefix}.latent_std"], (second_moment - mean**2).sqrt(), rtol=1e-4, atol=0)
+    # a second time, on other images, they are only printed, unless asked for
+    other = ("--measure_latents", "--device=cpu", "--ckpt=out", f"--dataset={small_data}/val", "--image_size=24")
+    printed = start("vae", *other, bare=True, folder=folder).finish().stdout
+    assert "at 24 px on" in printed and "not stored, as the checkpoint has latent mean" in printed
+    assert_same(run.checkpoint[0], after)
+    start("vae", *other, "--overwrite", bare=True, folder=folder).finish()
+    assert not torch.equal(run.checkpoint[0]["ema.latent_std"], after["ema.latent_std"])
     # they are not kept for weights trained further
     further = start("vae", "--save_every=4", trap=("step 5,", signal.SIGKILL), folder=folder)
     further.wait()
@@ -585,6 +592,32 @@ def test_training_on_at_a_higher_resolution(adversarial, start, trunk):
     assert not torch.equal(now["ema.latent_std"], then["ema.latent_std"]), "measured anew"
 
 
+def test_four_phases(start, trunk, tmp_path):
+    """One step each: the discriminator of phase 1 first trains in phase 2, tanh and larger images stay from then on."""
+    args = ("--ch=8 --ch_mult=1,2 --norm_groups=4 --disc_layers=1", f"--lpips_net=squeeze --lpips_trunk={trunk}")
+    args += ("--device=cpu --workers=0 --batch_size=2 --grad_accum=1 --val_images=2 --max_steps=1",)
+    found = []
+    for phase, side in ((1, 24), (2, 24), (3, 24), (4, 32)):
+        config, size = f"{ROOT}/config/four_phase_{phase}.py", f"--image_size={side}"
+        start("vae", config, size, *" ".join(args).split(), bare=True, folder=tmp_path).finish()
+        found.append(read(tmp_path / f"out/four_phase_{phase}/latest.safetensors"))
+    assert [meta["model"]["tanh_out"] for _, meta in found] == [False, True, True, True]
+    torch.manual_seed(train_vae.seed_of(0, "disc init"))
+    kernels = [Discriminator(1).main[0].weight, *(tensors["disc.main.0.weight"] for tensors, _ in found)]
+    assert [torch.equal(a, b) for a, b in zip(kernels, kernels[1:])] == [True, False, False, False]
+
+
+def test_weight_decay_of_the_discriminator(start):
+    """After one step it has changed kernels by lr times itself times their initial values, and no bias."""
+    runs = [start("vae", *GAME, "--max_steps=1", "--dtype=float64", f"--disc_weight_decay={w}") for w in (0, 0.5)]
+    plain, decayed = (run.finish().checkpoint[0] for run in runs)
+    torch.manual_seed(train_vae.seed_of(0, "disc init"))
+    lr, initial = 1e-4 / 3, Discriminator(1).double().main[0].weight.detach()  # of the first of two steps of warm-up
+    difference = plain["disc.main.0.weight"] - decayed["disc.main.0.weight"]
+    torch.testing.assert_close(difference, lr * 0.5 * initial, rtol=1e-6, atol=1e-12)
+    assert torch.equal(plain["disc.main.0.bias"], decayed["disc.main.0.bias"])
+
+
 def test_a_discriminator_that_does_not_train_is_kept(start, tmp_path):
     start("vae", *GAME, "--max_steps=2", folder=tmp_path).finish()
     before, meta = read(tmp_path / "out/latest.safetensors")
@@ -601,8 +634,8 @@ def test_a_discriminator_that_does_not_train_is_kept(start, tmp_path):
 
 def test_eval_only(adversarial, start, small_data, trunk, tmp_path):
     ckpt = shutil.copytree(adversarial().out, tmp_path / "copy")
-    args = ("--eval_only=true", f"--ckpt={ckpt}", "--image_size=24", "--eval_split=val", "--lpips_net=squeeze")
-    run = start("vae", *args, f"--lpips_trunk={trunk}", folder=tmp_path).finish()
+    args = ("--eval_only=true", f"--ckpt={ckpt}", "--eval_split=val", "--device=cpu", "--batch_size=4")
+    run = start("vae", *args, bare=True, folder=tmp_path).finish()  # at 24 px and with LPIPS, as it was trained
     logged = adversarial().log[-1]
     printed = dict(re.findall(r"^  (\w+) +(.*)$", run.stdout, re.M))
     for name in ("psnr", "ssim", "lpips", "kl", "largest_activation"):
@@ -618,8 +651,13 @@ def test_eval_only(adversarial, start, small_data, trunk, tmp_path):
     far = (mean - mean.mean(dim=(0, 2, 3), keepdim=True)).abs().amax(dim=(0, 2, 3))
     farthest = far / torch.tensor(logged["val_latent_std"])
     torch.testing.assert_close(torch.tensor(eval(printed["latent_farthest"])), farthest, rtol=1e-3, atol=1e-3)
-    line = start("vae", *args, "--val_images=1", "--inception_weights=FILE", folder=tmp_path).fail()
+    line = start("vae", *args, "--val_images=1", "--inception_weights=FILE", bare=True, folder=tmp_path).fail()
     assert "rFID needs 2 images or more" in line
+    small = (*args, "--image_size=16", "--perceptual_weight=0", "--lpips_trunk=")
+    for overwrite, side in (("", 24), ("--overwrite", 16)):
+        run = start("vae", *small, *overwrite.split(), bare=True, folder=tmp_path).finish()
+        assert ("eval.png is there already" in run.stdout) == (not overwrite) and "lpips" not in run.stdout
+        assert len(np.asarray(Image.open(ckpt / "eval.png"))) == 3 * side
 
 
 # --- wrong settings ---
