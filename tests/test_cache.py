@@ -78,17 +78,15 @@ def test_it_belongs_to_encoder_and_data(stream, vae, tmp_path):
         data = Stream(Dataset(tmp_path / path, split, size), 3, flip=flip)
         return LatentCache(data, model, "cache", precision).folder
 
-    for name in ("copy", "edited"):
-        shutil.copytree(tmp_path / "set", tmp_path / name)
-    put(tmp_path / "edited", {"03.png": png(4, (20, 16))})
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
     put(tmp_path / "copy", {"metadata.jsonl": '{"file_name": "03.png", "text": "t"}'})
     models = {name: copy.deepcopy(vae) for name in ("encoder.conv_in.bias", "decoder.conv_out.bias")}
     for name, model in models.items():
         model.get_parameter(name).add_(0.1)
     encoder, decoder = (folder(model=model) for model in models.values())
     assert folder() == folder("copy") == decoder, "neither path, captions nor the decoder matter"
-    others = [folder("edited"), folder(flip=False), folder(split="train"), folder(size=8), folder(precision="bfloat16")]
-    assert len({folder(), encoder, *others}) == 7
+    others = [folder(flip=False), folder(split="train"), folder(size=8), folder(precision="bfloat16")]
+    assert len({folder(), encoder, *others}) == 6
 
 
 def photos(form, edited):

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image, ImageFilter, ImageOps
 
 from checkpoint import UserError
@@ -151,13 +152,6 @@ def files_in(out):
     return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.is_file()}
 
 
-def says(text, call, *args, **kwargs):
-    """A UserError of one line that matches text."""
-    with pytest.raises(UserError, match=text) as error:
-        call(*args, **kwargs)
-    assert "\n" not in str(error.value)
-
-
 @pytest.fixture
 def items():
     return [dict(key=f"k{i}", image=encoded(i), label=i % 3, text=[f"number {i}", "an image"]) for i in range(150)]
@@ -247,25 +241,22 @@ def test_broken_tiny_huge_and_duplicate_images_are_dropped_and_listed(items, cap
     for line in lines:
         assert re.match(bad[line["key"]][1], line["reason"]), line
     assert pack(mixed, "kept", drop_duplicates=False)["count"] == 21
-    says(r"no images left \(dropped: 2 broken", pack, [dict(key=str(i), image=b"no") for i in range(2)], "none")
+    refused("no images left (dropped: 2 broken", pack, [dict(key=str(i), image=b"no") for i in range(2)], "none")
 
 
 def die(image, record, **how):
     os._exit(9)
 
 
-def test_workers_do_not_change_a_byte(items, monkeypatch):
-    mixed = [*items, dict(key="bad", image=b"bad"), dict(key="twin", image=items[7]["image"])]
-    mixed[4]["image"] = lambda: encoded(4)  # only the main process calls it
-    for workers in (0, 2):
-        pack(mixed, str(workers), shard_mb=0.05, vocab_size=300, workers=workers)
-    assert files_in("0") == files_in("2") and len(list(Path("0").glob("train-*.tar"))) > 3
+def test_a_worker_that_dies_is_one_line(items, monkeypatch):
     monkeypatch.setattr(room, "convert", die)
-    says("a worker process died.*run again to continue", pack, items, "dead", workers=1)
+    refused("a worker process died (out of memory?); set fewer workers", pack, items, "dead", workers=1)
 
 
 def test_killed_its_workers_end_and_it_continues_to_the_same_files(items):
+    """The same as without an interruption and without workers."""
     items[30:30] = [dict(key="twin", image=items[7]["image"]), dict(key="bad", image=b"bad")]
+    items[4]["image"] = lambda: encoded(4)  # only the main process calls it
     run = functools.partial(pack, shard_mb=0.05, vocab_size=300)
 
     def slowly():
@@ -285,13 +276,13 @@ def test_killed_its_workers_end_and_it_continues_to_the_same_files(items):
         assert time.time() < until, "workers live on"
         time.sleep(0.02)
     assert len(children) >= 2 and "count" not in json.loads(Path("out/meta.json").read_text())
-    run(items)
+    run(items, workers=2)
     run(items, "once")
     found = {name: data for name, data in files_in("out").items() if not name.endswith(".tmp")}
     assert found == files_in("once")
 
 
-def test_other_settings_other_sources_and_foreign_shards_are_says(items, capsys):
+def test_other_settings_other_sources_and_foreign_shards_are_refused(items, capsys):
     def broken_off():
         yield from items
         raise KeyboardInterrupt
@@ -299,16 +290,16 @@ def test_other_settings_other_sources_and_foreign_shards_are_says(items, capsys)
     pack(items[:30])
     pack(iter(()), workers=3)  # workers change no shard
     assert "up to date" in capsys.readouterr().out
-    says("out: was made with size=32, not 64; delete .* or set another out_dir", pack, items, size=64)
+    refused("out: was made with size=32, not 64; delete *.tar", pack, items, size=64)
     Path("out/train-00000.tar").unlink()
     pack(items[:30])  # a lost shard is made again
     assert Path("out/train-00000.tar").exists()
     Path("out/meta.json").unlink()
-    says("was not made by this command", pack, items[:30])
+    refused("was not made by this command", pack, items[:30])
     with pytest.raises(KeyboardInterrupt):
         pack(broken_off(), "begun", shard_mb=0.05)
-    says("the source is not the one .*item .* is ", pack, items[1:], "begun", shard_mb=0.05)
-    says("the source is not the one .*fewer items", pack, items[:5], "begun", shard_mb=0.05)
+    refused("is not the one that this folder was begun with (item ", pack, items[1:], "begun", shard_mb=0.05)
+    refused("is not the one that this folder was begun with (fewer items)", pack, items[:5], "begun", shard_mb=0.05)
 
 
 def ranks_of(table):
@@ -355,7 +346,7 @@ def test_downloads_continue_and_are_checked(monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for end in (1000, 2000):
-        says(f"after {end} of 5000 bytes.; run again to continue", fetch, "raw/a", md5)
+        refused(f"after {end} of 5000 bytes); run again to continue", fetch, "raw/a", md5)
     for _ in range(2):  # then it is there
         fetch("raw/a", md5)
     assert asked == [None, "bytes=1000-", "bytes=2000-"]
@@ -365,22 +356,22 @@ def test_downloads_continue_and_are_checked(monkeypatch):
     ranges = False
     fetch("c", md5)
     assert all(Path(name).read_bytes() == data for name in ("raw/a", "b", "c"))
-    says("not the published one", fetch, "d", "0" * 32)
+    refused("not the published one", fetch, "d", "0" * 32)
     assert not list(Path().glob("d*"))
     monkeypatch.undo()
-    says("download failed .*save the file as e yourself", room.fetch, "http://127.0.0.1:1/e", "e", "")
+    refused("save the file as e yourself", room.fetch, "http://127.0.0.1:1/e", "e", "")
 
 
-def test_hostile_archives_write_nothing_outside_and_are_says(monkeypatch):
+def test_hostile_archives_write_nothing_outside_and_are_refused(monkeypatch):
     files = {"../../evil.png": 1, "bomb.png": bytes(10**6)}
     source("in", {"a.zip": files, "a.tar": files})
     for path in ("in/a.zip", "in/a.tar"):
         image = dict(room.list_images(path))["../../evil.png"]
         assert room.read_bytes(image() if callable(image) else image) == encoded(1, "PNG")
     monkeypatch.setattr(room, "MAX_BYTES", 10**5)
-    says("bomb.png: unpacks to 1000000 bytes", dict(room.list_images("in/a.zip"))["bomb.png"])
+    refused("bomb.png: unpacks to 1000000 bytes", dict(room.list_images("in/a.zip"))["bomb.png"])
     assert {path.name for path in Path().parent.rglob("*") if path.is_file()} == {"a.zip", "a.tar"}
-    says("not a folder, .zip or .tar", room.list_images, __file__)
+    refused("not a folder, .zip or .tar", room.list_images, __file__)
     # a path in parquet is not followed
     source("", {"paths.parquet": [dict(image="in/a.zip"), dict(image=None)]})
     assert [image() for _, image, _ in room.parquet_rows("paths.parquet")] == [b""] * 2
@@ -449,10 +440,7 @@ PAINTINGS = [dict(image=i, artist=i % 2, genre=i // 2 % 2, style=i // 4 % 2) for
 HUB_WIKIART = {"data/train-0.parquet": (PAINTINGS, WIKIART)}
 CAPTIONS = ["portrait", "portrait by claude monet", "painting", "painting by claude monet"]
 ARCHIVE = {"Pop_Art/roy_whaam-1963.jpg": 1, "Cubism/juan-gris_guitar-1913.jpg": 2, "Cubism/pablo_chair.jpg": 3}
-OF_ARCHIVE = {
-    "Pop_Art/roy_whaam-1963.jpg": ("train", 1, 1, "painting by roy, pop art"),
-    "Cubism/juan-gris_guitar-1913.jpg": ("train", 2, 0, "painting by juan gris, cubism"),
-}
+OF_ARCHIVE = {"Cubism/juan-gris_guitar-1913.jpg": ("train", 2, 0, "painting by juan gris, cubism")}
 OF_WIKIART = {f"train-0/{i:06d}": ("train", i, 0, f"{text}, cubism") for i, text in enumerate(CAPTIONS)}
 
 LSUN = {f"bedroom_{split}_lmdb": {f"{split}{i}": n + i for i in range(n)} for split, n in (("train", 12), ("val", 3))}
@@ -617,7 +605,7 @@ WRONG = [
     ("cifar10", {"a.tar.gz": {"data_batch_1.bin": b"x" * 4000}}, dict(source="src/a.tar.gz"), "_1.bin has 4000 bytes"),
     ("cifar10", {"a.tar.gz": b"\x1f\x8b\x08" + bytes(range(200))}, dict(source="src/a.tar.gz"), "is damaged"),
     ("celeba", {"img_align_celeba.zip": bytes(range(200))}, {}, "is damaged"),
-    ("celeba", FACES | OF_CELEBA, dict(attribute="Tall"), "--attribute=Tall .*: Male, Smiling, Wavy_Hair"),
+    ("celeba", FACES | OF_CELEBA, dict(attribute="Tall"), "Tall is not in list_attr_celeba: Male, Smiling, Wavy_Hair"),
     ("celeba", FACES | {"list_eval_partition.txt": "000001.jpg 3\n"}, {}, "000001.jpg is in none of the parts 0, 1, 2"),
     ("imagenet", {"ILSVRC2012_img_train.tar": bytes(range(200))}, {}, "is damaged"),
     ("imagenet", ILSVRC, dict(classes="zebra"), "--classes has 'zebra'"),
@@ -631,7 +619,7 @@ WRONG = [
     ("wikiart", ARCHIVE, dict(label="genre"), "the archive has style and artist, not genre; set --label"),
     ("wikiart", {"roy_whaam.jpg": 1}, {}, "roy_whaam.jpg is in no folder of a style"),
     ("laion400m", {"0.parquet": [dict(url="x")]}, {}, "no column 'image', only url"),
-    ("art500k", ART, {}, "no images left .dropped: 6 tiny"),  # below 5,000 bytes
+    ("art500k", ART, {}, "no images left (dropped: 6 tiny"),  # below 5,000 bytes
     ("art500k", ART, dict(group="Genre"), "no images in a group 'Genre', only in Art Movement, Artists1, Medium"),
     ("openimages", {"train/data/0a.jpg": 1, "train/labels/detections.csv": "ImageID,XMin\n0a,x\n"}, {},
      "detections.csv: line 2 cannot be read"),
@@ -652,18 +640,18 @@ WRONG = [
     ("bapps", judged(p0=b"\x89PNG"), {}, "p0/000001.png: cannot be decoded"),
     ("bapps", judged(judge="cut"), {}, "judge/000001.npy: cannot be loaded"),
     ("bapps", judged(judge=np.array([{}])), {}, "judge/000001.npy: cannot be loaded"),  # a pickle
-    ("bapps", judged(judge=np.array([5.0])), {}, r"is \[5.0\], not one number"),
-    ("bapps", judged(judge=np.array([np.nan])), {}, r"is \[nan\]"),
-    ("bapps", judged(judge=np.array([0.0, 1.0])), {}, r"is \[0.0, 1.0\]"),
+    ("bapps", judged(judge=np.array([5.0])), {}, "is [5.0], not one number"),
+    ("bapps", judged(judge=np.array([np.nan])), {}, "is [nan]"),
+    ("bapps", judged(judge=np.array([0.0, 1.0])), {}, "is [0.0, 1.0]"),
     ("bapps", {"a": ""}, {}, "2afc/train: no categories; set --source"),
-    ("bapps", {}, dict(standin="src"), "set either --source .* or --standin"),
+    ("bapps", {}, dict(standin="src"), "set either --source to a copy of BAPPS, or --standin"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, files, settings, what", WRONG)
 def test_wrong_files_are_one_line(name, files, settings, what):
     source("src", files)
-    says(what, prepare, name, **settings)
+    refused(what, prepare, name, **settings)
 
 
 NAMES_OF_SETS = sorted({name for name, *_ in MADE.values()})
@@ -676,7 +664,8 @@ def test_missing_sources_are_one_line_and_settings_are_checked(name):
     Path("empty").mkdir()
     for value in ("", "nowhere", "empty"):
         setting = {"fetched" if "urls" in settings else "source": value}
-        says("set --|no images|no parquet|unpack|see the top", prepare, name, **setting)
+        with pytest.raises(UserError, match="set --|no images|no parquet|unpack|see the top"):
+            prepare(name, **setting)
     for word in ("license", "size", "time", "on disk"):
         assert word in module.__doc__.lower(), word
     wrong = dict(size=0, crop="middle", quality=101, min_side=-1, vocab_size=100, shard_mb=0.0, workers=-1)
@@ -693,7 +682,7 @@ def test_missing_tools_are_named_with_their_command(monkeypatch):
     for name, (tool, changed) in (tools | dict(lsun=("lmdb", {}), wikiart=("huggingface_hub", download))).items():
         for module in (tool, f"{tool}.zoo"):
             monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-        says(f"needs {tool}, which is not installed; pip install {tool}$", prepare, name, **changed)
+        refused(f"needs {tool}, which is not installed; pip install {tool}", prepare, name, **changed)
 
 
 def test_folder_keeps_captions_and_objects():
@@ -724,10 +713,8 @@ def test_objects_and_the_zoo_of_open_images(monkeypatch):
     source("src", open_images())
     prepare("openimages", source="", download=True, n_train=4, n_val=2, only="Cat, Dog")
     both = dict(label_types=["detections"], classes=["Cat", "Dog"])
-    assert asked == [
-        ("open-images-v7", "train", both | dict(max_samples=4)),
-        ("open-images-v7", "validation", both | dict(max_samples=2)),
-    ]
+    calls = (("train", 4), ("validation", 2))
+    assert asked == [("open-images-v7", split, both | dict(max_samples=n)) for split, n in calls]
     train = Dataset("out", "train", 32)
     assert train.object_classes == ["Cat", "Dog"] and [len(train.boxes(i)) for i in range(4)] == [2, 1, 1, 1]
     # of 48 x 40 the middle 40 x 40 is cut: x 12..36 of 4..44
@@ -761,7 +748,7 @@ def test_laion400m_is_fetched(asked, capsys):
     assert len(Dataset("out", "all")) == 14 and len(Dataset("out/.fetched", "all")) == 18  # .fetched is hidden
     Path("out/meta.json").rename("meta.json")
     for changed, what in (({"size": 64}, "size=32, not 64"), ({"urls": "more"}, "urls=lists")):
-        says(rf"\.fetched: was fetched with {what}", run, **dict(urls="lists") | changed)
+        refused(f".fetched: was fetched with {what}", run, **dict(urls="lists") | changed)
     Path("meta.json").rename("out/meta.json")
     shutil.rmtree("out/.fetched")
     run(urls="lists")
@@ -798,7 +785,7 @@ def test_mnist(capsys, monkeypatch):
     source("src", digits(images=idx(ZEROS)))
     prepare("mnist")
     assert not np.load("out/train/images.npy").any()
-    says("no such file.*--download=True", prepare, "mnist", source="nowhere")
+    refused("or add --download=True", prepare, "mnist", source="nowhere")
 
 
 def test_bapps(capsys):
@@ -819,10 +806,10 @@ def test_bapps(capsys):
     assert capsys.readouterr().out.count("up to date") == 3
     # interrupted in the middle of new files, the set does not count as complete
     source("src", {"2afc/train/mix/judge/000001.npy": "cut"})
-    says("000001.npy: cannot be loaded", run)
+    refused("000001.npy: cannot be loaded", run)
     assert not Path("out/meta.json").exists()
     Path("src/2afc/train/mix").rename("src/2afc/train/other")
-    says("train/mix: is of another source", run)
+    refused("train/mix: is of another source", run)
 
 
 @pytest.fixture
@@ -856,9 +843,9 @@ def test_the_standin_has_the_published_layout(photos):
         path.with_name("meta.json").unlink(missing_ok=True)
     run()
     assert all(path.read_bytes() == data for path, data in before.items())
-    says("is the folder of the stand-in", run, standin="out/standin/2afc")
+    refused("is the folder of the stand-in", run, standin="out/standin/2afc")
     Path("out/standin/made_by_prepare.txt").unlink()
-    says("was not made by this script", run)
+    refused("was not made by this script", run)
 
 
 @pytest.mark.parametrize("name", bapps.KNOWN | bapps.NEW)
@@ -925,13 +912,8 @@ def test_shapes_files(made, capsys):
     ranks = ranks_of((made / "bpe.tiktoken").read_text())
     assert len(ranks) <= 512 and all(f" {word}".encode() in ranks for word in (*shapes.PALETTE, *shapes.SHAPES))
     shutil.copytree(made, "out")
-    before = files_in("out")
     prepare("shapes", n_train=1500, n_val=50)
     assert re.findall("up to date|50 images", capsys.readouterr().out) == ["50 images", "up to date"]
-    Path("out/train/meta.json").unlink()  # as after a crash
-    Path("out/bpe.tiktoken").unlink()
-    prepare("shapes", n_train=1500, n_val=50)
-    assert files_in("out") == before
 
 
 def test_shapes_depend_on_seed_split_and_index_only_and_are_those_of_the_log(rendered):
@@ -1035,7 +1017,7 @@ def test_the_judge_rejects_what_is_not_one_clean_shape():
     middle = shapes.read(blob(np.hypot(x, y) < 64 * 0.325))  # between small and large
     assert middle["shape"] == "circle" and middle["size"] is None
     for image in (np.zeros((64, 32, 3), np.uint8), np.zeros((64, 64)), np.zeros((64, 64, 3))):
-        says(r"must be \(S, S, 3\) uint8", shapes.read, image)
+        refused("must be (S, S, 3) uint8", shapes.read, image)
 
 
 def score(images, prompts, capsys):
@@ -1066,8 +1048,8 @@ def test_score(rendered, capsys):
     four = [dict(file=f"{k:05d}.png", prompt=text) for k, text in enumerate(["a cat", *captions[1:4]])]
     for lines, count in ((four, "3 of 4"), ('{"file": "00003.png"}\nnot json\n[1]\n', "3 of 3"), ("", "0 of 0")):
         source("samples", {"samples.jsonl": lines})
-        says(f"{count} samples", prepare, "shapes", score="samples")
-    says("samples.jsonl: no such file", prepare, "shapes", score="nowhere")
+        refused(f"{count} samples", prepare, "shapes", score="samples")
+    refused("samples.jsonl: no such file", prepare, "shapes", score="nowhere")
 
 
 def test_the_command_line_and_its_errors_in_one_line():
