@@ -177,7 +177,7 @@ def checked(name, value, setting):
     if isinstance(value, str) and not keeps(value, contract) and keeps(value.lower(), contract):
         value = value.lower()  # True for true
     if keeps(value, contract) is False:
-        allowed = f"one of {contract}" if "|" in contract else contract
+        allowed = re.sub("^(each )?", r"\1one of ", contract) if "|" in contract else contract
         raise SettingError(f"--{name}={as_text(value)} must be {allowed} (default {default})")
     return value
 

@@ -504,7 +504,7 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
     arguments = {name: cfg[name] for name in inspect.signature(UNet).parameters if name in cfg}
     arguments |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0], concat_channels=concat_channels)
     arguments |= dict(context_dim=context_dim, num_classes=unet_classes)
-    if cfg.context_pool and not context_dim:  # of a text model's configuration, with --cond=none
+    if arguments.get("context_pool") and not context_dim:  # of a text model's configuration, with --cond=none
         arguments["context_pool"] = False
     unet = common.build(UNet, **arguments)  # another denoiser: its class here and in `arguments`
     if side % unet.side_multiple:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = '''"""Train a thing."""
 
 # data
-data = "ä # b"  # folder of images
+data = "äöüß # b"  # folder of images
 batch_size = 12  # >= 1: images per process and step
 
 # optimizer
@@ -33,7 +33,7 @@ ch_mult = (
 )  # each >= 1: widths
 betas = (0.9, 0.95)
 extra = ()
-names = ("a", "b")
+names = ("a", "b")  # each a | b: both
 masks = (True,)
 SCHEDULES = {"flow": 1, "cosine": 2}
 MAX = 3
@@ -65,7 +65,7 @@ def settings(script):
 ARGUMENTS = [("batch_size=1_000", 1000), ("batch_size=1e5", 100_000), ("lr=3", 3.0), ("flip=FALSE", False)]
 ARGUMENTS += [("flip", True), ("data=a=b, c", "a=b, c"), ("data=1", "1"), ("data=", ""), ("ch_mult=[3]", (3,))]
 ARGUMENTS += [("ch_mult=1,2,4,4", (1, 2, 4, 4)), ("ch_mult=(1, 2,)", (1, 2)), ("ch_mult=()", ()), ("ch_mult=3", (3,))]
-ARGUMENTS += [("betas=0,.99", (0.0, 0.99)), ("extra=1,2.5", (1, 2.5)), ("names=c,d", ("c", "d"))]
+ARGUMENTS += [("betas=0,.99", (0.0, 0.99)), ("extra=1,2.5", (1, 2.5)), ("names=b,b", ("b", "b"))]
 ARGUMENTS += [("masks=true,False", (True, False)), ("compile=True", "true"), ("tokenizer=my/File", "my/File")]
 ARGUMENTS += [("objective=", ""), ("objective=v", "v"), ("eta=-1", -1.0), ("eta=1", 1.0), ("drop=0", 0.0)]
 
@@ -93,6 +93,7 @@ ERRORS = {
     "--schedule=x": "--schedule=x must be one of flow | cosine (default flow)",
     "--objective=x": '--objective=x must be one of "" | eps | v (default )',
     "--ch_mult=1,0": "--ch_mult=1,0 must be each >= 1 (default 1,2)",
+    "--names=a,c": "--names=a,c must be each one of a | b (default a,b)",
     "--bach_size=3": "unknown setting 'bach_size': did you mean 'batch_size'? (--help lists all)",
     "--lr": "--lr has no value: write --lr=value (default 0.0001)",
     "3": "3 is no config file ([Errno 2] No such file or directory: '3'): write --name=value, or the path of one",
@@ -157,7 +158,7 @@ def test_config_file_errors_name_file_and_line(settings, tmp_path, line, capsys)
 
 def test_settings_comments_and_headings_come_from_the_source(settings):
     assert list(settings)[:4] == ["data", "batch_size", "lr", "flip"] and list(settings)[-1] == "masks"
-    assert settings["data"] == ("ä # b", "folder of images", "data")
+    assert settings["data"] == ("äöüß # b", "folder of images", "data")
     assert settings["lr"] == (1e-4, "> 0: learning rate", "optimizer (absolute)")
     assert settings["ch_mult"].comment == "each >= 1: widths"
     text = help_text("Train a thing.", settings)

@@ -234,10 +234,12 @@ def score_folder(folder, seed):
         try:
             record = json.loads(line)
             wanted = parse(record["prompt"])
+            if wanted is None:
+                raise ValueError("the prompt is not a caption of this data set")
             with Image.open(os.path.join(folder, os.path.basename(record["file"]))) as image:
                 got = read(image)
             held = is_held_out(wanted["shape"], wanted["color"], wanted["background"], seed)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:  # wanted is None: not a caption of ours
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             bad.append(f"line {number} {line[:99]}: {type(e).__name__}: {e}")
             continue
         rows.append((held, [got[name] == wanted[name] for name in ATTRIBUTES]))
