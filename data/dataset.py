@@ -209,6 +209,7 @@ class Dataset:
         self.headers = self._indexes.headers
         if not any(header["n"] for header in self.headers):
             looked = "looked for images.npy, *.tar, *.parquet and image files that Pillow reads, in sub-folders too"
+            looked = "give the encoded images, not their paths" if self.format == "parquet" else looked
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
             if os.path.exists(f"{self.root}/prepare.py"):  # such as data/openimages, before it is run
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
@@ -264,27 +265,27 @@ class Dataset:
 
     def _left_out(self):
         """What lies at the path and is not read: a phrase for each reason, with a count and an example."""
-        left = dict(self._left)
+        left = forms.Left(self._left)
         for header in self.headers:
             for reason, (count, example) in header["left"].items():
-                forms.leave_out(left, reason, example, count)
+                left.add(reason, example, count)
         return [f"{count} {reason} ({example})" for reason, (count, example) in left.items()]
 
     # finding files, choosing a split
 
     def _index(self, paths, cache_dir):
         """(format, indexes, what is left out): images.npy, or the shards of more bytes, tar or parquet, but image files
-        where there are more of these.
+        where there are as many.
         """
         npy = [path for path in paths if path in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
-        images = [] if self.remote else [path for path in paths if path.lower().endswith(IMAGES)]
+        images = [path for path in paths if path.lower().endswith(IMAGES) and os.path.basename(path) not in OWN]
         shards = [path for path in paths if os.path.basename(path).lower() not in forms.METADATA]
         by_form = {form: [path for path in shards if path.lower().endswith(f".{form}")] for form in ("tar", "parquet")}
         with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
             stamp = self.remote.stamps.get if self.remote else self._stat
             stamps = {form: list(pool.map(stamp, shards)) for form, shards in by_form.items()}
         form = max(stamps, key=lambda form: (sum(size or 0 for size, *_ in stamps[form]), len(stamps[form])))
-        shards, left = by_form[form], {}
+        shards, left = by_form[form], forms.Left()
         if npy and not self.remote:
             form, indexes = "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
         elif shards:
@@ -293,9 +294,9 @@ class Dataset:
             folder = f"{cache_dir}/index-{digest('v7', form, origin)}"
             indexes = StoredIndexes(folder, list(zip(shards, stamps[form])), index)
             n = sum(header["n"] for header in indexes.headers)
-            if n < len(images):
-                why = "with fewer images than there are outside" if n else "without images"
-                forms.leave_out(left, f".{form} files {why}", shards[0], len(shards))
+            if images and not self.remote and n <= len(images):
+                why = "with no more images than there are outside" if n else "without images"
+                left.add(f".{form} files {why}", shards[0], len(shards))
                 paths, shards = sorted(set(paths) - set(shards)), []
         if not shards and form != "npy":
             return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths)), left
@@ -303,7 +304,7 @@ class Dataset:
         for path in paths:  # img2dataset writes KEY.parquet and KEY_stats.json beside KEY.tar
             of_shard = {path.removesuffix("_stats.json") + ".tar", os.path.splitext(path)[0] + ".tar"}
             if path not in read and not of_shard & read and os.path.basename(path) not in OWN:
-                forms.leave_out_file(left, path)
+                left.add_file(path)
         return form, indexes, left
 
     def _choose_split(self, split):
@@ -558,8 +559,12 @@ class Dataset:
 
     def objects(self, i):
         """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
-        objects = self._item(i).record.get("objects", [])
-        return [(self._object_names.get(name, str(name).strip()), box) for name, box in objects]
+        item, names = self._item(i), self._object_names
+        objects = item.record.get("objects", [])
+        if unknown := [name for name, _ in objects if names and isinstance(name, int) and name not in names]:
+            what = f"object class {unknown[0]} is not among {len(names)}"
+            raise BadImage(f"{item.key}: {what}: name all in object_classes.json")
+        return [(names.get(name, str(name).strip()), box) for name, box in objects]
 
     def boxes(self, i, flip=False, crop="center", u=None):
         """Objects of item i: [(name, x0, y0, x1, y1), ...] in shares of the square that `pixels` cuts, y downwards.

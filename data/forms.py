@@ -56,7 +56,20 @@ COLUMNS = (
 ARRAYS = ("keys", "ends", "rows", "records", "held")  # of Index.arrays
 NOWHERE = (0, 0, 0)  # size 0: the item has no such part
 TALLIES = ("labels", "captions", "maps", "objects")  # what is counted: items that have one
+NO_BYTES = "rows without the bytes of an image"  # but, perhaps, its path
 POINTER = b"version https://git-lfs"
+
+
+class Left(dict):
+    """What is left out: {reason: (count, example)}."""
+
+    def add(self, reason, example, count=1):
+        before, first = self.get(reason, (0, example))
+        self[reason] = before + count, first
+
+    def add_file(self, path):
+        """A file of a format that is not read."""
+        self.add(f"{os.path.splitext(path)[1].lower() or 'other'} files", path)
 
 
 class Index:
@@ -69,28 +82,27 @@ class Index:
     those held out), and what was left out, {reason: [count, example]}.
     """
 
-    def __init__(self, split="", files=(), prefix="", names=(), **more):
-        self.header = dict(
-            split=split, files=list(files), prefix=prefix, names=list(names), named=False, left={}, repeated=0
-        )
-        self.header |= more
+    def __init__(self, split="", files=(), prefix="", names=(), left=None, **more):
+        self.left = Left() if left is None else left
+        self.header = dict(split=split, files=list(files), prefix=prefix, names=list(names), named=False, **more)
+        self.header |= dict(left=self.left, repeated=0)
         self.keys, self.labels, self.where, self.stamps = [], [], array("q"), []
         self.records, self.has = bytearray(), []  # JSON {text, objects} of all items; whether each has those
 
-    def add(self, key, image, map=NOWHERE, label=None, text=None, objects=None, stamp=""):
-        """One item; text: its captions, or JSON with them; objects: as in JSON; stamp: changes when the image does."""
+    def add(self, key, image, map=NOWHERE, stamp="", label=None, text=None, objects=None):
+        """One item; text: its captions, objects: as in JSON; stamp: changes when the image does."""
         number = class_of(label)
         if number is None and str(label).strip() not in ("None", "", "nan", "-1", "-1.0"):
-            self.leave_out("labels that are no class", f"{key}: {label}")
+            self.left.add("labels that are no class", f"{key}: {label}")
         record = {"text": captions} if (captions := captions_of(text)) else {}
         try:
             boxes = objects_of(objects)
             kept = [box for box in boxes if box[1][2] > 0 and box[1][3] > 0]
             record |= {"objects": kept} if kept else {}
             if len(kept) < len(boxes):
-                self.leave_out("boxes without area", key, len(boxes) - len(kept))
+                self.left.add("boxes without area", key, len(boxes) - len(kept))
         except Exception as e:  # JSON of any shape
-            self.leave_out("items whose objects do not read", f"{key}: {e or type(e).__name__}")
+            self.left.add("items whose objects do not read", f"{key}: {e or type(e).__name__}")
         data = json.dumps(record).encode() if record else b""
         self.keys.append(os.fsencode(key))
         self.labels.append(number)
@@ -98,9 +110,6 @@ class Index:
         self.has.append((number is not None, "text" in record, map[2] > 0, "objects" in record))
         self.records += data
         self.stamps.append(stamp)
-
-    def leave_out(self, reason, example, count=1):
-        leave_out(self.header["left"], reason, example, count)
 
     def arrays(self, stamp=""):
         """(header, arrays): arrays is dict(keys uint8, ends of each in it (n,), rows (n,) with fields COLUMNS, records:
@@ -135,22 +144,12 @@ class Index:
         return header, dict(keys=keys, ends=ends.astype(np.int64), rows=rows, records=records, held=held)
 
 
-def leave_out(left, reason, example, count=1):
-    before, first = left.get(reason, (0, example))
-    left[reason] = before + count, first
-
-
-def leave_out_file(left, path):
-    """Counts a file of a format that is not read, by its extension."""
-    leave_out(left, f"{os.path.splitext(path)[1].lower() or 'other'} files", path)
-
-
 # --- a folder of images ---
 
 
 def index_folder(root, paths):
     """One Index for each run of paths that have the same split."""
-    left = {}
+    left = Left()
     images, parts, about = read_folder(root, paths, left)
     tops = {path.split("/")[0] for path in images if "/" in path}
     # train/ and val/ are splits; train/ among airplane/ and boat/ is a class
@@ -158,26 +157,29 @@ def index_folder(root, paths):
     split_of = [path.split("/")[0] if is_split and path.split("/")[0] in SPLITS else "" for path in images]
     below = [path[len(split) :].lstrip("/") for path, split in zip(images, split_of)]  # starts with its class
     # as on the Hugging Face hub, labels in metadata go first, and a single folder of images with captions is no class
-    classes = {path.split("/")[0] for path in below if "/" in path}
-    has_labels = any(label is not None for label, *_ in about.values())
-    if has_labels or (about and len(classes) == 1) or is_sharded(below):
-        classes = {}
-    number, names = number_classes(classes)
+    folders = {path.split("/")[0] for path in below if "/" in path}
+    has_labels = any("label" in values for values in about.values())
+    if has_labels or (any(about.values()) and len(folders) == 1) or is_sharded(below):
+        folders = {}
+    number, names = number_classes(folders)
     indexes = [Index(split_of[0] if images else "", names=names, left=left)]
     for path, split, rest in zip(images, split_of, below):
-        label, captions, objects = about.get(path, (None, [], None))
-        label = number[rest.split("/")[0]] if number and "/" in rest else label
-        size, stamp = stat(f"{root}/{path}")
-        map_path = parts.get(path, {}).get(".map.png")
-        map_size = stat(f"{root}/{map_path}")[0] if map_path else 0
         if indexes[-1].header["split"] != split:
             indexes.append(Index(split, names=names))
-        indexes[-1].add(path, (-1, 0, size), (-1, 0, map_size), label, captions, objects, stamp)
+        size, stamp = stat(f"{root}/{path}")
+        map_path, map_where = parts.get(path, {}).get(".map.png"), NOWHERE
+        if map_path:
+            files = indexes[-1].header["files"]
+            is_usual = map_path == os.path.splitext(path)[0] + ".map.png"
+            files += [] if is_usual else [map_path]  # in other letters
+            map_where = -1 if is_usual else len(files) - 1, 0, stat(f"{root}/{map_path}")[0]
+        label = {"label": number[rest.split("/")[0]]} if number and "/" in rest else {}
+        indexes[-1].add(path, (-1, 0, size), map_where, stamp, **label | about.get(path, {}))
     return indexes
 
 
 def read_folder(root, paths, left):
-    """(images, {image: {ending: path}} of what lies beside them, {image: (label, captions, objects)})."""
+    """(images, {image: {ending: path}} of what lies beside them, {image: what they say about it, see `found_in`})."""
     images = [path for path in paths if path.lower().endswith(IMAGES)]
     by_name, by_stem = {}, {}  # images by their normal path, with and without extension
     for path in images:
@@ -185,24 +187,23 @@ def read_folder(root, paths, left):
         by_stem.setdefault(os.path.splitext(normal(path))[0], []).append(path)
     maps = {path for path in images if path.lower().endswith(".map.png") and normal(path)[:-8] in by_stem}
     images = [path for path in images if path not in maps]  # KEY.map.png without KEY.* is an image
-    there, parts, tables = set(images), {}, []
-    for path in paths:
+    parts, tables, others = {}, [], sorted(set(paths) - set(images))
+    for path in others:
         name = os.path.basename(path)
         ending = next((ending for ending in SIDECARS if name.lower().endswith(ending)), None)
         if name.lower() in METADATA:
             tables.append(path)
-        elif path in there or name in OWN:
-            continue
-        elif ending is None:
-            leave_out_file(left, path)
-        else:
+        elif ending and name not in OWN:
             stem = path[: -len(ending)]
             owners = by_name.get(normal(stem)) or by_stem.get(normal(stem + ending)[: -len(ending)], [])
             if len(owners) == 1:  # KEY.jpg.txt or KEY.txt
                 parts.setdefault(owners[0], {})[ending] = path
             else:
-                why = "beside several images of one name" if owners else "without an image"
-                leave_out(left, f"{ending} files {why}", path)
+                left.add(
+                    f"{ending} files {'beside several images of one name' if owners else 'without an image'}", path
+                )
+        elif name not in OWN:
+            left.add_file(path)
     about = read_metadata(root, tables, by_name, left)
     for path, beside in parts.items():
 
@@ -210,9 +211,8 @@ def read_folder(root, paths, left):
             with open(f"{root}/{beside[ending]}", "rb") as f:
                 return f.read()
 
-        pairs = zip(about.get(path, (None, [], None)), describe(path, beside, read, left))
-        about[path] = tuple(other if one in (None, []) else one for one, other in pairs)  # metadata goes first
-    return images, parts, {path: values for path, values in about.items() if values != (None, [], None)}
+        about[path] = describe(path, beside, read, left) | about.get(path, {})
+    return images, parts, about
 
 
 def normal(path):
@@ -230,13 +230,10 @@ def is_sharded(paths):
 def number_classes(folders):
     """({folder: number}, names): a whole number is its own number, unless they are ids far apart."""
     folders = by_value(folders)
-    numbers = [int(name) for name in folders if name.isascii() and name.isdigit()]
-    if not folders or len(set(numbers)) < len(folders) or is_far_apart(max(numbers), len(numbers)):
+    of = {int(name): name for name in folders if name.isdecimal()}
+    if not folders or len(of) < len(folders) or is_far_apart(max(of), len(of)):
         return {name: i for i, name in enumerate(folders)}, folders
-    names = [str(i) for i in range(max(numbers) + 1)]
-    for number, name in zip(numbers, folders):
-        names[number] = name
-    return dict(zip(folders, numbers)), names
+    return {name: i for i, name in of.items()}, [of.get(i, str(i)) for i in range(max(of) + 1)]
 
 
 def is_far_apart(highest, count):
@@ -246,33 +243,29 @@ def is_far_apart(highest, count):
 
 def by_value(names):
     """Sorted: whole numbers by value, then words."""
-    is_number = lambda name: name.isascii() and name.isdigit()  # noqa: E731
-    return sorted(names, key=lambda name: (0, int(name), name) if is_number(name) else (1, 0, name))
+    return sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
 
 
 def read_metadata(root, tables, by_name, left):
-    """{image: (label, captions, objects)} of all metadata files; several lines of an image add their captions."""
+    """{image: what all metadata files say about it}; several lines of an image add their captions."""
     about, named = {}, None
     for table in tables:
         for record in read_table(f"{root}/{table}"):
             name = field(record, FILES)
             if not isinstance(name, str):
-                leave_out(left, "lines of metadata without file_name", table)
+                left.add("lines of metadata without file_name", table)
                 continue
             path = os.path.normpath(os.path.join(os.path.dirname(table), name))
-            named, found = name, by_name.get(normal(path), [])
-            found = [path] if path in found else found
-            if len(found) != 1:
-                why = "that fit several images" if found else "without an image"
-                leave_out(left, f"lines of metadata {why}", name)
+            named, images = name, by_name.get(normal(path), [])
+            images = [path] if path in images else images
+            if len(images) != 1:
+                left.add(f"lines of metadata {'that fit several images' if images else 'without an image'}", name)
                 continue
-            label, captions, objects = about.get(found[0], (None, [], None))
-            other = field(record, LABELS)
-            if label is not None and other not in (None, label):
-                leave_out(left, "labels in metadata unlike an earlier line", name)
-            captions = captions + [caption for caption in captions_of(record) if caption not in captions]
-            objects = field(record, OBJECTS) if objects is None else objects
-            about[found[0]] = other if label is None else label, captions, objects
+            found, before = found_in(record), about.get(images[0], {})
+            if before.get("label", found.get("label")) != found.get("label", before.get("label")):
+                left.add("labels in metadata unlike an earlier line", name)
+            texts = dict.fromkeys(before.get("text", []) + found.get("text", []))
+            about[images[0]] = found | before | ({"text": list(texts)} if texts else {})
     if named and not about:
         reject(f"{root}/{tables[0]}", f"names no image here, as {named}", "give file_name relative to this file")
     return about
@@ -285,14 +278,13 @@ def read_table(path):
     if path.lower().endswith(".jsonl"):
         return json_lines(path)
     text = read_text(path)
-    # the delimiter and quotes that give the first line a name of FILES
-    for quote, delimiter in itertools.product("\"'", ",;\t|"):
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quotechar=quote, skipinitialspace=True)
-        names = [name.strip() for name in next(reader, [])]
-        if field(dict.fromkeys(names, 1), FILES):
-            break
     try:
-        rows = list(reader)
+        # the delimiter and quotes that give the first line a name of FILES
+        for quote, delimiter in itertools.product("\"'", ",;\t|"):
+            options = dict(delimiter=delimiter, quotechar=quote, skipinitialspace=True)
+            names, *rows = csv.reader(io.StringIO(text, newline=""), **options)
+            if field(dict.fromkeys(names, 1), FILES):
+                break
     except csv.Error as e:
         reject(path, f"is not CSV ({e})", "correct it")
     # a caption in the last column may have delimiters and no quotes
@@ -312,9 +304,10 @@ def stat(path):
 
 def list_files(root):
     """Every file under root as a sorted relative path; links are followed, hidden files left out."""
-    found, above = [], {root: ()}  # above: the real folders on the way to a folder
+    first = os.path.realpath(root)
+    found, above = [], {root: [first[:i] or "/" for i, letter in enumerate(first) if letter == "/"]}
     for folder, folders, files in os.walk(root, followlinks=True):
-        real, way = os.path.realpath(folder), above.pop(folder)
+        real, way = os.path.realpath(folder), above.pop(folder)  # way: the real folders above it
         if real in way:  # a link that leads back up would never end
             folders.clear()
             continue
@@ -328,21 +321,29 @@ def list_files(root):
 # --- tar and parquet shards, arrays ---
 
 
+def found_in(record):
+    """{label, text, objects}: those that JSON, or a row of a table, has."""
+    found = dict(label=field(record, LABELS), text=captions_of(record), objects=field(record, OBJECTS))
+    return {name: value for name, value in found.items() if value not in (None, [])}
+
+
 def describe(key, parts, read, left):
-    """(label, captions, objects) of an item from the bytes read(ending) of those of its parts that are SIDECARS."""
-    data = {ending: read(ending) for ending in parts if ending in SIDECARS and ending != ".map.png"}
-    for ending in [ending for ending in data if data[ending].startswith(POINTER)]:
-        leave_out(left, "git-lfs pointers", key + ending)
-        del data[ending]
-    record = {}
-    if ".json" in data:
-        try:
-            record = json.loads(decode(data[".json"]))
-        except (ValueError, RecursionError):
-            leave_out(left, ".json files that are not JSON", key)
-    text = next((text for end in (".txt", ".caption") if end in data and (text := decode(data[end]).strip())), record)
-    label = decode(data[".cls"]) if ".cls" in data else field(record, LABELS)
-    return label, captions_of(text), field(record, OBJECTS)
+    """{label, text, objects}, those that an item has, from the bytes read(ending) of its parts."""
+    texts = {}
+    for ending in (".txt", ".caption", ".json", ".cls"):
+        data = read(ending) if ending in parts else b""
+        if data.startswith(POINTER):
+            left.add("git-lfs pointers", key + ending)
+        elif data:
+            texts[ending] = decode(data).strip()
+    try:
+        found = found_in(json.loads(texts.get(".json", "{}")))
+    except (ValueError, RecursionError):
+        left.add(".json files that are not JSON", key)
+        found = {}
+    if text := texts.get(".txt") or texts.get(".caption"):
+        found["text"] = text
+    return found | ({"label": texts[".cls"]} if ".cls" in texts else {})
 
 
 def index_tar(open_shard, shard):
@@ -353,18 +354,17 @@ def index_tar(open_shard, shard):
         for key, parts in tar_samples(f, index):
             image = next((parts[ending] for ending in parts if ending in IMAGES), None)
             for ending in parts:
-                if image is None:
-                    index.leave_out("tar members without an image", key + ending)
-                elif parts[ending] != image and ending not in SIDECARS:
-                    index.leave_out("tar members beside an image", key + ending)
+                if image is None or (parts[ending] != image and ending not in SIDECARS):
+                    why = "without" if image is None else "beside"
+                    index.left.add(f"tar members {why} an image", key + ending)
 
             def read(ending, parts=parts):
                 f.seek(parts[ending][1])
                 return f.read(parts[ending][2])
 
             if image is not None:
-                about = describe(key, parts, read, index.header["left"])
-                index.add(key, image, parts.get(".map.png", NOWHERE), *about)
+                about = describe(key, parts, read, index.left)
+                index.add(key, image, parts.get(".map.png", NOWHERE), **about)
     return index
 
 
@@ -376,16 +376,13 @@ def tar_samples(f, index):
     for number, member in enumerate(tar_members(f, end, index)):
         folder, _, name = member.name.removeprefix("./").rpartition("/")
         stem, _, extension = name.partition(".")
-        if not member.isfile() or not stem or member.offset_data + member.size > end:
-            why = (
-                "cut short" if member.isfile() and stem else "that are hidden" if member.isfile() else "that are links"
-            )
-            if not member.isdir():
-                index.leave_out(f"tar members {why}", member.name)
-            continue
-        key = f"{folder}/{stem}" if folder else stem
-        files = samples.setdefault(unicodedata.normalize("NFC", key), [])
-        files.append((number, key, "." + extension.lower(), (0, member.offset_data, member.size)))
+        if member.isfile() and stem and member.offset_data + member.size <= end:
+            key = f"{folder}/{stem}" if folder else stem
+            files = samples.setdefault(unicodedata.normalize("NFC", key), [])
+            files.append((number, key, "." + extension.lower(), (0, member.offset_data, member.size)))
+        elif not member.isdir():
+            why = "that are links" if not member.isfile() else "cut short" if stem else "that are hidden"
+            index.left.add(f"tar members {why}", member.name)
     for files in samples.values():
         groups = {"": files}
         if not any(extension in IMAGES for _, _, extension, _ in files):
@@ -411,7 +408,7 @@ def tar_members(f, end, index):
         except tarfile.TarError as e:
             reason = f" ({e})"
         if at == begin:  # not a header
-            index.leave_out(f"bytes that are not tar{reason}", f"from byte {at}", end - at)
+            index.left.add(f"bytes that are not tar{reason}", f"from byte {at}", end - at)
             return
         f.seek(at)
         while (block := f.read(2**20)) and not block.strip(b"\0"):
@@ -443,49 +440,45 @@ def samples_of_key(files, index):
         for sample in run:
             parts = sample if is_clear else {end: where for end, where in sample.items() if end in IMAGES}
             for extension in sample.keys() - parts.keys():
-                index.leave_out("tar members that fit several images", key + extension)
+                index.left.add("tar members that fit several images", key + extension)
             if parts:
                 yield key, parts
 
 
 def index_parquet(open_shard, shard):
     file = open_shard(shard)
-    check_pointer(file, shard)
     path, f = file.name, open_parquet(file.name, file)
-    schema = f.schema_arrow
+    schema, rows = f.schema_arrow, f.metadata.num_rows
 
     def column(names, types=""):
-        """The first column that is called one of these names, of one of these types."""
+        """The first column that has one of these names, and whose type matches."""
         named = (name for wanted in names for name in schema.names if name.lower() == wanted)
         return next((name for name in named if re.search(types, str(schema.field(name).type))), None)
 
     pixels, maps = (column(names, "^(large_|fixed_size_)?binary|^struct.*binary") for names in (PIXELS, MAPS))
-    label, text, objects = column(LABELS), column(CAPTIONS), column(OBJECTS)
-    names = hub_names(f, label)
-    index = Index(shard_split(shard), [shard], f"{shard[:-8]}/", names, columns=dict(image=pixels, map=maps))
+    about = dict(label=column(LABELS), text=column(CAPTIONS), objects=column(OBJECTS))
+    about = {name: column for name, column in about.items() if column}
+    prefix, names = f"{shard[:-8]}/", hub_names(f, about.get("label"))
+    index = Index(shard_split(shard), [shard], prefix, names, columns=dict(image=pixels, map=maps))
     if pixels is None:
-        what = "whose images are paths, without bytes" if column(PIXELS) else f"without images, only {schema.names}"
-        index.leave_out(f"rows of parquet {what}", shard, f.metadata.num_rows)
+        index.left.add(NO_BYTES, f"{shard} has {', '.join(schema.names)}", rows)
         return index
-    if f.metadata.num_rows > 8 * os.fstat(file.fileno()).st_size:  # keys of so many would fill the memory
-        reject(path, f"declares {f.metadata.num_rows} rows, so it is damaged", "fetch it again")
-    wanted, row_number = [name for name in (label, text, objects) if name], 0
+    if rows > 8 * os.fstat(file.fileno()).st_size:  # keys of so many would fill the memory
+        reject(path, f"declares {rows} rows, so it is damaged", "fetch it again")
+    number = 0
     for group in range(f.num_row_groups):
         try:
-            rows = f.read_row_group(group, columns=wanted, use_threads=False).to_pylist() if wanted else None
+            values = f.read_row_group(group, columns=list(about.values()), use_threads=False).to_pylist()
             missing = rows_without_bytes(f, group, pixels)
         except Exception as e:  # of many types
             reject(path, f"is damaged ({e})", "fetch it again")
         for row in range(f.metadata.row_group(group).num_rows):
-            key, values = f"{row_number:06d}", rows[row] if rows else {}
-            row_number += 1
             if row in missing:
-                index.leave_out(
-                    "rows of parquet with a path or nothing for the image's bytes", f"{index.header['prefix']}{key}"
-                )
-                continue
-            about = (values.get(name) for name in (label, text, objects))
-            index.add(key, (0, group, row), (0, 0, int(maps is not None)), *about)
+                index.left.add(NO_BYTES, f"{prefix}{number:06d}")
+            else:
+                found = {name: values[row][column] for name, column in about.items()}
+                index.add(f"{number:06d}", (0, group, row), (0, 0, int(maps is not None)), **found)
+            number += 1
     return index
 
 
@@ -529,10 +522,10 @@ def index_npy(root, path):
     files = [path, folder + "captions.jsonl", folder + "maps.npy", folder + "labels.npy"]
     index = Index(folder.rstrip("/"), files, folder, shape=images.shape[1:])
     for i in range(len(images)):
-        record = records[i] if records else None
         map_where = NOWHERE if maps is None else (2, maps.offset + i * area, area)
-        about = labels[i] if labels else None, record, field(record, OBJECTS)
-        index.add(f"{i:08d}", (0, images.offset + i * size, size), map_where, *about)
+        about = found_in(records[i]) if records else {}
+        about |= {"label": labels[i]} if labels else {}
+        index.add(f"{i:08d}", (0, images.offset + i * size, size), map_where, **about)
     index.stamps.append(stat(f"{root}/{path}"))
     return index
 
@@ -549,9 +542,8 @@ def shard_split(path):
 
 def decode(data):
     """bytes as text: UTF-8, UTF-16 or UTF-32, else cp1252; a byte order mark is no part of it."""
-    boms = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
-    boms |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-    encoding = next((name for bom, name in boms.items() if data.startswith(bom)), "utf-8-sig")
+    boms = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+    encoding = next((name for name, marks in boms.items() if data.startswith(marks)), "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in data[:2]:  # UTF-16 of a Latin letter, without the mark
         encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
     try:
@@ -656,8 +648,10 @@ def open_parquet(path, file=None):
         import pyarrow.parquet
     except ImportError:
         reject(path, "is parquet, which needs pyarrow", "pip install pyarrow")
+    file = file or open(path, "rb")
+    check_pointer(file, path)
     try:
-        f = pyarrow.parquet.ParquetFile(file or path, pre_buffer=False)
+        f = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
         f.schema_arrow.names  # noqa: B018  where some damage shows
         return f
     except Exception as e:  # of many types

@@ -422,7 +422,7 @@ FOUND = {
     "archives beside a folder": (
         {"a/1.png": P, "a/2.png": P, "a/3.heic": "-", "old.tar": {"x.png": P}, "old.zip": "P", "b.TAR.GZ": "", "x": ""},
         {"a/1.png": 0, "a/2.png": 0}, "a",
-        "1 .tar files with fewer images than there are outside (old.tar), 1 .heic files (a/3.heic), "
+        "1 .tar files with no more images than there are outside (old.tar), 1 .heic files (a/3.heic), "
         "1 .gz files (b.TAR.GZ), 1 .zip files (old.zip), 1 other files (x)",
     ),
     "a folder beside an archive": (
@@ -436,6 +436,9 @@ FOUND = {
         {f"{form}.{form}": -1 for form in ("avif", "bmp", "jp2", "pbm", "tga", "webp")}, "",
         "1 .eps files (a.eps), 1 .mpg files (b.mpg)",
     ),
+    "a map in other letters": (
+        {"cafe\u0301.png": P, "caf\xe9.MAP.png": encoded(np.zeros((10, 12), np.uint8))}, {"cafe\u0301.png": -1}, "", "",
+    ),
     "tar and parquet": (
         {"a.tar": {"1.png": P}, "b.parquet": {"image": [P + np.random.default_rng(i).bytes(9000) for i in range(9)]}},
         {f"b/{i:06d}": -1 for i in range(9)}, "", "1 .tar files (a.tar)",
@@ -444,9 +447,7 @@ FOUND = {
         {"a.parquet": {"img": [{"bytes": P, "path": "a"}, {"bytes": None, "path": "b"}], "label": [1, 2]},
          "b.parquet": {"image": ["c.jpg"] * 3, "Text": list("abc")}, "c.parquet": {"url": ["u"]}},
         {"a/000000": 1}, "",
-        "1 rows of parquet with a path or nothing for the image's bytes (a/000001), "
-        "3 rows of parquet whose images are paths, without bytes (b.parquet), "
-        "1 rows of parquet without images, only ['url'] (c.parquet)",
+        "5 rows without the bytes of an image (a/000001)",
     ),
     "tar, dots in keys": (
         {"0.tar": {"v_2.05.png": P, "v_2.05.txt": b"a", "v_2.06.png": P, "v_2.06.map.png": P, "x.png": P, "x.txt": b"b"}
@@ -500,6 +501,7 @@ def test_what_is_found(tmp_path, case):
     assert ds.num_classes == (max(max(labels) + 1, len(ds.classes)) if max(labels) >= 0 else 0)
     assert str(ds).partition("; left out: ")[2] == left_out, str(ds)
     assert all(ds[i]["image"].shape == (3, 8, 8) for i in range(len(ds)))
+    assert sum(ds._map(i) is not None for i in range(len(ds))) == ds.counts["maps"]
 
 
 # name: (files, message)
@@ -521,7 +523,7 @@ REFUSED = {
     "npy in Fortran order": ({"images.npy": np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8))}, "in C order"),
     "npy of objects": ({"images.npy": np.array([{}])}, "does not load as .npy .*Python objects"),
     "npy maps": ({"images.npy": GREY, "maps.npy": GREY[:1]}, r"uint8 \(1, 8, 8\); make it uint8 \(2, 8, 8\)"),
-    "parquet without images": ({"a.parquet": {"photo": [P]}}, r"left out: 1 rows .* only \['photo'\] \(a.par"),
+    "parquet without images": ({"a.parquet": {"photo": [P]}}, r"1 rows .* \(a.parquet has photo\); .* not their"),
     "maps in color": ({"1.png": P, "1.map.png": P}, "none of the maps .*1.png.*mode RGB: save"),
     **{f"a pointer for {name}": ({"1.png": P, name: POINTER}, f"{name}: is a git-lfs pointer; fetch the file itself")
        for name in ("0.tar", "0.parquet", "images.npy", "classes.json", "metadata.csv")},
@@ -603,6 +605,7 @@ def test_links(tmp_path):
     for name in ("train", "val"):
         (tmp_path / "set" / name).symlink_to(tmp_path / "raw")
     (tmp_path / "raw/up").symlink_to(tmp_path / "set")  # leads back up: no end but for the guard
+    (tmp_path / "raw/above").symlink_to(tmp_path)  # and this one out of the set
     assert len(Dataset(tmp_path / "set", "train")) == len(Dataset(tmp_path / "set", "val")) == 3
 
 
@@ -627,6 +630,9 @@ def test_numbered_objects_and_bad_ones(tmp_path):
     reason = "00000004: 1 categories, 1 boxes: give [x, y, w, h] and a category each"
     assert f"3 items whose objects do not read ({reason})" in str(ds)
     assert ds.object_classes == ["0", "1", "7", "x y"]
+    put(tmp_path / "two", files | {"object_classes.json": ["person", "tree"]})
+    with pytest.raises(BadImage, match="00000002: object class 7 is not among 2: name all in object_classes.json"):
+        Dataset(tmp_path / "two", "all", 8).boxes(2)
     for name, names in (("classes.json", ["a", "cat"]), ("object_classes.json", ["person", "tree"])):
         put(tmp_path / "set", {name: names})
         assert Dataset(tmp_path / "set", "all", 8).boxes(0)[0][0] == names[1]

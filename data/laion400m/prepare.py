@@ -112,7 +112,7 @@ def from_tar(path):
             record = parse(read(*sample.get(".json", NOWHERE)))
             record = record if isinstance(record, dict) else {}  # damaged
             if not captions_of(record) and ".txt" in sample:
-                record["text"] = read(*sample[".txt"]).decode("utf-8", "replace").strip()
+                record["text"] = decode(read(*sample[".txt"])).strip()
             yield key, (path, *image[1:]), record
 
 
