@@ -450,8 +450,8 @@ FOUND = {
         "5 rows without the bytes of an image (a/000001)",
     ),
     "tar, dots in keys": (
-        {"0.tar": {"v_2.05.png": P, "v_2.05.txt": b"a", "v_2.06.png": P, "v_2.06.map.png": P, "x.png": P, "x.txt": b"b"}
-         },
+        {"0.tar": {"v_2.05.png": P, "v_2.05.txt": b"a", "v_2.06.png": P, "v_2.06.map.png": encoded(GREY[0]),
+                   "x.png": P, "x.txt": b"b"}},
         {"0/v_2.05": (-1, "a"), "0/v_2.06": -1, "0/x": (-1, "b")}, "", "",
     ),
     "tar, joined": (

@@ -22,7 +22,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.forms import IMAGES, NOWHERE, Index, captions_of, parse, tar_samples
+from data.forms import IMAGES, NOWHERE, Index, captions_of, decode, parse, tar_samples
 from data.prepare import check_source, need, pack, parquet_rows, run, save
 
 urls = ""  # folder of parquet files with URL and TEXT, or one such file
