@@ -10,9 +10,9 @@ scripts' default settings on random data. "loop" is train_ldm.py itself, with da
 are those of the operators that run; "of matmul" compares TFLOP/s to those of a large matrix product.
 """
 
+import contextlib
 import copy
 import functools
-import json
 import math
 import os
 import platform
@@ -76,33 +76,37 @@ class Bench(NamedTuple):
     def put(self, thing):
         return thing.to(self.device, memory_format=torch.channels_last)
 
-    def randn(self, *shape):
-        x = torch.randn(shape, device=self.device)
-        return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+    def images(self, count, side):
+        return self.put(torch.randn(count, 3, side, side))
 
     def latents(self, count, side):
         """Random latents of images of this side."""
         side //= 2 ** (len(self.vae["ch_mult"]) - 1)
-        return self.randn(count, 4, side, side)
+        return self.put(torch.randn(count, 4, side, side))
+
+    def context(self, count):
+        """Random embeddings of prompts."""
+        return torch.randn(count, 77, self.unet["context_dim"], device=self.device)
+
+    def wait(self):
+        getattr(torch, self.device.type).synchronize()
 
 
 class Row(NamedTuple):
     name: str
     images: int  # of a call
     make: Callable  # make(peer) -> the work as a function without arguments
-    has_peer: bool = True
-    tflop: float = 0.0  # of a call; 0 counts
+    tflop: float = 0.0  # of a call of attention, which has no peer; 0 counts
 
 
 # --- diffusers, with the same number of parameters ---
 
 
+@functools.cache
 def import_diffusers():
     try:
         import torchvision  # noqa: F401, which diffusers imports by way of transformers
-    except ImportError:
-        pass
-    except RuntimeError:  # built for another torch, say with CUDA; its operators are not needed
+    except (ImportError, RuntimeError):  # RuntimeError: built for another torch; its operators are not needed
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
     import diffusers
@@ -125,7 +129,6 @@ class PeerUNet(torch.nn.Module):
             cross_attention_dim=s["context_dim"],
             use_linear_projection=s["linear_proj"],
         )
-        assert_same_size(self, UNet, s)
 
     def forward(self, x, t, context):
         return self.net(x, t, context, return_dict=False)[0]
@@ -145,7 +148,6 @@ class PeerVAE(torch.nn.Module):
             latent_channels=s["z_channels"],
         )
         self.encoder, self.decoder = self.net.encoder, self.net.decoder
-        assert_same_size(self, VAE, s)
 
     def encode(self, x):
         return Posterior(self.net.quant_conv(self.encoder(x)))
@@ -158,18 +160,32 @@ class PeerVAE(torch.nn.Module):
         return self.decode(posterior.sample(noise)), posterior
 
 
-def assert_same_size(theirs, ours, settings):
-    with torch.device("meta"):
-        counts = [sum(p.numel() for p in net.parameters()) for net in (theirs, ours(**settings))]
-    assert counts[0] == counts[1], f"{type(theirs).__name__} has {counts[0]:,} parameters, ours {counts[1]:,}"
-
-
 # --- the work of a row: make(bench, side, count, peer) -> a function without arguments ---
 
 
 def defaults(script):
     """A training script's settings."""
     return Config({name: setting.default for name, setting in find_settings(vars(script)).items()})
+
+
+class Training:
+    """A network in training as in the scripts, with AdamW and averaged weights."""
+
+    def __init__(self, net, cfg):
+        self.cfg, self.parameters = cfg, list(net.parameters())
+        self.averaged = list(copy.deepcopy(net).requires_grad_(False).parameters())
+        self.optimizers = [adamw(net, cfg)]
+
+    def step(self, terms, update_ema):
+        """What follows the backward pass."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.grad_clip)
+        ok = common.all_finite(norm, *terms.values())
+        for optimizer in self.optimizers:
+            optimizer.found_inf = (~ok).float()
+            optimizer.step()
+            optimizer.zero_grad()
+        update_ema(self.averaged, self.parameters, self.cfg.ema_decay, ok)
+        return ok
 
 
 def adamw(net, cfg):
@@ -194,13 +210,10 @@ def unet_training(bench, side, count, peer):
     """A step of train_ldm.py, with text embeddings if the U-Net has a context."""
     cfg = defaults(train_ldm)
     net = bench.put(PeerUNet(bench.unet) if peer else Denoiser(UNet(**bench.unet))).train()
-    ema, optimizer = copy.deepcopy(net).requires_grad_(False), adamw(net, cfg)
-    parameters, averaged = list(net.parameters()), list(ema.parameters())
-    called = torch.compile(net) if bench.compiled else net
+    training, called = Training(net, cfg), torch.compile(net) if bench.compiled else net
     inputs = {"x0": bench.latents(count, side), "condition": {}, "null": {}}
     if bench.unet["context_dim"]:
-        inputs["condition"]["context"] = bench.randn(count, 77, bench.unet["context_dim"])
-        inputs["null"]["context"] = torch.zeros_like(inputs["condition"]["context"][:1])
+        inputs |= {"condition": {"context": bench.context(count)}, "null": {"context": 0 * bench.context(1)}}
     noise = {"eps": torch.randn_like(inputs["x0"])}
     noise |= {name: torch.rand(count, device=bench.device) for name in ("t", "drop")}
 
@@ -208,12 +221,7 @@ def unet_training(bench, side, count, peer):
         with bench.autocast():
             terms = train_ldm.train_step(called, inputs, noise, cfg)
         terms["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-        ok = common.all_finite(norm, *terms.values())
-        optimizer.found_inf = (~ok).float()
-        optimizer.step()
-        optimizer.zero_grad()
-        train_ldm.update_ema(averaged, parameters, cfg.ema_decay, ok)
+        training.step(terms, train_ldm.update_ema)
 
     return run
 
@@ -223,16 +231,15 @@ def vae_training(bench, side, count, peer):
     cfg = defaults(train_vae)
     net = bench.put(PeerVAE(bench.vae) if peer else VAE(**bench.vae)).train()
     disc, lpips = bench.put(Discriminator(cfg.disc_layers, cfg.disc_norm)), bench.put(random_lpips())
-    ema, optimizer, disc_optimizer = copy.deepcopy(net).requires_grad_(False), adamw(net, cfg), adamw(disc, cfg)
-    parameters, averaged = list(net.parameters()), list(ema.parameters())
+    training = Training(net, cfg)
+    training.optimizers.append(adamw(disc, cfg))
     if bench.compiled:
         net.encoder.compile()
         if peer:
             net.decoder.compile()
         else:  # all but the last layer, as in train_vae.py
             net.decoder.features = torch.compile(net.decoder.features)
-    batch = {"image": bench.randn(count, 3, side, side).clamp(-1, 1)}
-    noise = bench.latents(count, side)
+    batch, noise = {"image": bench.images(count, side).clamp(-1, 1)}, bench.latents(count, side)
     adaptive, last_layer = torch.zeros((), device=bench.device), net.decoder.conv_out.weight
 
     def run():
@@ -241,13 +248,7 @@ def vae_training(bench, side, count, peer):
         both = [torch.autograd.grad(terms[name], last_layer, retain_graph=True)[0] for name in ("nll", "gan")]
         terms["loss"].backward()
         terms["disc_loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-        ok = common.all_finite(norm, *terms.values())
-        for one in (optimizer, disc_optimizer):
-            one.found_inf = (~ok).float()
-            one.step()
-            one.zero_grad()
-        train_vae.update_ema(averaged, parameters, cfg.ema_decay, ok)
+        ok = training.step(terms, train_vae.update_ema)
         adaptive.copy_(torch.where(ok, train_vae.adaptive_ratio(torch.stack(both), cfg), adaptive))
 
     return run
@@ -263,7 +264,7 @@ def random_lpips(net="vgg"):
 def unet_forward(bench, side, count, peer):
     net = bench.put(PeerUNet(bench.unet) if peer else UNet(**bench.unet)).eval()
     net = torch.compile(net) if bench.compiled else net
-    x, context = bench.latents(count, side), bench.randn(count, 77, bench.unet["context_dim"])
+    x, context = bench.latents(count, side), bench.context(count)
     t = torch.full((count,), 500.0, device=bench.device)
 
     @torch.no_grad()
@@ -274,10 +275,9 @@ def unet_forward(bench, side, count, peer):
     return run
 
 
-def autoencoding(bench, side, count, peer, encode=True):
-    """Images to latents, if `encode`, and back."""
-    vae = bench.put(PeerVAE(bench.vae) if peer else VAE(**bench.vae)).eval()
-    x = bench.randn(count, 3, side, side) if encode else bench.latents(count, side)
+def autoencoding(bench, side, count, peer):
+    """Images to latents and back."""
+    vae, x = bench.put(PeerVAE(bench.vae) if peer else VAE(**bench.vae)).eval(), bench.images(count, side)
     if bench.compiled:
         vae.encoder.compile()
         vae.decoder.compile()
@@ -285,7 +285,7 @@ def autoencoding(bench, side, count, peer, encode=True):
     @torch.no_grad()
     def run():
         with bench.autocast():
-            return vae.decode(vae.encode(x).mode() if encode else x)
+            return vae.decode(vae.encode(x).mode())
 
     return run
 
@@ -306,32 +306,31 @@ def loop_arguments(bench, side, count):
 def training_script(bench, side, count, steps):
     """Milliseconds of a step of train_ldm.py on random images, the median of three log lines, each of so many steps."""
     command = [sys.executable, str(ROOT / "train_ldm.py"), *loop_arguments(bench, side, count), f"--log_every={steps}"]
-    with tempfile.TemporaryDirectory() as name:
-        folder, lines = Path(name), []
-        (folder / "data").mkdir()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "data").mkdir()
         images = np.random.randint(256, size=(max(32, 4 * count), side, side, 3), dtype=np.uint8)
-        np.save(folder / "data/images.npy", images)
+        np.save(f"{folder}/data/images.npy", images)
         vae = VAE(**bench.vae)
         vae.latent_mean.zero_()
         vae.latent_std.fill_(1.0)
         meta = {"stage": "vae", "model": vae.settings}
-        checkpoint.write(folder / "vae.safetensors", checkpoint.with_prefix("ema", vae.state_dict()), meta)
-        environment = os.environ | {"TMPDIR": name}  # for what a killed data worker leaves
-        with open(folder / "output", "w") as file:
-            options = dict(cwd=folder, stdout=file, stderr=file, env=environment, start_new_session=True)
-            process = subprocess.Popen(command, **options)
+        checkpoint.write(f"{folder}/vae.safetensors", checkpoint.with_prefix("ema", vae.state_dict()), meta)
+        options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        environment = os.environ | {"TMPDIR": folder}  # for what a killed data worker leaves
+        process, logged = subprocess.Popen(command, cwd=folder, env=environment, **options), 0
         try:
-            while process.poll() is None and len(lines) < 4:
-                time.sleep(0.05)
-                if (folder / "out/log.jsonl").exists():
-                    lines = (folder / "out/log.jsonl").read_text().split("\n")[:-1]
-            if len(lines) < 4:
-                raise RuntimeError((folder / "output").read_text().strip().split("\n")[-1])
+            for line in process.stdout:
+                logged += line.startswith("step ")
+                if logged == 4:
+                    break
+            else:
+                raise RuntimeError(line.strip())
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with its data workers
-                process.wait()
-    return 1e3 * count / statistics.median(json.loads(line)["images_per_s"] for line in lines[1:4])
+            process.wait()
+        records = common.read_log(f"{folder}/out")
+    return 1e3 * count / statistics.median(record["images_per_s"] for record in records[1:4])
 
 
 # --- the rows ---
@@ -357,25 +356,20 @@ def attention_rows(bench, small, count):
             for backend in backends:
                 call = (bench, backend, (B, L, heads, dim), (B, M, heads, dim), backward)
                 make = functools.partial(attention_call, *call)
-                yield Row(f"attention {backend}, {about}", B, make, has_peer=False, tflop=work)
+                yield Row(f"attention {backend}, {about}", B, make, tflop=work)
 
 
 def model_rows(group, bench, small, count):
     """The rows of a group other than "attention"."""
-    on_gpu, unet, vae = bench.device.type == "cuda", "SD2-size U-Net", "KL-f8"
-    low, high, few, many, more = 256, 512, 8 if on_gpu else 1, 32 if on_gpu else 1, 64 if on_gpu else 1
-    if small:
-        unet, vae, low, high, few, many, more = "small U-Net", "small f4 VAE", 64, 128, 1, 2, 4
-    decoding = functools.partial(autoencoding, encode=False)
-    works = {
-        "unet": [
-            (f"{unet} training step", unet_training, low, more),
-            (f"{unet} training step", unet_training, high, many),
-        ],
+    many = 8 if bench.device.type == "cuda" else 1
+    unet, vae, low, high = ("small U-Net", "small f4 VAE", 64, 128) if small else ("SD2-size U-Net", "KL-f8", 256, 512)
+    train, step = f"{unet} training step", 4 if small else 8 * many
+    works = {  # title, work, side, images of a call
+        "unet": [(train, unet_training, low, step), (train, unet_training, high, step // 2)],
         "forward": [(f"{unet} forward", unet_forward, low, 1)],
-        "vae": [(f"{vae} training step with LPIPS and GAN", vae_training, low, 12 if on_gpu else few)],
-        "autoencode": [(f"{vae} decode", decoding, high, few), (f"{vae} encode and decode", autoencoding, low, few)],
-        "loop": [(f"{unet} training step without text", unet_training, low, more)],
+        "vae": [(f"{vae} training step with LPIPS and GAN", vae_training, low, 12 if many > 1 else 1)],
+        "autoencode": [(f"{vae} encode and decode", autoencoding, side, many) for side in (low, high)],
+        "loop": [(f"{train} without text", unet_training, low, step)],
     }
     for title, work, side, n in works[group]:
         n = count or n
@@ -387,13 +381,11 @@ def model_rows(group, bench, small, count):
 
 def clock(run, bench, times=1):
     """Milliseconds of one of `times` calls."""
-    if bench.device.type == "cuda":
-        torch.cuda.synchronize()
+    bench.wait()
     start = time.perf_counter()
     for _ in range(times):
         run()
-    if bench.device.type == "cuda":
-        torch.cuda.synchronize()
+    bench.wait()
     return 1e3 * (time.perf_counter() - start) / times
 
 
@@ -427,7 +419,7 @@ def count_tflop(run):
 
 def measure(row, bench, cfg, peak):
     """(cells of the row's line, the work, or None where it cannot run here)."""
-    peer, on_gpu = cfg.peer and row.has_peer, bench.device.type == "cuda"
+    peer, on_gpu = cfg.peer and not row.tflop, bench.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
@@ -448,19 +440,15 @@ def measure(row, bench, cfg, peak):
 
 def main(cfg):
     """Print the table; return its lines as lists of cells."""
-    on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
-    if cfg.device == "cuda" and not on_gpu:
-        raise checkpoint.UserError("--device=cuda, but PyTorch finds no GPU: check its installation")
-    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    compiled = cfg.compile == "true" or (cfg.compile == "auto" and on_gpu)
+    machine = common.setup(cfg.replace(deterministic=False))
+    on_gpu = machine.device.type == "cuda"
     small = cfg.size == "small" or (cfg.size == "auto" and not on_gpu)
     models = (SMALL, SMALL_VAE) if small else (SD2, KL_F8)
-    bench = Bench(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, dtype), compiled, *models)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as in the training scripts
-    torch.backends.cudnn.benchmark = True
+    bench = Bench(machine.device, getattr(torch, machine.precision), machine.compile, *models)
     peak, lines, trace = matmul_tflops(bench), [], cfg.profile
     hardware = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{hardware}; {peak:.4g} TFLOP/s of {dtype} products; torch {torch.__version__}; compiled: {compiled}")
+    about = f"{peak:.4g} TFLOP/s of {machine.precision} products; torch {torch.__version__}"
+    print(f"{hardware}; {about}; compiled: {machine.compile}")
     print(f"git {common.git_revision()}: python {' '.join(sys.argv)}\n")
     print(f"| {'row':90} | ms | images/s | TFLOP/s | of matmul | GiB | {'diffusers / ours' if cfg.peer else ''} |")
     print("|" + " --- |" * 7)
