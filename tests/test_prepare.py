@@ -776,6 +776,8 @@ def test_mnist(capsys, monkeypatch):
         images, labels = np.load(f"out/{split}/images.npy"), np.load(f"out/{split}/labels.npy")
         raw = gzip.decompress(files[f"{prefix}-images-idx3-ubyte.gz"])[16:]
         assert images.shape == (n, 28, 28, 1) and images.tobytes() == raw
+        pixels = 127.5 * (Dataset("out", split, 28)[0]["image"][0] + 1)
+        assert pixels.round().byte().numpy().tobytes() == raw[:784], "not resampled"
         assert labels.tolist() == [i * 10 // n for i in range(n)]
     assert json.loads(Path("out/classes.json").read_text()) == list("0123456789")
     capsys.readouterr()

@@ -5,9 +5,8 @@
 
 DIR has the unpacked images: GROUP/NAME/TITLE##ID.jpg, of the groups Artists1, Artists2, "Art Movement", Medium.
 Source: https://deepart.hkust.edu.hk/ART500K/art500k.html. License: non-commercial research only.
-Size: not measured. Time: that of reading it. Some of its files are broken or mere placeholders, and a work is in
-several groups: broken and very small files are dropped, and of identical ones the first is kept, that of the chosen
-group before others.
+Size: not measured. Time: that of reading it. Some of its files are broken, and a work is in several groups: broken
+and very small files are dropped, and of identical ones the first is kept, that of the chosen group before others.
 On disk: train-*.tar, val-*.tar (one in a hundred), classes.json (the names in the chosen group; works of other groups
 have no label), bpe.tiktoken, meta.json, dropped.jsonl. A caption is the title, with the folder's name.
 """

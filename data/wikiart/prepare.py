@@ -5,9 +5,9 @@
     python data/wikiart/prepare.py --source=wikiart.zip --label=artist    # or the folder that it unpacks to
 
 Source: the Hugging Face hub's parquet, https://huggingface.co/datasets/huggan/wikiart, or the archive of
-https://github.com/cs-chan/ArtGAN, STYLE/ARTIST_TITLE.jpg, which has every artist and no genre. License: non-commercial
-research only; the paintings' own vary. Size: 34 GB to download, about 4 GB made at 256 pixels (estimate).
-Time: half an hour of one core (estimate).
+https://github.com/cs-chan/ArtGAN, STYLE/ARTIST_TITLE.jpg, whose names have every artist but no genre.
+License: non-commercial research only; the paintings' own vary. Size: 34 GB to download, about 4 GB made at 256 pixels
+(estimate). Time: half an hour of one core (estimate).
 On disk: train-*.tar, val-*.tar (one in a hundred), classes.json (of the chosen label), bpe.tiktoken, meta.json,
 dropped.jsonl. A caption is "landscape by claude monet, impressionism", of what is known; that is also in each
 KEY.json.
