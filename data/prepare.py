@@ -9,7 +9,8 @@ split: if absent, "val" where crc32(key) % 100 == 0, else "train", as in data/da
 drop: if present, the reason why the item is left out ("unsafe: NSFW").
 All other fields are kept.
 
-Its last line is run(prepare, globals()). `pack` converts the images in parallel and writes to out_dir
+Its last line is run(prepare, globals()), which adds the settings below to its own. `pack` converts the images in
+parallel and writes to out_dir
 
     train-00000.tar ...  shards of KEY.jpg and KEY.json, where KEY is the item's position; the JSON has its own key
     classes.json         names of the labels, if there are labels
@@ -49,7 +50,7 @@ from tqdm import tqdm
 
 from checkpoint import UserError, reject, write_whole
 from common import install_excepthook
-from configurator import configure
+from configurator import configure, find_settings
 from data.dataset import BadImage, as_bad_image, to_rgb
 from data.forms import IMAGES, PIXELS, captions_of, hub_names, list_files, open_parquet, parse
 
@@ -59,12 +60,25 @@ MAX_BYTES = 2**30  # of a file in an archive, unpacked
 BATCH = 16  # images that a worker converts at a time
 BPE_CAPTIONS = 2_000_000  # most captions that the tokenizer is trained on
 NOT_CONTENT = ("workers", "out_dir", "download", "verify", "repack", "threads")  # settings that change no shard
+LAST = ("size", "crop", "quality", "min_side", "min_bytes", "drop_duplicates", "vocab_size", "shard_mb")  # in meta.json
+
+# settings of every script that packs; a script's own of the same name takes its place
+size = 256  # >= 1: short side in pixels; smaller images are not enlarged
+crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
+quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
+min_side = 32  # >= 0: images with a shorter side are dropped
+drop_duplicates = True  # keep only the first of identical images; takes about 100 bytes of memory an image
+shard_mb = 256.0  # > 0: size of a shard
+workers = 4  # >= 0: processes that decode and resize; 0 uses only this one
 
 
-def run(prepare, scope):
-    """Call prepare(cfg) with the settings of a script (scope: its globals()); a UserError is printed in one line."""
+def run(prepare, scope, packs=True):
+    """Call prepare(cfg) with the settings of a script (scope: its globals()) and, if it packs, of this file.
+
+    A UserError is printed in one line.
+    """
     install_excepthook()
-    prepare(configure(scope))
+    prepare(configure(scope, more=find_settings(globals()) if packs else None))
 
 
 # --- files ---
@@ -508,7 +522,8 @@ def pack(items, cfg, classes=(), total=None, **about):
     classes: names of the labels.  total: number of items, for the progress bar.  about: more fields for meta.json.
     """
     out, seen = cfg.out_dir, set()
-    settings = json.loads(json.dumps({name: value for name, value in cfg.items() if name not in NOT_CONTENT}))
+    names = [*(name for name in cfg if name not in (*NOT_CONTENT, *LAST)), *(name for name in LAST if name in cfg)]
+    settings = json.loads(json.dumps({name: cfg[name] for name in names}))
     if meta := begin(out, settings):
         print(f"{out}: up to date")
         return meta

@@ -22,15 +22,10 @@ from data.prepare import check_source, list_images, pack, run
 source = ""  # folder of the groups
 out_dir = "data/art500k"  # folder for the shards
 group = "Art Movement"  # the group whose folders are the classes
-size = 256  # >= 1: short side in pixels; smaller images are not enlarged
-crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
 min_side = 64  # >= 0: images with a shorter side are dropped
 min_bytes = 5000  # >= 0: files with fewer bytes are dropped
-drop_duplicates = True  # keep only the first of identical images
 vocab_size = 8192  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-shard_mb = 256.0  # > 0: size of a shard
-workers = 4  # >= 0: processes that decode and resize; 0 uses only this one
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 
 def folders_of(path):

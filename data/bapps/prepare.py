@@ -246,4 +246,4 @@ def prepare(cfg):
 
 
 if __name__ == "__main__":
-    run(prepare, globals())
+    run(prepare, globals(), packs=False)

@@ -22,12 +22,8 @@ out_dir = "data/celeba"  # folder for the shards
 attribute = ""  # which of the 40 is the label (1 yes, 0 no)
 size = 178  # >= 1: short side in pixels
 crop = "center"  # none | center: center cuts the middle square, as most papers do (of 178 pixels, or 140 or 148)
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
-min_side = 32  # >= 0: images with a shorter side are dropped
-drop_duplicates = True  # keep only the first of identical images
 vocab_size = 512  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-shard_mb = 256.0  # > 0: size of a shard
-workers = 4  # >= 0: processes that decode and resize; 0 uses only this one
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 PART = {"0": "train", "1": "val", "2": "test"}
 

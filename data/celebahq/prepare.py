@@ -21,14 +21,8 @@ from data.prepare import check_source, find_file, list_images, pack, run
 
 source = ""  # folder that CelebAMask-HQ.zip unpacks to, or the zip, or a folder of images
 out_dir = "data/celebahq"  # folder for the shards
-size = 256  # >= 1: side in pixels
-crop = "none"  # none | center: the images are square
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
-min_side = 32  # >= 0: images with a shorter side are dropped
-drop_duplicates = True  # keep only the first of identical images
 vocab_size = 512  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-shard_mb = 256.0  # > 0: size of a shard
-workers = 4  # >= 0: processes that decode and resize; 0 uses only this one
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 
 def items(images, splits, attributes):

@@ -25,12 +25,11 @@ source = ""  # cifar-10-binary.tar.gz, or a folder of parquet files
 download = False  # fetch it to data/cifar10/raw
 out_dir = "data/cifar10"  # folder for the shards
 size = 32  # >= 1: side in pixels
-crop = "none"  # none | center: the images are square
 quality = 0  # in [0, 100]: of JPEG; 0 writes PNG, which is lossless; JPEG in parquet stays as it is
 min_side = 1  # >= 0: images with a shorter side are dropped
 drop_duplicates = False  # keep only the first of identical images
-shard_mb = 256.0  # > 0: size of a shard
 workers = 2  # >= 0: processes that decode and compress; 0 uses only this one
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"

@@ -25,15 +25,11 @@ urls = ""  # Train_GCC-training.tsv or cc12m.tsv
 fetched = ""  # img2dataset's output, tar or parquet shards; default out_dir/.fetched
 repack = True  # pack the fetched images into shards; False only reports
 out_dir = "data/conceptual_captions"  # folder for the shards
-size = 256  # >= 1: short side in pixels; smaller images are not enlarged
-crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
 min_side = 64  # >= 0: images with a shorter side are dropped
-drop_duplicates = True  # keep only the first of identical images
 vocab_size = 16384  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-shard_mb = 256.0  # > 0: size of a shard
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
 threads = 64  # >= 1: connections of each process while fetching
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 
 def add_header(path, target):

@@ -19,13 +19,8 @@ from data.prepare import check_source, list_images, pack, run
 
 source = ""  # folder with 00000.png ..., in sub-folders or not, or a .zip
 out_dir = "data/ffhq"  # folder for the shards
-size = 256  # >= 1: side in pixels
-crop = "none"  # none | center: the images are square
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
-min_side = 32  # >= 0: images with a shorter side are dropped
-drop_duplicates = True  # keep only the first of identical images
-shard_mb = 256.0  # > 0: size of a shard
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 N_TRAIN = 60000
 

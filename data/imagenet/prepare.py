@@ -47,13 +47,9 @@ verify = False  # compare the tar files with the published checksums first (some
 out_dir = "data/imagenet"  # folder for the shards
 classes = ""  # only these, by synset id, label or first name, with commas between; they are renumbered
 fraction = 1.0  # in (0, 1]: of the training images of each class; a smaller fraction is a subset of a larger one
-size = 256  # >= 1: short side in pixels; smaller images are not enlarged
-crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
-min_side = 32  # >= 0: images with a shorter side are dropped
 drop_duplicates = False  # keep only the first of identical images
-shard_mb = 256.0  # > 0: size of a shard
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 TRAIN, VAL, KIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 MD5 = {TRAIN: "1d675b47d978889d74fa0da5fadfb00e", VAL: "29b22e2961454d5413ddabcf34fc5622"}

@@ -31,15 +31,11 @@ repack = True  # pack the fetched images into shards; False only reports
 out_dir = "data/laion400m"  # folder for the shards
 max_unsafe = "UNLIKELY"  # UNLIKELY | UNSURE | NSFW: keep images with NSFW up to this
 min_similarity = 0.0  # keep images whose text is this similar (cosine of CLIP's embeddings), where the lists have it
-size = 256  # >= 1: short side in pixels; smaller images are not enlarged
-crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
 min_side = 64  # >= 0: images with a shorter side are dropped
-drop_duplicates = True  # keep only the first of identical images; takes about 100 bytes of memory an image
 vocab_size = 32768  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-shard_mb = 256.0  # > 0: size of a shard
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
 threads = 64  # >= 1: connections of each process while fetching
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 UNSAFE = ("UNLIKELY", "UNSURE", "NSFW")
 

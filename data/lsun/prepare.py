@@ -23,13 +23,8 @@ source = ""  # folder with CATEGORY_train_lmdb/ and CATEGORY_val_lmdb/
 out_dir = "data/lsun/shards"  # folder for the shards
 categories = ""  # which, with commas between; empty for all that are there
 fraction = 1.0  # in (0, 1]: of the training images; a smaller fraction is a subset of a larger one
-size = 256  # >= 1: short side in pixels
-crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
-min_side = 32  # >= 0: images with a shorter side are dropped
-drop_duplicates = True  # keep only the first of identical images
-shard_mb = 256.0  # > 0: size of a shard
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 
 def get(env, key):

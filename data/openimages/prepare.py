@@ -31,14 +31,10 @@ n_train = 100000  # >= 0: most training photos to fetch and use; 0 for all
 n_val = 5000  # >= 0: most validation photos; 0 for all
 only = ""  # only photos with one of these classes, with commas between, as Cat,Dog
 out_dir = "data/openimages"  # folder for the shards
-size = 256  # >= 1: short side in pixels; smaller images are not enlarged
-crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
 min_side = 64  # >= 0: images with a shorter side are dropped
-drop_duplicates = True  # keep only the first of identical images
 vocab_size = 8192  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-shard_mb = 256.0  # > 0: size of a shard
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 SPLITS = (("train", "train"), ("validation", "val"))
 

@@ -313,4 +313,4 @@ def prepare(cfg):
 
 
 if __name__ == "__main__":
-    run(prepare, globals())
+    run(prepare, globals(), packs=False)

@@ -24,14 +24,9 @@ source = ""  # folder of the parquet files, or of the styles' folders, or wikiar
 download = False  # fetch them to the hub's cache (HF_HOME)
 out_dir = "data/wikiart"  # folder for the shards
 label = "style"  # style | genre | artist: which of them is the class
-size = 256  # >= 1: short side in pixels; smaller images are not enlarged
-crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
 min_side = 64  # >= 0: images with a shorter side are dropped
-drop_duplicates = True  # keep only the first of identical images
 vocab_size = 1024  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-shard_mb = 256.0  # > 0: size of a shard
-workers = 4  # >= 0: processes that decode and resize; 0 uses only this one
+# the others, as size, crop, quality, shard_mb: see data/prepare.py
 
 COLUMNS = ("style", "genre", "artist")
 
