@@ -416,7 +416,7 @@ class Dataset:
         elif len(names) != len(self.classes):  # as many names are the same classes, renamed
             odd = f"{min(set(names) - set(self.classes))!r} is not among them"
             what = f"has {len(names)} classes, classes.json {len(self.classes)}, and {odd}"
-            reject(f"dataset {self.path}", what, "add what is missing")
+            reject(f"dataset {self.path}", what, "add what is missing, or give {number: name}")
         is_renumbered = order != list(range(len(names)))
         if self.classes and highest >= len(names if is_renumbered else self.classes):
             what = f"has label {highest} but only {len(self.classes)} class names"

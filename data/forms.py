@@ -208,10 +208,14 @@ def read_folder(root, paths, left):
     for path, beside in parts.items():
 
         def read(ending, beside=beside):
-            with open(f"{root}/{beside[ending]}", "rb") as f:
-                return f.read()
+            try:
+                with open(f"{root}/{beside[ending]}", "rb") as f:
+                    return f.read()
+            except OSError as e:
+                left.add(f"{ending} files that cannot be read ({e.strerror})", beside[ending])
+                return b""
 
-        about[path] = describe(path, beside, read, left) | about.get(path, {})
+        about[path] = describe(os.path.splitext(path)[0], beside, read, left) | about.get(path, {})
     return images, parts, about
 
 
@@ -231,9 +235,9 @@ def number_classes(folders):
     """({folder: number}, names): a whole number is its own number, unless they are ids far apart."""
     folders = by_value(folders)
     of = {int(name): name for name in folders if name.isdecimal()}
-    if not folders or len(of) < len(folders) or is_far_apart(max(of), len(of)):
+    if not folders or not all(map(str.isdecimal, folders)) or is_far_apart(max(of), len(of)):
         return {name: i for i, name in enumerate(folders)}, folders
-    return {name: i for i, name in of.items()}, [of.get(i, str(i)) for i in range(max(of) + 1)]
+    return {name: int(name) for name in folders}, [of.get(i, str(i)) for i in range(max(of) + 1)]
 
 
 def is_far_apart(highest, count):
@@ -285,6 +289,8 @@ def read_table(path):
             names, *rows = csv.reader(io.StringIO(text, newline=""), **options)
             if field(dict.fromkeys(names, 1), FILES):
                 break
+        else:
+            rows = [names, *rows]
     except csv.Error as e:
         reject(path, f"is not CSV ({e})", "correct it")
     # a caption in the last column may have delimiters and no quotes
@@ -339,7 +345,7 @@ def describe(key, parts, read, left):
     try:
         found = found_in(json.loads(texts.get(".json", "{}")))
     except (ValueError, RecursionError):
-        left.add(".json files that are not JSON", key)
+        left.add(".json files that are not JSON", f"{key}.json")
         found = {}
     if text := texts.get(".txt") or texts.get(".caption"):
         found["text"] = text
@@ -398,7 +404,13 @@ def tar_samples(f, index):
 def tar_members(f, end, index):
     """The members of a tar file, and of the tars that are joined to it."""
     at = 0
-    while at < end:
+    while True:
+        f.seek(at)
+        while (block := f.read(2**20)) and not block.strip(b"\0"):
+            at += len(block)
+        at += (len(block) - len(block.lstrip(b"\0"))) // 512 * 512
+        if at >= end:
+            return
         f.seek(at)
         begin, reason = at, ""
         try:
@@ -410,10 +422,6 @@ def tar_members(f, end, index):
         if at == begin:  # not a header
             index.left.add(f"bytes that are not tar{reason}", f"from byte {at}", end - at)
             return
-        f.seek(at)
-        while (block := f.read(2**20)) and not block.strip(b"\0"):
-            at += len(block)
-        at += (len(block) - len(block.lstrip(b"\0"))) // 512 * 512
 
 
 def samples_of_key(files, index):
@@ -553,9 +561,12 @@ def decode(data):
 
 
 def read_text(path):
-    with open(path, "rb") as f:
-        check_pointer(f, path)
-        return decode(f.read())
+    try:
+        with open(path, "rb") as f:
+            check_pointer(f, path)
+            return decode(f.read())
+    except OSError as e:
+        reject(path, f"cannot be read ({e.strerror})", "correct or remove it")
 
 
 def check_pointer(f, path):

@@ -123,7 +123,10 @@ class StoredIndexes(torch.utils.data.Dataset):
             assert arrays["rows"].dtype.names == COLUMNS and len(arrays["rows"]) == len(arrays["ends"]) == header["n"]
             return header, arrays
         shard, stamp = self.jobs[s]
-        header, arrays = self.index(shard).arrays(stamp)
+        try:
+            header, arrays = self.index(shard).arrays(stamp)
+        except OSError as e:
+            reject(shard, f"cannot be read ({e.strerror})", "correct or remove it")
         write_whole(self.paths[s], lambda f: np.savez_compressed(f, header=json.dumps(header), **arrays))
         return header, arrays
 

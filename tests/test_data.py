@@ -353,7 +353,7 @@ FOUND = {
     "captions and classes": (
         {"a/1.png": P, "a/1.txt": "one", "b/1.png": P, "b/1.json": '{"prompt": "two"}', "b/2.png": P, "b/2.json": "{"},
         {"a/1.png": (0, "one"), "b/1.png": (1, "two"), "b/2.png": 1}, "a b",
-        "1 .json files that are not JSON (b/2.png)",
+        "1 .json files that are not JSON (b/2.json)",
     ),
     "labels beside images": (
         {"x/1.png": P, "x/1.cls": "7", "x/2.png": P, "x/2.json": {"label": 3, "text": "t"}},
@@ -390,7 +390,7 @@ FOUND = {
     ),
     "metadata of something else": (
         {"1.png": P, "metadata.csv": "id,name\n1,x\n"}, {"1.png": -1}, "",
-        "1 lines of metadata without file_name (metadata.csv)",
+        "2 lines of metadata without file_name (metadata.csv)",
     ),
     "names in another form": (
         {f"cafe\u0301/{i}.JPG": P for i in range(3)}
