@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import fill
+from conftest import fill, near, normal
 
 import conv
 from unet import UNet
@@ -17,8 +17,7 @@ def layer(c_in, c_out, kernel=3, dtype=torch.float64, **options):
 
 
 def image(*shape, dtype=torch.float64):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return x.to(dtype, memory_format=torch.channels_last)
+    return normal(*shape, seed=1, dtype=torch.float64).to(dtype, memory_format=torch.channels_last)
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def test_values_and_layout(shape, bias):
     for method in (conv.conv_as_matmul, conv.winograd):
         with torch.no_grad():
             y = method(x, net.weight, net.bias)
-        torch.testing.assert_close(y, nn.Conv2d.forward(net, x), rtol=0, atol=1e-12)
+        near(y, nn.Conv2d.forward(net, x), 1e-12)
         assert y.is_contiguous(memory_format=torch.channels_last), method
 
 
@@ -58,11 +57,11 @@ def test_gradients(function):
         y, large = conv.upsample_conv(x, net), F.interpolate(x, scale_factor=2.0)
     slope, expected = image(*y.shape), nn.Conv2d.forward(net, large)
     found = [(out, *torch.autograd.grad(out, (x, *net.parameters()), slope)) for out in (y, expected)]
-    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+    near(*found, 1e-9)
 
 
 METHODS = [(512, 8, True, "conv_as_matmul"), (512, 8, False, "conv_as_matmul"), (512, 16, False, None)]
-METHODS += [(256, 64, False, "winograd"), (256, 64, True, None), (256, 62, False, None), (128, 64, False, None)]
+METHODS += [(256, 64, False, "winograd"), (256, 64, True, None), (256, 66, False, None), (128, 64, False, None)]
 
 
 @pytest.mark.parametrize("channels, side, grad, method", METHODS)
@@ -71,7 +70,7 @@ def test_method_by_size(used, channels, side, grad, method):
     with torch.set_grad_enabled(grad):
         y = net(x)
     assert used == [method] * (method is not None)
-    torch.testing.assert_close(y, nn.Conv2d.forward(net, x), rtol=0, atol=1e-4)
+    near(y, nn.Conv2d.forward(net, x), 1e-4)
     used.clear()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         net(x)
@@ -99,20 +98,21 @@ def test_upsample_conv_calls_what_replaced_the_convolution():
     x, net = image(1, 4, 32, 32), layer(4, 6)
     twin = Twice(4, 6, 3, padding=1).to(torch.float64, memory_format=torch.channels_last)
     twin.load_state_dict(net.state_dict())
-    torch.testing.assert_close(conv.upsample_conv(x, twin), 2 * conv.upsample_conv(x, net), rtol=0, atol=1e-12)
+    near(conv.upsample_conv(x, twin), 2 * conv.upsample_conv(x, net), 1e-12)
     wide = conv.Conv2d(4, 6, 3, padding=2, dilation=2).to(torch.float64, memory_format=torch.channels_last)
     assert torch.equal(conv.upsample_conv(x, wide), wide(F.interpolate(x, scale_factor=2.0)))
 
 
 def test_traced_and_exported_graphs_hold_for_all_sizes():
     net = nn.Sequential(layer(512, 128, dtype=torch.float32)).eval()
-    small, large = (image(n, 512, 8, 8, dtype=torch.float32) for n in (1, 3))
+    small, large, wide = (
+        image(*shape, dtype=torch.float32) for shape in ((1, 512, 8, 8), (3, 512, 8, 8), (1, 512, 8, 9))
+    )
     with torch.no_grad():
         traced = torch.jit.trace(net, small, check_trace=False)
         exported = torch.export.export(net, (large,), dynamic_shapes=[{0: torch.export.Dim("batch", max=9)}]).module()
-        for x in (small, large):
-            for graph in (traced, exported):
-                torch.testing.assert_close(graph(x), net(x), rtol=0, atol=1e-4)
+        for graph, x in ((traced, small), (traced, wide), (exported, small), (exported, large)):
+            near(graph(x), net(x), 1e-4)
 
 
 SETTINGS = [{}, {"linear_proj": True}, {"resblock_updown": True}, {"resample": "pool", "unet_patch": 2}, "vae"]
