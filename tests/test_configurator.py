@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = '''"""Train a thing."""
 
 # data
-data = "äöüß # b"  # folder of images
+data = "äöüßåé # b"  # folder of images
 batch_size = 12  # >= 1: images per process and step
 
 # optimizer
@@ -158,7 +158,7 @@ def test_config_file_errors_name_file_and_line(settings, tmp_path, line, capsys)
 
 def test_settings_comments_and_headings_come_from_the_source(settings):
     assert list(settings)[:4] == ["data", "batch_size", "lr", "flip"] and list(settings)[-1] == "masks"
-    assert settings["data"] == ("äöüß # b", "folder of images", "data")
+    assert settings["data"] == ("äöüßåé # b", "folder of images", "data")
     assert settings["lr"] == (1e-4, "> 0: learning rate", "optimizer (absolute)")
     assert settings["ch_mult"].comment == "each >= 1: widths"
     text = help_text("Train a thing.", settings)
