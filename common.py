@@ -98,10 +98,8 @@ def fresh_store(timeout):
 
 def assert_same_on_all_ranks(**values):
     """Fail on all ranks where one has other values than rank 0: nodes that do not share out_dir or the dataset."""
-    if dist.is_initialized():
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, values)
-        assert all(other == ranks[0] for other in ranks), f"ranks differ: {ranks}; out_dir and dataset must be shared"
+    ranks = gathered([values])
+    assert all(other == ranks[0] for other in ranks), f"ranks differ: {ranks}; out_dir and dataset must be shared"
 
 
 def leave(status=0):
@@ -153,19 +151,20 @@ def gathered(items):
     return sum(ranks, [])
 
 
-def sum_over_ranks(tensors):
+def sum_over_ranks(*tensors):
     """In place, in one message."""
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.copy_(total.view_as(t))
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
 
 
-def average_gradients(module):
-    """Over all ranks; for a network that DDP cannot wrap, as it runs several times a step."""
-    gradients = [p.grad for p in module.parameters()]
-    sum_over_ranks(gradients)
-    torch._foreach_div_(gradients, dist.get_world_size())
+def average_over_ranks(*tensors):
+    """In place, in one message."""
+    sum_over_ranks(*tensors)
+    if dist.is_initialized():
+        torch._foreach_div_(tensors, dist.get_world_size())
 
 
 # --- models and data ---
@@ -260,7 +259,7 @@ def orthogonalized(matrices, rank, world):
         for i, result in zip(same, x * max(1.0, m / n) ** 0.5):
             done[i].copy_(result.mT if m > n else result)
     if world > 1:
-        sum_over_ranks(done)
+        sum_over_ranks(*done)
     return [d.view_as(m.movedim(1, -1)).movedim(-1, 1) for d, m in zip(done, matrices)]
 
 
@@ -444,9 +443,7 @@ class Log:
     def progress(self, step, lr):
         names = dict.fromkeys(name for _, terms, _, _ in self.pending for name in terms)
         means = [torch.stack([t[name] for _, t, _, _ in self.pending if name in t]).mean(dim=0) for name in names]
-        if self.machine.world > 1:
-            sum_over_ranks(means)
-            torch._foreach_div_(means, self.machine.world)
+        average_over_ranks(*means)
         record = dict(zip(names, [mean.tolist() for mean in means]))
         text = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float))
         for name, value in record.items():
@@ -543,11 +540,9 @@ def plot_log(out_dir, panels):
     panels = {title: [n for n in names if n in logged] for title, names in panels.items() if logged & set(names)}
     columns = min(4, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.5 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()  # of those without a panel
-    for axis, (title, names) in zip(axes.flat, panels.items()):
-        axis.set_axis_on()
+    figure = plt.figure(figsize=(4.5 * columns, 3.5 * rows), layout="constrained")
+    for number, (title, names) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(rows, columns, number)
         for name in names:
             steps, values = zip(*[(record["step"], record[name]) for record in records if record.get(name) is not None])
             values = np.array(values, dtype=float)  # None becomes NaN
@@ -559,6 +554,5 @@ def plot_log(out_dir, panels):
         axis.set_xlabel("step")
         if len(axis.lines) > 1:
             axis.legend(fontsize="small", ncols=2 if len(axis.lines) > 4 else 1)
-    figure.tight_layout()
     figure.savefig(f"{out_dir}/loss.png", dpi=80)
     plt.close(figure)

@@ -22,7 +22,6 @@ import os
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -363,8 +362,7 @@ def evaluate(metrics, judgements, cfg, machine, autocast):
             for k in range(others):
                 with autocast:
                     distances[m, start:end, k] = metric(x[:, 0], x[:, k + 1]).double()
-    if machine.world > 1:
-        dist.all_reduce(distances)  # every pair was measured by one rank
+    common.sum_over_ranks(distances)  # every pair was measured by one rank
     score, judge = two_afc if others == 2 else average_precision, judgements.judge.to(machine.device)
     return {
         name: {category: score(d[rows], judge[rows]).item() for category, rows in judgements.parts.items()}

@@ -9,6 +9,7 @@
 DIR is the dataset of stage 1 or another one; captions or labels are part of it. The same command again resumes the run.
 """
 
+import contextlib
 import copy
 import inspect
 import json
@@ -16,7 +17,6 @@ import math
 import os
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
@@ -371,8 +371,7 @@ def evaluate(denoiser, validation, conditioner, cfg, machine, autocast):
         noise = {"eps": torch.stack(eps).to(x0), "t": times[list(rows)].to(x0), "drop": x0.new_ones(len(rows))}
         with autocast:
             losses[list(rows)] = prediction_error(denoiser, inputs, noise, cfg)[0].double()
-    if machine.world > 1:
-        dist.all_reduce(losses)  # every image was on one rank
+    common.sum_over_ranks(losses)  # every image was on one rank
     losses, tenth = losses.cpu(), (times * 10).long()
     bins = [losses[tenth == k] for k in range(10)]
     return {"val_loss": losses.mean().item(), "val_loss_by_t": [b.mean().item() if len(b) else None for b in bins]}
@@ -395,11 +394,11 @@ def first_captions(images, count, object_names):
     """The first caption, or the layout, of `count` images of a dataset.  object_names: of layouts, else None."""
     captions = []
     for i in common.spread(len(images), count):
-        try:
-            layout = None if object_names is None else layout_string(images.boxes(i), object_names)
-            captions += images.meta(i)["text"][:1] if layout is None else [layout]
-        except BadImage:  # training reports it
-            pass
+        with contextlib.suppress(BadImage):  # training reports it
+            if object_names is None:
+                captions += images.meta(i)["text"][:1]
+            else:
+                captions.append(layout_string(images.boxes(i), object_names))
     return captions
 
 
@@ -461,7 +460,7 @@ def load_first_stage(cfg, latest):
         if checkpoint.hash_weights(VAE.from_pretrained(cfg.first_stage)) != checkpoint.hash_weights(vae):
             reject(latest, f"was trained on another autoencoder than {cfg.first_stage}", "use another out_dir")
     if not vae.has_latent_statistics:
-        remedy = "finish its training, or run train_vae.py with its settings and --measure_latents"
+        remedy = f"finish its training, or run train_vae.py --measure_latents --ckpt={cfg.first_stage}"
         reject(cfg.first_stage, "has no latent statistics", remedy)
     if cfg.image_size % vae.factor:
         raise UserError(f"image_size={cfg.image_size} must be a multiple of {vae.factor}, the autoencoder's factor")
@@ -651,7 +650,7 @@ if __name__ == "__main__":
     # log
     tflop = count_tflop(ema, conditioner(collate([validation[0]])))
     log = common.Log(cfg, machine, images_per_step, images.fingerprint, meta if resumed else {}, tflop)
-    log.print(f"{len(images)} training and {len(validation_images)} validation images; {images}")
+    log.print(images)
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image; latents {latent_shape}")
     if conditioner.resident is not None:
         log.print(f"latents kept on {machine.device}: {streams[0].bytes / 2**30:.3g} GiB in each process")

@@ -17,7 +17,6 @@ import math
 import os
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
@@ -287,8 +286,7 @@ def count_codes(indices, codes, dtype):
     used = torch.cat([i.flatten() for i in indices])
     counts = torch.zeros(codes, dtype=dtype, device=used.device)
     counts.index_add_(0, used, torch.ones_like(used, dtype=dtype))
-    if dist.is_initialized():
-        dist.all_reduce(counts)
+    common.sum_over_ranks(counts)
     return counts
 
 
@@ -310,8 +308,7 @@ def restart_candidates(latents, step, cfg, machine):
     slot, at = (t.to(rows.device) for t in (positions // per_slot, positions % per_slot))  # micro * world + rank
     mine = (slot % machine.world == machine.rank)[:, None]
     candidates = torch.where(mine, rows[slot // machine.world, at], 0.0)
-    if machine.world > 1:
-        dist.all_reduce(candidates)
+    common.sum_over_ranks(candidates)
     return candidates
 
 
@@ -375,8 +372,7 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
         hook.remove()
     scores = mean_scores(common.gathered(rows))
     if vae.quantize:
-        if machine.world > 1:
-            dist.all_reduce(codes)
+        common.sum_over_ranks(codes)
         scores |= dict(zip(("val_codes_used", "val_perplexity"), (t.item() for t in code_use(codes))))
     if inception:
         scores["val_rfid"] = frechet(*(g for f in features for g in gaussian(torch.cat(common.gathered(f)))))
@@ -488,8 +484,7 @@ def latent_statistics(vae, images, cfg, machine, autocast):
                 posterior = vae.encode(torch.stack(rows).to(machine.device, vae.latent_mean.dtype))
             mean, var = posterior.mean.double(), posterior.std.double() ** 2
             sums += torch.stack([value.sum(dim=(0, 2, 3)) for value in (torch.ones_like(mean), mean, mean**2 + var)])
-    if machine.world > 1:
-        dist.all_reduce(sums)
+    common.sum_over_ranks(sums)
     mean = sums[1] / sums[0]
     variance = sums[2] / sums[0] - mean**2
     return mean, (variance.mean().expand_as(mean) if vae.quantize else variance).sqrt()
@@ -603,12 +598,13 @@ if __name__ == "__main__":
             buffer.fill_(math.nan)  # measured at the end; those of an earlier end do not hold for what follows
     # a discriminator that this run does not train stays in its checkpoint
     resting = {} if disc else {name: t for name, t in tensors.items() if name.startswith("disc")}
+    disc_settings = disc.settings if disc else meta.get("disc")
     del tensors
 
     # log
     tflop = count_tflop(model, cfg)
     log = common.Log(cfg, machine, images_per_step, images.fingerprint, meta if resumed else {}, tflop)
-    log.print(f"{len(images)} training and {len(validation_images)} validation images; {images}")
+    log.print(images)
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image")
     if disc:
         size = f"{sum(p.numel() for p in disc.parameters()):,} parameters{'' if meta.get('disc') else ', a new one'}"
@@ -662,9 +658,7 @@ if __name__ == "__main__":
                     module.latent_mean.copy_(mean)
                     module.latent_std.copy_(std)
                 log.print(as_text(mean, std))
-            header = log.header(
-                step, stage="vae", model=model.settings, disc=disc.settings if disc else meta.get("disc")
-            )
+            header = log.header(step, stage="vae", model=model.settings, disc=disc_settings)
             averages = with_prefix("ema", ema.state_dict())
             if snapshot and rank == 0:
                 checkpoint.write(f"{cfg.out_dir}/ema_{step:08d}.safetensors", averages, header)
@@ -690,7 +684,7 @@ if __name__ == "__main__":
         gan_weight = None if ramp is None else ramp * cfg.disc_weight * adaptive
         measured = gan_weight is not None and cfg.adaptive_weight
         gradients = torch.zeros(2, *last_layer.shape, device=machine.device, dtype=machine.param_dtype)  # nll, GAN
-        totals, posteriors = {}, []
+        opponent, totals, posteriors = disc if disc_trains else None, {}, []
         for micro in range(micro_steps):
             batch = next(batches)
             log.saw(batch)
@@ -698,7 +692,6 @@ if __name__ == "__main__":
             batch["image"] = batch["image"].to(machine.device, machine.param_dtype, **options)
             net.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
             with autocast:
-                opponent = disc if disc_trains else None
                 terms, posterior = train_step(net, batch, noise[micro], cfg, lpips, opponent, gan_weight, transform)
             if measured:
                 for k, name in enumerate(("nll", "gan")):
@@ -713,9 +706,9 @@ if __name__ == "__main__":
         # optimizer steps, EMA: nothing carried to the next step changes where ok is false
         totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
         if disc_trains:
-            if world > 1:
-                common.average_gradients(disc)
-            totals["disc_grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in disc.parameters()])
+            disc_gradients = [p.grad for p in disc.parameters()]
+            common.average_over_ranks(*disc_gradients)  # not by DDP, as it runs several times a step
+            totals["disc_grad_norm"] = torch.nn.utils.get_total_norm(disc_gradients)
         ok = common.all_finite(*totals.values())  # one for both optimizers, the same on all ranks
         for one in (opt, disc_opt) if disc_trains else (opt,):
             common.inner(one).found_inf = (~ok).float()
@@ -725,13 +718,11 @@ if __name__ == "__main__":
         update_ema(averaged, parameters, min(cfg.ema_decay, (1 + step) / (10 + step)), ok)
         if disc_trains:
             logits = torch.stack([totals["logits_real"], totals["logits_fake"]]).to(disc.mean_logits.dtype)
-            if world > 1:
-                dist.all_reduce(logits)
-            disc.mean_logits.lerp_(torch.where(ok, logits / world, disc.mean_logits), 0.01)  # for LeCam
+            common.average_over_ranks(logits)
+            disc.mean_logits.lerp_(torch.where(ok, logits, disc.mean_logits), 0.01)  # for LeCam
         if measured:
-            if world > 1:
-                dist.all_reduce(gradients)
-            state["adaptive"].copy_(torch.where(ok, adaptive_ratio(gradients / world, cfg), state["adaptive"]))
+            common.average_over_ranks(gradients)
+            state["adaptive"].copy_(torch.where(ok, adaptive_ratio(gradients, cfg), state["adaptive"]))
         if model.quantize:
             counts = count_codes([p.indices for p in posteriors], cfg.codebook_size, machine.param_dtype)
             totals["codes_used"], totals["perplexity"] = code_use(counts)

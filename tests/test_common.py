@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same, read, resume_folder
 from PIL import Image
 
+import checkpoint
 import common
+import train_ldm
+import train_vae
 from checkpoint import UserError
 from configurator import configure
 
@@ -244,3 +249,62 @@ def test_two_processes_under_torchrun(tmp_path):
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"rank {rank} is done" in done.stdout for rank in (0, 1))
+
+
+# --- runs of both stages ---
+
+both = pytest.mark.parametrize("stage", ("vae", "ldm"))
+
+
+@pytest.mark.parametrize("script", (train_vae, train_ldm))
+def test_ema(script):
+    averaged, current = [torch.zeros(2).double()], [torch.ones(2).double()]
+    for decay, ok, expected in ((0.75, True, 0.25), (0.5, True, 0.625), (0.5, False, 0.625)):
+        script.update_ema(averaged, current, decay, torch.tensor(ok))
+        assert averaged[0].tolist() == [expected] * 2
+
+
+@both
+def test_decays_of_the_averages(stage, start):
+    """From step 1 to 2 by (1 + n) / (10 + n), and of power averages by (1 - 1/n)^(gamma + 1), with n = 2."""
+    more = ("--ema_stds=0.1",) if stage == "ldm" else ()
+    run = start(stage, "--max_steps=2", "--snapshot_every=1", "--dtype=float64", "--val_images=2", *more).finish()
+    before, after = read(run.out / "ema_00000001.safetensors")[0], run.checkpoint[0]
+    name = "unet.conv_out.weight" if stage == "ldm" else "decoder.conv_in.weight"
+    for average, decay in (("ema", 3 / 12), ("ema_power_0", 0.5 ** (checkpoint.power_exponent(0.1) + 1)))[
+        : 1 + len(more)
+    ]:
+        expected = decay * before[f"{average}.{name}"] + (1 - decay) * after[f"model.{name}"]
+        torch.testing.assert_close(after[f"{average}.{name}"], expected, rtol=1e-9, atol=1e-12)
+
+
+@both
+def test_ranks_and_accumulation_are_equal_in_float64(stage, start, tmp_path):
+    """One process; two with two micro-steps each; and resumed by one with four."""
+    one = start(stage, "--dtype=float64", "--snapshot_every=3")
+    two = start(stage, "--dtype=float64", "--batch_size=1", "--grad_accum=2", "--max_steps=3", ranks=2, keep=True)
+    one.finish(), two.finish()
+    halfway, reached = read(one.out / "ema_00000003.safetensors")[0], two.checkpoint[0]
+    names = [name for name in halfway if name.startswith("ema.") and "latent_" not in name]
+    assert_same({name: halfway[name] for name in names}, {name: reached[name] for name in names}, 1e-9)
+    assert_same(*(read(two.folder / f"rank{rank}.safetensors")[0] for rank in range(2)))
+    resumed = start(stage, "--dtype=float64", "--batch_size=1", folder=resume_folder(two, tmp_path)).finish()
+    assert "4 images per step: processes 1 x batch_size 1 x grad_accum 4" in resumed.stdout
+    assert "max_steps=6 was 3" in resumed.stdout
+    assert_same(resumed.checkpoint[0], one.checkpoint[0], 1e-9)
+    for a, b in zip(one.log, resumed.log, strict=True):
+        same = a.keys() & b.keys() - {"images_per_s", "error_by_t", "val_loss_by_t"}
+        assert "loss" in same and all(a[name] == pytest.approx(b[name], rel=1e-6) for name in same)
+    message = start(stage, "--dtype=float64", "--batch_size=3", folder=tmp_path).fail()
+    assert "4 images per step, not a multiple of batch_size=3 x 1 processes" in message
+
+
+@both
+def test_sigterm_to_one_rank_saves_and_stops_both(stage, start, finished, tmp_path):
+    args = ("--eval_every=3", "--snapshot_every=3", "--batch_size=2")
+    stopped = start(stage, *args, "--max_steps=50", ranks=2, trap=("step 1,", signal.SIGTERM), folder=tmp_path)
+    assert stopped.wait() == [128 + signal.SIGTERM] * 2, stopped.stderr
+    step = stopped.checkpoint[1]["step"]
+    assert 1 <= step < 5 and f"stopped at step {step} " in stopped.stdout and stopped.log[-1]["step"] == step
+    start(stage, *args, ranks=2, folder=tmp_path).finish()
+    assert_same(stopped.checkpoint[0], finished(stage, 2).checkpoint[0])

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -179,19 +178,6 @@ def test_noise_is_a_slice_of_the_global_batch():
 # --- averages ---
 
 
-def test_ema():
-    averaged, current, ok = (
-        [torch.zeros(2, dtype=torch.float64)],
-        [torch.ones(2, dtype=torch.float64)],
-        torch.tensor(True),
-    )
-    train_ldm.update_ema(averaged, current, 0.75, ok)
-    train_ldm.update_ema(averaged, current, 0.5, ok)
-    assert averaged[0].tolist() == [0.625] * 2
-    train_ldm.update_ema(averaged, current, 0.5, ~ok)
-    assert averaged[0].tolist() == [0.625] * 2
-
-
 # --- conditioning and evaluation ---
 
 
@@ -282,40 +268,12 @@ def test_a_killed_run_resumes_bit_for_bit(ranks, start, finished, killed, tmp_pa
     assert numbers(resumed.log) == numbers(finished("ldm", ranks).log)
 
 
-def test_ranks_and_accumulation_are_equal(start, finished, tmp_path):
-    """In float64: one process, two with two micro-steps each, and resumed by one with four."""
-    one = start("ldm", "--dtype=float64", "--snapshot_every=3")
-    two = start("ldm", "--dtype=float64", "--batch_size=1", "--grad_accum=2", "--max_steps=3", ranks=2)
-    one.finish(), two.finish()
-    halfway, reached = read(one.out / "ema_00000003.safetensors")[0], two.checkpoint[0]
-    averages = [name for name in halfway if name.startswith("ema.")]
-    assert_same({name: halfway[name] for name in averages}, {name: reached[name] for name in averages}, 1e-9)
-    resumed = start("ldm", "--dtype=float64", "--batch_size=1", folder=resume_folder(two, tmp_path)).finish()
-    assert_same(resumed.checkpoint[0], one.checkpoint[0], 1e-9)
-    message = start("ldm", "--dtype=float64", "--batch_size=3", folder=tmp_path).fail()
-    assert "4 images per step, not a multiple of batch_size=3 x 1 processes" in message
-    ranks = [read(finished("ldm", 2).folder / f"rank{rank}.safetensors")[0] for rank in range(2)]
-    assert_same(*ranks)
-    for a, b in zip(finished("ldm").log, finished("ldm", 2).log, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["step"] == b["step"]
-
-
 def test_a_sharded_optimizer_changes_nothing(start, finished, killed, tmp_path):
     args = (*SIX_STEPS, "--batch_size=2", "--shard_optimizer=true")
     sharded = start("ldm", *args, ranks=2).finish()
     assert_same(sharded.checkpoint[0], finished("ldm", 2).checkpoint[0])
     resumed = start("ldm", *args, ranks=2, folder=resume_folder(killed("ldm", 2), tmp_path)).finish()
     assert_same(resumed.checkpoint[0], finished("ldm", 2).checkpoint[0])
-
-
-def test_sigterm_to_one_rank_saves_and_stops_both(start, finished, tmp_path):
-    args = ("--eval_every=3", "--snapshot_every=3", "--batch_size=2")
-    stopped = start("ldm", *args, "--max_steps=50", ranks=2, trap=("step 1,", signal.SIGTERM), folder=tmp_path)
-    assert stopped.wait() == [128 + signal.SIGTERM] * 2, stopped.stderr
-    step = stopped.checkpoint[1]["step"]
-    assert 1 <= step < 4 and f"stopped at step {step} " in stopped.stdout and stopped.log[-1]["step"] == step
-    start("ldm", *args, ranks=2, folder=tmp_path).finish()
-    assert_same(stopped.checkpoint[0], finished("ldm", 2).checkpoint[0])
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
@@ -496,16 +454,6 @@ def test_ranks_are_equal_with_everything_on(start, rich_data):
     one = start("ldm", *args)
     two = start("ldm", *args, "--batch_size=1", "--grad_accum=2", ranks=2)
     assert_same(one.finish().checkpoint[0], two.finish().checkpoint[0], atol=1e-9)
-
-
-def test_decays_of_the_averages(start):
-    """From step 1 to 2 by (1 + n) / (10 + n) and by (1 - 1/n)^(gamma + 1) with n = 2."""
-    args = ("--max_steps=2", "--snapshot_every=1", "--ema_stds=0.1", "--dtype=float64", "--val_images=2")
-    run, name = start("ldm", *args).finish(), "unet.conv_out.weight"
-    before, after = read(run.out / "ema_00000001.safetensors")[0], run.checkpoint[0]
-    for average, decay in (("ema", 3 / 12), ("ema_power_0", 0.5 ** (checkpoint.power_exponent(0.1) + 1))):
-        expected = decay * before[f"{average}.{name}"] + (1 - decay) * after[f"model.{name}"]
-        torch.testing.assert_close(after[f"{average}.{name}"], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_snapshots(rich_run):
