@@ -25,7 +25,7 @@ group = "Art Movement"  # the group whose folders are the classes
 min_side = 64  # >= 0: images with a shorter side are dropped
 min_bytes = 5000  # >= 0: files with fewer bytes are dropped
 vocab_size = 8192  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-# the others, as size, crop, quality, shard_mb: see data/prepare.py
+# further settings, the same for all data sets: see data/prepare.py
 
 
 def folders_of(path):

@@ -23,7 +23,7 @@ attribute = ""  # which of the 40 is the label (1 yes, 0 no)
 size = 178  # >= 1: short side in pixels
 crop = "center"  # none | center: center cuts the middle square, as most papers do (of 178 pixels, or 140 or 148)
 vocab_size = 512  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-# the others, as size, crop, quality, shard_mb: see data/prepare.py
+# further settings, the same for all data sets: see data/prepare.py
 
 PART = {"0": "train", "1": "val", "2": "test"}
 

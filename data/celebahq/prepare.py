@@ -22,7 +22,7 @@ from data.prepare import check_source, find_file, list_images, pack, run
 source = ""  # folder that CelebAMask-HQ.zip unpacks to, or the zip, or a folder of images
 out_dir = "data/celebahq"  # folder for the shards
 vocab_size = 512  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-# the others, as size, crop, quality, shard_mb: see data/prepare.py
+# further settings, the same for all data sets: see data/prepare.py
 
 
 def items(images, splits, attributes):

@@ -29,7 +29,7 @@ quality = 0  # in [0, 100]: of JPEG; 0 writes PNG, which is lossless; JPEG in pa
 min_side = 1  # >= 0: images with a shorter side are dropped
 drop_duplicates = False  # keep only the first of identical images
 workers = 2  # >= 0: processes that decode and compress; 0 uses only this one
-# the others, as size, crop, quality, shard_mb: see data/prepare.py
+# further settings, the same for all data sets: see data/prepare.py
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"

@@ -20,7 +20,7 @@ from data.prepare import check_source, list_images, pack, run
 source = ""  # folder with 00000.png ..., in sub-folders or not, or a .zip
 out_dir = "data/ffhq"  # folder for the shards
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
-# the others, as size, crop, quality, shard_mb: see data/prepare.py
+# further settings, the same for all data sets: see data/prepare.py
 
 N_TRAIN = 60000
 

@@ -49,7 +49,7 @@ classes = ""  # only these, by synset id, label or first name, with commas betwe
 fraction = 1.0  # in (0, 1]: of the training images of each class; a smaller fraction is a subset of a larger one
 drop_duplicates = False  # keep only the first of identical images
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
-# the others, as size, crop, quality, shard_mb: see data/prepare.py
+# further settings, the same for all data sets: see data/prepare.py
 
 TRAIN, VAL, KIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 MD5 = {TRAIN: "1d675b47d978889d74fa0da5fadfb00e", VAL: "29b22e2961454d5413ddabcf34fc5622"}

@@ -35,7 +35,7 @@ min_side = 64  # >= 0: images with a shorter side are dropped
 vocab_size = 32768  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
 threads = 64  # >= 1: connections of each process while fetching
-# the others, as size, crop, quality, shard_mb: see data/prepare.py
+# further settings, the same for all data sets: see data/prepare.py
 
 UNSAFE = ("UNLIKELY", "UNSURE", "NSFW")
 

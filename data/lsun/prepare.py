@@ -24,7 +24,7 @@ out_dir = "data/lsun/shards"  # folder for the shards
 categories = ""  # which, with commas between; empty for all that are there
 fraction = 1.0  # in (0, 1]: of the training images; a smaller fraction is a subset of a larger one
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
-# the others, as size, crop, quality, shard_mb: see data/prepare.py
+# further settings, the same for all data sets: see data/prepare.py
 
 
 def get(env, key):

@@ -34,7 +34,7 @@ out_dir = "data/openimages"  # folder for the shards
 min_side = 64  # >= 0: images with a shorter side are dropped
 vocab_size = 8192  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
 workers = 8  # >= 0: processes that decode and resize; 0 uses only this one
-# the others, as size, crop, quality, shard_mb: see data/prepare.py
+# further settings, the same for all data sets: see data/prepare.py
 
 SPLITS = (("train", "train"), ("validation", "val"))
 

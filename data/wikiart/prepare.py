@@ -26,7 +26,7 @@ out_dir = "data/wikiart"  # folder for the shards
 label = "style"  # style | genre | artist: which of them is the class
 min_side = 64  # >= 0: images with a shorter side are dropped
 vocab_size = 1024  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-# the others, as size, crop, quality, shard_mb: see data/prepare.py
+# further settings, the same for all data sets: see data/prepare.py
 
 COLUMNS = ("style", "genre", "artist")
 
