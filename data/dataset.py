@@ -239,11 +239,14 @@ class Dataset:
 
     def __str__(self):
         """One line: what was opened, of all splits, and what was left out."""
-        total, shards = sum(header["n"] for header in self.headers), len(self.headers)
         held_out = [split for split in HELD_OUT if any(h["n"] and h["split"] == split for h in self.headers)]
-        sizes = {split: sum(self._choose_split(split)[1].values()) for split in ("train", *(held_out or ["val"]))}
-        where = f"images in {shards} shards" if self.format in ("tar", "parquet") else "images"
-        parts = [f"{self.format}, {total} {where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"]
+        counts = {split: self._count(split) for split in ("train", *(held_out or ["val"]))}
+        sizes, shards = {split: count["images"] for split, count in counts.items()}, len(self.headers)
+        of_all, of_train = self._count("all"), counts["train"]
+        total, where = of_all["images"], f" in {shards} shards" if self.format in ("tar", "parquet") else ""
+        parts = [
+            f"{self.format}, {total} images{where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"
+        ]
         distinct = sum(header["distinct"] for header in self.headers)  # at most
         if not self.classes and forms.is_far_apart(self.num_classes - 1, distinct):
             labels = self._occurring(range(shards))
@@ -251,7 +254,6 @@ class Dataset:
         elif self.num_classes:
             names = ", ".join(self.classes[:5] + ["..."] * (len(self.classes) > 5))
             parts.append(f"{self.num_classes} classes" + (f" ({names})" if names else ""))
-        of_all, of_train = self._count("all"), self._count("train")
         for name in TALLIES:
             if of_all[name] or name in ("labels", "captions"):
                 part = f" (train {of_train[name]} of {of_train['images']})" if 0 < of_all[name] < total else ""
@@ -399,31 +401,33 @@ class Dataset:
         return next((names for path in files if os.path.exists(path) and (names := forms.read_classes(path))), [])
 
     def _name_classes(self):
-        """Sets classes, num_classes, and _class_of: {label or word of an index, as str: class} or None."""
-        headers, highest = self.headers, max(header["highest"] for header in self.headers)
-        names = next((header["names"] for header in headers if header["names"]), [])
-        is_named = any(header["named"] for header in headers)
-        if is_named:  # where some shards have words for labels, all labels are words
+        """Sets classes, num_classes, and _class_of: {label or word of an index, as str: class}, {} for itself."""
+        headers = self.headers
+        if is_named := any(header["named"] for header in headers):  # then all labels are words
             numbers = self._occurring(s for s, header in enumerate(headers) if not header["named"])
             words = (name for header in headers if header["named"] for name in header["names"])
             names = forms.by_value({*words, *map(str, numbers)})
             highest = len(names) - 1
+        else:
+            names = next((header["names"] for header in headers if header["names"]), [])
+            highest = max(header["highest"] for header in headers)
         self.classes = self._listed_names("classes.json", "meta.json") or names
+        number = {name: i for i, name in reversed(list(enumerate(self.classes)))}
         order = list(range(len(names)))  # order[i]: the class of names[i]
-        if set(names) <= set(self.classes):
-            number = {name: i for i, name in reversed(list(enumerate(self.classes)))}
+        if number.keys() >= set(names):
             order = [number[name] for name in names]
         elif len(names) != len(self.classes):  # as many names are the same classes, renamed
-            odd = f"{min(set(names) - set(self.classes))!r} is not among them"
-            what = f"has {len(names)} classes, classes.json {len(self.classes)}, and {odd}"
+            what = f"has {len(names)} classes, classes.json {len(self.classes)}, and "
+            what += f"{min(set(names) - number.keys())!r} is not among them"
             reject(f"dataset {self.path}", what, "add what is missing, or give {number: name}")
         is_renumbered = order != list(range(len(names)))
         if self.classes and highest >= len(names if is_renumbered else self.classes):
             what = f"has label {highest} but only {len(self.classes)} class names"
             reject(f"dataset {self.path}", what, "add the others")
         self.num_classes = max(len(self.classes), highest + 1) if highest >= 0 else 0
-        labels = names if is_named else map(str, range(len(names)))
-        self._class_of = dict(zip(labels, order)) if is_named or is_renumbered else None
+        self._class_of = (
+            dict(zip(names if is_named else map(str, range(len(names))), order)) if is_named or is_renumbered else {}
+        )
 
     def _occurring(self, shards):
         """The labels in the indexes of these shards, sorted."""
@@ -432,7 +436,7 @@ class Dataset:
 
     def _to_classes(self, header, labels):
         """Labels of a shard's index, an array with -1 for none, as classes."""
-        if self._class_of is None:
+        if not self._class_of:
             return labels
         found, back = np.unique(labels, return_inverse=True)
         words = [header["names"][label] if header["named"] else str(label) for label in found.tolist()]
@@ -458,10 +462,7 @@ class Dataset:
         """The stored file of image i, as bytes; of npy its pixels."""
         item = self._item(i)
         with as_bad_image(item.key):
-            data = self._read(item, "image")
-            if not data:
-                raise ValueError("it has 0 bytes")
-            return data
+            return self._read(item, "image")
 
     def _open_image(self, item, part="image"):
         """The image or map of an item as PIL, decoded when it is used; None if it has no map."""
@@ -470,10 +471,6 @@ class Dataset:
             shape = list(item.header["shape"])  # [H, W, C] or [H, W]
             shape = shape[:2] if part == "map" or shape[2:] == [1] else shape
             return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
-        if not data and part == "image":
-            raise ValueError("it has 0 bytes")
-        if data and data.startswith(forms.POINTER):
-            raise ValueError("a git-lfs pointer: fetch the file itself (git lfs pull)")
         return Image.open(io.BytesIO(data), formats=forms.FORMATS) if data else None
 
     def rgb(self, i):
@@ -508,14 +505,6 @@ class Dataset:
 
     # semantic maps and objects
 
-    @property
-    def has_maps(self):
-        return self.counts["maps"] > 0
-
-    @property
-    def has_objects(self):
-        return self.counts["objects"] > 0
-
     def _map(self, i):
         """The map of item i as 8-bit PIL, None if it has none."""
         item = self._item(i)
@@ -546,16 +535,19 @@ class Dataset:
     @functools.cached_property
     def map_classes(self):
         """Number of classes of the maps: of map_classes.json, else of 500 maps, spread over all."""
-        highest, bad = [-1] * (not self.counts["maps"]), ""
-        for i in () if self.map_names or highest else self._spread(500):
+        if self.map_names:
+            return len(self.map_names)
+        highest, bad = [], []
+        for i in self._spread(500):
             try:
-                image = self._map(i)
-                highest += [] if image is None else [int(np.array(image)[np.array(image) < 255].max(initial=0))]
+                if image := self._map(i):
+                    classes = np.array(image)
+                    highest.append(int(classes[classes < 255].max(initial=0)))
             except BadImage as e:
-                bad = bad or str(e)
-        if not highest and not self.map_names:
-            reject(f"dataset {self.path}", f"none of the maps tried reads ({bad})", "correct them")
-        return len(self.map_names) or 1 + max(highest)
+                bad.append(str(e))
+        if bad and not highest:
+            reject(f"dataset {self.path}", f"none of {len(bad)} maps reads ({bad[0]})", "correct them")
+        return 1 + max(highest, default=-1)
 
     def objects(self, i):
         """[(name, [x, y, w, h] in pixels of the upright image), ...] of item i."""
@@ -584,13 +576,18 @@ class Dataset:
     @functools.cached_property
     def _object_names(self):
         """{number: name} of objects' classes that are numbers."""
-        return dict(enumerate(self._listed_names("object_classes.json") or self._listed_names("classes.json")))
+        return dict(enumerate(self._listed_names("object_classes.json", "classes.json")))
 
     @functools.cached_property
     def object_classes(self):
         """Names of the objects' classes: those of object_classes.json, else of 10000 items, spread over all."""
-        listed = self._listed_names("object_classes.json")
-        return listed or sorted({name for i in self._spread(10000) for name, _ in self.objects(i)})
+        if listed := self._listed_names("object_classes.json"):
+            return listed
+        names = set()
+        for i in self._spread(10000):
+            with contextlib.suppress(BadImage):
+                names.update(name for name, _ in self.objects(i))
+        return sorted(names)
 
     def _spread(self, n):
         """At most n items, spread over all."""
@@ -611,14 +608,19 @@ class Dataset:
             return None
         if self.format == "parquet":
             _, group, row = item.where["image"]
-            return forms.image_bytes(self._cell(item.header["columns"][part], item.header["files"][0], group, row))
-        name = item.header["files"][file] if file >= 0 else item.key
-        name = os.path.splitext(item.key)[0] + ".map.png" if file < 0 and part == "map" else name
-        with self._open_file(name) as f:  # opened each time, so that workers share no file position
-            f.seek(at)
-            data = f.read(size)
-        if len(data) < size:
-            raise ValueError(f"{name} ends after {at + len(data)} bytes, the index says {at + size}")
+            data = forms.image_bytes(self._cell(item.header["columns"][part], item.header["files"][0], group, row))
+        else:
+            name = item.header["files"][file] if file >= 0 else item.key
+            name = os.path.splitext(item.key)[0] + ".map.png" if file < 0 and part == "map" else name
+            with self._open_file(name) as f:  # opened each time, so that workers share no file position
+                f.seek(at)
+                data = f.read(size)
+            if len(data) < size:
+                raise ValueError(f"{name} ends after {at + len(data)} bytes, the index says {at + size}")
+        if not data and part == "image":
+            raise ValueError("it has 0 bytes")
+        if data and data.startswith(forms.POINTER):
+            raise ValueError("a git-lfs pointer: fetch the file itself (git lfs pull)")
         return data
 
     def _cell(self, column, file, group, row):

@@ -203,9 +203,9 @@ def check_task(dataset, task, scale=4, degradation="bsr", layout=False):
     side = dataset.image_size
     if task == "sr" and side % scale:
         reject(f"image_size={side}", f"cannot be divided by a scale of {scale}", "set another scale or size")
-    if task == "semantic" and not (dataset.has_maps and dataset.map_classes):
+    if task == "semantic" and not (dataset.counts["maps"] and dataset.map_classes):
         reject(f"dataset {dataset.path}", "has no semantic maps", "add KEY.map.png, maps.npy or a column 'map'")
-    if layout and not dataset.has_objects:
+    if layout and not dataset.counts["objects"]:
         remedy = 'give "objects": {"bbox": ..., "categories": ...} in JSON'
         reject(f"dataset {dataset.path}", "has no objects", remedy)
 

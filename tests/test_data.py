@@ -243,7 +243,7 @@ def make_scenes(path, form, n=6):
 def test_the_same_content_in_every_form(tmp_path, form):
     ds = Dataset(make_scenes(tmp_path / "set", form), "all", 10)
     assert (ds.format, len(ds), ds.classes, ds.num_classes) == (form, 6, ["a", "b"], 2)
-    assert ds.has_maps and ds.has_objects
+    assert ds.counts["maps"] and ds.counts["objects"]
     assert (ds.map_names, ds.map_classes, ds.object_classes) == ([], 4, ["cat", "dog"])
     wanted = "6 images.*2 classes \\(a, b\\), labels on 6 of 6, captions on 6 of 6, maps on 6 of 6, objects on 6 of 6$"
     assert re.search(wanted, str(ds)), str(ds)
@@ -524,7 +524,7 @@ REFUSED = {
     "npy of objects": ({"images.npy": np.array([{}])}, "does not load as .npy .*Python objects"),
     "npy maps": ({"images.npy": GREY, "maps.npy": GREY[:1]}, r"uint8 \(1, 8, 8\); make it uint8 \(2, 8, 8\)"),
     "parquet without images": ({"a.parquet": {"photo": [P]}}, r"1 rows .* \(a.parquet has photo\); .* not their"),
-    "maps in color": ({"1.png": P, "1.map.png": P}, "none of the maps .*1.png.*mode RGB: save"),
+    "maps in color": ({"1.png": P, "1.map.png": P}, "none of 1 maps reads .1.png.*mode RGB: save"),
     **{f"a pointer for {name}": ({"1.png": P, name: POINTER}, f"{name}: is a git-lfs pointer; fetch the file itself")
        for name in ("0.tar", "0.parquet", "images.npy", "classes.json", "metadata.csv")},
     "parquet that is none": ({"a.parquet": b"PAR1 not really"}, "does not open as parquet"),

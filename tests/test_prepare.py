@@ -936,7 +936,9 @@ def test_shapes_depend_on_seed_split_and_index_only_and_are_those_of_the_log(ren
 
 def test_maps_and_boxes_are_where_the_shapes_are(made):
     train = Dataset(made, "train", 64)
-    assert train.has_maps and train.map_names == ["background", *shapes.SHAPES] and len(train.object_classes) == 56
+    assert (
+        train.counts["maps"] and train.map_names == ["background", *shapes.SHAPES] and len(train.object_classes) == 56
+    )
     colors = {name: torch.tensor(value)[:, None, None] / 127.5 - 1 for name, value in shapes.PALETTE.items()}
     for i in range(0, 1500, 50):
         item, classes, ((name, *box),) = train[i], train.map(i), train.boxes(i)

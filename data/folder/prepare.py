@@ -60,7 +60,7 @@ def prepare(cfg):
     print(everything)
     if everything.format == "npy":
         reject(source, "has images.npy", "train on it as it is")
-    if everything.has_maps:
+    if everything.counts["maps"]:
         print(f"{source}: the semantic maps are left out; for task=semantic train on it as it is")
     splits = {split: Dataset(source, split) for split in ("train", "val")[: len(everything)]}  # of one image no val
     if sum(map(len, splits.values())) < len(everything):  # test/ beside val/
