@@ -445,7 +445,10 @@ PAINTINGS = [dict(image=i, artist=i % 2, genre=i // 2 % 2, style=i // 4 % 2) for
 HUB_WIKIART = {"data/train-0.parquet": (PAINTINGS, WIKIART)}
 CAPTIONS = ["portrait", "portrait by claude monet", "painting", "painting by claude monet"]
 ARCHIVE = {"Pop_Art/roy_whaam-1963.jpg": 1, "Cubism/juan-gris_guitar-1913.jpg": 2, "Cubism/pablo_chair.jpg": 3}
-OF_ARCHIVE = {"Cubism/juan-gris_guitar-1913.jpg": ("train", 2, 0, "painting by juan gris, cubism")}
+OF_ARCHIVE = {
+    "me_x.jpg": ("train", 4, None, "painting by me"),
+    "Cubism/juan-gris_guitar-1913.jpg": ("train", 2, 0, "painting by juan gris, cubism"),
+}
 OF_WIKIART = {f"train-0/{i:06d}": ("train", i, 0, f"{text}, cubism") for i, text in enumerate(CAPTIONS)}
 
 LSUN = {f"bedroom_{split}_lmdb": {f"{split}{i}": n + i for i in range(n)} for split, n in (("train", 12), ("val", 3))}
@@ -536,7 +539,7 @@ MADE = {
     "wikiart": ("wikiart", HUB_WIKIART, {}, dict(train=8), WIKIART["style"], OF_WIKIART),
     "wikiart artist": ("wikiart", HUB_WIKIART, dict(label="artist"), dict(train=8), WIKIART["artist"],
                        {"train-0/000005": ("train", 5, 1)}),
-    "wikiart archive": ("wikiart", ARCHIVE, {}, dict(train=3), ["Cubism", "Pop_Art"], OF_ARCHIVE),
+    "wikiart archive": ("wikiart", ARCHIVE | {"me_x.jpg": 4}, {}, dict(train=4), ["Cubism", "Pop_Art"], OF_ARCHIVE),
     "wikiart zip": ("wikiart", {"wikiart.zip": {f"wikiart/{path}": seed for path, seed in ARCHIVE.items()}},
                     dict(source="src/wikiart.zip", label="artist"), dict(train=3), ["juan-gris", "pablo", "roy"],
                     {"wikiart/Cubism/pablo_chair.jpg": ("train", 3, 1)}),
@@ -622,7 +625,7 @@ WRONG = [
     ("wikiart", {"a.parquet": [dict(image=0, label=1)]}, {}, "no column 'style', only image, label"),
     ("wikiart", {"a.parquet": b"PAR1" + bytes(99)}, {}, "a.parquet: "),
     ("wikiart", ARCHIVE, dict(label="genre"), "the archive has style and artist, not genre; set --label"),
-    ("wikiart", {"roy_whaam.jpg": 1}, {}, "roy_whaam.jpg is in no folder of a style"),
+    ("wikiart", {"roy_whaam.jpg": 1}, {}, "no images in folders of styles"),
     ("laion400m", {"0.parquet": [dict(url="x")]}, {}, "no column 'image', only url"),
     ("art500k", ART, {}, "no images left (dropped: 6 tiny"),  # below 5,000 bytes
     ("art500k", ART, dict(group="Genre"), "no images in a group 'Genre', only in Art Movement, Artists1, Medium"),

@@ -22,7 +22,7 @@ from data.laion400m.prepare import from_urls
 from data.prepare import check_source, run
 
 urls = ""  # Train_GCC-training.tsv or cc12m.tsv
-fetched = ""  # img2dataset's output, tar or parquet shards; default out_dir/.fetched
+fetched = ""  # img2dataset's tar or parquet output (its files: data/folder/prepare.py); default out_dir/.fetched
 repack = True  # pack the fetched images into shards; False only reports
 out_dir = "data/conceptual_captions"  # folder for the shards
 min_side = 64  # >= 0: images with a shorter side are dropped

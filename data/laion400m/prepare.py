@@ -26,7 +26,7 @@ from data.forms import IMAGES, NOWHERE, Index, captions_of, decode, parse, tar_s
 from data.prepare import check_source, need, pack, parquet_rows, run, save
 
 urls = ""  # folder of parquet files with URL and TEXT, or one such file
-fetched = ""  # img2dataset's output, tar or parquet shards; default out_dir/.fetched
+fetched = ""  # img2dataset's tar or parquet output (its files: data/folder/prepare.py); default out_dir/.fetched
 repack = True  # pack the fetched images into shards; False only reports
 out_dir = "data/laion400m"  # folder for the shards
 max_unsafe = "UNLIKELY"  # UNLIKELY | UNSURE | NSFW: keep images with NSFW up to this

@@ -80,10 +80,11 @@ def prepare(cfg):
         if label == "genre":
             reject(source, "the archive has style and artist, not genre", "set --label to one of those")
         images = [(path, image, of_path(path)) for path, image in list_images(source)]
-        if odd := [path for path, _, known in images if not known["style"]]:
-            reject(source, f"{odd[0]} is in no folder of a style", "set --source to the folder of Baroque, Cubism, ...")
-        classes, total = sorted({known[label] for *_, known in images}), len(images)
-        paintings = ((path, image, known, classes.index(known[label])) for path, image, known in images)
+        if not any(known["style"] for *_, known in images):
+            reject(source, "no images in folders of styles", "set --source to the folder of Baroque, Cubism and so on")
+        classes, total = sorted({known[label] for *_, known in images} - {""}), len(images)
+        number = {name: i for i, name in enumerate(classes)}
+        paintings = ((path, image, known, number.get(known[label])) for path, image, known in images)
     pack(items(paintings), cfg, classes, total)
 
 
