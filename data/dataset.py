@@ -209,7 +209,9 @@ class Dataset:
         self.headers = self._indexes.headers
         if not any(header["n"] for header in self.headers):
             looked = "looked for images.npy, *.tar, *.parquet and image files that Pillow reads, in sub-folders too"
-            looked = "give the encoded images, not their paths" if self.format == "parquet" else looked
+            looked = (
+                "put the encoded images, not their paths, into a column 'image'" if self.format == "parquet" else looked
+            )
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
             if os.path.exists(f"{self.root}/prepare.py"):  # such as data/openimages, before it is run
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
@@ -244,9 +246,8 @@ class Dataset:
         sizes, shards = {split: count["images"] for split, count in counts.items()}, len(self.headers)
         of_all, of_train = self._count("all"), counts["train"]
         total, where = of_all["images"], f" in {shards} shards" if self.format in ("tar", "parquet") else ""
-        parts = [
-            f"{self.format}, {total} images{where} ({', '.join(f'{split} {size}' for split, size in sizes.items())})"
-        ]
+        splits = ", ".join(f"{split} {size}" for split, size in sizes.items())
+        parts = [f"{self.format}, {total} images{where} ({splits})"]
         distinct = sum(header["distinct"] for header in self.headers)  # at most
         if not self.classes and forms.is_far_apart(self.num_classes - 1, distinct):
             labels = self._occurring(range(shards))
@@ -259,7 +260,7 @@ class Dataset:
                 part = f" (train {of_train[name]} of {of_train['images']})" if 0 < of_all[name] < total else ""
                 parts.append(f"{name} on {of_all[name]} of {total}{part}")
         repeated = sum(header["repeated"] for header in self.headers)
-        parts += [f"{repeated} keys repeated (files side by side are an item)"] if repeated else []
+        parts += [f"{repeated} keys repeated (files side by side are one item)"] if repeated else []
         left = self._left_out()
         if sum(sizes.values()) < total:
             left.append(f"{total - sum(sizes.values())} in no split (beside train/)")
@@ -276,8 +277,8 @@ class Dataset:
     # finding files, choosing a split
 
     def _index(self, paths, cache_dir):
-        """(format, indexes, what is left out): images.npy, or the shards of more bytes, tar or parquet, but image files
-        where there are as many.
+        """(format, indexes, what is left out): of images.npy, else of the shards, tar or parquet, that have more bytes,
+        unless there are as many image files outside of them.
         """
         npy = [path for path in paths if path in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
         images = [path for path in paths if path.lower().endswith(IMAGES) and os.path.basename(path) not in OWN]
@@ -303,9 +304,11 @@ class Dataset:
         if not shards and form != "npy":
             return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths)), left
         read = {name for header in indexes.headers for name in header["files"]}
-        for path in paths:  # img2dataset writes KEY.parquet and KEY_stats.json beside KEY.tar
-            of_shard = {path.removesuffix("_stats.json") + ".tar", os.path.splitext(path)[0] + ".tar"}
-            if path not in read and not of_shard & read and os.path.basename(path) not in OWN:
+        # img2dataset writes KEY.parquet and KEY_stats.json beside KEY.tar
+        stems = {os.path.splitext(path)[0] for path in read if path.lower().endswith(("tar", "parquet"))}
+        read |= {stem + ending for stem in stems for ending in (".parquet", "_stats.json")}
+        for path in paths:
+            if path not in read and os.path.basename(path) not in OWN:
                 left.add_file(path)
         return form, indexes, left
 
@@ -511,7 +514,7 @@ class Dataset:
         with as_bad_image(item.key, "its map does not read ({})"):
             image = self._open_image(item, "map")
             if image is not None and image.mode not in ("L", "P", "1"):
-                raise ValueError(f"mode {image.mode}: save it as 8-bit gray or palette, a pixel its class")
+                raise ValueError(f"mode {image.mode}: save one channel, 8-bit gray or palette, a pixel its class")
             # the palette's indices, not its colors
             return None if image is None else Image.fromarray(np.array(image, dtype=np.uint8))
 

@@ -267,11 +267,15 @@ def read_metadata(root, tables, by_name, left):
                 continue
             found, before = found_in(record), about.get(images[0], {})
             if before.get("label", found.get("label")) != found.get("label", before.get("label")):
-                left.add("labels in metadata unlike an earlier line", name)
+                left.add("labels in metadata unlike those of an earlier line", name)
             texts = dict.fromkeys(before.get("text", []) + found.get("text", []))
             about[images[0]] = found | before | ({"text": list(texts)} if texts else {})
     if named and not about:
-        reject(f"{root}/{tables[0]}", f"names no image here, as {named}", "give file_name relative to this file")
+        reject(
+            f"{root}/{tables[0]}",
+            f"names only files that are not here, as {named}",
+            "give file_name relative to this file",
+        )
     return about
 
 
@@ -468,6 +472,8 @@ def index_parquet(open_shard, shard):
     about = {name: column for name, column in about.items() if column}
     prefix, names = f"{shard[:-8]}/", hub_names(f, about.get("label"))
     index = Index(shard_split(shard), [shard], prefix, names, columns=dict(image=pixels, map=maps))
+    if (other := column(MAPS)) and not maps:
+        index.left.add("maps that are no encoded images", f"column {other} of {schema.field(other).type}", rows)
     if pixels is None:
         index.left.add(NO_BYTES, f"{shard} has {', '.join(schema.names)}", rows)
         return index

@@ -404,7 +404,8 @@ FOUND = {
     "several lines of an image": (
         {"1.png": P, "2.png": P,
          "metadata.jsonl": described("1.png", "1.png", "2.png", label=2) + '\n{"file":"1.png","label":3}'},
-        {"1.png": (2, "t0", "t1"), "2.png": (2, "t2")}, "", "1 labels in metadata unlike an earlier line (1.png)",
+        {"1.png": (2, "t0", "t1"), "2.png": (2, "t2")}, "",
+        "1 labels in metadata unlike those of an earlier line (1.png)",
     ),
     "classes that are numbers": (
         {f"{i}/1.png": P for i in ("0", "2", "10", "003")},
@@ -426,8 +427,9 @@ FOUND = {
         "1 .gz files (b.TAR.GZ), 1 .zip files (old.zip), 1 other files (x)",
     ),
     "a folder beside an archive": (
-        {"a.png": P, "a.txt": "-", "0.tar": {"1.png": P, "2.png": P}, "0_stats.json": {}, "0.parquet": {"key": ["k"]}},
-        {"0/1": -1, "0/2": -1}, "", "1 .png files (a.png), 1 .txt files (a.txt)",
+        {"a.png": P, "a.txt": "-", "0.tar": {"1.png": P, "2.png": P}, "0_stats.json": {}, "0.parquet": {"key": ["k"]},
+         "0.zip": ""},
+        {"0/1": -1, "0/2": -1}, "", "1 .zip files (0.zip), 1 .png files (a.png), 1 .txt files (a.txt)",
     ),
     "formats of Pillow": (
         {f"{form}.{form}": encoded(pixels(0), name) for form, name in
@@ -478,8 +480,9 @@ FOUND = {
         {"0/1": 2, "0/2": 1, "1/3": 0}, "10 ant dog", "",
     ),
     "parquet": (
-        {"a.parquet": {"jpg": [P] * 4, "caption": ["one", None, "three", ""], "annotation": list("abcd")}},
-        {"a/000000": (-1, "one"), "a/000001": -1, "a/000002": (-1, "three"), "a/000003": -1}, "", "",
+        {"a.parquet": {"jpg": [P] * 4, "caption": ["one", None, "three", ""], "map": [[0.5]] * 4}},
+        {"a/000000": (-1, "one"), "a/000001": -1, "a/000002": (-1, "three"), "a/000003": -1}, "",
+        "4 maps that are no encoded images (column map of list<element: double>)",
     ),
     "parquet of the hub": (
         {"a.parquet": hub_table}, {"a/000000": 1, "a/000001": 0, "a/000002": -1}, "neg pos", "",
@@ -508,7 +511,7 @@ def test_what_is_found(tmp_path, case):
 REFUSED = {
     "empty": ({"notes.txt": "-"}, r"holds no images, left out: 1 .txt files .*; looked for images.npy, \*.tar"),
     "not made": ({"prepare.py": "-"}, "holds no images; run .*prepare.py"),
-    "metadata names nothing": ({"a.png": P, "metadata.jsonl": described("b.png")}, "metadata.jsonl: names no image"),
+    "metadata names nothing": ({"a.png": P, "metadata.jsonl": described("b.png")}, "names only files .* not here, as b.png"),
     "metadata broken": ({"a.png": P, "metadata.jsonl": '{"file_name": "a.png"}\n{'}, "jsonl line 2: is not JSON"),
     "class without a name": (
         {"cat/1.png": P, "dog/1.png": P, "classes.json": ["dog", "a", "b"]}, "'cat' is not among",
@@ -524,7 +527,7 @@ REFUSED = {
     "npy of objects": ({"images.npy": np.array([{}])}, "does not load as .npy .*Python objects"),
     "npy maps": ({"images.npy": GREY, "maps.npy": GREY[:1]}, r"uint8 \(1, 8, 8\); make it uint8 \(2, 8, 8\)"),
     "parquet without images": ({"a.parquet": {"photo": [P]}}, r"1 rows .* \(a.parquet has photo\); .* not their"),
-    "maps in color": ({"1.png": P, "1.map.png": P}, "none of 1 maps reads .1.png.*mode RGB: save"),
+    "maps in color": ({"1.png": P, "1.map.png": P}, "none of 1 maps reads .1.png.*mode RGB: save one channel"),
     **{f"a pointer for {name}": ({"1.png": P, name: POINTER}, f"{name}: is a git-lfs pointer; fetch the file itself")
        for name in ("0.tar", "0.parquet", "images.npy", "classes.json", "metadata.csv")},
     "parquet that is none": ({"a.parquet": b"PAR1 not really"}, "does not open as parquet"),
@@ -720,7 +723,7 @@ def test_each_bad_item_says_what_is_wrong(tmp_path, monkeypatch):
         "link.png": (None, "No such file"),
     }
     maps = {
-        "mode": (encoded(image), "mode RGB: save it as 8-bit gray"),
+        "mode": (encoded(image), "mode RGB: save one channel, 8-bit gray or"),
         "small": (encoded(classes[:, :10]), r"its map is \(10, 10\), the image \(18, 10\): make them the same size"),
         "broken": (b"no", "its map does not read .not an image that Pillow can read"),
         "none": (b"", "it has no map"),
