@@ -133,7 +133,7 @@ def to_ours(state, keys, path="the file"):
         t = with_dims(state[key.theirs], key.dims[0]) if key.dims else state[key.theirs]
         rows = len(key.ours) * key.heads
         if len(t) % rows:
-            reject(path, f"{key.theirs} has {len(t)} rows, not a multiple of {rows}", "check num_heads")
+            reject(path, f"{key.theirs} has {len(t)} rows, not a multiple of {rows}", "check --num_heads")
         parts = t.unflatten(0, (key.heads, len(key.ours), -1)).unbind(1)
         for name, t in zip(key.ours, parts):
             out[name] = t.flatten(0, 1).detach().to(torch.float32, copy=True).contiguous()
@@ -311,7 +311,9 @@ def count(state, name):
 def require(state, names, what, path):
     for name in names:
         if name not in state:
-            reject(path, f"no tensor {name}", f"give a file that holds {what}")
+            common = os.path.commonprefix(list(state)).rpartition(".")[0]
+            also = f" (all names begin with {common}.)" if common else ""
+            reject(path, f"no tensor {name}{also}", f"give a file that holds {what}, under the names of its own layout")
 
 
 def multiples(widths, base, path):
@@ -451,10 +453,11 @@ def read_tensors(path):
     """All tensors of a .safetensors file, or of a pickle without running its code."""
     if not os.path.exists(path):
         reject(path, "no such file", "give a file, a folder or a Hugging Face id")
+    checkpoint.check_fetched(path)
     if path.endswith(".safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
+                return without_prefixes({name: file.get_tensor(name) for name in file.keys()})
         except (OSError, SafetensorError) as error:
             reject(path, f"not a .safetensors file, or truncated ({error})", "fetch it again")
     try:
@@ -475,10 +478,19 @@ def read_tensors(path):
     state = {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
     if not state or any(t.nbytes > t.untyped_storage().nbytes() + 2**20 for t in state.values()):  # expanded: a bomb
         reject(path, "no tensors by name", "save a state dict")
+    return without_prefixes(state)
+
+
+def without_prefixes(state):
+    """A state dict without what DistributedDataParallel, torch.compile or a model of parts puts before all names."""
+    for prefix in ("module.", "_orig_mod.", "vae."):
+        if state and all(name.startswith(prefix) for name in state):
+            return without_prefixes({name.removeprefix(prefix): t for name, t in state.items()})
     return state
 
 
 def read_json(path):
+    checkpoint.check_fetched(path)
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -492,7 +504,7 @@ def read_json(path):
 def read_folder(folder):
     """(tensors, config) of a model's folder from diffusers or transformers, in one file or in shards."""
     if not os.path.exists(f"{folder}/config.json"):
-        reject(folder, "neither config.json nor model_index.json in it", "give the model's own folder")
+        reject(folder, "no config.json in it", "fetch all of it")
     config = read_json(f"{folder}/config.json")
     stems, endings = ("diffusion_pytorch_model", "model", "pytorch_model"), (".safetensors", ".bin")
     names = [stem + end + index for end in endings for index in ("", ".index.json") for stem in stems]
@@ -517,7 +529,7 @@ def read_part(path, part, file=None):
     """
     if os.path.isdir(path):
         folder = path
-        if os.path.exists(f"{path}/model_index.json"):
+        if os.path.exists(f"{path}/model_index.json") or not os.path.exists(f"{path}/config.json"):
             folder = next((f"{path}/{name}" for name in FOLDERS[part] if os.path.isdir(f"{path}/{name}")), None)
             if folder is None:
                 reject(path, f"no {NAMES[part]} ({' or '.join(FOLDERS[part])}) in it", "fetch all of it")
@@ -525,7 +537,7 @@ def read_part(path, part, file=None):
         state = file
     else:
         file = file or read_tensors(path)
-        state, config = select_part(file, part, path), {}
+        state, config = without_prefixes(select_part(file, part, path)), {}
         beside = os.path.join(os.path.dirname(path), "config.json")
         theirs = "down_blocks.0.resnets.0.conv1", "text_model.", "embeddings.token_embedding"
         if os.path.exists(beside) and any(theirs[0] in name or name.startswith(theirs[1:]) for name in state):
@@ -663,7 +675,7 @@ def load_unet(path, new_attention_order=False, file=None, **known):
     elif "num_heads" not in inferred:
         release = release_of(inferred)
         if not release:
-            reject(path, "does not say its number of heads", "give num_heads=N or head_dim=N")
+            reject(path, "does not say its number of heads", "set --num_heads=N or --head_dim=N")
         inferred |= dict(num_heads=release.get("num_heads", 0), head_dim=release.get("head_dim", 0))
     s = combine(path, UNET, inferred, checkpoint.tuples(known))
     return s, to_ours(state, key_table(unet_layers(s, new_attention_order), layout), path)
@@ -729,9 +741,17 @@ def load_clip(path, name="", merges=None, file=None):
     s = clip_settings(path, s, config, layout, name)
     found = name_of_tower(s)
     if name not in ("", "other", found):
-        reject(path, f"holds {found} of {blocks} blocks of width {s['width']}, not {name}", "give the right name")
+        reject(
+            path, f"holds {found} of {blocks} blocks of width {s['width']}, not {name}", f"set --text_encoder={found}"
+        )
     if merges is None:
         merges = next(filter(None, map(find_merges, tokenizer_folders(path))), None)
+        if merges is None and os.path.isdir(f"{path}/tokenizer"):
+            reject(f"{path}/tokenizer", "neither merges.txt nor tokenizer.json in it", CLIP_VOCAB)
+    if merges is not None:
+        lines, _, where = read_merges(merges)
+        if len(lines) != vocab - 514:  # bytes, bytes that end a word, start and end
+            reject(where, f"{len(lines)} merges, its text encoder needs {vocab - 514}", CLIP_VOCAB)
     used = used_blocks(s)
     unused = "|".join(map(str, range(used, blocks))) or "none"
     unused = re.compile(
@@ -746,7 +766,11 @@ def clip_settings(path, s, config, layout, name):
     """The settings s that shapes show, completed by config, layout, name and the published towers."""
     width, blocks = s["width"], s["layers"]
     if layout == "open_clip" and not name and width == 768:  # OpenAI's has QuickGELU, LAION's GELU
-        reject(path, "OpenAI's ViT-L/14, or another's of that shape", "give name=clip_l or name=other")
+        reject(
+            path,
+            "OpenAI's ViT-L/14, or another's of that shape",
+            "set --text_encoder=clip_l, or name=other from Python",
+        )
     gelu = any(known["width"] == width and known["activation"] == "gelu" for known in TOWERS.values())
     openai = name == "clip_l" or (layout == "transformers" and not gelu) or (layout == "ours" and width == 768)
     penultimate = layout == "open_clip" and not openai and blocks > 1  # as in Stable Diffusion 2
@@ -795,39 +819,40 @@ def find_merges(folder):
     return "\n".join(["#version: 0.2", *lines, ""]).encode() if lines else None
 
 
+CLIP_VOCAB = "fetch it again, or set --clip_vocab=FILE: bpe_simple_vocab_16e6.txt.gz or a folder with merges.txt"
+
+
 def read_merges(source):
-    """(lines of CLIP's merges, the content of the vocab.json beside them or None).
+    """(lines of CLIP's merges, the content of the vocab.json beside them or None, their file).
 
     source: path of bpe_simple_vocab_16e6.txt.gz, of a merges.txt or of a folder that holds one; or the content as
     bytes; None: the file in the package open_clip, if that is installed.
     """
-    remedy = "give bpe_simple_vocab_16e6.txt.gz or a folder with merges.txt"
-    vocab, content = None, source
+    vocab, content, where = None, source, "CLIP's merges"
     if source is None:
         found = importlib.util.find_spec("open_clip")  # does not import it
         source = os.path.join(os.path.dirname(found.origin or "") if found else "", "bpe_simple_vocab_16e6.txt.gz")
         if not os.path.exists(source):
-            reject("CLIP's tokenizer", "its file of merges is missing", f"pip install open_clip_torch, or {remedy}")
+            reject(where, "no file", f"pip install open_clip_torch, or {CLIP_VOCAB}")
     if not isinstance(source, bytes):
-        if os.path.isdir(source):
-            vocab = f"{source}/vocab.json"
-            vocab = read_json(vocab) if os.path.exists(vocab) else None
-            source = os.path.join(source, "merges.txt")
-        if not os.path.exists(source):
-            reject(source, "no such file of CLIP's merges", remedy)
-        with open(source, "rb") as file:
+        where = os.path.join(source, "merges.txt") if os.path.isdir(source) else source
+        if os.path.exists(f"{source}/vocab.json"):
+            vocab = read_json(f"{source}/vocab.json")
+        if not os.path.exists(where):
+            reject(where, "no such file of CLIP's merges", CLIP_VOCAB)
+        checkpoint.check_fetched(where)
+        with open(where, "rb") as file:
             content = file.read()
-    where = "CLIP's merges" if isinstance(source, bytes) else source
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(2**26)
         if len(content) >= 2**26:  # the real one has 3 MB
-            reject(where, "more than 64 MB", remedy)
+            reject(where, "more than 64 MB", CLIP_VOCAB)
         lines = content.decode().split("\n")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        reject(where, f"cannot be read ({error})", remedy)
+        reject(where, f"cannot be read ({error})", CLIP_VOCAB)
     lines = lines[1:] if "#version" in lines[0] else lines
-    return [line for line in lines[: 49152 - 256 - 2] if line.strip()], vocab  # CLIP uses only these
+    return [line for line in lines[: 49152 - 256 - 2] if line.strip()], vocab, where  # CLIP uses only these
 
 
 # --- pipelines ---
@@ -846,21 +871,20 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     otherwise: the objective if the model is not a published one either.  known: see load_unet.
     """
     path = checkpoint.find(path)
-    folder, index, file = os.path.isdir(path), {}, None
+    folder, index, own, file = os.path.isdir(path), {}, {}, None
     if folder:
-        if not os.path.exists(f"{path}/model_index.json"):
-            reject(path, "no model_index.json in it", "give the folder of a pipeline")
-        index = read_json(f"{path}/model_index.json")
-        others = "text_encoder_2 prior image_normalizer depth_estimator transformer controlnet bert".split()
-        if other := next((name for name in others if index.get(name, [None])[0] is not None), None):
-            reject(path, f"a {index.get('_class_name')} with a {other}", "this pipeline is not supported")
+        index, own = read_index(path, clip_vocab)
         found = {name for name in FOLDERS for folder_name in FOLDERS[name] if os.path.isdir(f"{path}/{folder_name}")}
     else:
         file = read_tensors(path)
         found = {name for name, prefix in PREFIXES.items() if any(tensor.startswith(prefix) for tensor in file)}
     unet = s, state = load_unet(path, file=file, **known)
     release = release_of(s)
-    process = read_scheduler(path, objective) if folder else read_betas(path, file, release, objective, otherwise)
+    process = (
+        read_scheduler(path, objective, index, "vae" not in found)
+        if folder
+        else read_betas(path, file, release, objective, otherwise)
+    )
     diffusion.make_schedule(process["schedule"], process["beta_start"], process["beta_end"])  # checks them
     if process["schedule"] == "cosine":  # a table in other layouts, whose U-Net counts from 0
         state["time_embed.0.weight"] = fold_time(state["time_embed.0.weight"], -1)
@@ -870,11 +894,11 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     if vae and latent_channels(vae[0]) != s["in_channels"]:
         channels = f"{s['in_channels']} channels in its U-Net, {latent_channels(vae[0])} in its autoencoder"
         reject(path, f"latents of {channels}", "use parts that belong together")
-    text, class_tokens, condition = read_condition(path, file or {}, s, "text" in found, clip_vocab)
+    text, class_tokens, condition = read_condition(path, file or {}, s, "text" in found, clip_vocab, own)
     factor = 2 ** (len(vae[0]["ch_mult"]) - 1) if vae else 1
     model = {"unet": s, "text": None, "first_stage": "vae" if vae else "none", "tower_hash": None}
     model |= {"uncertainty": False, "ema_stds": (), "map_classes": 0, **condition, **process}
-    model |= read_task(path, index, s, condition["cond"], factor if vae else 0)
+    model |= read_task(path, index, s, model["cond"], factor if vae else 0)
     side = release.get("side", 64)
     if folder:
         side = int(by_level(read_json(f"{path}/unet/config.json").get("sample_size") or side, 1)[0])
@@ -886,12 +910,43 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
         examples = [PROMPT]
     elif model["cond"] == "class":
         examples = list(range(0, model["num_classes"], -(-model["num_classes"] // 8)))
-    meta = {"stage": "ldm", "model": model, "vae": vae and vae[0], "classes": [], "examples": examples}
+    meta = {
+        "stage": "ldm",
+        "model": model,
+        "vae": vae and vae[0],
+        "classes": own.get("classes", []),
+        "examples": examples,
+    }
     return {"unet": unet, "vae": vae, "text": text, "class_tokens": class_tokens, "meta": meta}
 
 
-def read_scheduler(path, objective):
-    """Objective and noise schedule, as settings of train_ldm.py, of the scheduler in a pipeline's folder."""
+def read_index(path, clip_vocab):
+    """(model_index.json, {}) of a pipeline's folder that has all that it names, or ({}, what `to_diffusers` noted)."""
+    if not os.path.exists(f"{path}/model_index.json"):
+        own = read_json(f"{path}/unet/config.json").get(OURS) if os.path.exists(f"{path}/unet/config.json") else None
+        if own is None:
+            reject(path, "no model_index.json in it", "fetch all of it, or give the folder of a pipeline")
+        return {}, own
+    index = read_json(f"{path}/model_index.json")
+    named = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    others = "text_encoder_2 prior image_normalizer depth_estimator transformer controlnet bert".split()
+    if other := next((name for name in others if name in named), None):
+        reject(path, f"a {index.get('_class_name')} with a {other}", "this pipeline is not supported")
+    unused = ["safety_checker", "feature_extractor", "image_encoder", "watermarker"] + ["tokenizer"] * bool(clip_vocab)
+    for name in named:
+        if name not in unused and not os.path.isdir(f"{path}/{name}"):
+            remedy = "fetch all of it, or set --clip_vocab=FILE" if name == "tokenizer" else "fetch all of it"
+            reject(f"{path}/{name}", "missing, but model_index.json names it", remedy)
+    return index, {}
+
+
+def read_scheduler(path, objective, index, pixels):
+    """Objective, noise schedule and steps of the scheduler in a pipeline's folder, as settings of train_ldm.py.
+
+    index: model_index.json.  pixels: whether there is no autoencoder.
+    """
+    if not os.path.exists(f"{path}/scheduler/scheduler_config.json"):
+        reject(f"{path}/scheduler", "no scheduler_config.json in it", "fetch all of it")
     config = read_json(f"{path}/scheduler/scheduler_config.json")
     names = {"squaredcos_cap_v2": "squared_cosine"} | {name: name for name in ("linear", "scaled_linear", "sigmoid")}
     name, predicts = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
@@ -900,14 +955,23 @@ def read_scheduler(path, objective):
         table = schedule_of(torch.tensor(config["trained_betas"], dtype=torch.float64))
     if table is None or (not table and config.get("beta_schedule", "linear") not in names):
         reject(path, f"the noise schedule of its {name}", "it is not supported")
-    check_config(config, path, num_train_timesteps=1000, use_flow_sigmas=False)
+    check_config(config, path, num_train_timesteps=1000, use_flow_sigmas=False, thresholding=False)
     found = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(predicts)
     if found is None or name.startswith(("FlowMatch", "EDM", "KarrasVe", "ScoreSde")):  # which have no betas
         reject(path, f"scheduler {name} with prediction_type={predicts}", "it is not supported")
     if objective not in ("", found):
-        reject(path, f"its scheduler's objective is {found}, not {objective}", "leave objective out")
+        reject(path, f"its scheduler's objective is {found}, not {objective}", "leave --objective out")
+    # what a file does not say is as in diffusers, whose Stable Diffusion pipelines have defaults of their own
+    stable = index.get("_class_name", "").startswith("StableDiffusion")
+    clip = config.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler") and not stable)
+    if clip and not (pixels and name == "DDPMScheduler"):  # DDIM there clips x0 alone, and not eps
+        file = f"{path}/scheduler/scheduler_config.json"
+        reject(file, f"clip_sample=True of a {name}, which is not supported", "set it to false, if x0 may exceed 1")
     process = dict(schedule=names.get(config.get("beta_schedule", "linear")), objective=found)
     process |= dict(beta_start=config.get("beta_start", 1e-4), beta_end=config.get("beta_end", 0.02))
+    process |= dict(clip_x0=config.get("clip_sample_range", 1.0) if clip else 0.0)
+    process |= dict(steps_offset=config.get("steps_offset", int(stable)))
+    process |= dict(set_alpha_to_one=config.get("set_alpha_to_one", name != "PNDMScheduler"))
     return process | table | dict(zero_snr=bool(config.get("rescale_betas_zero_snr", False)))
 
 
@@ -921,14 +985,17 @@ def read_betas(path, file, release, objective, otherwise):
             reject(path, "its betas are of no known schedule", "it is not supported")
         process |= table
     if not process["objective"]:
-        reject(path, "does not say what it predicts", "set objective=v (SD 2 at 768 px) or eps (at 512 px)")
+        reject(path, "does not say what it predicts", "set --objective=v (SD 2 at 768 px) or eps (at 512 px)")
     if process["schedule"] is None:
         reject(path, "no published model and no betas: its noise schedule is unknown", "add its betas")
     return process | dict(zero_snr=False)
 
 
-def read_condition(path, file, unet, has_text, clip_vocab):
-    """(text as load_clip or None, class tokens or None, the settings that say what the model is conditioned on)."""
+def read_condition(path, file, unet, has_text, clip_vocab, own):
+    """(text as load_clip or None, class tokens or None, the settings that say what the model is conditioned on).
+
+    own: what `to_diffusers` noted in a folder of ours, else {}.
+    """
     text, table = None, file.get(f"{PREFIXES['text']}embedding.weight")
     s = dict(cond="none", class_embed="add", num_classes=0, text_encoder="joint")
     if f"{PREFIXES['text']}channel_mapper.weight" in file:
@@ -946,6 +1013,8 @@ def read_condition(path, file, unet, has_text, clip_vocab):
             widths = f"{unet['context_dim']} in its U-Net, {text[0]['width']} in its text encoder"
             reject(path, f"the context's width is {widths}", "use parts that belong together")
         s |= dict(cond="text", text_encoder=name_of_tower(text[0]))
+    elif own.get("cond") == "class":
+        s |= dict(cond="class", num_classes=own["num_classes"])
     return text, table, s
 
 
@@ -964,7 +1033,7 @@ def read_task(path, index, unet, cond, factor):
             s |= dict(sr_schedule=(low.get("beta_schedule", "scaled_linear"), *betas))
     elif extra:
         reject(path, f"{extra} more input channels of unknown meaning", "this model is not supported")
-    if unet["num_classes"] and s["task"] != "sr":
+    if unet["num_classes"] and s["task"] != "sr" and cond != "class":
         reject(path, f"{unet['num_classes']} classes, of which the empty one is unknown", "it is not supported")
     return s
 
@@ -1029,25 +1098,26 @@ def head_width(s):
     return max(widths, default=0) // s["num_heads"] if len(widths) < 2 else None
 
 
-def fold_statistics(tensors, mean, std):
+def fold_statistics(tensors, mean, std, scale=0.0):
     """(tensors, scalar): the statistics of an autoencoder's latents go into its weights. mean, std: (C,).
 
-    Other layouts scale: the U-Net sees latents * scalar, `decode` gets latents / scalar. If all means are 0 and all
-    deviations equal, the scalar is 1 / std and no weight changes. Otherwise it is 1: quant_conv returns (mean - m) / s
-    and logvar - 2 ln s, and post_quant_conv has weight W s and bias b + W m. A VQ codebook is normalized too, which
-    keeps the nearest code only if s is the same for all channels. UserError if it is not, or without statistics.
+    Other layouts scale: the U-Net sees latents * scalar, `decode` gets latents / scalar. scale: the scalar, 0 for any.
+    If all means are 0 and all deviations equal, the scalar is 1 / std and no weight changes. Otherwise it is 1, or
+    `scale`: quant_conv returns (mean - m) / s and logvar - 2 ln s, where s = std * scalar, and post_quant_conv has
+    weight W s and bias b + W m. A VQ codebook is normalized too, which keeps the nearest code only if s is the same for
+    all channels. UserError if it is not, or without statistics.
     """
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
         reject("the autoencoder", "no latent statistics", "run train_vae.py with --measure_latents")
     out, uniform = dict(tensors), bool((std == std[0]).all())
-    if uniform and not mean.any():
-        return out, 1 / std[0].item()
+    if uniform and not mean.any() and (not scale or math.isclose(scale * std[0].item(), 1, rel_tol=1e-6)):
+        return out, scale or 1 / std[0].item()
     codes, C = "quantize.embedding.weight", len(mean)
     if codes in out and not uniform:
         reject("the autoencoder", "VQ latents with one std a channel", "only one std for all channels can be exported")
     if "quant_conv.weight" not in out:
         out |= identity_projections(C, 1 if codes in out else 2)
-    m, s = mean.double(), std.double()
+    m, s = mean.double(), std.double() * (scale or 1.0)
     w, b = out["quant_conv.weight"].double(), out["quant_conv.bias"].double()
     w[:C], b[:C] = w[:C] / s.view(-1, 1, 1, 1), (b[:C] - m) / s
     if codes in out:
@@ -1057,7 +1127,10 @@ def fold_statistics(tensors, mean, std):
     out |= {"quant_conv.weight": w.float(), "quant_conv.bias": b.float()}
     w, b = out["post_quant_conv.weight"].double(), out["post_quant_conv.bias"].double()
     b = b + w[:, :, 0, 0] @ m
-    return out | {"post_quant_conv.weight": (w * s.view(1, -1, 1, 1)).float(), "post_quant_conv.bias": b.float()}, 1.0
+    return out | {
+        "post_quant_conv.weight": (w * s.view(1, -1, 1, 1)).float(),
+        "post_quant_conv.bias": b.float(),
+    }, scale or 1.0
 
 
 def identity_projections(channels, moments):
@@ -1183,13 +1256,13 @@ def unet_config(s, side):
 
 def clip_files(s, merges):
     """The config and tokenizer of a CLIP tower with settings s, as in transformers: {file: content}, JSON or text."""
-    lines, _ = read_merges(merges)
+    lines, _, where = read_merges(merges)
     plain = [chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]]
     letters = plain + [chr(256 + i) for i in range(256 - len(plain))]
     names = letters + [f"{letter}</w>" for letter in letters] + [line.replace(" ", "") for line in lines]
     names += ["<|startoftext|>", "<|endoftext|>"]
     if len(names) != s["vocab"]:
-        reject("CLIP's merges", f"{len(names)} tokens, the text encoder has {s['vocab']}", "set --clip_vocab=FILE")
+        reject(where, f"{len(names)} tokens, the text encoder has {s['vocab']}", CLIP_VOCAB)
     start, end = len(names) - 2, len(names) - 1
     config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": s["width"]}
     config |= {"intermediate_size": 4 * s["width"], "projection_dim": s["width"], "num_attention_heads": s["heads"]}
@@ -1243,7 +1316,11 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
     meta = checkpoint.read_meta(path)
     model = meta["model"] if meta["stage"] == "ldm" else None
     if not model and (meta["stage"] != "vae" or ema_std or tower_weights or clip_vocab):
-        reject(path, f"a checkpoint of stage {meta['stage']}", "ema_std, tower_weights and clip_vocab are for stage 2")
+        reject(
+            path,
+            f"a checkpoint of stage {meta['stage']}",
+            "--ema_std, --tower_weights and --clip_vocab are for stage 2",
+        )
     if model and not UNET.keys() <= model["unet"].keys():
         reject(path, "its denoiser is not a unet.UNet", "no other layout can hold it")
     vae = unet = tower = None
@@ -1260,7 +1337,8 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
     if not model or meta["vae"]:
         s, state = checkpoint.read_vae(path)
         mean, std = state.pop("latent_mean"), state.pop("latent_std")
-        state, scaling = fold_statistics(state, mean, std)
+        upscaler = to == "diffusers" and model and model["task"] == "sr"  # whose pipeline has this scale and no other
+        state, scaling = fold_statistics(state, mean, std, 0.08333 if upscaler else 0.0)
         if "quant_conv.weight" not in state and (to == "compvis" or s["bottleneck"] == "vq"):  # always there
             state |= identity_projections(len(mean), 1 if s["bottleneck"] == "vq" else 2)
         vae = s | {"latent_proj": "quant_conv.weight" in state}, state, scaling
@@ -1268,14 +1346,23 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
     return meta, model, vae, unet, tower, others
 
 
+OURS = "_latent_diffusion"  # in unet/config.json: what diffusers' files have no place for
+TEXT_PIPELINES = {"none": "StableDiffusionPipeline", "inpaint": "StableDiffusionInpaintPipeline"}
+TEXT_PIPELINES |= {"sr": "StableDiffusionUpscalePipeline"}
+
+
 def pipeline_of(model, vae, tower):
     """(the name of diffusers' pipeline for a checkpoint of ours, or "", and the reason why there is none)."""
     if model is None:
         return "", "it is an autoencoder alone"
-    cond, classes = model["cond"], model["num_classes"]
+    cond, task, classes = model["cond"], model["task"], model["num_classes"]
+    sr, factor = task == "sr", 2 ** (len(vae[0]["ch_mult"]) - 1) if vae else 1
     reasons = {
         "no pipeline of this type generates pixels": vae is None,
-        f"no pipeline for task={model['task']} as it was trained here": model["task"] != "none",
+        f"no pipeline for task={task} without text": task != "none" and cond != "text",
+        f"StableDiffusionUpscalePipeline enlarges by {factor}, not {model['sr_scale']}": sr
+        and model["sr_scale"] != factor,
+        "StableDiffusionUpscalePipeline adds noise, sr_noise=0 has none": sr and not model["sr_noise"],
         f"no pipeline for such classes; class_labels={classes} is the empty condition": cond == "class",
         "LDMPipeline takes plain attention, transformer_depth=0": cond == "none" and model["unet"]["transformer_depth"],
         "its text encoder was trained here and cannot be exported": cond == "text" and tower is None,
@@ -1283,16 +1370,16 @@ def pipeline_of(model, vae, tower):
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), ""):
         return "", reason
-    return "LDMPipeline" if cond == "none" else "StableDiffusionPipeline", ""
+    return "LDMPipeline" if cond == "none" else TEXT_PIPELINES[task], ""
 
 
 @one_line_errors
 def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
     """Write a checkpoint of ours as a folder for diffusers; returns a description of it.
 
-    An unconditional model becomes an LDMPipeline, one with a frozen CLIP a StableDiffusionPipeline; of any other the
-    autoencoder, the U-Net and the scheduler are written. The options are those of sample.load_pipeline. UserError names
-    what diffusers cannot hold.
+    An unconditional model becomes an LDMPipeline, one with a frozen CLIP a StableDiffusionPipeline or, by its task, the
+    one for inpainting or upscaling; of any other the autoencoder, the U-Net and the scheduler are written. The options
+    are those of sample.load_pipeline. UserError names what diffusers cannot hold.
     """
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         reject(folder, "exists already", "give a new folder")
@@ -1313,7 +1400,9 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
         add(vae_folder, vae_config(s, scaling, side), to_theirs(state, key_table(vae_layers(s), "diffusers")))
     if model:
         s = model["unet"]
-        add("unet", unet_config(s, side // factor), to_theirs(unet, key_table(unet_layers(s), "diffusers")))
+        note = {"cond": model["cond"], "num_classes": model["num_classes"], "classes": meta["classes"]}
+        config = unet_config(s, side // factor) | {OURS: note}
+        add("unet", config, to_theirs(unet, key_table(unet_layers(s), "diffusers")))
         files["scheduler/scheduler_config.json"] = scheduler_config(model)
         index["scheduler"] = ["diffusers", "DDIMScheduler"]
     if tower:
@@ -1323,11 +1412,17 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
         files["text_encoder/model.safetensors"] = checkpoint.with_prefix("text_model", weights)
     components = ", ".join(f"{name} ({library_class[1]})" for name, library_class in index.items())
     if pipeline:
+        if pipeline == TEXT_PIPELINES["sr"]:
+            schedule, *ends = model["sr_schedule"] or ("linear", 1e-4, 0.02)
+            low = dict(model, schedule=schedule, beta_start=ends[0], beta_end=ends[1], zero_snr=False)
+            files["low_res_scheduler/scheduler_config.json"] = scheduler_config(low) | {"_class_name": "DDPMScheduler"}
+            index |= {"low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": model["sr_noise"]}
         if tower:
             index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
             index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
             index["requires_safety_checker"] = False
-        files["model_index.json"] = {"_class_name": pipeline} | index
+        # opening a pipeline for inpainting needs the version; from this one on tensors have their present names
+        files["model_index.json"] = {"_class_name": pipeline, "_diffusers_version": "0.14.0"} | index
     save(os.path.normpath(folder), lambda temporary: write_files(temporary, files))
     if pipeline:
         return f'{pipeline}: DiffusionPipeline.from_pretrained("{folder}") opens it'

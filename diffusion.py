@@ -524,3 +524,8 @@ def keep_known(denoise, known, mask):
         return torch.where(mask > 0, denoise(x, t), known.to(x.dtype))
 
     return denoise_masked
+
+
+def clip_x0(denoise, limit):
+    """`denoise` whose x0 is within [-limit, limit]."""
+    return lambda x, t: denoise(x, t).clamp(-limit, limit)

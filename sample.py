@@ -124,6 +124,7 @@ class Pipeline(NamedTuple):
     task: dict = {"task": "none"}  # task, and sr_scale, sr_noise, sr_schedule, map_classes where it has them
     tower: torch.nn.Module | None = None  # a frozen text encoder outside of the denoiser
     sampling: dict = {}  # sampler, steps and guidance of training's sample grids; {} for another project's model
+    clip_x0: float = 0.0  # limit of every x0_hat, as some of diffusers' schedulers have it; 0 is none
 
     @property
     def text(self):
@@ -177,13 +178,13 @@ def load_pipeline(
     path = checkpoint.find(path)
     if checkpoint.is_ours(path):
         if objective or known:
-            reject(path, "has all its settings", "leave out objective, num_heads and head_dim")
+            reject(path, "has all its settings", "leave out --objective, --num_heads and --head_dim")
         model, meta = Denoiser.from_pretrained(path, ema_std, unet_class), checkpoint.read_meta(path)
         vae = VAE.from_pretrained(path) if meta["vae"] else None
         tower = CLIPTextEncoder.of_checkpoint(path, tower_weights, clip_vocab)
     else:
         if ema_std or tower_weights:
-            reject(path, "not a checkpoint of this repository", "leave out ema_std and tower_weights")
+            reject(path, "not a checkpoint of this repository", "leave out --ema_std and --tower_weights")
         parts = convert.load_pipeline(path, clip_vocab=clip_vocab, objective=objective, **known)
         model, vae, tower, meta = build_foreign(path, parts)
     if first_stage:
@@ -192,10 +193,11 @@ def load_pipeline(
     own = {"sampler": "sampler", "steps": "sample_steps", "guidance": "guidance"}
     side = about["image_size"] // (vae.factor if vae else 1)
     ends = about["beta_start"], about["beta_end"]
+    steps = {name: about[name] for name in ("steps_offset", "set_alpha_to_one") if name in about}
     return Pipeline(
         denoiser=model,
         vae=vae,
-        schedule=diffusion.make_schedule(about["schedule"], *ends, zero_snr=about["zero_snr"]),
+        schedule=diffusion.make_schedule(about["schedule"], *ends, zero_snr=about["zero_snr"])._replace(**steps),
         objective=about["objective"],
         latent_shape=(vae.latent_channels if vae else 3, side, side),
         num_classes=about["num_classes"] if about["cond"] == "class" else 0,
@@ -204,6 +206,7 @@ def load_pipeline(
         task={name: about.get(name) for name in ("task", "sr_scale", "sr_noise", "sr_schedule", "map_classes")},
         tower=tower,
         sampling={name: config[setting] for name, setting in own.items() if setting in config},
+        clip_x0=about.get("clip_x0", 0.0),
     )
 
 
@@ -283,7 +286,10 @@ def generate(
     for name, rows in {"seeds": seeds, **inputs}.items():
         assert len(rows) == len(conditions), f"{len(rows)} {name} for {len(conditions)} images"
     sides = latent_sides(pipeline, input_size(pipeline, inputs) or size)
-    times = diffusion.sample_times(steps, pipeline.schedule, pipeline.objective, spacing)
+    schedule = pipeline.schedule
+    if sampler not in ("ddim", "plms"):  # in diffusers leading steps end at entry 0 with these alone
+        schedule = schedule._replace(set_alpha_to_one=True)
+    times = diffusion.sample_times(steps, schedule, pipeline.objective, spacing)
     times = times[-1 - max(1, round(steps * strength)) :]
     guided = dict(guidance=guidance, negative=negative, guide=guide)
     guided |= dict(guidance_interval=guidance_interval, guidance_rescale=guidance_rescale)
@@ -327,10 +333,10 @@ def sample_batch(pipeline, conditions, seeds, inputs, sides, times, strength, sa
     x = diffusion.start_std(times, schedule) * noise
     if strength < 1:
         x = schedule.alpha(times[:1]).item() * latents + schedule.sigma(times[:1]).item() * noise
-    denoise = network
+    denoise = diffusion.clip_x0(network, pipeline.clip_x0) if pipeline.clip_x0 else network
     if "mask" in inputs and pipeline.task["task"] != "inpaint":
         mask = F.max_pool2d((inputs["mask"] > 0.5).to(dtype), pipeline.factor)  # generate latents masked in part
-        denoise = diffusion.keep_known(network, latents, mask)
+        denoise = diffusion.keep_known(denoise, latents, mask)
 
     def observed(x, t):
         x0 = denoise(x, t)

@@ -11,6 +11,7 @@ import base64
 import html
 import json
 import os
+import unicodedata
 
 import torch
 import torch.nn as nn
@@ -134,7 +135,7 @@ class CLIPTokenizer:
 
     tiktoken merges bytes by rank and has no end-of-word mark, so each word gets the byte 0xFF appended, which UTF-8
     never uses; the merges of 0xFF with single bytes (ids 256-511) come before all others. As in CLIP, ftfy repairs the
-    text first if it is installed; without it curly quotes and broken encodings have other ids.
+    text first if it is installed; without it curly quotes and broken encodings have other ids, composed letters not.
     """
 
     def __init__(self, merges=None):
@@ -142,24 +143,23 @@ class CLIPTokenizer:
         import regex
         import tiktoken
 
-        lines, vocab = convert.read_merges(merges)
+        lines, vocab, where = convert.read_merges(merges)
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these are written as themselves, and come first
         other = [b for b in range(256) if b not in plain]
         byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
         token = {name: bytes([b]) for name, b in byte.items()}
         token |= {name + "</w>": bytes([b, 255]) for name, b in byte.items()}
-        remedy = "give the merges of CLIP"
         for line in lines:
             try:
                 first, second = line.split()
                 token[first + second] = token[first] + token[second]
             except (ValueError, KeyError):
-                reject("CLIP merges", f"{line[:40]!r} does not merge two earlier tokens", remedy)
+                reject(where, f"{line[:40]!r} does not merge two earlier tokens", convert.CLIP_VOCAB)
         ranks = {b: i for i, b in enumerate(token.values())}
         if len(ranks) != 512 + len(lines):
-            reject("CLIP merges", "a merge is repeated", remedy)
+            reject(where, "a merge is repeated", convert.CLIP_VOCAB)
         if vocab is not None and any(vocab.get(name) != i for i, name in enumerate(token)):
-            reject("CLIP merges", "vocab.json has another order of tokens than CLIP", remedy)
+            reject(f"{merges}/vocab.json", "has another order of tokens than CLIP", convert.CLIP_VOCAB)
         self.merges = "\n".join(["#version: 0.2", *lines, ""]).encode()  # a merges.txt, for the same tokenizer
         self.start, self.end, self.n_vocab = len(ranks), len(ranks) + 1, len(ranks) + 2
         self.pattern = regex.compile(CLIP_PATTERN, regex.IGNORECASE)
@@ -181,7 +181,7 @@ def clean(text):
 
         text = ftfy.fix_text(text)
     except ImportError:
-        pass
+        text = unicodedata.normalize("NFC", text)
     return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
 
@@ -229,9 +229,15 @@ class TextTransformer(nn.Module):
         self.norm_out = nn.LayerNorm(width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
+    def encode(self, prompt):
+        """Token ids of a prompt, without start and end; of a text by its first 100,000 characters (tiktoken crashes
+        at a million)."""
+        is_layout = isinstance(self.tokenizer, LayoutTokenizer)
+        return self.tokenizer.encode_ordinary(prompt if is_layout else prompt[:100_000])
+
     def count_tokens(self, prompt):
         """Tokens of a prompt with start and end; `tokenize` cuts what exceeds `length`."""
-        return len(self.first) + len(self.tokenizer.encode_ordinary(prompt)) + 1
+        return len(self.first) + len(self.encode(prompt)) + 1
 
     def tokenize(self, prompts):
         """List of B strings -> token ids (B,length), cut or padded."""
@@ -240,7 +246,7 @@ class TextTransformer(nn.Module):
         room -= room % getattr(self.tokenizer, "group", 1)
         rows = torch.full((len(prompts), self.length), self.pad)
         for row, prompt in zip(rows, prompts):
-            ids = [*self.first, *self.tokenizer.encode_ordinary(prompt)[:room], self.end]
+            ids = [*self.first, *self.encode(prompt)[:room], self.end]
             row[: len(ids)] = torch.tensor(ids)
         return rows
 

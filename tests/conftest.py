@@ -30,7 +30,7 @@ def pytest_make_parametrize_id(val, argname):
     return argname if isinstance(val, bytes) else None
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def test_data():
     """Folder of real images: $LDM_TEST_DATA, else ../shared/data from the project's root."""
     folder = Path(os.environ.get("LDM_TEST_DATA") or ROOT.parent / "shared" / "data")

@@ -12,14 +12,13 @@ import types
 import helpers
 import pytest
 import torch
-from conftest import ROOT, fill, ldm_settings, meta
+from conftest import ROOT, fill, ldm_settings, meta, normal, refused
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import convert
 import diffusion
 import sample
-from checkpoint import UserError
 from text import CLIPTextEncoder, TextEncoder
 from unet import Denoiser, Rescaler, UNet
 from vae import VAE
@@ -37,10 +36,6 @@ def small_towers(monkeypatch):
         monkeypatch.setitem(convert.TOWERS, name, TOWERS[name])
 
 
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def close(a, b, tolerance=2e-5):
     """Equal up to a part of the largest value."""
     assert a.shape == b.shape
@@ -52,12 +47,6 @@ def same_weights(a, b):
     """State dicts, except latent statistics, which other layouts do not have."""
     a, b = ({name: t for name, t in state.items() if not name.startswith("latent_")} for state in (a, b))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def refused(message, call, *args, **options):
-    with pytest.raises(UserError) as error:
-        call(*args, **options)
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def keys(model, layout="compvis", **options):
@@ -129,30 +118,30 @@ def model_of(diffusers, kind, **more):
 
 def vae_outputs(ours, theirs):
     """Pairs of unit-variance latents and deviations of one image, and images of one latent."""
-    x, scale, std = noise(2, 3, 32, 48).clamp(-1, 1), theirs.config.scaling_factor, ours.latent_std.view(1, -1, 1, 1)
+    x, scale, std = normal(2, 3, 32, 48).clamp(-1, 1), theirs.config.scaling_factor, ours.latent_std.view(1, -1, 1, 1)
     a, b = ours.encode(x), theirs.encode(x)
     if hasattr(b, "latents"):
         yield ours.normalize(a.mean), b.latents * scale
     else:
         yield ours.normalize(a.mean), b.latent_dist.mean * scale
         yield a.std / std, b.latent_dist.std * scale
-    z = noise(*a.mean.shape, seed=1)
+    z = normal(*a.mean.shape, seed=1)
     yield ours.decode(ours.denormalize(z)), theirs.decode(z / scale).sample
 
 
 def unet_outputs(ours, theirs, shift=0):
     """The pair of predictions for the same inputs. shift: what our times are later by."""
     s, inputs, more = ours.settings, {}, {}
-    x, t = noise(2, s["in_channels"], 16, 16), torch.tensor([0, 733])
+    x, t = normal(2, s["in_channels"], 16, 16), torch.tensor([0, 733])
     joined = x
     if s["transformer_depth"]:
         more["encoder_hidden_states"] = None
     if s["context_dim"]:
-        inputs["context"] = more["encoder_hidden_states"] = noise(2, 7, s["context_dim"], seed=1)
+        inputs["context"] = more["encoder_hidden_states"] = normal(2, 7, s["context_dim"], seed=1)
     if s["num_classes"]:
         inputs["y"] = more["class_labels"] = torch.tensor([1, s["num_classes"] - 1])
     if s["concat_channels"]:
-        inputs["concat"] = noise(2, s["concat_channels"], 16, 16, seed=2)
+        inputs["concat"] = normal(2, s["concat_channels"], 16, 16, seed=2)
         joined = torch.cat([x, inputs["concat"]], dim=1)
     yield ours(x, t.float() + shift, **inputs), theirs(joined, t, **more).sample
 
@@ -169,7 +158,7 @@ def test_model_of_diffusers(kind, diffusers, tmp_path):
     for pair in pairs:
         close(*pair, 1e-4)
     for side in zip(*pairs):
-        sum((out * noise(*out.shape, seed=3)).sum() for out in side).backward()
+        sum((out * normal(*out.shape, seed=3)).sum() for out in side).backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()}
     gradients = convert.to_ours(gradients, keys(ours, "diffusers"))
     largest = max(g.abs().max() for g in gradients.values())
@@ -291,7 +280,7 @@ def test_attention_blocks_of_compvis(tmp_path):
     settings = dict(channels=16, channel_mult=(1, 3), attention_ds=(2,), transformer_depth=0, norm_groups=8)
     unet, file = fill(UNet(num_heads=heads, **settings)), str(tmp_path / "unet.safetensors")
     for new_order in (False, True):
-        state, x = renamed(unet, new_order=new_order), noise(2, c, pixels)
+        state, x = renamed(unet, new_order=new_order), normal(2, c, pixels)
         assert state["middle_block.1.qkv.weight"].shape == (3 * c, c, 1)
         qkv = torch.nn.functional.conv1d(x, state["middle_block.1.qkv.weight"], state["middle_block.1.qkv.bias"])
         if new_order:
@@ -305,7 +294,7 @@ def test_attention_blocks_of_compvis(tmp_path):
         save_file(state, file)
         again = UNet.from_pretrained(file, num_heads=heads, norm_groups=8, new_attention_order=new_order)
         same_weights(again.state_dict(), unet.state_dict())
-    refused("does not say its number of heads; give num_heads=N or head_dim=N", UNet.from_pretrained, file)
+    refused("does not say its number of heads; set --num_heads=N or --head_dim=N", UNet.from_pretrained, file)
 
 
 # --- text towers of others ---
@@ -317,14 +306,19 @@ def clip_config(transformers, **settings):
     return transformers.CLIPTextConfig(**s | settings)
 
 
-def save_tokenizer(transformers, folder, pad="<|endoftext|>"):
-    """As in Stable Diffusion's folder."""
+def write_tokenizer(folder):
+    """vocab.json and merges.txt of MERGES."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     names = [chr(c) for c in (*plain, *range(256, 256 + 68))]
     names += [name + "</w>" for name in names] + ["lo", "low</w>", "!!</w>", "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "merges.txt").write_bytes(MERGES)
     (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+
+
+def save_tokenizer(transformers, folder, pad="<|endoftext|>"):
+    """As in Stable Diffusion's folder."""
+    write_tokenizer(folder)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, pad_token=pad, model_max_length=77)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -348,7 +342,7 @@ def test_text_of_transformers(activation, transformers, tmp_path):
         assert torch.equal(ours.tokenize(texts), rows) or path == file
     (tmp_path / "tokenizer" / "merges.txt").unlink()  # transformers 5 writes tokenizer.json alone
     assert torch.equal(tower_of(tmp_path).tokenize(texts), rows)
-    refused("holds other of 3 blocks of width 64, not clip_l", convert.load_clip, str(tmp_path), name="clip_l")
+    refused("of width 64, not clip_l; set --text_encoder=other", convert.load_clip, str(tmp_path), name="clip_l")
 
 
 @torch.no_grad()
@@ -378,7 +372,7 @@ def test_openai_and_open_clip_have_the_same_names(tmp_path, monkeypatch):
     assert state["transformer.resblocks.0.attn.in_proj_weight"].shape == (3 * 768, 768)
     path = str(tmp_path / "clip.safetensors")
     save_file(state | {"text_projection": torch.ones(8)}, path)
-    refused("give name=clip_l or name=other", convert.load_clip, path, merges=MERGES)
+    refused("set --text_encoder=clip_l, or name=other", convert.load_clip, path, merges=MERGES)
     for name, activation in (("clip_l", "quick_gelu"), ("other", "gelu")):
         settings = convert.load_clip(path, name, MERGES)[0]
         assert settings["activation"] == activation and settings["heads"] == 12
@@ -387,27 +381,48 @@ def test_openai_and_open_clip_have_the_same_names(tmp_path, monkeypatch):
 # --- pipelines of others ---
 
 
+LAYOUTS = {  # published folders, whose JSON files are among the real data
+    "sd1": "runwayml/stable-diffusion-v1-5",
+    "sd2": "stabilityai/stable-diffusion-2-1",
+    "sd1_inpaint": "runwayml/stable-diffusion-inpainting",
+    "sd2_inpaint": "stabilityai/stable-diffusion-2-inpainting",
+    "x4": "stabilityai/stable-diffusion-x4-upscaler",
+}
+SMALL = {320: (16, 32, 64, 64), 256: (16, 32, 32, 64), 128: (32, 32, 32, 64)}  # widths, by the first published one
+TEXT = dict(hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=517)
+
+
+def small(config):
+    """A config of a published folder, with fewer channels."""
+    if "vocab_size" in config:
+        return config | TEXT | dict(bos_token_id=515, eos_token_id=516)
+    widths = config["block_out_channels"]
+    config |= dict(block_out_channels=SMALL[widths[0]][: len(widths)], norm_num_groups=GROUPS)
+    if "cross_attention_dim" in config:
+        heads = config["attention_head_dim"]
+        config |= dict(cross_attention_dim=24, sample_size=8, attention_head_dim=heads if heads == 8 else [2, 4, 8, 8])
+    return config
+
+
 @pytest.fixture(scope="module")
-def stable(diffusers, transformers, tmp_path_factory):
-    """{name: (a StableDiffusionPipeline with random weights and DDIM, its folder)}"""
+def stable(diffusers, transformers, test_data, tmp_path_factory):
+    """{name: (diffusers' pipeline, its folder)}: the published folders, with small random weights."""
     root, made = tmp_path_factory.mktemp("pipelines"), {}
-    for name, v in (("sd1", False), ("sd2", True)):
-        text = dict(hidden_size=24, intermediate_size=96, hidden_act="gelu" if v else "quick_gelu")
-        scheduler = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
-        scheduler |= dict(set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction" if v else "epsilon")
-        pipe = diffusers.StableDiffusionPipeline(
-            vae=model_of(diffusers, "kl f8", block_out_channels=(32, 32, 32, 64), norm_num_groups=32),
-            text_encoder=fill(transformers.CLIPTextModel(clip_config(transformers, **text))).eval(),
-            tokenizer=save_tokenizer(transformers, root / f"{name} tokenizer", "!" if v else "<|endoftext|>"),
-            unet=model_of(diffusers, name),
-            scheduler=diffusers.DDIMScheduler(**scheduler),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        pipe.save_pretrained(root / name)
-        made[name] = pipe, str(root / name)
+    for name, layout in LAYOUTS.items():
+        folder = shutil.copytree(test_data / "sd_layouts" / layout, root / name)
+        for part in ("unet", "vae", "text_encoder"):
+            config = small(json.loads((folder / part / "config.json").read_text()))
+            if part == "text_encoder":
+                model = transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(config))
+            else:
+                model = getattr(diffusers, config["_class_name"]).from_config(config)
+            if part == "vae":  # no variance: diffusers samples the latents of an image to inpaint
+                fill(model).quant_conv.weight.data[4:], model.quant_conv.bias.data[4:] = 0, -60
+            (model if part == "vae" else fill(model)).save_pretrained(folder / part)
+        write_tokenizer(folder / "tokenizer")
+        change(folder / "model_index.json", dict.fromkeys(("safety_checker", "feature_extractor"), [None, None]))
+        made[name] = opened(diffusers, folder, json.loads((folder / "model_index.json").read_text())["_class_name"])
+        made[name] = made[name], str(folder)
     return made
 
 
@@ -418,38 +433,72 @@ def ddim(pipeline, x, conditions, times, guidance=1.0):
     return (sample.decode(pipeline, x) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("name, objective", [("sd1", "eps"), ("sd2", "v")])
-def test_ten_steps_of_ddim(name, objective, stable):
-    """With guidance, from the same latents."""
-    pipe, folder = stable[name]
-    x, pipeline = noise(1, 4, 16, 16), sample.load_pipeline(folder)
-    image = pipe("low low? slow", num_inference_steps=10, guidance_scale=7.5, latents=x, output_type="np").images
-    assert pipeline.objective == objective and pipeline.latent_shape == (4, 16, 16)
-    times = diffusion.sample_times(10, pipeline.schedule, objective, "leading")
-    close(ddim(pipeline, x, ["low low? slow"], times, 7.5), torch.from_numpy(image), 1e-3)
+def both_images(theirs, ours, steps, sampler, spacing):
+    """The image of diffusers' pipeline and of ours, with guidance, from the same latents."""
+    generator, prompt, task = torch.Generator().manual_seed(5), "low low? slow", ours.task["task"]
+    size, inputs, latents = dict(height=64, width=64), {}, torch.randn((1, 4, 8, 8), generator=generator)
+    if task == "inpaint":
+        image, mask = normal(1, 3, 64, 64).clamp(-1, 1), torch.zeros(1, 1, 64, 64)
+        mask[..., :32] = 1
+        size, inputs = size | dict(image=image, mask_image=mask), dict(image=image, mask=mask)
+    elif task == "sr":
+        low = normal(1, 3, 8, 8).clamp(-1, 1)
+        size, inputs = dict(image=low, noise_level=9), dict(low=low, level=torch.tensor([9]))
+    options = dict(num_inference_steps=steps, guidance_scale=3.0, latents=latents, generator=generator)
+    a = theirs(prompt, output_type="pt", **options, **size).images * 2 - 1
+    size = () if task == "sr" else (64,)
+    b = sample.generate(ours, [prompt], [5], steps, 3.0, sampler, size, inputs=inputs, spacing=spacing)
+    assert a.std() > 0.2
+    return (a[..., :32], b[..., :32]) if task == "inpaint" else (a, b)  # what is known is not decoded by ours
 
 
-def with_unet(stable, folder, unet, **index):
-    """The folder of SD 2 with another U-Net in it."""
-    shutil.copytree(stable["sd2"][1], folder, dirs_exist_ok=True)
-    shutil.rmtree(folder / "unet")
-    unet.save_pretrained(folder / "unet")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"} | index))
-    return folder
+LEADING, TRAILING = dict(timestep_spacing="leading"), dict(timestep_spacing="trailing")
+SCHEDULERS = [  # diffusers' class, settings, numbers of steps; our sampler
+    ("DDIM", LEADING, (1, 3, 20), "ddim"),
+    ("DDIM", LEADING | dict(steps_offset=0, set_alpha_to_one=True), (3,), "ddim"),
+    ("DDIM", LEADING | dict(steps_offset=0, set_alpha_to_one=False), (3,), "ddim"),
+    ("PNDM", LEADING, (1, 3, 20), "plms"),
+    ("UniPCMultistep", TRAILING, (1, 3, 16), "unipc"),
+    ("DPMSolverMultistep", TRAILING, (1, 3, 16), "dpmpp_2m"),
+    ("EulerDiscrete", LEADING, (3, 20), "euler"),
+]
 
 
-def test_tasks(diffusers, stable, tmp_path):
-    folder = with_unet(stable, tmp_path / "inpaint", model_of(diffusers, "inpaint"))
-    inpaint = convert.load_pipeline(str(folder))
-    assert inpaint["meta"]["model"]["task"] == "inpaint" and inpaint["unet"][0]["concat_channels"] == 5
-    folder = with_unet(stable, tmp_path / "sr", model_of(diffusers, "upscaler"), max_noise_level=15)
-    shutil.rmtree(folder / "vae")
-    model_of(diffusers, "kl f4").save_pretrained(folder / "vae")
-    low = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="scaled_linear")
-    low.save_pretrained(folder / "low_res_scheduler")
-    model = convert.load_pipeline(str(folder))["meta"]["model"]
-    expected = dict(task="sr", sr_scale=4, sr_noise=15, sr_schedule=("scaled_linear", 1e-4, 0.02), cond="text")
-    assert {name: model[name] for name in expected} == expected and model["image_size"] == 64
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_images_of_published_layouts(name, diffusers, stable, monkeypatch):
+    """With the file's own scheduler and others; its steps_offset and set_alpha_to_one are obeyed."""
+    theirs, folder = stable[name]
+    ours, own = sample.load_pipeline(folder), theirs.scheduler
+    assert ours.objective == ("v" if name in ("sd2", "x4") else "eps") and ours.latent_shape == (4, 8, 8)
+    assert ours.task["task"] == {"inpaint": "inpaint", "x4": "sr"}.get(name.split("_")[-1], "none")
+    assert (ours.schedule.steps_offset, ours.schedule.set_alpha_to_one) == (1, False)
+    close(*both_images(theirs, ours, 20, "plms" if "PNDM" in type(own).__name__ else "ddim", "leading"), 1e-5)
+    for kind, settings, counts, sampler in SCHEDULERS:
+        if kind == "PNDM" and ours.objective == "v":
+            continue  # diffusers' averages v, which are of different alpha and sigma
+        kind = getattr(diffusers, f"{kind}Scheduler")
+        monkeypatch.setattr(theirs, "scheduler", kind.from_config(own.config, **settings))
+        steps = {key: settings[key] for key in ("steps_offset", "set_alpha_to_one") if key in settings}
+        other = ours._replace(schedule=ours.schedule._replace(**steps))
+        for n in counts:
+            close(*both_images(theirs, other, n, sampler, settings["timestep_spacing"]), 1e-5)
+
+
+def test_clip_sample(diffusers, tmp_path):
+    """Of DDPM on pixels, as diffusers' own training script has it."""
+    unet, scheduler = model_of(diffusers, "unconditional", sample_size=8), diffusers.DDPMScheduler()
+    pipe = diffusers.DDPMPipeline(unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path)
+    ours = sample.load_pipeline(str(tmp_path))
+    assert ours.clip_x0 == 1 and ours.vae is None
+    generator = torch.Generator().manual_seed(5)
+    expected = pipe(1, generator, 5, output_type="np").images
+    got = sample.generate(ours, [None], [5], 5, sampler="ddpm", spacing="leading")
+    got0 = sample.generate(ours._replace(clip_x0=0.0), [None], [5], 5, sampler="ddpm", spacing="leading")
+    close(got.permute(0, 2, 3, 1) / 2 + 0.5, torch.from_numpy(expected), 1e-4)
+    assert (got - got0).abs().max() > 0.1
 
 
 def lightning(path, state):
@@ -481,7 +530,7 @@ def test_pipeline_of_compvis(stable, tmp_path):
     file, known = str(tmp_path / "model.ckpt"), dict(num_heads=8, norm_groups=GROUPS)
     lightning(file, state | {"betas": betas.float()})
     refused("does not say its number of heads", UNet.from_pretrained, file)
-    refused("does not say what it predicts; set objective=v", convert.load_pipeline, file, MERGES, **known)
+    refused("does not say what it predicts; set --objective=v", convert.load_pipeline, file, MERGES, **known)
     assert convert.load_pipeline(file, MERGES, otherwise="v", **known)["meta"]["model"]["objective"] == "v"
     parts = convert.load_pipeline(file, MERGES, objective="eps", **known)
     modules = dict(unet=expected.denoiser.unet, vae=expected.vae, text=expected.tower)
@@ -493,22 +542,29 @@ def test_pipeline_of_compvis(stable, tmp_path):
     assert parts["meta"]["model"]["image_size"] == 512 and parts["text"][0]["heads"] == 1, "heads of 64, as published"
 
 
-def test_fine_tuning(stable, small_data, tmp_path):
-    """train_ldm.py continues from a pipeline's folder; the result is a checkpoint of ours."""
-    folder = stable["sd1"][1]
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["sd1", "sd1_inpaint", "x4"])
+def test_fine_tuning(name, diffusers, stable, small_data, tmp_path):
+    """train_ldm.py continues from a pipeline's folder; the result goes back as the same pipeline, the same images."""
+    pipe, folder = stable[name]
     theirs = sample.load_pipeline(folder)
-    args = f"--dataset={small_data} --init_from={folder} --image_size=64 --batch_size=1 --lr=1e-6 --warmup_steps=0"
+    side = 32 if name == "x4" else 64
+    args = f"--dataset={small_data} --init_from={folder} --image_size={side} --batch_size=1 --lr=1e-6 --warmup_steps=0"
     args += " --max_steps=1 --val_images=1 --n_samples=1 --sample_steps=1 --cache_latents=false --workers=0"
     args += " --device=cpu --out_dir=out"
     run = helpers.Run("ldm", tmp_path, *args.split(), bare=True).finish()
     ours = sample.load_pipeline(str(run.out))
-    assert ours.objective == "eps" and ours.latent_shape == (4, 8, 8) and ours.denoiser.text is None
-    for name in ("vae", "tower"):
-        a, b = (getattr(pipeline, name) for pipeline in (ours, theirs))
+    assert ours.objective == theirs.objective and ours.denoiser.text is None
+    for part in ("vae", "tower"):
+        a, b = (getattr(pipeline, part) for pipeline in (ours, theirs))
         assert checkpoint.hash_weights(a) == checkpoint.hash_weights(b)
     before = theirs.denoiser.unet.state_dict()
-    moved = [(t - before[name]).abs().max() for name, t in ours.denoiser.unet.state_dict().items()]
+    moved = [(t - before[key]).abs().max() for key, t in ours.denoiser.unet.state_dict().items()]
     assert 0 < max(moved) < 1e-5 and sum(m > 0 for m in moved) > 600
+    convert.to_diffusers(str(run.out), f"{tmp_path}/back")
+    back = opened(diffusers, f"{tmp_path}/back", type(pipe).__name__)
+    for pipeline in (ours, sample.load_pipeline(f"{tmp_path}/back")):
+        close(*both_images(back, pipeline, 10, "ddim", "trailing"), 1e-5)
 
 
 # --- refused ---
@@ -543,6 +599,7 @@ def test_damaged_pickles(tmp_path):
 
 FIRST, LEVEL = "encoder.mid.block_1.conv1.weight", "encoder.down.1.block.0.conv1.weight"
 SHARD, INDEX = "diffusion_pytorch_model-00002-of-00012.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 335\n"
 SCHEDULER, WEIGHTS = "scheduler/scheduler_config.json", "diffusion_pytorch_model.safetensors"
 REFUSED = [  # file or folder; what is changed in which file, None removes; message
     ("vae.safetensors", {"": {FIRST: None}}, f"tensors are missing: {FIRST}"),
@@ -565,10 +622,19 @@ REFUSED = [  # file or folder; what is changed in which file, None removes; mess
     ("sd/unet", {"config.json": {"attention_head_dim": [0, "x"]}}, "settings or tensors do not fit"),
     ("sd/unet", {"config.json": {"only_cross_attention": True}}, "only_cross_attention=True"),
     ("sd/unet", {"config.json": {"norm_num_groups": "x"}}, "do not build a UNet"),
-    ("sd", {"vae": None, "unet": None}, "no U-Net (unet) in it"),
-    ("sd", {"unet/config.json": None}, "unet: neither config.json nor model_index.json in it"),
-    ("sd", {"text_encoder": None}, "no text encoder, which its U-Net needs"),
-    ("sd", {"model_index.json": None}, "no latest.safetensors in it"),
+    *(("sd", {part: None}, f"sd/{part}: missing, but model_index.json names it; fetch all of it")
+      for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")),
+    ("sd", {"tokenizer/merges.txt": None}, "sd/tokenizer: neither merges.txt nor tokenizer.json in it; fetch it again"),
+    ("sd", {"tokenizer/merges.txt": "#version: 0.2\nl o\n"}, "merges.txt: 1 merges, its text encoder needs 3;"),
+    ("sd", {"tokenizer/vocab.json": "{"}, "tokenizer/vocab.json: cannot be read"),
+    *(("sd", {file: POINTER}, f"sd/{file}: a git-lfs pointer, not the file itself; run git lfs pull")
+      for file in ("unet/" + WEIGHTS, "vae/config.json", "tokenizer/merges.txt", "tokenizer/vocab.json")),
+    ("vae.safetensors", {"": POINTER}, "vae.safetensors: a git-lfs pointer"),
+    ("sd", {"unet/config.json": None}, "unet: no config.json in it; fetch all of it"),
+    ("sd", {"model_index.json": None}, "sd: no model_index.json in it; fetch all of it"),
+    ("sd", {SCHEDULER: {"clip_sample": True}}, "scheduler_config.json: clip_sample=True of a DDIMScheduler"),
+    ("sd", {SCHEDULER: {"thresholding": True}}, "thresholding=True; only False is supported"),
+    ("sd", {SCHEDULER: None}, "sd/scheduler: no scheduler_config.json in it"),
     ("sd", {"model_index.json": {"text_encoder_2": ["a", "b"]}}, "a StableDiffusionPipeline with a text_encoder_2"),
     ("sd", {SCHEDULER: {"_class_name": "FlowMatchEulerDiscreteScheduler"}}, "scheduler FlowMatchEuler"),
     ("sd", {SCHEDULER: {"use_flow_sigmas": True}}, "use_flow_sigmas=True; only False"),
@@ -612,7 +678,7 @@ def test_refused(name, changes, message, good_files, tmp_path):
 
 def test_contradictions_and_tables_of_betas(stable, tmp_path):
     folder = shutil.copytree(stable["sd2"][1], tmp_path / "sd")
-    refused("objective is v, not eps; leave objective out", convert.load_pipeline, str(folder), objective="eps")
+    refused("objective is v, not eps; leave --objective out", convert.load_pipeline, str(folder), objective="eps")
     refused("not a checkpoint of this repository", convert.to_diffusers, str(folder), f"{tmp_path}/out")
     refused("no model_index.json in it", convert.load_pipeline, str(folder / "unet"))
     change(folder / SCHEDULER, {"trained_betas": [0.5] * 1000})
@@ -620,6 +686,17 @@ def test_contradictions_and_tables_of_betas(stable, tmp_path):
     state = {"model.diffusion_model.a.bc": torch.ones(1), "model.diffusion_model.ab.c": torch.ones(1)}
     save_file(state | {"model_ema.diffusion_modelabc": torch.ones(1)}, tmp_path / "unet.safetensors")
     refused("its EMA cannot be assigned", UNet.from_pretrained, str(tmp_path / "unet.safetensors"))
+
+
+def test_prefixes(tmp_path):
+    """What wraps a module is taken off; another common prefix is named."""
+    vae, file = fill(VAE(ch=32, ch_mult=(1, 2), num_res_blocks=1)), str(tmp_path / "vae.safetensors")
+    state = renamed(vae)
+    for prefix in ("module", "_orig_mod", "vae", "module._orig_mod"):
+        save_file(checkpoint.with_prefix(prefix, state), file)
+        same_weights(VAE.from_pretrained(file).state_dict(), vae.state_dict())
+    save_file(checkpoint.with_prefix("net.autoencoder", state), file)
+    refused("no tensor encoder.conv_in.weight (all names begin with net.autoencoder.)", VAE.from_pretrained, file)
 
 
 def test_sdxl(tmp_path):
@@ -640,6 +717,7 @@ KL = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=4)
 VQ = KL | dict(bottleneck="vq", codebook_size=32)
 PLAIN = dict(in_channels=3, out_channels=3, channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_ds=(2,))
 PLAIN |= dict(norm_groups=4, num_heads=0, head_dim=8, transformer_depth=0)
+CLASSES = PLAIN | dict(num_classes=4)
 CROSS = PLAIN | dict(transformer_depth=1, context_dim=32)
 WIDE_VAE, WIDE = dict(ch=32, norm_groups=32), dict(channels=32, norm_groups=32, head_dim=16)  # as CompVis has it
 ONE_STD = dict(mean=(0.3, -0.2, 0.1), std=(0.7,))
@@ -689,7 +767,7 @@ def images_of(file, conditions, steps, guidance=1.0):
     """Our images in DDIM steps from the latents of seeds 7, 8, ..., as diffusers' pipelines have theirs."""
     pipeline = sample.load_pipeline(file)
     times = diffusion.sample_times(steps, pipeline.schedule, pipeline.objective, "trailing")
-    x = torch.stack([noise(*pipeline.latent_shape, seed=7 + i) for i in range(len(conditions))])
+    x = torch.stack([normal(*pipeline.latent_shape, seed=7 + i) for i in range(len(conditions))])
     return ddim(pipeline, x, conditions, times, guidance)
 
 
@@ -719,7 +797,7 @@ def test_autoencoder_in_diffusers(name, diffusers, tmp_path):
         close(*pair, 1e-4)
     assert theirs.config.sample_size == 16
     if "vq" in name:  # many codes are used, so a wrong distance would show
-        assert len(vae.quantize.nearest(vae.denormalize(noise(2, vae.latent_channels, 16, 16))).unique()) > 20
+        assert len(vae.quantize.nearest(vae.denormalize(normal(2, vae.latent_channels, 16, 16))).unique()) > 20
     if statistics == PUBLISHED_SCALE:  # one deviation and no means leave the weights alone
         same_weights(back.state_dict(), vae.state_dict())
         assert theirs.config.scaling_factor == pytest.approx(0.18215) and torch.equal(back.latent_std, vae.latent_std)
@@ -735,7 +813,7 @@ def test_autoencoder_in_diffusers(name, diffusers, tmp_path):
     # heads of 16 beside a level without attention, whose number means nothing
     CROSS | dict(channels=24, head_dim=16),
     CROSS | dict(channels=8, channel_mult=(1, 4), head_dim=16),
-    PLAIN | dict(num_classes=4, concat_channels=2),
+    CLASSES, CLASSES | dict(concat_channels=2),
     PLAIN | dict(num_heads=1, head_dim=0, attention_ds=(1, 2), resblock_updown=True, scale_shift=True),
     PLAIN | dict(num_heads=4, head_dim=0, middle_attention=False),
 ])  # fmt: skip
@@ -749,6 +827,9 @@ def test_unet_in_diffusers(settings, schedule, diffusers, tmp_path):
     back = UNet.from_pretrained(f"{tmp_path}/out/unet")
     for pair in (*unet_outputs(unet, theirs, schedule == "cosine"), *unet_outputs(back, theirs)):
         close(*pair)
+    if settings == CLASSES:  # without a pipeline, but it opens here
+        a, b = (sample.generate(sample.load_pipeline(path), [2], [0], 3, 2.0) for path in (file, f"{tmp_path}/out"))
+        close(a, b, 1e-4)
 
 
 TABLES = ["linear", "scaled_linear", "quadratic", "sqrt", "sigmoid", "squared_cosine", "cosine"]
@@ -821,7 +902,7 @@ def test_text_pipeline(name, diffusers, transformers, tmp_path, small_towers):
     assert tokens.tolist() == tower.tokenize(prompts).tolist() and theirs.tokenizer.model_max_length == 12
     close(theirs.text_encoder(tokens)[0], tower(prompts))
     expected = images_of(file, prompts, 10, guidance=3.0)
-    latents = torch.stack([noise(3, 8, 8, seed=7 + i) for i in range(3)])
+    latents = torch.stack([normal(3, 8, 8, seed=7 + i) for i in range(3)])
     options = dict(num_inference_steps=10, guidance_scale=3.0, height=16, width=16, output_type="np")
     close(torch.as_tensor(theirs(prompts, latents=latents, **options).images), expected, 1e-3)
     close(images_of(out, prompts, 10, guidance=3.0), expected, 1e-3)
@@ -834,21 +915,24 @@ def test_text_pipeline(name, diffusers, transformers, tmp_path, small_towers):
     refused(f"another {name} than", convert.load_tower, file, f"{tmp_path}/other.safetensors")
 
 
-TEXT, CLASS, TASK = dict(cond="text"), dict(cond="class", num_classes=3), dict(task="inpaint")
+WITH_TEXT, CLASS = dict(cond="text"), dict(cond="class", num_classes=3)
+SR = WITH_TEXT | dict(task="sr", sr_scale=2, sr_noise=9)
 NO_PIPELINE = [  # the checkpoint's settings, the autoencoder's, whether its tower is frozen; the reason
     (None, KL, False, "it is an autoencoder alone"),
     ({}, None, False, "no pipeline of this type generates pixels"),
-    (TASK, KL, False, "no pipeline for task=inpaint as it was trained here"),
+    (dict(task="inpaint"), KL, False, "no pipeline for task=inpaint without text"),
+    (SR | dict(sr_scale=4), KL, True, "StableDiffusionUpscalePipeline enlarges by 2, not 4"),
+    (SR | dict(sr_noise=0), KL, True, "StableDiffusionUpscalePipeline adds noise, sr_noise=0 has none"),
     (CLASS, KL, False, "no pipeline for such classes; class_labels=3 is the empty condition"),
     (dict(unet=CROSS), KL, False, "LDMPipeline takes plain attention, transformer_depth=0"),
-    (TEXT, KL, False, "its text encoder was trained here and cannot be exported"),
-    (TEXT, VQ, True, "StableDiffusionPipeline takes no VQ"),
+    (WITH_TEXT, KL, False, "its text encoder was trained here and cannot be exported"),
+    (WITH_TEXT, VQ, True, "StableDiffusionPipeline takes no VQ"),
 ]
 
 
 @pytest.mark.parametrize("model, vae, tower, reason", NO_PIPELINE)
 def test_models_without_a_pipeline(model, vae, tower, reason):
-    model = model if model is None else dict(cond="none", task="none", num_classes=0, unet=PLAIN) | model
+    model = model if model is None else dict(cond="none", task="none", num_classes=0, sr_scale=0, unet=PLAIN) | model
     got = convert.pipeline_of(model, vae and (convert.VAE | vae, {}, 1.0), ({}, {}, b"") if tower else None)
     assert got == ("", reason)
 
