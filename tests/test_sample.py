@@ -129,7 +129,7 @@ def test_another_decoder(runs, pipelines, tmp_path):
 def test_checkpoints_that_do_not_generate(runs):
     for name, known, message in (
         ("vae", {}, "stage vae, without a denoiser; give a checkpoint of train_ldm.py"),
-        ("text", dict(objective="v", num_heads=2), "has all its settings; leave out --objective, --num_heads and --head_dim"),
+        ("text", dict(objective="v", num_heads=2), "has all its settings; leave out --objective, --num_heads"),
     ):
         with pytest.raises(UserError, match=message):
             load_pipeline(runs[name].path, **known)
