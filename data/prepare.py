@@ -60,7 +60,8 @@ MAX_BYTES = 2**30  # of a file in an archive, unpacked
 BATCH = 16  # images that a worker converts at a time
 BPE_CAPTIONS = 2_000_000  # most captions that the tokenizer is trained on
 NOT_CONTENT = ("workers", "out_dir", "download", "verify", "repack", "threads")  # settings that change no shard
-LAST = ("size", "crop", "quality", "min_side", "min_bytes", "drop_duplicates", "vocab_size", "shard_mb")  # in meta.json
+# meta.json has these after the script's own settings
+LAST = ("size", "crop", "quality", "min_side", "min_bytes", "drop_duplicates", "vocab_size", "shard_mb")
 
 # settings of every script that packs; a script's own of the same name takes its place
 size = 256  # >= 1: short side in pixels; smaller images are not enlarged
