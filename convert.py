@@ -490,10 +490,12 @@ def without_prefixes(state):
 
 
 def read_json(path):
-    checkpoint.check_fetched(path)
     try:
+        checkpoint.check_fetched(path)
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         reject(path, f"cannot be read ({error})", "fetch it again")
     if not isinstance(content, dict):
@@ -503,8 +505,6 @@ def read_json(path):
 
 def read_folder(folder):
     """(tensors, config) of a model's folder from diffusers or transformers, in one file or in shards."""
-    if not os.path.exists(f"{folder}/config.json"):
-        reject(folder, "no config.json in it", "fetch all of it")
     config = read_json(f"{folder}/config.json")
     stems, endings = ("diffusion_pytorch_model", "model", "pytorch_model"), (".safetensors", ".bin")
     names = [stem + end + index for end in endings for index in ("", ".index.json") for stem in stems]
@@ -543,7 +543,7 @@ def read_part(path, part, file=None):
         if os.path.exists(beside) and any(theirs[0] in name or name.startswith(theirs[1:]) for name in state):
             config = read_json(beside)
     if any(re.search(r"lora_|\.lora\.|hada_", name) for name in file):
-        reject(path, "a LoRA, an addition to a model's weights", "merge it into them first")
+        reject(path, "a LoRA, an addition to a model's weights", "merge it into them first, see examples/lora.py")
     xl = next((name for name in ("label_emb.0.0.weight", "add_embedding.linear_1.weight") if name in state), None)
     if xl and part == "unet":
         reject(path, f"SDXL's U-Net (it has {xl}), which is not supported", "its autoencoder is supported")
@@ -564,13 +564,8 @@ def select_part(file, part, path):
     else:
         state, dotless = file, ""  # one model alone
     if dotless is not None:  # LitEma takes the dots out of the names
-        names = {}
-        for name in state:
-            names.setdefault("model_ema." + (dotless + name).replace(".", ""), []).append(name)
-        for name in names.keys() & file.keys():
-            if len(names[name]) > 1:
-                reject(path, f"{name} may be {' or '.join(names[name])}", "its EMA cannot be assigned")
-            state = state | {names[name][0]: file[name]}
+        names = {"model_ema." + (dotless + name).replace(".", ""): name for name in state}
+        state = state | {names[name]: file[name] for name in names.keys() & file.keys()}
     return {name: t for name, t in state.items() if not name.startswith(("model_ema.", "loss."))}
 
 
@@ -741,11 +736,10 @@ def load_clip(path, name="", merges=None, file=None):
     s = clip_settings(path, s, config, layout, name)
     found = name_of_tower(s)
     if name not in ("", "other", found):
-        reject(
-            path, f"holds {found} of {blocks} blocks of width {s['width']}, not {name}", f"set --text_encoder={found}"
-        )
+        what = f"holds {found} of {blocks} blocks of width {s['width']}, not {name}"
+        reject(path, what, f"set --tower_weights to weights of {name}")
     if merges is None:
-        merges = next(filter(None, map(find_merges, tokenizer_folders(path))), None)
+        merges = find_merges(path)
         if merges is None and os.path.isdir(f"{path}/tokenizer"):
             reject(f"{path}/tokenizer", "neither merges.txt nor tokenizer.json in it", CLIP_VOCAB)
     if merges is not None:
@@ -754,10 +748,8 @@ def load_clip(path, name="", merges=None, file=None):
             reject(where, f"{len(lines)} merges, its text encoder needs {vocab - 514}", CLIP_VOCAB)
     used = used_blocks(s)
     unused = "|".join(map(str, range(used, blocks))) or "none"
-    unused = re.compile(
-        r"visual\..*|logit_scale|text_projection(\.weight)?|attn_mask|.*position_ids|"
-        rf"(encoder\.layers|transformer\.resblocks|blocks)\.({unused})\..*"
-    )
+    blocks = rf"(encoder\.layers|transformer\.resblocks|blocks)\.({unused})\..*"
+    unused = re.compile(r"visual\..*|logit_scale|text_projection(\.weight)?|attn_mask|.*position_ids|" + blocks)
     state = {key: t for key, t in state.items() if not unused.fullmatch(key)}
     return s, to_ours(state, key_table(text_layers(used), layout), path), merges
 
@@ -808,15 +800,15 @@ def tokenizer_folders(path):
     return [os.path.join(path, name) for name in ("tokenizer", ".", "../tokenizer")] if os.path.isdir(path) else []
 
 
-def find_merges(folder):
-    """The argument of read_merges for a tokenizer's folder: itself, or the merges in its tokenizer.json; else None."""
-    if os.path.exists(f"{folder}/merges.txt"):
-        return folder
-    if not os.path.exists(f"{folder}/tokenizer.json"):
-        return None
-    merges = read_json(f"{folder}/tokenizer.json").get("model", {}).get("merges", [])
-    lines = [line if isinstance(line, str) else " ".join(line) for line in merges]
-    return "\n".join(["#version: 0.2", *lines, ""]).encode() if lines else None
+def find_merges(path):
+    """The argument of read_merges for a model's folder: where merges.txt is, or those in tokenizer.json; else None."""
+    for folder in tokenizer_folders(path):
+        if os.path.exists(f"{folder}/merges.txt"):
+            return folder
+        if os.path.exists(f"{folder}/tokenizer.json"):
+            merges = read_json(f"{folder}/tokenizer.json")["model"]["merges"]
+            lines = [line if isinstance(line, str) else " ".join(line) for line in merges]
+            return "\n".join(["#version: 0.2", *lines, ""]).encode()
 
 
 CLIP_VOCAB = "fetch it again, or set --clip_vocab=FILE: bpe_simple_vocab_16e6.txt.gz or a folder with merges.txt"
@@ -880,11 +872,10 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
         found = {name for name, prefix in PREFIXES.items() if any(tensor.startswith(prefix) for tensor in file)}
     unet = s, state = load_unet(path, file=file, **known)
     release = release_of(s)
-    process = (
-        read_scheduler(path, objective, index, "vae" not in found)
-        if folder
-        else read_betas(path, file, release, objective, otherwise)
-    )
+    if folder:
+        process = read_scheduler(path, objective, index, "vae" not in found)
+    else:
+        process = read_betas(path, file, release, objective, otherwise)
     diffusion.make_schedule(process["schedule"], process["beta_start"], process["beta_end"])  # checks them
     if process["schedule"] == "cosine":  # a table in other layouts, whose U-Net counts from 0
         state["time_embed.0.weight"] = fold_time(state["time_embed.0.weight"], -1)
@@ -905,18 +896,10 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     elif s["context_dim"] == 1024 and not s["concat_channels"] and process["objective"] == "v":
         side = 96
     model |= {"image_size": side * factor}
-    examples = [None] * 4
-    if model["cond"] == "text":
-        examples = [PROMPT]
-    elif model["cond"] == "class":
-        examples = list(range(0, model["num_classes"], -(-model["num_classes"] // 8)))
-    meta = {
-        "stage": "ldm",
-        "model": model,
-        "vae": vae and vae[0],
-        "classes": own.get("classes", []),
-        "examples": examples,
-    }
+    some = list(range(0, model["num_classes"], -(-model["num_classes"] // 8) or 1))
+    examples = {"text": [PROMPT], "class": some}.get(model["cond"], [None] * 4)
+    meta = {"stage": "ldm", "model": model, "vae": vae and vae[0], "examples": examples}
+    meta["classes"] = own.get("classes", [])
     return {"unet": unet, "vae": vae, "text": text, "class_tokens": class_tokens, "meta": meta}
 
 
@@ -940,23 +923,26 @@ def read_index(path, clip_vocab):
     return index, {}
 
 
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "squared_cosine"}
+SCHEDULES |= {"sigmoid": "sigmoid"}  # diffusers' names: ours
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
 def read_scheduler(path, objective, index, pixels):
     """Objective, noise schedule and steps of the scheduler in a pipeline's folder, as settings of train_ldm.py.
 
     index: model_index.json.  pixels: whether there is no autoencoder.
     """
-    if not os.path.exists(f"{path}/scheduler/scheduler_config.json"):
-        reject(f"{path}/scheduler", "no scheduler_config.json in it", "fetch all of it")
     config = read_json(f"{path}/scheduler/scheduler_config.json")
-    names = {"squaredcos_cap_v2": "squared_cosine"} | {name: name for name in ("linear", "scaled_linear", "sigmoid")}
     name, predicts = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
-    table = {}
+    process = dict(schedule=SCHEDULES.get(config.get("beta_schedule", "linear")))
+    process |= dict(beta_start=config.get("beta_start", 1e-4), beta_end=config.get("beta_end", 0.02))
     if config.get("trained_betas") is not None:
-        table = schedule_of(torch.tensor(config["trained_betas"], dtype=torch.float64))
-    if table is None or (not table and config.get("beta_schedule", "linear") not in names):
+        process = schedule_of(torch.tensor(config["trained_betas"], dtype=torch.float64))
+    if process is None or process["schedule"] is None:
         reject(path, f"the noise schedule of its {name}", "it is not supported")
     check_config(config, path, num_train_timesteps=1000, use_flow_sigmas=False, thresholding=False)
-    found = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(predicts)
+    found = PREDICTIONS.get(predicts)
     if found is None or name.startswith(("FlowMatch", "EDM", "KarrasVe", "ScoreSde")):  # which have no betas
         reject(path, f"scheduler {name} with prediction_type={predicts}", "it is not supported")
     if objective not in ("", found):
@@ -967,12 +953,10 @@ def read_scheduler(path, objective, index, pixels):
     if clip and not (pixels and name == "DDPMScheduler"):  # DDIM there clips x0 alone, and not eps
         file = f"{path}/scheduler/scheduler_config.json"
         reject(file, f"clip_sample=True of a {name}, which is not supported", "set it to false, if x0 may exceed 1")
-    process = dict(schedule=names.get(config.get("beta_schedule", "linear")), objective=found)
-    process |= dict(beta_start=config.get("beta_start", 1e-4), beta_end=config.get("beta_end", 0.02))
     process |= dict(clip_x0=config.get("clip_sample_range", 1.0) if clip else 0.0)
     process |= dict(steps_offset=config.get("steps_offset", int(stable)))
     process |= dict(set_alpha_to_one=config.get("set_alpha_to_one", name != "PNDMScheduler"))
-    return process | table | dict(zero_snr=bool(config.get("rescale_betas_zero_snr", False)))
+    return process | dict(objective=found, zero_snr=bool(config.get("rescale_betas_zero_snr", False)))
 
 
 def read_betas(path, file, release, objective, otherwise):
@@ -1047,12 +1031,9 @@ def limits(to, vae, model):
     if vae:
         s = vae
         sides = [s["resolution"] // s["patch_size"] // 2**i for i in range(len(s["ch_mult"]))]
+        only = dict(activation="silu", downsample="conv", upsample="nearest", linear_attention=False, patch_size=1)
+        found |= {f"{name}={s[name]} of the autoencoder": s[name] != value for name, value in only.items()}
         found |= {
-            f"activation={s['activation']} of the autoencoder": s["activation"] != "silu",
-            f"downsample={s['downsample']} of the autoencoder": s["downsample"] != "conv",
-            f"upsample={s['upsample']} of the autoencoder": s["upsample"] != "nearest",
-            "linear_attention of the autoencoder": s["linear_attention"],
-            "patch_size of the autoencoder": s["patch_size"] > 1,
             "attn_resolutions of the autoencoder (as in kl-f16)": diffusers and set(sides) & set(s["attn_resolutions"]),
             "tanh_out of the autoencoder": diffusers and s["tanh_out"],
             "embed_dim != z_channels": diffusers and s["bottleneck"] == "kl" and latent_channels(s) != s["z_channels"],
@@ -1061,11 +1042,9 @@ def limits(to, vae, model):
     if model:
         s, transformers = model["unet"], model["unet"]["transformer_depth"] > 0
         several = len(set(by_level(s["num_res_blocks"], 1))) > 1
+        only = dict(unet_patch=1, context_pool=False, qk_norm=False, linear_attention=False)
+        found |= {f"{name}={s[name]} of the U-Net": s[name] != value for name, value in only.items()}
         found |= {
-            "unet_patch": s["unet_patch"] > 1,
-            "context_pool": s["context_pool"],
-            "qk_norm": s["qk_norm"],
-            "linear_attention of the U-Net": s["linear_attention"],
             "resample=pool": diffusers and s["resample"] == "pool" and not s["resblock_updown"],
             "resample=max": s["resample"] == "max" and not s["resblock_updown"],
             f"upsample={s['upsample']} of the U-Net": s["upsample"] != "nearest" and not s["resblock_updown"],
@@ -1081,7 +1060,7 @@ def limits(to, vae, model):
         at_zero = objective == "eps" and table_of(model)[0][-1] == 0
         found |= {
             f"objective={objective}": objective not in ("eps", "v", "x0"),
-            f"schedule={schedule}, where alpha^2 + sigma^2 is not 1": not preserves_variance(model),
+            f"schedule={schedule}, where alpha^2 + sigma^2 is not 1": schedule == "flow",
             f"objective=eps with schedule={schedule}, which starts at t = 0.995": at_zero,
             "class_embed=token": diffusers and model["cond"] == "class" and model["class_embed"] == "token",
             "task=semantic, whose maps go through a rescaler": diffusers and model["task"] == "semantic",
@@ -1162,13 +1141,6 @@ def table_of(model):
     return schedule.alpha(torch.arange(1, T + 1, dtype=torch.float64) / T) ** 2, not schedule.discrete
 
 
-def preserves_variance(model):
-    """Whether alpha^2 + sigma^2 is 1 all along a checkpoint's schedule, as in a table of betas."""
-    schedule = diffusion.make_schedule(model["schedule"], model["beta_start"], model["beta_end"])
-    t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    return torch.allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, torch.ones_like(t), atol=1e-6)
-
-
 def betas_of(alpha_bar):
     return 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
 
@@ -1193,16 +1165,15 @@ def schedule_of(betas):
 
 def scheduler_config(model):
     """diffusers' DDIMScheduler for a checkpoint's settings; its steps are sample.py's with spacing=trailing, eta=0."""
-    names = {"linear": "linear", "scaled_linear": "scaled_linear", "quadratic": "scaled_linear"}
-    names |= {"squared_cosine": "squaredcos_cap_v2"}
-    config = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
-    if model["schedule"] in names:
-        config |= {"beta_schedule": names[model["schedule"]], "trained_betas": None}
-        config |= {"beta_start": model["beta_start"], "beta_end": model["beta_end"]}
+    names = {ours: theirs for theirs, ours in SCHEDULES.items() if ours != "sigmoid"}  # which has other ends there
+    name = (names | {"quadratic": "scaled_linear"}).get(model["schedule"])
+    config = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "trained_betas": None}
+    if name:
+        config |= {"beta_schedule": name, "beta_start": model["beta_start"], "beta_end": model["beta_end"]}
     else:
         config["trained_betas"] = betas_of(table_of(model | {"zero_snr": False})[0]).tolist()
     config["rescale_betas_zero_snr"] = bool(model["zero_snr"])
-    config["prediction_type"] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[model["objective"]]
+    config["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[model["objective"]]
     # steps_offset is not used by trailing steps, but pipelines warn of any other than 1
     config |= {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 1}
     return config | {"clip_sample": False, "thresholding": False}
@@ -1317,9 +1288,7 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
     model = meta["model"] if meta["stage"] == "ldm" else None
     if not model and (meta["stage"] != "vae" or ema_std or tower_weights or clip_vocab):
         reject(
-            path,
-            f"a checkpoint of stage {meta['stage']}",
-            "--ema_std, --tower_weights and --clip_vocab are for stage 2",
+            path, f"a checkpoint of stage {meta['stage']}", "set --ema_std, --tower_weights, --clip_vocab for stage 2"
         )
     if model and not UNET.keys() <= model["unet"].keys():
         reject(path, "its denoiser is not a unet.UNet", "no other layout can hold it")
@@ -1348,7 +1317,7 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
 
 OURS = "_latent_diffusion"  # in unet/config.json: what diffusers' files have no place for
 TEXT_PIPELINES = {"none": "StableDiffusionPipeline", "inpaint": "StableDiffusionInpaintPipeline"}
-TEXT_PIPELINES |= {"sr": "StableDiffusionUpscalePipeline"}
+TEXT_PIPELINES |= {"sr": "StableDiffusionUpscalePipeline"}  # by the task
 
 
 def pipeline_of(model, vae, tower):
@@ -1356,17 +1325,17 @@ def pipeline_of(model, vae, tower):
     if model is None:
         return "", "it is an autoencoder alone"
     cond, task, classes = model["cond"], model["task"], model["num_classes"]
-    sr, factor = task == "sr", 2 ** (len(vae[0]["ch_mult"]) - 1) if vae else 1
+    no_vae, vq = vae is None, vae is not None and vae[0]["bottleneck"] == "vq"
+    scale, factor = model["sr_scale"], 1 if no_vae else 2 ** (len(vae[0]["ch_mult"]) - 1)
     reasons = {
-        "no pipeline of this type generates pixels": vae is None,
+        "no pipeline of this type generates pixels": no_vae,
         f"no pipeline for task={task} without text": task != "none" and cond != "text",
-        f"StableDiffusionUpscalePipeline enlarges by {factor}, not {model['sr_scale']}": sr
-        and model["sr_scale"] != factor,
-        "StableDiffusionUpscalePipeline adds noise, sr_noise=0 has none": sr and not model["sr_noise"],
+        f"StableDiffusionUpscalePipeline enlarges by {factor}, not {scale}": task == "sr" and scale != factor,
+        "StableDiffusionUpscalePipeline adds noise, sr_noise=0 has none": task == "sr" and not model["sr_noise"],
         f"no pipeline for such classes; class_labels={classes} is the empty condition": cond == "class",
         "LDMPipeline takes plain attention, transformer_depth=0": cond == "none" and model["unet"]["transformer_depth"],
         "its text encoder was trained here and cannot be exported": cond == "text" and tower is None,
-        "StableDiffusionPipeline takes no VQ": cond == "text" and vae and vae[0]["bottleneck"] == "vq",
+        "StableDiffusionPipeline takes no VQ": cond == "text" and vq,
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), ""):
         return "", reason
