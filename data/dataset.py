@@ -178,7 +178,7 @@ class Item(NamedTuple):
     label: int  # class number, -1 for none
     header: dict  # of its shard, see data.forms.Index
     where: dict  # of image and map: (file, offset, size)
-    record: dict  # {"text": captions, "objects": [[name, box], ...]}, those that it has
+    record: dict  # {"text": captions, "objects": [[name, box], ...]}, those that it has, and the key in its shard
 
 
 class Dataset:
@@ -294,7 +294,7 @@ class Dataset:
         elif shards:
             origin = self.path if self.remote else os.path.realpath(self.path)
             index = functools.partial(getattr(forms, f"index_{form}"), self._open_file)
-            folder = f"{cache_dir}/index-{digest('v7', form, origin)}"
+            folder = f"{cache_dir}/index-{digest('v8', form, origin)}"
             indexes = StoredIndexes(folder, list(zip(shards, stamps[form])), index)
             n = sum(header["n"] for header in indexes.headers)
             if images and not self.remote and n <= len(images):
@@ -342,7 +342,7 @@ class Dataset:
         return counts
 
     def _open_shard(self, k):
-        """(arrays, rows, labels) of the k-th shard of this split: its rows' numbers in arrays, and their labels."""
+        """(arrays, numbers of the rows) of the k-th shard of this split."""
         if k not in self._opened:
             header, arrays = self.headers[self.shards[k]], self._indexes.load(self.shards[k])
             rows, count = np.arange(header["n"]), self.bounds[k + 1] - self.bounds[k]
@@ -350,7 +350,7 @@ class Dataset:
                 rows = rows[arrays["held"]]
             elif count < header["n"]:  # some are held out
                 rows = np.delete(rows, arrays["held"])
-            self._opened[k] = arrays, rows, self._to_classes(header, arrays["rows"]["label"][rows].astype(np.int64))
+            self._opened[k] = arrays, rows
             while len(self._opened) > 2 * WINDOW:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(k)
@@ -363,15 +363,13 @@ class Dataset:
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
         k = int(np.searchsorted(self.bounds, i, "right")) - 1
-        (arrays, rows, labels), header = self._open_shard(k), self.headers[self.shards[k]]
-        at = int(i - self.bounds[k])
-        row = rows[at]
-        first = arrays["ends"][row - 1] if row else 0
-        key = header["prefix"] + os.fsdecode(arrays["keys"][first : arrays["ends"][row]].tobytes())
-        _, *image_and_map, begin, size = arrays["rows"][row].item()  # in the order of COLUMNS
-        where = dict(image=image_and_map[:3], map=image_and_map[3:])
-        record = json.loads(arrays["records"][begin : begin + size].tobytes() or "{}")
-        self._last = i, Item(key, int(labels[at]), header, where, record)
+        (arrays, rows), header = self._open_shard(k), self.headers[self.shards[k]]
+        label, *places, begin, size = arrays["rows"][rows[i - self.bounds[k]]].tolist()
+        record = json.loads(arrays["records"][begin : begin + size].tobytes())
+        if self._class_of and label >= 0:
+            label = self._class_of[header["names"][label] if header["named"] else str(label)]
+        where = dict(image=places[:3], map=places[3:])
+        self._last = i, Item(header["prefix"] + record["key"], label, header, where, record)
         return self._last[1]
 
     @functools.cached_property
@@ -434,22 +432,8 @@ class Dataset:
 
     def _occurring(self, shards):
         """The labels in the indexes of these shards, sorted."""
-        found = (np.unique(self._indexes.load(s)["rows"]["label"]) for s in shards if self.headers[s]["labels"][0])
+        found = (np.unique(self._indexes.load(s)["rows"][:, 0]) for s in shards if self.headers[s]["labels"][0])
         return sorted({label for labels in found for label in labels.tolist() if label >= 0})
-
-    def _to_classes(self, header, labels):
-        """Labels of a shard's index, an array with -1 for none, as classes."""
-        if not self._class_of:
-            return labels
-        found, back = np.unique(labels, return_inverse=True)
-        words = [header["names"][label] if header["named"] else str(label) for label in found.tolist()]
-        classes = [-1 if label < 0 else self._class_of[word] for label, word in zip(found.tolist(), words)]
-        return np.array(classes, dtype=np.int64)[back]
-
-    @property
-    def labels(self):
-        """The class of each item, (N,) int64, -1 where it has none."""
-        return np.concatenate([self._open_shard(k)[2] for k in range(len(self.shards))])
 
     # items
 

@@ -42,38 +42,15 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet"
 SIDECARS = (".txt", ".caption", ".json", ".cls", ".map.png")  # parts of an item beside KEY.jpg
 NAMES = ("classes.json", "meta.json", "map_classes.json", "object_classes.json")
 OWN = (*NAMES, "prepare.py", "dropped.jsonl", "bpe.tiktoken", "prompts.txt", "sheet.png")  # what prepare.py leaves
-COLUMNS = (
-    "label",
-    "image_file",
-    "image_at",
-    "image_size",
-    "map_file",
-    "map_at",
-    "map_size",
-    "record_at",
-    "record_size",
-)
-ARRAYS = ("keys", "ends", "rows", "records", "held")  # of Index.arrays
+COLUMNS = 9  # label; file, offset, size of the image; of the map; offset, size of the record
 NOWHERE = (0, 0, 0)  # size 0: the item has no such part
 TALLIES = ("labels", "captions", "maps", "objects")  # what is counted: items that have one
 NO_BYTES = "rows without the bytes of an image"  # but, perhaps, its path
 POINTER = b"version https://git-lfs"
 
 
-class Left(dict):
-    """What is left out: {reason: (count, example)}."""
-
-    def add(self, reason, example, count=1):
-        before, first = self.get(reason, (0, example))
-        self[reason] = before + count, first
-
-    def add_file(self, path):
-        """A file of a format that is not read."""
-        self.add(f"{os.path.splitext(path)[1].lower() or 'other'} files", path)
-
-
 class Index:
-    """The items of one shard: key, label, (file, offset, size) of image and map, and a record of captions and objects.
+    """The items of one shard: label, (file, offset, size) of image and map, and a record: JSON {key, text, objects}.
 
     `file` counts in `files`; -1 is the file that the key names (for a map: KEY.map.png). In parquet the image is
     (0, row group, row), the map (0, 0, 1 if there is such a column). A label is an int, or a class name, numbered in
@@ -87,7 +64,7 @@ class Index:
         self.header = dict(split=split, files=list(files), prefix=prefix, names=list(names), named=False, **more)
         self.header |= dict(left=self.left, repeated=0)
         self.keys, self.labels, self.where, self.stamps = [], [], array("q"), []
-        self.records, self.has = bytearray(), []  # JSON {text, objects} of all items; whether each has those
+        self.records, self.has = bytearray(), []  # JSON of all items; whether each has TALLIES
 
     def add(self, key, image, map=NOWHERE, stamp="", label=None, text=None, objects=None):
         """One item; text: its captions, objects: as in JSON; stamp: changes when the image does."""
@@ -103,7 +80,7 @@ class Index:
                 self.left.add("boxes without area", key, len(boxes) - len(kept))
         except Exception as e:  # JSON of any shape
             self.left.add("items whose objects do not read", f"{key}: {e or type(e).__name__}")
-        data = json.dumps(record).encode() if record else b""
+        data = json.dumps({"key": key} | record).encode()
         self.keys.append(os.fsencode(key))
         self.labels.append(number)
         self.where.extend((*image, *map, len(self.records), len(data)))
@@ -112,9 +89,8 @@ class Index:
         self.stamps.append(stamp)
 
     def arrays(self, stamp=""):
-        """(header, arrays): arrays is dict(keys uint8, ends of each in it (n,), rows (n,) with fields COLUMNS, records:
-        JSON as uint8, held: the rows with crc32(key) % 100 == 0, else the one with the least); stamp: changes when the
-        shard does.
+        """(header, arrays): arrays is dict(rows (n, COLUMNS) int64, records: JSON as uint8, held: the rows with
+        crc32(key) % 100 == 0, else the one with the least); stamp: changes when the shard does.
         """
         header, labels = self.header, self.labels
         header["named"] = any(isinstance(label, str) for label in labels)
@@ -122,26 +98,31 @@ class Index:
             header["names"] = by_value({str(label) for label in labels if label is not None})
             number = {name: i for i, name in enumerate(header["names"])}
             labels = [None if label is None else number[str(label)] for label in labels]
-        columns = np.array(self.where, dtype=np.int64).reshape(-1, len(COLUMNS) - 1)
-        columns = np.column_stack([[-1 if label is None else label for label in labels], columns]).astype(np.int64)
-        low, high = columns.min(0, initial=0), columns.max(0, initial=0)
-        types = [np.promote_types(np.min_scalar_type(a), np.min_scalar_type(b)) for a, b in zip(low, high)]
-        rows = np.empty(len(columns), dtype=list(zip(COLUMNS, types)))  # each field in as few bytes as possible
-        for name, column in zip(COLUMNS, columns.T):
-            rows[name] = column
-        full = [os.fsencode(header["prefix"]) + key for key in self.keys]
-        crc = np.array([zlib.crc32(key) for key in full], dtype=np.int64)
-        digest = hashlib.blake2b(b"\n".join(full), digest_size=16)
-        digest.update(columns[:, 2:4].tobytes() + repr((stamp, self.stamps)).encode())
+        labels = np.array([-1 if label is None else label for label in labels], dtype=np.int64)
+        rows = np.column_stack([labels, np.array(self.where, dtype=np.int64).reshape(-1, COLUMNS - 1)])
+        keys = [os.fsencode(header["prefix"]) + key for key in self.keys]
+        crc = np.array([zlib.crc32(key) for key in keys], dtype=np.int64)
+        digest = hashlib.blake2b(b"\n".join(keys), digest_size=16)
+        digest.update(rows[:, 2:4].tobytes() + repr((stamp, self.stamps)).encode())
         held = np.flatnonzero(crc % 100 == 0)
         has = np.array(self.has, dtype=np.int64).reshape(-1, len(TALLIES))
         header |= dict(n=len(rows), held=len(held), least=int(crc.min(initial=2**32)), digest=digest.hexdigest())
         held = held if len(held) or not len(crc) else np.array([crc.argmin()])
         header |= {name: [int(total), int(of)] for name, total, of in zip(TALLIES, has.sum(0), has[held].sum(0))}
-        header |= dict(highest=int(columns[:, 0].max(initial=-1)), distinct=len(set(labels) - {None}))
-        keys, ends = np.frombuffer(b"".join(self.keys), np.uint8), np.cumsum([len(key) for key in self.keys])
-        records = np.frombuffer(bytes(self.records), np.uint8)
-        return header, dict(keys=keys, ends=ends.astype(np.int64), rows=rows, records=records, held=held)
+        header |= dict(highest=int(labels.max(initial=-1)), distinct=len(np.unique(labels[labels >= 0])))
+        return header, dict(rows=rows, records=np.frombuffer(bytes(self.records), np.uint8), held=held)
+
+
+class Left(dict):
+    """What is left out: {reason: (count, example)}."""
+
+    def add(self, reason, example, count=1):
+        before, first = self.get(reason, (0, example))
+        self[reason] = before + count, first
+
+    def add_file(self, path):
+        """A file of a format that is not read."""
+        self.add(f"{os.path.splitext(path)[1].lower() or 'other'} files", path)
 
 
 # --- a folder of images ---

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import UserError, reject, write_whole
-from data.forms import ARRAYS, COLUMNS
+from data.forms import COLUMNS
 
 try:
     import fcntl
@@ -119,8 +119,8 @@ class StoredIndexes(torch.utils.data.Dataset):
     def _load(self, s):
         """(header, arrays) of shard s from its file; made again if that is gone or damaged."""
         with contextlib.suppress(Exception), np.load(self.paths[s]) as f:
-            header, arrays = json.loads(str(f["header"])), {name: f[name] for name in ARRAYS}
-            assert arrays["rows"].dtype.names == COLUMNS and len(arrays["rows"]) == len(arrays["ends"]) == header["n"]
+            header, arrays = json.loads(str(f["header"])), {name: f[name] for name in ("rows", "records", "held")}
+            assert arrays["rows"].shape == (header["n"], COLUMNS)
             return header, arrays
         shard, stamp = self.jobs[s]
         try:
