@@ -1287,9 +1287,7 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
     meta = checkpoint.read_meta(path)
     model = meta["model"] if meta["stage"] == "ldm" else None
     if not model and (meta["stage"] != "vae" or ema_std or tower_weights or clip_vocab):
-        reject(
-            path, f"a checkpoint of stage {meta['stage']}", "set --ema_std, --tower_weights, --clip_vocab for stage 2"
-        )
+        reject(path, f"stage {meta['stage']}", "leave out --ema_std, --tower_weights and --clip_vocab, of stage 2")
     if model and not UNET.keys() <= model["unet"].keys():
         reject(path, "its denoiser is not a unet.UNet", "no other layout can hold it")
     vae = unet = tower = None
