@@ -136,8 +136,10 @@ def as_text(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-# --- contracts ---
+# --- values ---
 
+# what ast raises at text that is no literal, the last two if it is nested too deeply; and float() at 400 digits
+NO_LITERAL = (SyntaxError, ValueError, TypeError, OverflowError, MemoryError, RecursionError)
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 NUMBER = r"(-?[\d.]+(?:e-?\d+)?)"
 
@@ -165,45 +167,46 @@ def keeps(value, contract):
 
 
 def checked(name, value, setting):
-    """A Python value in the type of a setting's default and within its contract; raises SettingError."""
-    default, contract = as_text(setting.default), setting.contract
+    """A value, or the text of one, in the type of a setting's default and within its contract; raises SettingError."""
+    default, contract = setting.default, setting.contract
     try:
-        value = typed(value, setting.default)
-    except (TypeError, OverflowError):
-        kind = type(setting.default).__name__
-        if kind == "tuple":
-            kind += f" of {type(element_of(setting.default)).__name__}"
-        raise SettingError(f"--{name} must be {kind} (default {default}), got {repr(value)[:200]}") from None
-    if isinstance(value, str) and not keeps(value, contract) and keeps(value.lower(), contract):
-        value = value.lower()  # True for true
-    if keeps(value, contract) is False:
+        found = typed(value, default)
+        if isinstance(found, str) and not keeps(found, contract) and keeps(found.lower(), contract):
+            found = found.lower()  # True for true
+        if keeps(found, contract) is not False:
+            return found
         allowed = re.sub("^(each )?", r"\1one of ", contract) if "|" in contract else contract
-        raise SettingError(f"--{name}={as_text(value)} must be {allowed} (default {default})")
-    return value
+    except NO_LITERAL:
+        allowed = type(default).__name__
+        if isinstance(default, tuple):
+            allowed += f" of {type(element_of(default)).__name__ if default else 'numbers'}"
+    shown = " ".join(as_text(value)[:200].split())
+    raise SettingError(f"--{name}={shown} must be {allowed} (default {as_text(default)})")
 
 
 def typed(value, default):
-    """`value` in the type of `default`, also an int for a float, 1e5 for an int, a list for a tuple; or TypeError."""
-    if isinstance(default, tuple) and isinstance(value, (tuple, list)):
-        like = element_of(default)
-        return tuple(e if type(e) is int and not default else typed(e, like) for e in value)  # () is of any numbers
+    """A value, or the text of one, in the type of `default`: 1 is a float too, 1e5 an int; raises one of NO_LITERAL."""
+    if isinstance(default, tuple):
+        if isinstance(value, str):  # 1,2,4,4 or (1,2,4,4) or [1,2,4,4]
+            value = [element.strip() for element in value.strip("()[] ").split(",") if element.strip()]
+        return tuple(typed(element, element_of(default)) for element in value)
+    if isinstance(value, str) and not isinstance(default, str):
+        value = ast.literal_eval(value.strip().capitalize() if isinstance(default, bool) else value.strip())
     if type(default) is float and type(value) is int:
         return float(value)
     if type(default) is int and type(value) is float and value.is_integer():
         return int(value)
-    if type(value) is not type(default):
+    if type(value) not in ((int, float) if default is None else (type(default),)):
         raise TypeError
     return value
 
 
 def element_of(default):
-    """An element of a tuple whose type stands for all: a float, if there is one."""
-    return next((element for element in default if isinstance(element, float)), default[0] if default else 0.0)
+    """An element of a tuple whose type stands for all: a float, if there is one; () is of any numbers: None."""
+    return next((element for element in default if isinstance(element, float)), default[0] if default else None)
 
 
 # --- reading arguments ---
-
-NO_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # the last two: nested too deeply
 
 
 def parse(argv, settings):
@@ -217,7 +220,7 @@ def parse(argv, settings):
         setting = find(name, settings)
         if not equals and not isinstance(setting.default, bool):
             raise SettingError(f"--{name} has no value: write --{name}=value (default {as_text(setting.default)})")
-        values[name] = checked(name, literal(text, setting.default) if equals else True, setting)
+        values[name] = checked(name, text if equals else True, setting)
     return values
 
 
@@ -235,11 +238,10 @@ def parse_file(path, settings):
                 raise SettingError("not an assignment: a config file holds only name = literal")
             setting = find(name, settings)
             values[name] = checked(name, ast.literal_eval(node.value), setting)
-        except NO_LITERAL as error:
-            what = (
-                error if isinstance(error, SettingError) else f"{name} is not a literal: a config file is not executed"
-            )
-            raise SettingError(f"{path}:{node.lineno}: {what}") from None
+        except SettingError as error:
+            raise SettingError(f"{path}:{node.lineno}: {error}") from None
+        except NO_LITERAL:
+            raise SettingError(f"{path}:{node.lineno}: {name} is not a literal: config files are not run") from None
     return values
 
 
@@ -249,16 +251,3 @@ def find(name, settings):
         hint = f": did you mean {nearest[0]!r}?" if nearest else ""
         raise SettingError(f"unknown setting {name!r}{hint} (--help lists all)")
     return settings[name]
-
-
-def literal(text, default):
-    """Command-line text as the Python value that it spells, where `default` is not a str; the text itself if none."""
-    if isinstance(default, str):
-        return text
-    if isinstance(default, tuple):  # 1,2,4,4 or (1,2,4,4) or [1,2,4,4]
-        elements = text.strip("()[] ").split(",")
-        return tuple(literal(element.strip(), element_of(default)) for element in elements if element.strip())
-    try:
-        return ast.literal_eval(text.strip().capitalize() if isinstance(default, bool) else text.strip())
-    except NO_LITERAL:
-        return text

@@ -334,7 +334,7 @@ def test_a_trained_trunk_comes_with_its_heads(start, trunks):
 
 WRONG = {
     "--net=resnet": "--net=resnet must be one of vgg | alex | squeeze",
-    "--dropout=1": "--dropout=1.0 must be in [0, 1)",
+    "--dropout=1": "--dropout=1 must be in [0, 1)",
     "--dataset=nowhere": "nowhere/2afc/train: no judgements here; run data/bapps/prepare.py, or set dataset",
     "--net=alex": "patches of 20 pixels, alex needs 31",
 }
