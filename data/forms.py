@@ -27,8 +27,9 @@ from PIL import Image
 
 from checkpoint import reject
 
+Image.preinit()  # the common formats first: they are tried in this order
 Image.init()  # all of Pillow's formats but stubs without a decoder, and EPS, which runs ghostscript
-FORMATS = sorted(Image.OPEN.keys() - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+FORMATS = [name for name in Image.ID if name not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")]
 IMAGES = tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in FORMATS))
 HELD_OUT = ("val", "validation", "valid", "test")  # names of validation splits; the first that is present counts
 SPLITS = ("", "train", *HELD_OUT)  # a split folder, shards named so, or neither
@@ -148,12 +149,13 @@ def index_folder(root, paths):
         if indexes[-1].header["split"] != split:
             indexes.append(Index(split, names=names))
         size, stamp = stat(f"{root}/{path}")
-        map_path, map_where = parts.get(path, {}).get(".map.png"), NOWHERE
-        if map_path:
-            files = indexes[-1].header["files"]
-            is_usual = map_path == os.path.splitext(path)[0] + ".map.png"
-            files += [] if is_usual else [map_path]  # in other letters
-            map_where = -1 if is_usual else len(files) - 1, 0, stat(f"{root}/{map_path}")[0]
+        map_where, files = NOWHERE, indexes[-1].header["files"]
+        if map_path := parts.get(path, {}).get(".map.png"):
+            file = -1
+            if map_path != os.path.splitext(path)[0] + ".map.png":  # in other letters
+                files.append(map_path)
+                file = len(files) - 1
+            map_where = file, 0, stat(f"{root}/{map_path}")[0]
         label = {"label": number[rest.split("/")[0]]} if number and "/" in rest else {}
         indexes[-1].add(path, (-1, 0, size), map_where, stamp, **label | about.get(path, {}))
     return indexes
@@ -180,9 +182,8 @@ def read_folder(root, paths, left):
             if len(owners) == 1:  # KEY.jpg.txt or KEY.txt
                 parts.setdefault(owners[0], {})[ending] = path
             else:
-                left.add(
-                    f"{ending} files {'beside several images of one name' if owners else 'without an image'}", path
-                )
+                why = "beside several images of one name" if owners else "without an image"
+                left.add(f"{ending} files {why}", path)
         elif name not in OWN:
             left.add_file(path)
     about = read_metadata(root, tables, by_name, left)
@@ -252,11 +253,8 @@ def read_metadata(root, tables, by_name, left):
             texts = dict.fromkeys(before.get("text", []) + found.get("text", []))
             about[images[0]] = found | before | ({"text": list(texts)} if texts else {})
     if named and not about:
-        reject(
-            f"{root}/{tables[0]}",
-            f"names only files that are not here, as {named}",
-            "give file_name relative to this file",
-        )
+        what = f"names only files that are not here, as {named}"
+        reject(f"{root}/{tables[0]}", what, "give file_name relative to this file")
     return about
 
 
