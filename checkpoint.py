@@ -274,9 +274,9 @@ def profile_products(t_a, gamma_a, t_b, gamma_b):
 def posthoc_ema(path, std):
     """{"ema.NAME": tensor}: an average of relative length `std` in [0.01, 0.25], combined from a run's snapshots.
 
-    path: a checkpoint of the run, at whose step the average ends. The snapshots ema_STEP.safetensors beside it hold
-    averages of several lengths (train_ldm.py --ema_stds --snapshot_every); the profile asked for is approximated by
-    least squares (section 3.2).
+    path: a checkpoint of the run; the average ends at the last snapshot up to its step. The snapshots
+    ema_STEP.safetensors beside it hold averages of several lengths (train_ldm.py --ema_stds --snapshot_every); the
+    profile asked for is approximated by least squares (section 3.2).
     """
     path = find(path)
     end, sources = read_meta(path), []  # (file, prefix, step, gamma)
