@@ -79,18 +79,18 @@ def find(path):
         return os.path.join(path, "latest.safetensors")
     if not os.path.exists(path):
         reject(path, "no such checkpoint", "give a .safetensors file or the out_dir of a run")
-    if os.path.isfile(path):
-        check_fetched(path)
-    elif not {"config.json", "model_index.json", "unet", "vae", "vqvae"} & set(names):
+    check_fetched(path)
+    if os.path.isdir(path) and not {"config.json", "model_index.json", "unet", "vae", "vqvae"} & set(names):
         reject(path, "no latest.safetensors in it", "train first, or give a checkpoint file")
     return path
 
 
 def check_fetched(path):
-    """UserError if a file is a git-lfs pointer: the few lines that stand for a large file until it is fetched."""
-    with open(path, "rb") as file:
-        if file.read(42) == b"version https://git-lfs.github.com/spec/v1":
-            reject(path, "a git-lfs pointer, not the file itself", "run git lfs pull in its folder, or download it")
+    """UserError if `path` is a git-lfs pointer: the few lines that stand for a large file until it is fetched."""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            if file.read(42) == b"version https://git-lfs.github.com/spec/v1":
+                reject(path, "a git-lfs pointer, not the file itself", "run git lfs pull in its folder, or download it")
 
 
 def is_ours(path):

@@ -490,12 +490,10 @@ def without_prefixes(state):
 
 
 def read_json(path):
+    checkpoint.check_fetched(path)
     try:
-        checkpoint.check_fetched(path)
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-    except UserError:
-        raise
     except (OSError, ValueError, RecursionError) as error:
         reject(path, f"cannot be read ({error})", "fetch it again")
     if not isinstance(content, dict):
@@ -741,11 +739,11 @@ def load_clip(path, name="", merges=None, file=None):
     if merges is None:
         merges = find_merges(path)
         if merges is None and os.path.isdir(f"{path}/tokenizer"):
-            reject(f"{path}/tokenizer", "neither merges.txt nor tokenizer.json in it", CLIP_VOCAB)
+            reject(f"{path}/tokenizer", "neither merges.txt nor tokenizer.json in it", AGAIN)
     if merges is not None:
         lines, _, where = read_merges(merges)
         if len(lines) != vocab - 514:  # bytes, bytes that end a word, start and end
-            reject(where, f"{len(lines)} merges, its text encoder needs {vocab - 514}", CLIP_VOCAB)
+            reject(where, f"{len(lines)} merges, its text encoder needs {vocab - 514}", AGAIN)
     used = used_blocks(s)
     unused = "|".join(map(str, range(used, blocks))) or "none"
     blocks = rf"(encoder\.layers|transformer\.resblocks|blocks)\.({unused})\..*"
@@ -811,7 +809,8 @@ def find_merges(path):
             return "\n".join(["#version: 0.2", *lines, ""]).encode()
 
 
-CLIP_VOCAB = "fetch it again, or set --clip_vocab=FILE: bpe_simple_vocab_16e6.txt.gz or a folder with merges.txt"
+CLIP_VOCAB = "set --clip_vocab=FILE: bpe_simple_vocab_16e6.txt.gz or a folder with merges.txt"
+AGAIN = f"fetch it again, or {CLIP_VOCAB}"
 
 
 def read_merges(source):
@@ -839,10 +838,10 @@ def read_merges(source):
         if content[:2] == b"\x1f\x8b":
             content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(2**26)
         if len(content) >= 2**26:  # the real one has 3 MB
-            reject(where, "more than 64 MB", CLIP_VOCAB)
+            reject(where, "more than 64 MB", AGAIN)
         lines = content.decode().split("\n")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        reject(where, f"cannot be read ({error})", CLIP_VOCAB)
+        reject(where, f"cannot be read ({error})", AGAIN)
     lines = lines[1:] if "#version" in lines[0] else lines
     return [line for line in lines[: 49152 - 256 - 2] if line.strip()], vocab, where  # CLIP uses only these
 
@@ -952,7 +951,7 @@ def read_scheduler(path, objective, index, pixels):
     clip = config.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler") and not stable)
     if clip and not (pixels and name == "DDPMScheduler"):  # DDIM there clips x0 alone, and not eps
         file = f"{path}/scheduler/scheduler_config.json"
-        reject(file, f"clip_sample=True of a {name}, which is not supported", "set it to false, if x0 may exceed 1")
+        reject(file, f"clip_sample=True of a {name}, which is not supported", "set it to false there: latents exceed 1")
     process |= dict(clip_x0=config.get("clip_sample_range", 1.0) if clip else 0.0)
     process |= dict(steps_offset=config.get("steps_offset", int(stable)))
     process |= dict(set_alpha_to_one=config.get("set_alpha_to_one", name != "PNDMScheduler"))
@@ -1390,7 +1389,7 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
             index["requires_safety_checker"] = False
         # opening a pipeline for inpainting needs the version; from this one on tensors have their present names
         files["model_index.json"] = {"_class_name": pipeline, "_diffusers_version": "0.14.0"} | index
-    save(os.path.normpath(folder), lambda temporary: write_files(temporary, files))
+    save(os.path.normpath(folder), files)
     if pipeline:
         return f'{pipeline}: DiffusionPipeline.from_pretrained("{folder}") opens it'
     return f"components, no pipeline: {components}; {reason}"
@@ -1440,36 +1439,27 @@ def to_compvis(path, file, ema_std=0.0, tower_weights="", clip_vocab=""):
         add(PREFIXES["text"], {"embedding.weight": others["class_tokens.weight"]}, "the class tokens")
     if "rescaler.conv.weight" in others:
         add(PREFIXES["text"], {"channel_mapper.weight": others["rescaler.conv.weight"]}, "the rescaler for maps")
-    save(file, lambda temporary: write_tensors(temporary, out))
+    save(file, {"": out})
     return f"{file}: {', '.join(parts)}" + (f"; not in the file: {', '.join(left_out)}" if left_out else "")
 
 
-def save(path, write):
-    """Write a file or a folder, complete or not at all."""
+def save(path, files):
+    """Write {name: tensors, text or JSON} as a folder, or {"": tensors} as one file, complete or not at all."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with checkpoint.replacing(path) as temporary:
-            write(temporary)
+            for name, content in files.items():
+                file = os.path.join(temporary, name) if name else temporary
+                os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+                if name.endswith((".json", ".txt")):
+                    with open(file, "w", encoding="utf-8") as f:
+                        f.write(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
+                else:
+                    save_file({key: t.contiguous() for key, t in content.items()}, file, metadata={"format": "pt"})
+                checkpoint.sync(file)
+                checkpoint.sync(os.path.dirname(file) or ".")
     except (OSError, SafetensorError) as error:
         reject(path, f"could not be written ({error})", "free disk space and run again")
-
-
-def write_tensors(file, tensors):
-    save_file({name: t.contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
-
-
-def write_files(folder, files):
-    """Write {name: tensors, text or JSON} into a folder."""
-    for name, content in files.items():
-        file = os.path.join(folder, name)
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        if name.endswith(".safetensors"):
-            write_tensors(file, content)
-        else:
-            with open(file, "w", encoding="utf-8") as f:
-                f.write(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
-        checkpoint.sync(file)
-        checkpoint.sync(os.path.dirname(file))
 
 
 # --- the command ---

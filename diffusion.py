@@ -186,11 +186,9 @@ def sample_times(steps, schedule, objective="v", spacing="trailing"):
     assert 1 <= steps <= (T or 1000), f"steps must be in [1, {T or 1000}], got {steps}"
     assert spacing in SPACINGS, f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}"
     first, end, i, last = 1 / (T or 1000), 0.0, torch.arange(steps), max(steps - 1, 1)  # i in ascending time
-    if spacing == "trailing" and T:
+    if spacing == "trailing":
         step = T - (T - T / steps)  # with the rounding of np.arange(T, 0, -T / steps), which decides halves
-        times = (T - step * i.flip(0).double()).round() / T
-    elif spacing == "trailing":
-        times = top * (i + 1).double() / steps
+        times = (T - step * i.flip(0).double()).round() / T if T else top * (i + 1).double() / steps
     elif spacing == "linspace":
         times = torch.linspace(top, first, steps, dtype=torch.float64).flip(0)
         times = (T * times).round() / T if T else times
@@ -443,16 +441,9 @@ samplers = {
 
 
 def make_denoiser(
-    model,
-    schedule,
-    objective,
-    cond,
-    null=None,
-    guidance=1.0,
-    guidance_interval=(0.0, 1.0),
-    guidance_rescale=0.0,
+    model, schedule, objective, cond, null=None, guidance=1.0, guidance_interval=(0.0, 1.0), guidance_rescale=0.0,
     guide=None,
-):
+):  # fmt: skip
     """`denoise(x, t) -> x0_hat` of a network `model(x, unet_time, **cond) -> prediction`, with guidance.
 
     cond, null: the condition and the empty one, dicts with the same keys of tensors batched like x. A negative prompt
@@ -519,11 +510,7 @@ def restore_std(guided, prediction, share):
 
 def keep_known(denoise, known, mask):
     """`denoise` whose x0 is `known` (B,C,h,w) where `mask` (B,1,h,w) is 0; works with any sampler."""
-
-    def denoise_masked(x, t):
-        return torch.where(mask > 0, denoise(x, t), known.to(x.dtype))
-
-    return denoise_masked
+    return lambda x, t: torch.where(mask > 0, denoise(x, t), known.to(x.dtype))
 
 
 def clip_x0(denoise, limit):

@@ -154,12 +154,12 @@ class CLIPTokenizer:
                 first, second = line.split()
                 token[first + second] = token[first] + token[second]
             except (ValueError, KeyError):
-                reject(where, f"{line[:40]!r} does not merge two earlier tokens", convert.CLIP_VOCAB)
+                reject(where, f"{line[:40]!r} does not merge two earlier tokens", convert.AGAIN)
         ranks = {b: i for i, b in enumerate(token.values())}
         if len(ranks) != 512 + len(lines):
-            reject(where, "a merge is repeated", convert.CLIP_VOCAB)
+            reject(where, "a merge is repeated", convert.AGAIN)
         if vocab is not None and any(vocab.get(name) != i for i, name in enumerate(token)):
-            reject(f"{merges}/vocab.json", "has another order of tokens than CLIP", convert.CLIP_VOCAB)
+            reject(f"{merges}/vocab.json", "has another order of tokens than CLIP", convert.AGAIN)
         self.merges = "\n".join(["#version: 0.2", *lines, ""]).encode()  # a merges.txt, for the same tokenizer
         self.start, self.end, self.n_vocab = len(ranks), len(ranks) + 1, len(ranks) + 2
         self.pattern = regex.compile(CLIP_PATTERN, regex.IGNORECASE)
@@ -230,10 +230,8 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode(self, prompt):
-        """Token ids of a prompt, without start and end; of a text by its first 100,000 characters (tiktoken crashes
-        at a million)."""
-        is_layout = isinstance(self.tokenizer, LayoutTokenizer)
-        return self.tokenizer.encode_ordinary(prompt if is_layout else prompt[:100_000])
+        """Token ids of a prompt, without start and end, of its first 100,000 characters (tiktoken fails at 10^6)."""
+        return self.tokenizer.encode_ordinary(prompt[:100_000])
 
     def count_tokens(self, prompt):
         """Tokens of a prompt with start and end; `tokenize` cuts what exceeds `length`."""
@@ -293,17 +291,9 @@ class CLIPTextEncoder(TextTransformer):
     towers = convert.TOWERS  # settings of the published ones, by name: clip_l, openclip_h
 
     def __init__(
-        self,
-        width,
-        layers,
-        heads,
-        length=77,
-        activation="quick_gelu",
-        layer="last",
-        pad="end",
-        vocab=49408,
+        self, width, layers, heads, length=77, activation="quick_gelu", layer="last", pad="end", vocab=49408,
         merges=None,
-    ):
+    ):  # fmt: skip
         """width, layers, heads: of the transformer.  length: tokens of a prompt, start and end included.
         activation: quick_gelu (OpenAI's) | gelu.
         layer: last | penultimate. Penultimate leaves out the last block; norm_out follows either.
