@@ -236,7 +236,7 @@ def read_metadata(root, tables, by_name, left):
     """{image: what all metadata files say about it}; several lines of an image add their captions."""
     about, named = {}, None
     for table in tables:
-        for record in read_table(f"{root}/{table}"):
+        for record in read_table(f"{root}/{table}", left):
             name = field(record, FILES)
             if not isinstance(name, str):
                 left.add("lines of metadata without file_name", table)
@@ -258,7 +258,7 @@ def read_metadata(root, tables, by_name, left):
     return about
 
 
-def read_table(path):
+def read_table(path, left):
     """The records of a metadata file: JSON lines, CSV or parquet."""
     if path.lower().endswith(".parquet"):
         return open_parquet(path).read(use_threads=False).to_pylist()
@@ -276,9 +276,13 @@ def read_table(path):
             rows = [names, *rows]
     except csv.Error as e:
         reject(path, f"is not CSV ({e})", "correct it")
-    # a caption in the last column may have delimiters and no quotes
     last = len(names) - 1
-    rows = [row[:last] + [f"{delimiter} ".join(row[last:])] if len(row) > len(names) else row for row in rows]
+    for row in rows:
+        if len(row) > len(names) and names[last].lower() in CAPTIONS:  # a caption that has delimiters and no quotes
+            row[last:] = [f"{delimiter} ".join(row[last:])]
+        elif len(row) > len(names):
+            left.add("lines of metadata with more fields than columns", row[0])
+            row.clear()
     return [dict(zip(names, row)) for row in rows if row]
 
 

@@ -379,6 +379,10 @@ FOUND = {
         {"1.png": P, "2.png": P, "metadata.csv": "file_name;text\n1.png;caf\xe9, black\n2.png;a; b\n".encode("cp1252")},
         {"1.png": (-1, "caf\xe9, black"), "2.png": (-1, "a; b")}, "", "",
     ),
+    "metadata.csv without quotes": (
+        {"1.png": P, "2.png": P, "metadata.csv": "file_name,text,label\n1.png,one, two,3\n2.png,two,2\n"},
+        {"1.png": -1, "2.png": (2, "two")}, "", "1 lines of metadata with more fields than columns (1.png)",
+    ),
     "metadata.tsv in UTF-16": (
         {"1.png": P, "metadata.tsv": "image\tcaption\n1.png\tone\n".encode("utf-16")}, {"1.png": (-1, "one")}, "", "",
     ),
