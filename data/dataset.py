@@ -227,7 +227,6 @@ class Dataset:
             reject(f"dataset {self.path}", f"has no {split} images, it has {there}", "ask for those, or all")
         self._name_classes()
         self._opened = OrderedDict()  # shard of this split -> its index, last used last
-        self._last = None, None  # number of the item that was read last, and its Item
         self._groups = OrderedDict()  # parquet: (file, row group, name) -> column, last used last
 
     def __getstate__(self):  # a worker opens its own files
@@ -358,8 +357,6 @@ class Dataset:
 
     def _item(self, i):
         """Item i of this split."""
-        if i == self._last[0]:  # the parts of an item are read one after the other: caption, image, map
-            return self._last[1]
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
         k = int(np.searchsorted(self.bounds, i, "right")) - 1
@@ -369,8 +366,7 @@ class Dataset:
         if self._class_of and label >= 0:
             label = self._class_of[header["names"][label] if header["named"] else str(label)]
         where = dict(image=places[:3], map=places[3:])
-        self._last = i, Item(header["prefix"] + record["key"], label, header, where, record)
-        return self._last[1]
+        return Item(header["prefix"] + record["key"], label, header, where, record)
 
     @functools.cached_property
     def fingerprint(self):

@@ -497,23 +497,23 @@ def image_bytes(cell):
 
 def index_npy(root, path):
     folder = path.removesuffix("images.npy")
-    images, labels, records, maps = open_npy(f"{root}/{path}"), None, None, None
+
+    def beside(name, read):
+        return read(f"{root}/{folder}{name}") if os.path.exists(f"{root}/{folder}{name}") else None
+
+    images, labels, maps = open_npy(f"{root}/{path}"), beside("labels.npy", open_npy), beside("maps.npy", open_npy)
+    records = beside("captions.jsonl", lambda path: list(json_lines(path)))
     good_shape = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
     if images.dtype != np.uint8 or not good_shape or not images.flags.c_contiguous:
         remedy = "make it uint8 (N,H,W,C), C 1, 3 or 4, in C order"
         reject(f"{root}/{path}", f"is {images.dtype} {images.shape}", remedy)
-    if os.path.exists(f"{root}/{folder}labels.npy"):
-        labels = open_npy(f"{root}/{folder}labels.npy").reshape(-1).tolist()
-    if os.path.exists(f"{root}/{folder}captions.jsonl"):
-        records = list(json_lines(f"{root}/{folder}captions.jsonl"))
+    if maps is not None and (maps.dtype != np.uint8 or maps.shape != images.shape[:3] or not maps.flags.c_contiguous):
+        remedy = f"make it uint8 {images.shape[:3]}, in C order"
+        reject(f"{root}/{folder}maps.npy", f"is {maps.dtype} {maps.shape}", remedy)
+    labels = None if labels is None else labels.reshape(-1).tolist()
     for name, values in (("labels.npy", labels), ("captions.jsonl", records)):
         if values is not None and len(values) != len(images):
             reject(f"{root}/{folder}{name}", f"has {len(values)} entries, not {len(images)}", "give one for each image")
-    if os.path.exists(f"{root}/{folder}maps.npy"):
-        maps = open_npy(f"{root}/{folder}maps.npy")
-        if maps.dtype != np.uint8 or maps.shape != images.shape[:3] or not maps.flags.c_contiguous:
-            remedy = f"make it uint8 {images.shape[:3]}, in C order"
-            reject(f"{root}/{folder}maps.npy", f"is {maps.dtype} {maps.shape}", remedy)
     size = images.nbytes // max(len(images), 1)
     area = size // math.prod(images.shape[3:])  # bytes of a map
     files = [path, folder + "captions.jsonl", folder + "maps.npy", folder + "labels.npy"]
