@@ -432,6 +432,7 @@ def infer_attention(state, levels, attentions):
 
 PREFIXES = {"vae": "first_stage_model.", "unet": "model.diffusion_model.", "text": "cond_stage_model."}  # CompVis'
 FOLDERS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text": ("text_encoder", "bert")}  # diffusers'
+OURS = "_latent_diffusion"  # in unet/config.json of our exports: what diffusers' files have no place for
 NAMES = {"vae": "autoencoder", "unet": "U-Net", "text": "text encoder"}
 # Objects in Lightning's files beside the tensors; they become Inert
 INERT = (
@@ -756,11 +757,7 @@ def clip_settings(path, s, config, layout, name):
     """The settings s that shapes show, completed by config, layout, name and the published towers."""
     width, blocks = s["width"], s["layers"]
     if layout == "open_clip" and not name and width == 768:  # OpenAI's has QuickGELU, LAION's GELU
-        reject(
-            path,
-            "OpenAI's ViT-L/14, or another's of that shape",
-            "set --text_encoder=clip_l, or name=other from Python",
-        )
+        reject(path, "OpenAI's ViT-L/14, or another's of that shape", "set --text_encoder=clip_l, or name=other")
     gelu = any(known["width"] == width and known["activation"] == "gelu" for known in TOWERS.values())
     openai = name == "clip_l" or (layout == "transformers" and not gelu) or (layout == "ours" and width == 768)
     penultimate = layout == "open_clip" and not openai and blocks > 1  # as in Stable Diffusion 2
@@ -951,7 +948,7 @@ def read_scheduler(path, objective, index, pixels):
     clip = config.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler") and not stable)
     if clip and not (pixels and name == "DDPMScheduler"):  # DDIM there clips x0 alone, and not eps
         file = f"{path}/scheduler/scheduler_config.json"
-        reject(file, f"clip_sample=True of a {name}, which is not supported", "set it to false there: latents exceed 1")
+        reject(file, f"clip_sample=True of a {name}, which is not supported", "set it to false there")
     process |= dict(clip_x0=config.get("clip_sample_range", 1.0) if clip else 0.0)
     process |= dict(steps_offset=config.get("steps_offset", int(stable)))
     process |= dict(set_alpha_to_one=config.get("set_alpha_to_one", name != "PNDMScheduler"))
@@ -1312,7 +1309,6 @@ def read_ours(path, to, ema_std, tower_weights, clip_vocab):
     return meta, model, vae, unet, tower, others
 
 
-OURS = "_latent_diffusion"  # in unet/config.json: what diffusers' files have no place for
 TEXT_PIPELINES = {"none": "StableDiffusionPipeline", "inpaint": "StableDiffusionInpaintPipeline"}
 TEXT_PIPELINES |= {"sr": "StableDiffusionUpscalePipeline"}  # by the task
 

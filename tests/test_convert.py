@@ -479,14 +479,11 @@ def test_clip_sample(diffusers, tmp_path):
     pipe = diffusers.DDPMPipeline(unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path)
-    ours = sample.load_pipeline(str(tmp_path))
-    assert ours.clip_x0 == 1 and ours.vae is None
-    generator = torch.Generator().manual_seed(5)
-    expected = pipe(1, generator, 5, output_type="np").images
-    got = sample.generate(ours, [None], [5], 5, sampler="ddpm", spacing="leading")
-    got0 = sample.generate(ours._replace(clip_x0=0.0), [None], [5], 5, sampler="ddpm", spacing="leading")
-    close(got.permute(0, 2, 3, 1) / 2 + 0.5, torch.from_numpy(expected), 1e-4)
-    assert (got - got0).abs().max() > 0.1
+    ours, options = sample.load_pipeline(str(tmp_path)), dict(sampler="ddpm", spacing="leading")
+    expected = pipe(1, torch.Generator().manual_seed(5), 5, output_type="np").images
+    clipped, plain = (sample.generate(p, [None], [5], 5, **options) for p in (ours, ours._replace(clip_x0=0.0)))
+    close(clipped.permute(0, 2, 3, 1) / 2 + 0.5, torch.from_numpy(expected), 1e-5)
+    assert (clipped - plain).abs().max() > 0.1
 
 
 def lightning(path, state):
@@ -894,9 +891,6 @@ def test_text_pipeline(name, diffusers, transformers, tmp_path, small_towers):
     settings, state, _ = convert.load_tower(file, f"{out}/text_encoder", f"{tmp_path}/merges.txt")
     assert settings == tower.settings
     same_weights(state, tower.state_dict())
-    refused("set --tower_weights=FILE", convert.load_tower, file, "nowhere")
-    save_file({key: t + 1 for key, t in tower.state_dict().items()}, tmp_path / "other.safetensors")
-    refused(f"another {name} than", convert.load_tower, file, f"{tmp_path}/other.safetensors")
 
 
 WITH_TEXT, CLASS = dict(cond="text"), dict(cond="class", num_classes=3)
