@@ -199,6 +199,7 @@ def test_operators_follow_pytorchs_rules():
     q, k, v, grad = (x.requires_grad_() for x in tensors(1, 9, 20, 2, 24))
     torch.library.opcheck(torch.ops.ldm.attention, (q, k, v, False))
     out, lse = torch.ops.ldm.attention(q, k, v, False)
+    assert out.requires_grad and not lse.requires_grad, "backward has no gradient of lse"
     inputs = [x.detach() for x in (grad, q, k, v, out, lse)]
     torch.library.opcheck(torch.ops.ldm.attention_backward, (*inputs, False))
 
