@@ -135,7 +135,7 @@ def to_rgb(image):
     in [0, 1] to 0..255. Raises UserError for other floats and 32-bit integers, whose scale is unknown.
     """
     image.load()  # bad pixels are an error ...
-    is_16_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")  # mode I: PGM, and PNG in older Pillow
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # ... bad EXIF is not
@@ -209,9 +209,8 @@ class Dataset:
         self.headers = self._indexes.headers
         if not any(header["n"] for header in self.headers):
             looked = "looked for images.npy, *.tar, *.parquet and image files that Pillow reads, in sub-folders too"
-            looked = (
-                "put the encoded images, not their paths, into a column 'image'" if self.format == "parquet" else looked
-            )
+            if self.format == "parquet":
+                looked = "put the encoded images, not their paths, into a column 'image'"
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
             if os.path.exists(f"{self.root}/prepare.py"):  # such as data/openimages, before it is run
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
@@ -422,9 +421,8 @@ class Dataset:
             what = f"has label {highest} but only {len(self.classes)} class names"
             reject(f"dataset {self.path}", what, "add the others")
         self.num_classes = max(len(self.classes), highest + 1) if highest >= 0 else 0
-        self._class_of = (
-            dict(zip(names if is_named else map(str, range(len(names))), order)) if is_named or is_renumbered else {}
-        )
+        labels = names if is_named else map(str, range(len(names)))
+        self._class_of = dict(zip(labels, order)) if is_named or is_renumbered else {}
 
     def _occurring(self, shards):
         """The labels in the indexes of these shards, sorted."""

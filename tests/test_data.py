@@ -168,6 +168,7 @@ def modes():
         "16 bit PNG": (opened(encoded(wide)), of_wide),
         "16 bit TIFF": (opened(encoded(wide, "TIFF")), of_wide),
         "16 bit PGM": (opened(encoded(Image.fromarray(wide.astype(np.int32)), "PPM")), of_wide),
+        "float PFM": (opened(encoded((wide / 65535).astype(np.float32), "PPM")), of_wide),
         "float TIFF": (opened(encoded((wide / 65535).astype(np.float32), "TIFF")), of_wide),
         "CMYK": (Image.fromarray(rgb).convert("CMYK"), rgb),
         "orientation": (opened(turned(rgb[:, ::-1])), rgb[:, ::-1]),
