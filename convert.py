@@ -768,13 +768,13 @@ def clip_settings(path, s, config, layout, name):
         activation = config.get("hidden_act", "quick_gelu")
         s |= dict(heads=config.get("num_attention_heads", s["heads"]), activation=activation)
         s |= dict(pad="zero" if activation == "gelu" else "end")
-    special = (f for f in tokenizer_folders(path) if os.path.exists(f"{f}/tokenizer_config.json"))
-    if folder := next(special, None):
-        pad = read_json(f"{folder}/tokenizer_config.json").get("pad_token")
-        if os.path.exists(f"{folder}/special_tokens_map.json"):
-            pad = read_json(f"{folder}/special_tokens_map.json").get("pad_token", pad)
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        s["pad"] = "zero" if pad in ("!", "<|pad|>") else "end" if pad else s["pad"]
+    pad = None
+    for folder in tokenizer_folders(path)[::-1]:  # the first one counts
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if os.path.exists(f"{folder}/{name}"):
+                pad = read_json(f"{folder}/{name}").get("pad_token", pad)
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    s["pad"] = "zero" if pad in ("!", "<|pad|>") else "end" if pad else s["pad"]
     for known in TOWERS.values():  # a file may or may not hold the block that is not used
         same = all(s[key] == known[key] for key in ("width", "heads", "activation", "pad"))
         s |= known if same and blocks in (used_blocks(known), known["layers"]) else {}
@@ -1005,7 +1005,7 @@ def read_task(path, index, unet, cond, factor):
         s |= dict(task="inpaint")
     elif extra == 3 and factor:
         s |= dict(task="sr", sr_scale=factor)
-        if unet["num_classes"]:
+        if unet["num_classes"] and cond != "class":
             low = f"{path}/low_res_scheduler/scheduler_config.json"
             low = read_json(low) if os.path.exists(low) else {}
             betas = low.get("beta_start", 1e-4), low.get("beta_end", 0.02)
