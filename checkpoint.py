@@ -74,13 +74,14 @@ def find(path):
     An id of the Hugging Face hub (owner/name) is fetched, as huggingface_hub does.
     """
     path = fetch(os.fspath(path))
-    names = os.listdir(path) if os.path.isdir(path) else ()
-    if "latest.safetensors" in names:
-        return os.path.join(path, "latest.safetensors")
+    file = os.path.join(path, "latest.safetensors")
+    if os.path.exists(file):
+        return file
     if not os.path.exists(path):
         reject(path, "no such checkpoint", "give a .safetensors file or the out_dir of a run")
     check_fetched(path)
-    if os.path.isdir(path) and not {"config.json", "model_index.json", "unet", "vae", "vqvae"} & set(names):
+    configs = "model_index.json", "config.json", "unet/config.json", "vae/config.json", "vqvae/config.json"
+    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in configs):
         reject(path, "no latest.safetensors in it", "train first, or give a checkpoint file")
     return path
 
