@@ -189,6 +189,7 @@ def typed(value, default):
     if isinstance(default, tuple):
         if isinstance(value, str):  # 1,2,4,4 or (1,2,4,4) or [1,2,4,4]
             value = [element.strip() for element in value.strip("()[] ").split(",") if element.strip()]
+        value = value if isinstance(value, (tuple, list)) else [value]  # one number is a tuple of one, as in its text
         return tuple(typed(element, element_of(default)) for element in value)
     if isinstance(value, str) and not isinstance(default, str):
         value = ast.literal_eval(value.strip().capitalize() if isinstance(default, bool) else value.strip())

@@ -886,12 +886,12 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     model = {"unet": s, "text": None, "first_stage": "vae" if vae else "none", "tower_hash": None}
     model |= {"uncertainty": False, "ema_stds": (), "map_classes": 0, **condition, **process}
     model |= read_task(path, index, s, model["cond"], factor if vae else 0)
-    side = release.get("side", 64)
+    sides = (release.get("side", 64),)
     if folder:
-        side = int(by_level(read_json(f"{path}/unet/config.json").get("sample_size") or side, 1)[0])
+        sides = by_level(read_json(f"{path}/unet/config.json").get("sample_size") or sides, 1)
     elif s["context_dim"] == 1024 and not s["concat_channels"] and process["objective"] == "v":
-        side = 96
-    model |= {"image_size": side * factor}
+        sides = (96,)
+    model |= {"image_size": [int(side) * factor for side in sides]}
     some = list(range(0, model["num_classes"], -(-model["num_classes"] // 8) or 1))
     examples = {"text": [PROMPT], "class": some}.get(model["cond"], [None] * 4)
     meta = {"stage": "ldm", "model": model, "vae": vae and vae[0], "examples": examples}
@@ -1191,7 +1191,7 @@ def vae_config(s, scaling, side):
 
 
 def unet_config(s, side):
-    """diffusers' config of a U-Net with settings s, for latents of that side."""
+    """diffusers' config of a U-Net with settings s, for latents of that side, or [height, width]."""
     widths, depth = [s["channels"] * mult for mult in s["channel_mult"]], s["transformer_depth"]
     config = {"sample_size": side, "in_channels": s["in_channels"] + s["concat_channels"]}
     config |= {"out_channels": s["out_channels"], "block_out_channels": widths, "norm_num_groups": s["norm_groups"]}
@@ -1318,6 +1318,7 @@ def pipeline_of(model, vae, tower):
     if model is None:
         return "", "it is an autoencoder alone"
     cond, task, classes = model["cond"], model["task"], model["num_classes"]
+    square = len(set(model["image_size"])) == 1
     no_vae, vq = vae is None, vae is not None and vae[0]["bottleneck"] == "vq"
     scale, factor = model["sr_scale"], 1 if no_vae else 2 ** (len(vae[0]["ch_mult"]) - 1)
     reasons = {
@@ -1327,6 +1328,8 @@ def pipeline_of(model, vae, tower):
         "StableDiffusionUpscalePipeline adds noise, sr_noise=0 has none": task == "sr" and not model["sr_noise"],
         f"no pipeline for such classes; class_labels={classes} is the empty condition": cond == "class",
         "LDMPipeline takes plain attention, transformer_depth=0": cond == "none" and model["unet"]["transformer_depth"],
+        "LDMPipeline and StableDiffusionInpaintPipeline make square images": not square
+        and (cond == "none" or task == "inpaint"),
         "its text encoder was trained here and cannot be exported": cond == "text" and tower is None,
         "StableDiffusionPipeline takes no VQ": cond == "text" and vq,
     }
@@ -1346,7 +1349,7 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         reject(folder, "exists already", "give a new folder")
     meta, model, vae, unet, tower, _ = read_ours(path, "diffusers", ema_std, tower_weights, clip_vocab)
-    files, index, side = {}, {}, model["image_size"] if model else meta["config"].get("image_size", 256)
+    files, index, sides = {}, {}, model["image_size"] if model else meta["config"].get("image_size", (256,))
     pipeline, reason = pipeline_of(model, vae, tower)
     vae_folder = "vqvae" if pipeline == "LDMPipeline" else "vae"
 
@@ -1359,11 +1362,12 @@ def to_diffusers(path, folder, ema_std=0.0, tower_weights="", clip_vocab=""):
     if vae:
         s, state, scaling = vae
         factor = 2 ** (len(s["ch_mult"]) - 1)
-        add(vae_folder, vae_config(s, scaling, side), to_theirs(state, key_table(vae_layers(s), "diffusers")))
+        add(vae_folder, vae_config(s, scaling, max(sides)), to_theirs(state, key_table(vae_layers(s), "diffusers")))
     if model:
         s = model["unet"]
         note = {"cond": model["cond"], "num_classes": model["num_classes"], "classes": meta["classes"]}
-        config = unet_config(s, side // factor) | {OURS: note}
+        sides = [side // factor for side in sides]  # a number for a square, else [height, width]
+        config = unet_config(s, sides if len(set(sides)) > 1 else sides[0]) | {OURS: note}
         add("unet", config, to_theirs(unet, key_table(unet_layers(s), "diffusers")))
         files["scheduler/scheduler_config.json"] = scheduler_config(model)
         index["scheduler"] = ["diffusers", "DDIMScheduler"]

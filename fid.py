@@ -74,7 +74,7 @@ def generate_samples(cfg, machine):
     conditions = [conditions[i % len(conditions)] for i in range(cfg.num_samples)]
     height, width = latent_sides(pipeline, cfg.size)
     if cfg.reference and height != width:
-        raise UserError(f"--size={cfg.size} is not square, as a comparison with --reference needs")
+        raise UserError("a comparison with --reference needs square images: set --size to one side")
 
     def generate_rows(rows):
         some, seeds = [conditions[i] for i in rows], range(cfg.seed + rows[0], cfg.seed + rows[-1] + 1)

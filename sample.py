@@ -191,7 +191,7 @@ def load_pipeline(
         vae = with_decoder(vae, first_stage)
     about, config = meta["model"], meta.get("config", {})
     own = {"sampler": "sampler", "steps": "sample_steps", "guidance": "guidance"}
-    side = about["image_size"] // (vae.factor if vae else 1)
+    height, width = (about["image_size"][i] // (vae.factor if vae else 1) for i in (0, -1))
     ends = about["beta_start"], about["beta_end"]
     steps = {name: about[name] for name in ("steps_offset", "set_alpha_to_one") if name in about}
     return Pipeline(
@@ -199,7 +199,7 @@ def load_pipeline(
         vae=vae,
         schedule=diffusion.make_schedule(about["schedule"], *ends, zero_snr=about["zero_snr"])._replace(**steps),
         objective=about["objective"],
-        latent_shape=(vae.latent_channels if vae else 3, side, side),
+        latent_shape=(vae.latent_channels if vae else 3, height, width),
         num_classes=about["num_classes"] if about["cond"] == "class" else 0,
         classes=meta["classes"],
         examples=meta["examples"],

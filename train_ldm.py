@@ -26,7 +26,7 @@ import common
 import convert
 from attention import unavailable, use_attention
 from checkpoint import UserError, part, power_exponent, reject, with_prefix
-from configurator import configure
+from configurator import as_text, configure
 from data.cache import LatentCache
 from data.dataset import BadImage, Stream, collate, loader, seed_of, train_and_validation
 from data.tasks import WithCondition, augment_low, check_task, image_condition, layout_string, show_condition
@@ -39,7 +39,7 @@ from vae import VAE
 
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
-image_size = 256  # >= 1: side of the images in pixels
+image_size = (256,)  # each >= 1: of the images, a side in pixels, or height,width
 flip = True  # mirror half of the images
 workers = 4  # >= 0: processes that read latents or decode images; 0 uses the main one
 first_stage = "out/vae"  # none | ...: the autoencoder, a stage-1 checkpoint or its out_dir; none trains on pixels
@@ -153,6 +153,7 @@ def check_settings(cfg):
     frozen = cfg.cond == "text" and cfg.text_encoder != "joint"
     guided = cfg.cond != "none" and cfg.guidance != 1
     for wrong, message in (
+        (len(cfg.image_size) not in (1, 2), "image_size must be a side, or height,width"),
         (cfg.beta_start >= cfg.beta_end, "beta_start must be below beta_end"),
         (cfg.zero_snr and cfg.objective == "eps", "zero_snr cannot be used with objective=eps"),
         (cfg.zero_snr and cfg.schedule in ("flow", "cosine"), "zero_snr is for tables; flow and cosine have zero SNR"),
@@ -236,10 +237,11 @@ def train_step(denoiser, inputs, noise, cfg):
     return {"loss": loss.mean(), "error": error.mean(), "error_by_t": by_t}
 
 
-def step_noise(step, shape, cfg, machine, micro_steps):
+def step_noise(step, shape, factor, cfg, machine, micro_steps):
     """[{name: (B,...)} for each micro-step]: this rank's slice of the random numbers of a step.
 
-    A function of (seed, step): the same for the global batch on any number of ranks.  shape: (C,h,w) of x0.
+    A function of (seed, step): the same for the global batch on any number of ranks.
+    shape: (C,h,w) of x0; factor: pixels per latent along a side.
     "posterior" and "eps" are like x0; "t" and "drop" (B,) uniform in [0,1); "offset" (B,C,1,1) with offset_noise;
     "level" (B,) uniform and "low" like the small image with sr_noise.
     """
@@ -258,7 +260,7 @@ def step_noise(step, shape, cfg, machine, micro_steps):
     if cfg.offset_noise:
         noise["offset"] = normal(shape[0], 1, 1)
     if cfg.sr_noise:
-        noise["low"] = normal(3, cfg.image_size // cfg.sr_scale, cfg.image_size // cfg.sr_scale)
+        noise["low"] = normal(3, *(side * factor // cfg.sr_scale for side in shape[1:]))
     mine = {name: n[:, machine.rank].to(machine.param_dtype) for name, n in noise.items()}
     return [{name: n[micro] for name, n in mine.items()} for micro in range(micro_steps)]
 
@@ -417,7 +419,7 @@ def save_samples(path, pipeline, validation, cfg, autocast):
         samples = generate(pipeline, conditions, seeds, cfg.sample_steps, cfg.guidance, **options)
     for i, (sample, condition) in enumerate(zip(samples, conditions)):
         if images is not None:
-            grid.append(show_condition(cfg.task, {name: t[i] for name, t in images.items()}, cfg.image_size))
+            grid.append(show_condition(cfg.task, {name: t[i] for name, t in images.items()}, sample.shape[1:]))
             captions.append("condition")
         grid.append(sample)
         captions.append(pipeline.caption(condition))
@@ -462,8 +464,9 @@ def load_first_stage(cfg, latest):
     if not vae.has_latent_statistics:
         remedy = f"finish its training, or run train_vae.py --measure_latents --ckpt={cfg.first_stage}"
         reject(cfg.first_stage, "has no latent statistics", remedy)
-    if cfg.image_size % vae.factor:
-        raise UserError(f"image_size={cfg.image_size} must be a multiple of {vae.factor}, the autoencoder's factor")
+    for side in cfg.image_size:
+        if side % vae.factor:
+            raise UserError(f"image_size={side} must be a multiple of {vae.factor}, the autoencoder's factor")
     return vae
 
 
@@ -493,22 +496,23 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
     if cfg.task == "inpaint":
         concat_channels = 1 + latent_shape[0]
     elif cfg.task == "sr":
-        low_side = cfg.image_size // cfg.sr_scale
+        low_side = cfg.image_size[0] // cfg.sr_scale
         if low_side % side and low_side > side:
             raise UserError(f"sr_scale={cfg.sr_scale} gives images of side {low_side}, not a multiple of {side}")
         concat_channels = 3 * max(1, low_side // side) ** 2
         unet_classes = 1000 if cfg.sr_noise else unet_classes  # noise levels in place of classes
     elif cfg.task == "semantic":
-        concat_channels, rescaler = 3, Rescaler(map_classes, cfg.image_size // side)
+        concat_channels, rescaler = 3, Rescaler(map_classes, cfg.image_size[0] // side)
     arguments = {name: cfg[name] for name in inspect.signature(UNet).parameters if name in cfg}
     arguments |= dict(in_channels=latent_shape[0], out_channels=latent_shape[0], concat_channels=concat_channels)
     arguments |= dict(context_dim=context_dim, num_classes=unet_classes)
     if arguments.get("context_pool") and not context_dim:  # of a text model's configuration, with --cond=none
         arguments["context_pool"] = False
     unet = common.build(UNet, **arguments)  # another denoiser: its class here and in `arguments`
-    if side % unet.side_multiple:
-        need = f"latents of side {side}, which must be a multiple of {unet.side_multiple}"
-        raise UserError(f"image_size={cfg.image_size} gives {need}: change image_size or channel_mult")
+    for side in latent_shape[1:]:
+        if side % unet.side_multiple:
+            need = f"latents of side {side}, which must be a multiple of {unet.side_multiple}"
+            raise UserError(f"image_size={as_text(cfg.image_size)} gives {need}: change image_size or channel_mult")
     return Denoiser(unet, text, class_tokens, rescaler, cfg.loss_weight == "uncertainty")
 
 
@@ -602,7 +606,7 @@ if __name__ == "__main__":
         text = build_text(cfg, object_names, tensors.get("text.bpe"))
     encoder = text or tower
     channels, factor = (vae.latent_channels, vae.factor) if vae else (3, 1)
-    latent_shape = (channels, cfg.image_size // factor, cfg.image_size // factor)
+    latent_shape = (channels, *(side // factor for side in images.sides))
     model = build_denoiser(cfg, latent_shape, text, encoder.width if encoder else 0, num_classes, map_classes)
     model.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     model.unet.checkpointing = cfg.checkpointing
@@ -710,7 +714,7 @@ if __name__ == "__main__":
             break
 
         # forward and backward
-        noise = step_noise(step, latent_shape, cfg, machine, micro_steps)
+        noise = step_noise(step, latent_shape, factor, cfg, machine, micro_steps)
         if cfg.unet_dropout:
             torch.manual_seed(seed_of(cfg.seed, "dropout", step, rank))
         totals = {}

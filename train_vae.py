@@ -33,8 +33,8 @@ from vae import VAE, Attention, Discriminator, ResBlock, turn_and_scale
 
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
-image_size = 256  # >= 1: side in pixels of the crops it trains on
-crop = "random"  # random | center: random is a square of 0.5 to 1 times the short side
+image_size = (256,)  # each >= 1: of the crops it trains on, a side in pixels, or height,width
+crop = "random"  # random | center: random is 0.5 to 1 times the sides of the largest crop
 flip = True  # mirror half of the images
 workers = 4  # >= 0: processes that decode images; 0 decodes in the main one
 cache_dir = "cache"  # where the index of shards is kept, and shards of a dataset given by URL
@@ -145,6 +145,7 @@ def check_settings(cfg):
     evaluating = " ".join(f"--{name}" for name in ("eval_split", "inception_weights") if name in cfg.changed)
     measuring = " ".join(f"--{name}" for name in ("ckpt", "overwrite") if name in cfg.changed)
     side = max(min_side(cfg), MIN_SIDE[cfg.lpips_net] if cfg.lpips_trunk else 1)  # measured without a weight too
+    smallest = min(cfg.image_size, default=0)
     parts = f"SSIM, LPIPS ({cfg.lpips_net}) and the discriminator; lower disc_layers or disable one of them"
     for wrong, message in (
         (cfg.adaptive_min > cfg.adaptive_max, "adaptive_min must be <= adaptive_max"),
@@ -154,15 +155,17 @@ def check_settings(cfg):
             f"{measuring} needs --eval_only or --measure_latents",
         ),
         (cfg.train == "decoder" and not cfg.init_from, "--train=decoder needs a trained autoencoder; set init_from"),
-        (cfg.image_size < side, f"image_size={cfg.image_size} is below {side}, which is the least of {parts}"),
+        (len(cfg.image_size) not in (1, 2), "image_size must be a side, or height,width"),
+        (smallest < side, f"image_size={smallest} is below {side}, which is the least of {parts}"),
     ):
         if wrong:
             raise UserError(message)
 
 
 def check_multiple(cfg, vae):
-    if cfg.image_size % vae.factor:
-        raise UserError(f"image_size={cfg.image_size} is not a multiple of {vae.factor}, the autoencoder's factor")
+    for side in cfg.image_size:
+        if side % vae.factor:
+            raise UserError(f"image_size={side} is not a multiple of {vae.factor}, the autoencoder's factor")
 
 
 def min_side(cfg):
@@ -200,14 +203,14 @@ def train_step(vae, batch, noise, cfg, lpips=None, disc=None, gan_weight=None, t
 
     batch["image"] (B,3,H,W) in [-1,1].  noise (B,C,h,w): selects the latent sample.
     gan_weight: of the autoencoder's GAN term; None: it has none.
-    transform: (turns, side) of turn_and_scale, applied to the latents and to the images (EQ-VAE).
+    transform: (turns, sides) of turn_and_scale, applied to the latents and to the images (EQ-VAE).
     The gradient of neither loss reaches the other's parameters.
     """
     x, values, terms = batch["image"], batch["image"].numel(), {}
     reconstruction, posterior = vae(x, noise, *transform)
     reconstruction = widened(reconstruction)
     if transform:
-        x = turn_and_scale(x, transform[0], transform[1] and reconstruction.shape[-1])
+        x = turn_and_scale(x, transform[0], transform[1] and reconstruction.shape[2:])
     error = reconstruction - x
     terms["recon"] = nll = error.abs().mean() if cfg.recon_loss == "l1" else error.square().mean()
     if cfg.perceptual_weight:
@@ -268,13 +271,14 @@ def adaptive_ratio(gradients, cfg):
     return (nll / (gan + 1e-4)).clamp(cfg.adaptive_min, cfg.adaptive_max)
 
 
-def latent_transform(step, cfg, factor):
-    """(turns, side) for the latents of optimizer step `step`, () for most (EQ-VAE, arXiv 2502.09509)."""
+def latent_transform(step, shape, cfg, factor):
+    """(turns, sides) for the latents (C,h,w) of optimizer step `step`, () for most (EQ-VAE, arXiv 2502.09509)."""
     if uniform(cfg.seed, "equivariance", step) >= cfg.equivariance_prob:
         return ()
-    full = cfg.image_size // factor
-    sides = [0] + [side for side in (full // 4, full // 2, 3 * full // 4) if side * factor >= min_side(cfg)]
-    choices = [(turns, side) for turns in range(4) for side in sides][1:]  # the first would change nothing
+    smaller = [[quarters * side // 4 for side in shape[1:]] for quarters in (1, 2, 3)]
+    smaller = [()] + [tuple(sides) for sides in smaller if min(sides) * factor >= min_side(cfg)]
+    # a quarter turn exchanges the sides; the first choice would change nothing
+    choices = [(turns, sides[::-1] if turns % 2 else sides) for turns in range(4) for sides in smaller][1:]
     return choices[int(uniform(cfg.seed, "which equivariance", step) * len(choices))]
 
 
@@ -412,7 +416,7 @@ def build_lpips(cfg, machine):
 def open_checkpoint(cfg, machine):
     """(path, autoencoder, settings) for --eval_only and --measure_latents: those not given are those of its run."""
     path = checkpoint.find(cfg.ckpt or cfg.out_dir)
-    saved = checkpoint.read_meta(path)["config"] if checkpoint.is_ours(path) else {}
+    saved = checkpoint.tuples(checkpoint.read_meta(path)["config"]) if checkpoint.is_ours(path) else {}
     names = ("dataset", "image_size", "perceptual_weight", "lpips_net", "lpips_trunk", "lpips_heads")
     cfg = cfg.replace(disc_weight=0.0, **{name: saved[name] for name in names if name in saved.keys() - cfg.given})
     check_settings(cfg)
@@ -435,7 +439,7 @@ def evaluate_checkpoint(cfg, machine, autocast):
     scores, (x, y) = evaluate(vae, validation, cfg, machine, autocast, build_lpips(cfg, machine), inception)
     if machine.rank > 0:
         return
-    print(f"{path} on {len(validation)} images at {cfg.image_size} px of {images}")
+    print(f"{path} on {len(validation)} images at {images.sides[0]}x{images.sides[1]} px of {images}")
     for name, value in scores.items():
         print(f"  {name.removeprefix('val_'):20} {value if isinstance(value, list) else format(value, '.4f')}")
     grid = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "eval.png")
@@ -453,7 +457,7 @@ def measure_checkpoint(cfg, machine, autocast):
     mean, std = latent_statistics(vae, images, cfg, machine, autocast)
     if machine.rank > 0:
         return
-    print(f"{path} at {cfg.image_size} px on {images}\n{as_text(mean, std)}")
+    print(f"{path} at {images.sides[0]}x{images.sides[1]} px on {images}\n{as_text(mean, std)}")
     if vae.has_latent_statistics and not cfg.overwrite:
         return print(f"not stored, as the checkpoint has {as_text(vae.latent_mean, vae.latent_std)} (--overwrite=True)")
     if not checkpoint.is_ours(path) or checkpoint.read_meta(path)["stage"] != "vae":
@@ -497,8 +501,8 @@ def as_text(mean, std):
 def count_tflop(vae, cfg):
     """TFLOP of training on one image; the backward pass of all weights is two forward."""
     with torch.device("meta"):
-        twin, side = VAE(**vae.settings), cfg.image_size // vae.factor
-        x, z = torch.zeros(1, 3, cfg.image_size, cfg.image_size), torch.zeros(1, vae.latent_channels, side, side)
+        twin, sides = VAE(**vae.settings), (cfg.image_size[0], cfg.image_size[-1])
+        x, z = torch.zeros(1, 3, *sides), torch.zeros(1, vae.latent_channels, *(side // vae.factor for side in sides))
         total = (3 if cfg.train == "all" else 1) * common.count_tflop(twin.encode, x)
         total += 3 * common.count_tflop(lambda z: twin.decoder(twin.post_quant_conv(z)), z)
         if cfg.perceptual_weight:  # image, reconstruction, back to the latter
@@ -619,7 +623,7 @@ if __name__ == "__main__":
     if world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True, forward_sync_buffers=False)
     batches = loader(stream, step, cfg.max_steps, cfg.batch_size, micro_steps, rank, world, cfg.workers)
-    latent_shape = (model.latent_channels, cfg.image_size // model.factor, cfg.image_size // model.factor)
+    latent_shape = (model.latent_channels, *(side // model.factor for side in images.sides))
     last_layer = model.decoder.conv_out.weight
     model.train()
     if cfg.train == "decoder":
@@ -676,7 +680,7 @@ if __name__ == "__main__":
 
         # forward and backward
         noise = step_noise(step, latent_shape, cfg, machine, micro_steps)
-        transform = latent_transform(step, cfg, model.factor)
+        transform = latent_transform(step, latent_shape, cfg, model.factor)
         if cfg.dropout:
             torch.manual_seed(seed_of(cfg.seed, "dropout", step, rank))
         # the ratio measured in the step before: this step's is known only after all micro-steps and ranks

@@ -430,14 +430,14 @@ class VAE(nn.Module):
         """The inverse of `normalize`."""
         return x0 * self.latent_std.view(1, -1, 1, 1) + self.latent_mean.view(1, -1, 1, 1)
 
-    def forward(self, x, noise=None, turns=0, side=0):
+    def forward(self, x, noise=None, turns=0, sides=()):
         """Images -> (reconstructions, posterior).
 
-        noise: (B,C,h,w) for the posterior's sample; None samples it.  turns, side: of turn_and_scale, applied to the
+        noise: (B,C,h,w) for the posterior's sample; None samples it.  turns, sides: of turn_and_scale, applied to the
         latents before decoding.
         """
         posterior = self.encode(x)
-        z = turn_and_scale(posterior.sample(noise), turns, side)
+        z = turn_and_scale(posterior.sample(noise), turns, sides)
         if self.quantize is not None:
             z, posterior.loss, posterior.indices = self.quantize(z)
         return self.decoder(self.post_quant_conv(z.to(self.decoder.conv_out.weight.dtype))), posterior
@@ -476,10 +476,10 @@ def tile_weights(start, end, side, overlap, factor):
     return weight
 
 
-def turn_and_scale(x, turns, side):
-    """Images or latents (B,C,H,W), rotated by `turns` * 90 degrees, then resized to side x side (0: not resized)."""
+def turn_and_scale(x, turns, sides):
+    """Images or latents (B,C,H,W), rotated by `turns` * 90 degrees, then resized to sides (h, w); (): not resized."""
     x = torch.rot90(x, turns, (2, 3)) if turns else x
-    return F.interpolate(x, (side, side), mode="bicubic", antialias=True) if side else x
+    return F.interpolate(x, sides, mode="bicubic", antialias=True) if sides else x
 
 
 # --- the discriminator ---

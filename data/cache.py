@@ -36,7 +36,7 @@ class Images(torch.utils.data.Dataset):
             return self.dataset.pixels(i)
         except BadImage as e:
             print(f"skipped a bad image: {e}", flush=True)
-            return torch.full((3, self.dataset.image_size, self.dataset.image_size), math.nan)
+            return torch.full((3, *self.dataset.sides), math.nan)
 
 
 class LatentCache(torch.utils.data.Dataset):
@@ -50,10 +50,9 @@ class LatentCache(torch.utils.data.Dataset):
     def __init__(self, stream, vae, cache_dir, precision="float32"):
         self.stream, self.dataset, self.span = stream, stream.dataset, stream.span
         self.flips = 2 if stream.flip else 1
-        side = self.dataset.image_size // vae.factor
-        self.shape = (self.flips, 2, vae.latent_channels, side, side)
+        self.shape = (self.flips, 2, vae.latent_channels, *(side // vae.factor for side in self.dataset.sides))
         encoder = hash_weights(vae, but=("decoder.", "post_quant_conv."))  # the decoder does not matter
-        key = seed_of(encoder, precision, self.dataset.fingerprint, self.dataset.image_size, self.flips)
+        key = seed_of(encoder, precision, self.dataset.fingerprint, self.dataset.sides, self.flips)
         self.folder, self.files, self.undecoded = f"{cache_dir}/latents-{key:016x}", {}, None
         self.count = -(-len(self.dataset) // SHARD)
         self.bytes = 2 * len(self.dataset) * math.prod(self.shape)

@@ -153,13 +153,16 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def crop_square(width, height, crop="center", u=None):
-    """(x, y, side) of the square that is cut from an image; see Dataset.pixels."""
-    short = min(width, height)
+def crop_box(width, height, sides, crop="center", u=None):
+    """(x, y, w, h) of what is cut from an image for `sides`, (height, width) of the result; see Dataset.pixels."""
+    if width * sides[0] > height * sides[1]:
+        w, h = max(round(height * sides[1] / sides[0]), 1), height
+    else:
+        w, h = width, max(round(width * sides[0] / sides[1]), 1)
     if crop == "random":
-        side = max(round(short * (0.5 + 0.5 * u[0])), 1)
-        return int((width - side + 1) * u[1]), int((height - side + 1) * u[2]), side
-    return (width - short) // 2, (height - short) // 2, short
+        w, h = (max(round(side * (0.5 + 0.5 * u[0])), 1) for side in (w, h))
+        return int((width - w + 1) * u[1]), int((height - h + 1) * u[2]), w, h
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 def to_tensor(image):
@@ -182,7 +185,9 @@ class Item(NamedTuple):
 
 
 class Dataset:
-    """Images at a path: ds[i] -> dict(image float32 (3,S,S) in [-1,1], label int or -1, text list of str, key str).
+    """Images at a path: ds[i] -> dict(image float32 (3,H,W) in [-1,1], label int or -1, text list of str, key str).
+
+    image_size: a side in pixels, or (height, width), kept as sides = (H, W).
 
     split: "train"; "val", which is the folder val/ (validation, valid, test), or shards named so, or, where there are
     none, the items with crc32(key) % 100 == 0, at least one; "all"; or one of those names itself. An item that does not
@@ -192,8 +197,9 @@ class Dataset:
 
     def __init__(self, path, split="train", image_size=256, cache_dir="cache", cache_gb=64.0):
         assert split in ("all", *SPLITS[1:]), f"split {split!r}: choose train, val, test or all"
-        assert isinstance(image_size, int) and image_size > 0, f"image_size {image_size!r}: give pixels, such as 256"
-        self.path, self.split, self.image_size = str(path), split, image_size
+        sides = (image_size,) if isinstance(image_size, int) else image_size
+        assert len(sides) in (1, 2) and min(sides) > 0, f"image_size {image_size!r}: give pixels, such as 256"
+        self.path, self.split, self.sides = str(path), split, (sides[0], sides[-1])
         self.remote = Remote(self.path, cache_dir, cache_gb) if "://" in self.path else None
         if self.remote:
             self.root, paths = self.remote.folder, self.remote.names
@@ -463,19 +469,19 @@ class Dataset:
             return to_rgb(image)
 
     def pixels(self, i, crop="center", flip=False, u=None):
-        """Image i as float32 (3,S,S) in [-1,1]: a square cut from it and resized to S = image_size, up or down.
+        """Image i as float32 (3,H,W) in [-1,1]: a rectangle of that shape cut from it, resized to H x W, up or down.
 
-        crop "center" takes the short side; "random" a square of 0.5 to 1 of it (as latent-diffusion does), its side and
-        position from u = (side, x, y), three numbers in [0, 1).
+        crop "center" takes the largest one; "random" one of 0.5 to 1 of its sides (as latent-diffusion does), size and
+        position from u = (size, x, y), three numbers in [0, 1).
         """
         image = to_tensor(self._crop_and_resize(self.rgb(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
         return image.flip(-1) if flip else image
 
     def _crop_and_resize(self, image, crop, u, resample):
-        """The square of a PIL image chosen by crop and u, resized to image_size."""
-        x, y, side = crop_square(*image.size, crop, u)
-        image = image.crop((x, y, x + side, y + side))
-        return image if side == self.image_size else image.resize((self.image_size, self.image_size), resample)
+        """The rectangle of a PIL image chosen by crop and u, resized to `sides`."""
+        x, y, w, h = crop_box(*image.size, self.sides, crop, u)
+        image = image.crop((x, y, x + w, y + h))
+        return image if (h, w) == self.sides else image.resize(self.sides[::-1], resample)
 
     def size(self, i):
         """(width, height) of image i, upright; its pixels are not decoded."""
@@ -497,7 +503,7 @@ class Dataset:
             return None if image is None else Image.fromarray(np.array(image, dtype=np.uint8))
 
     def map(self, i, crop="center", flip=False, u=None):
-        """The semantic map of image i, (S,S) int64, -1 unknown, cut as `pixels` cuts the image; resizing is nearest."""
+        """The semantic map of image i, (H,W) int64, -1 unknown, cut as `pixels` cuts the image; resizing is nearest."""
         image = self._map(i)
         if image is None:
             raise BadImage(f"{self.key(i)}: it has no map")
@@ -540,18 +546,18 @@ class Dataset:
         return [(names.get(name, str(name).strip()), box) for name, box in objects]
 
     def boxes(self, i, flip=False, crop="center", u=None):
-        """Objects of item i: [(name, x0, y0, x1, y1), ...] in shares of the square that `pixels` cuts, y downwards.
+        """Objects of item i: [(name, x0, y0, x1, y1), ...] in shares of the crop that `pixels` takes, y downwards.
 
-        Boxes are clipped to the square; those of which less than VISIBLE is inside are left out.
+        Boxes are clipped to the crop; those of which less than VISIBLE is inside are left out.
         """
         objects, visible = self.objects(i), []
-        x, y, side = crop_square(*self.size(i), crop, u) if objects else (0, 0, 1)
+        x, y, width, height = crop_box(*self.size(i), self.sides, crop, u) if objects else (0, 0, 1, 1)
         for name, (left, top, w, h) in objects:
-            x0, x1 = (min(max(v - x, 0), side) for v in (left, left + w))
-            y0, y1 = (min(max(v - y, 0), side) for v in (top, top + h))
-            x0, x1 = (side - x1, side - x0) if flip else (x0, x1)
+            x0, x1 = (min(max(v - x, 0), width) for v in (left, left + w))
+            y0, y1 = (min(max(v - y, 0), height) for v in (top, top + h))
+            x0, x1 = (width - x1, width - x0) if flip else (x0, x1)
             if w > 0 and h > 0 and (x1 - x0) * (y1 - y0) >= VISIBLE * w * h:
-                visible.append((name, x0 / side, y0 / side, x1 / side, y1 / side))
+                visible.append((name, x0 / width, y0 / height, x1 / width, y1 / height))
         return visible
 
     @functools.cached_property
@@ -753,7 +759,7 @@ def step_positions(step, micro, batch_size, grad_accum=1, rank=0, world=1):
 
 
 def collate(samples):
-    """Samples -> dict(image (B,3,S,S), label and index (B,) int64, flip (B,) bool, text, key and bad: lists of str).
+    """Samples -> dict(image (B,3,H,W), label and index (B,) int64, flip (B,) bool, text, key and bad: lists of str).
 
     Where samples have a condition, a dict of tensors (see data/tasks.py), these are stacked too.
     """

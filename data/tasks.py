@@ -172,12 +172,12 @@ def image_condition(task, vae, inputs, sides, map_classes=0):
     return (inputs["map"][:, None] == torch.arange(map_classes, device=inputs["map"].device).view(-1, 1, 1)).float()
 
 
-def show_condition(task, inputs, side):
-    """One example's condition as an image (3,side,side): with a gray hole, enlarged, or with a color for each class."""
+def show_condition(task, inputs, sides):
+    """One example's condition as an image (3,*sides): with a gray hole, enlarged, or with a color for each class."""
     if task == "inpaint":
         return inputs["image"] * (inputs["mask"] < 0.5)
     if task == "sr":
-        return F.interpolate(inputs["low"][None], (side, side), mode="nearest")[0]
+        return F.interpolate(inputs["low"][None], sides, mode="nearest")[0]
     colors = 2 * torch.rand(257, 3, generator=torch.Generator().manual_seed(0)) - 1
     return colors[inputs["map"]].permute(2, 0, 1)
 
@@ -200,9 +200,9 @@ def check_task(dataset, task, scale=4, degradation="bsr", layout=False):
     """Rejects a Dataset that lacks what a task, or a layout, needs."""
     assert task in TASKS, f"task {task!r}: choose one of {', '.join(TASKS)}"
     assert degradation in DEGRADATIONS, f"degradation {degradation!r}: choose {' or '.join(DEGRADATIONS)}"
-    side = dataset.image_size
-    if task == "sr" and side % scale:
-        reject(f"image_size={side}", f"cannot be divided by a scale of {scale}", "set another scale or size")
+    for side in dataset.sides if task == "sr" else ():
+        if side % scale:
+            reject(f"image_size={side}", f"cannot be divided by a scale of {scale}", "set another scale or size")
     if task == "semantic" and not (dataset.counts["maps"] and dataset.map_classes):
         reject(f"dataset {dataset.path}", "has no semantic maps", "add KEY.map.png, maps.npy or a column 'map'")
     if layout and not dataset.counts["objects"]:
@@ -215,9 +215,9 @@ class WithCondition(torch.utils.data.Dataset):
     LatentCache.
 
         none      {}
-        inpaint   {"image": (3,S,S), "mask": (1,S,S)}
-        sr        {"low": (3,S/scale,S/scale)}
-        semantic  {"map": (S,S) int64, -1 unknown}
+        inpaint   {"image": (3,H,W), "mask": (1,H,W)}
+        sr        {"low": (3,H/scale,W/scale)}
+        semantic  {"map": (H,W) int64, -1 unknown}
 
     With `layout`, names of object classes, text is the item's layout in objects of those. scale, degradation: of sr.
     Masks and degradations depend on (seed, task, p) only, so validation has the same ones each time. An item whose

@@ -128,7 +128,7 @@ def meta(stage, model, **more):
 def ldm_settings(denoiser, **more):
     """meta["model"] of a checkpoint of stage 2."""
     s = {"unet": denoiser.unet.settings, "text": denoiser.text and denoiser.text.settings, "cond": "none"}
-    s |= {"first_stage": "vae", "class_embed": "add", "num_classes": 0, "image_size": 32, "objective": "v"}
+    s |= {"first_stage": "vae", "class_embed": "add", "num_classes": 0, "image_size": (32,), "objective": "v"}
     s |= {"schedule": "cosine", "beta_start": 0.0015, "beta_end": 0.0195, "zero_snr": False, "uncertainty": False}
     s |= {"ema_stds": [], "text_encoder": "joint", "tower_hash": None, "task": "none"}
     return s | {"sr_scale": 0, "sr_noise": 0, "sr_schedule": None, "map_classes": 0} | more
@@ -173,7 +173,7 @@ def make_ldm_run(path, vae, classes=(), examples=None, unet=None, **model):
     if text:
         tensors["text.bpe"] = torch.tensor(list(text.bpe()), dtype=torch.uint8)
     about = {"num_classes": len(classes), "sr_scale": 2, "map_classes": 5 if rescaler else 0}
-    about |= {} if vae else {"first_stage": "none", "image_size": 8}
+    about |= {} if vae else {"first_stage": "none", "image_size": (8,)}
     examples = examples or [None] * 3
     more = dict(vae=vae and vae.settings, examples=examples, classes=list(classes))
     path.mkdir()

@@ -142,7 +142,7 @@ LINES = {
     "lr = print('executed')": ":3: lr is not a literal",
     "rl = 1": ":3: unknown setting 'rl': did you mean 'lr'?",
     "lr = True": ":3: --lr=True must be float",
-    "ch_mult = 1": ":3: --ch_mult=1 must be tuple of int",
+    "ch_mult = 1.5": ":3: --ch_mult=1.5 must be tuple of int",
     "data = None": ":3: --data=None must be str",
     "lr = -1": ":3: --lr=-1 must be > 0",
     "lr = = 1": " is no config file (invalid syntax (config.py, line 3)): write",

@@ -524,7 +524,7 @@ def test_pipeline_of_compvis(stable, tmp_path):
     assert parts["vae"][1]["latent_std"].unique().item() == pytest.approx(1 / 0.18215)
     expected = dict(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, objective="eps", cond="text")
     assert {name: parts["meta"]["model"][name] for name in expected} == expected
-    assert parts["meta"]["model"]["image_size"] == 512 and parts["text"][0]["heads"] == 1, "heads of 64, as published"
+    assert parts["meta"]["model"]["image_size"] == [512] and parts["text"][0]["heads"] == 1, "heads of 64, as published"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -722,7 +722,7 @@ def make_unet(settings=PLAIN, **more):
 
 def save_vae(folder, vae):
     """A checkpoint of stage 1; returns its path."""
-    about = meta("vae", vae.settings, config={"image_size": 16})
+    about = meta("vae", vae.settings, config={"image_size": (16,)})
     checkpoint.write(f"{folder}/vae.safetensors", checkpoint.with_prefix("ema", vae.state_dict()), about)
     return f"{folder}/vae.safetensors"
 
@@ -738,7 +738,9 @@ def save_ldm(folder, vae, denoiser, tower=None, **model):
         save_file(tower.state_dict(), config["tower_weights"])
         (folder / "merges.txt").write_bytes(MERGES)
         model |= dict(cond="text", tower_hash=checkpoint.hash_weights(tower))
-    about = ldm_settings(denoiser, **{"image_size": 16 if vae else 8, "beta_start": 0.00085, "beta_end": 0.012} | model)
+    about = ldm_settings(
+        denoiser, **{"image_size": (16,) if vae else (8,), "beta_start": 0.00085, "beta_end": 0.012} | model
+    )
     about["first_stage"] = "vae" if vae else "none"
     about = meta("ldm", about, vae=vae and vae.settings, examples=[None], classes=[], config=config)
     checkpoint.write(f"{folder}/ldm.safetensors", tensors, about)
@@ -875,7 +877,7 @@ def test_text_pipeline(name, diffusers, transformers, tmp_path, small_towers):
     tower, out = fill(CLIPTextEncoder(**TOWERS[name], merges=MERGES)).eval(), f"{tmp_path}/out"
     process = dict(objective="eps", schedule="scaled_linear") if name == "clip_l" else {}
     unet = make_unet(CROSS, context_dim=tower.width)
-    file = save_ldm(tmp_path, make_vae(), unet, tower, text_encoder=name, **process)
+    file = save_ldm(tmp_path, make_vae(), unet, tower, text_encoder=name, image_size=(16, 24), **process)
     convert.to_diffusers(file, out)
     theirs = opened(diffusers, out, "StableDiffusionPipeline")
     prompts = ["low low!! Slow", "a lower owl " * 9, ""]
@@ -883,8 +885,8 @@ def test_text_pipeline(name, diffusers, transformers, tmp_path, small_towers):
     assert tokens.tolist() == tower.tokenize(prompts).tolist() and theirs.tokenizer.model_max_length == 12
     close(theirs.text_encoder(tokens)[0], tower(prompts))
     expected = images_of(file, prompts, 10, guidance=3.0)
-    latents = torch.stack([normal(3, 8, 8, seed=7 + i) for i in range(3)])
-    options = dict(num_inference_steps=10, guidance_scale=3.0, height=16, width=16, output_type="np")
+    latents = torch.stack([normal(3, 8, 12, seed=7 + i) for i in range(3)])
+    options = dict(num_inference_steps=10, guidance_scale=3.0, output_type="np")
     close(torch.as_tensor(theirs(prompts, latents=latents, **options).images), expected, 1e-3)
     close(images_of(out, prompts, 10, guidance=3.0), expected, 1e-3)
     assert expected.std() > 0.05 and (expected[0] - expected[2]).abs().max() > 0.01, "the prompts matter"
@@ -903,6 +905,7 @@ NO_PIPELINE = [  # the checkpoint's settings, the autoencoder's, whether its tow
     (SR | dict(sr_noise=0), KL, True, "StableDiffusionUpscalePipeline adds noise, sr_noise=0 has none"),
     (CLASS, KL, False, "no pipeline for such classes; class_labels=3 is the empty condition"),
     (dict(unet=CROSS), KL, False, "LDMPipeline takes plain attention, transformer_depth=0"),
+    (dict(image_size=(8, 16)), KL, False, "LDMPipeline and StableDiffusionInpaintPipeline make square images"),
     (WITH_TEXT, KL, False, "its text encoder was trained here and cannot be exported"),
     (WITH_TEXT, VQ, True, "StableDiffusionPipeline takes no VQ"),
 ]
@@ -910,7 +913,11 @@ NO_PIPELINE = [  # the checkpoint's settings, the autoencoder's, whether its tow
 
 @pytest.mark.parametrize("model, vae, tower, reason", NO_PIPELINE)
 def test_models_without_a_pipeline(model, vae, tower, reason):
-    model = model if model is None else dict(cond="none", task="none", num_classes=0, sr_scale=0, unet=PLAIN) | model
+    model = (
+        model
+        if model is None
+        else dict(cond="none", task="none", num_classes=0, sr_scale=0, unet=PLAIN, image_size=(16,)) | model
+    )
     got = convert.pipeline_of(model, vae and (convert.VAE | vae, {}, 1.0), ({}, {}, b"") if tower else None)
     assert got == ("", reason)
 

@@ -36,7 +36,7 @@ objectives = pytest.mark.parametrize("objective", ("eps", "v", "x0", "flow"))
 
 def settings(**values):
     """The script's settings, with a small batch and nothing but the plain loss."""
-    plain = dict(cond="none", objective="v", schedule="cosine", timesteps="uniform", batch_size=4, image_size=16)
+    plain = dict(cond="none", objective="v", schedule="cosine", timesteps="uniform", batch_size=4)
     return configure(vars(train_ldm).copy(), []).replace(**plain | dict(sr_scale=2) | values)
 
 
@@ -163,16 +163,16 @@ def test_conditions_are_dropped_at_their_rate(cond_drop):
 
 def test_noise_is_a_slice_of_the_global_batch():
     cfg = settings(offset_noise=0.1, sr_noise=5)
-    one = step_noise(3, (4, 8, 8), cfg, machine(), 1)[0]
+    one = step_noise(3, (4, 8, 8), 2, cfg, machine(), 1)[0]
     shapes = dict(posterior=(4, 8, 8), eps=(4, 8, 8), t=(), drop=(), level=(), offset=(4, 1, 1), low=(3, 8, 8))
     assert {name: tuple(n.shape) for name, n in one.items()} == {name: (4, *shape) for name, shape in shapes.items()}
     small = cfg.replace(batch_size=1)
-    ranks = [step_noise(3, (4, 8, 8), small, machine(rank, 2), 2) for rank in range(2)]
+    ranks = [step_noise(3, (4, 8, 8), 2, small, machine(rank, 2), 2) for rank in range(2)]
     for name, n in one.items():
         assert torch.equal(torch.cat([ranks[rank][micro][name] for micro in range(2) for rank in range(2)]), n), name
         assert len(n.flatten(1).unique(dim=0) if n.ndim > 1 else n.unique()) == 4, "every image has its own"
-        assert not torch.equal(n, step_noise(4, (4, 8, 8), cfg, machine(), 1)[0][name])
-        assert not torch.equal(n, step_noise(3, (4, 8, 8), cfg.replace(seed=1), machine(), 1)[0][name])
+        assert not torch.equal(n, step_noise(4, (4, 8, 8), 2, cfg, machine(), 1)[0][name])
+        assert not torch.equal(n, step_noise(3, (4, 8, 8), 2, cfg.replace(seed=1), machine(), 1)[0][name])
 
 
 # --- averages ---
@@ -362,11 +362,11 @@ def test_no_step_waits_for_the_device(start):
 
 RUNS = {
     "inpaint": ("--task=inpaint", "--cond=text"),
-    "sr": ("--task=sr", *PLAIN, "--sr_scale=2", "--sr_noise=300"),
+    "sr": ("--task=sr", *PLAIN, "--sr_scale=2", "--sr_noise=300", "--image_size=24,16"),
     "small sr": ("--task=sr", *PLAIN, "--sr_scale=4", "--sr_degradation=bicubic"),
     "semantic": ("--task=semantic", "--cond=class", "--transformer_depth=0"),
-    "layout": ("--cond=layout",),
-    "pixels": ("--task=inpaint", *PLAIN, "--first_stage=none", "--unet_dropout=0.1"),
+    "layout": ("--cond=layout", "--image_size=24,16"),
+    "pixels": ("--task=inpaint", *PLAIN, "--first_stage=none", "--unet_dropout=0.1", "--image_size=24,16"),
     "tokens": ("--cond=class", "--class_embed=token", "--cache_latents=false", "--workers=1"),
     "classes": ("--cond=class", "--transformer_depth=0", "--objective=eps", "--schedule=scaled_linear"),
     "all": (
@@ -376,6 +376,7 @@ RUNS = {
         "--offset_noise=.1",
         "--ema_stds=.05,.1",
         "--optimizer=muon",
+        "--image_size=24,16",
     ),  # fmt: skip
 }
 
@@ -496,7 +497,7 @@ def test_grids_of_a_task_use_the_same_images(monkeypatch):
 
     monkeypatch.setattr(train_ldm, "generate", generate)
     monkeypatch.setattr(train_ldm, "save_grid", lambda path, *args, columns: grid.extend(args))
-    cfg = settings(task="inpaint", cond="class", n_samples=8, image_size=4)
+    cfg = settings(task="inpaint", cond="class", n_samples=8)
     train_ldm.save_samples("a.png", pipeline, items, cfg, contextlib.nullcontext())
     assert grid[1] == ["condition", "one", "condition", "", "condition", "two"] and asked == [1, 3, 2]
     assert grid[0][:, 0, 0, 0].tolist() == [0, 10, 1, 11, 2, 12]
@@ -652,7 +653,7 @@ def test_configs(path):
     """They name settings that exist; one that says how many parameters it has, has as many."""
     cfg = configure(dict(vars(train_ldm)), [str(path)])
     train_ldm.check_settings(cfg)
-    side = cfg.image_size if cfg.first_stage == "none" else cfg.image_size // 4
+    side = cfg.image_size[0] // (1 if cfg.first_stage == "none" else 4)
     with torch.device("meta"):
         train_ldm.build_denoiser(cfg.replace(cond="none"), (4, side, side), map_classes=2)
     count = re.search(r"([\d.]+) M parameters", path.read_text().split("\n")[0])

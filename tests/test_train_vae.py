@@ -207,28 +207,32 @@ def test_noise_is_a_slice_of_the_global_batch():
     assert not torch.equal(train_vae.step_noise(8, (4, 2, 2), settings(batch_size=12), machine(), 1)[0], one)
 
 
-@pytest.mark.parametrize("transform", ((1, 0), (0, 4), (3, 6)))
+@pytest.mark.parametrize("transform", ((1, ()), (0, (4, 4)), (3, (6, 4))))
 def test_equivariance_compares_with_images_treated_alike(transform):
     class Equivariant(torch.nn.Module):
-        def forward(self, x, noise, turns=0, side=0):
-            return turn_and_scale(x, turns, 2 * side), Posterior(torch.zeros(len(x), 8, 8, 8))
+        def forward(self, x, noise, turns=0, sides=()):
+            return turn_and_scale(x, turns, [2 * side for side in sides]), Posterior(torch.zeros(len(x), 8, 8, 8))
 
     x, disc = torch.rand(2, 3, 16, 16) * 2 - 1, Slope(1.0)
     noise = torch.zeros(2, 4, 8, 8)
     terms, _ = train_step(Equivariant(), {"image": x}, noise, settings(), None, disc, 0.5, transform)
     assert terms["recon"] == 0 and len(disc.inputs) == 3 and torch.equal(disc.inputs[1], disc.inputs[2])
-    assert torch.equal(disc.inputs[1], turn_and_scale(x, transform[0], 2 * transform[1]))
-    assert disc.inputs[1].shape[-1] == (2 * transform[1] or 16)
+    assert torch.equal(disc.inputs[1], turn_and_scale(x, transform[0], [2 * side for side in transform[1]]))
+    assert disc.inputs[1].shape[2:] == tuple(2 * side for side in transform[1] or (8, 8))
 
 
 def test_transforms_of_equivariance():
-    cfg = settings(equivariance_prob=0.5, image_size=64, perceptual_weight=1.0, disc_weight=0.5, disc_layers=2)
-    chosen = [latent_transform(step, cfg, 4) for step in range(2000)]
+    cfg = settings(equivariance_prob=0.5, perceptual_weight=1.0, disc_weight=0.5, disc_layers=2)
+    chosen = [latent_transform(step, (4, 16, 16), cfg, 4) for step in range(2000)]
     assert 900 < sum(map(bool, chosen)) < 1100
-    assert set(chosen) == {(turns, side) for turns in range(4) for side in (0, 4, 8, 12)} - {(0, 0)} | {()}
+    assert set(chosen) == {(turns, (side, side)[:side]) for turns in range(4) for side in (0, 4, 8, 12)} - {(0, ())} | {
+        ()
+    }
     cfg = cfg.replace(lpips_net="alex", equivariance_prob=1.0)  # which needs 31 pixels, 8 latents
-    assert {latent_transform(step, cfg, 4)[1] for step in range(500)} == {0, 8, 12}
-    assert not any(latent_transform(step, cfg.replace(equivariance_prob=0.0), 4) for step in range(99))
+    chosen = {latent_transform(step, (4, 16, 24), cfg, 4) for step in range(500)}
+    assert {sides for turns, sides in chosen if turns % 2 == 0} == {(), (8, 12), (12, 18)}
+    assert {sides for turns, sides in chosen if turns % 2} == {(), (12, 8), (18, 12)}
+    assert not any(latent_transform(step, (4, 16, 16), cfg.replace(equivariance_prob=0.0), 4) for step in range(99))
 
 
 # --- codebook, EMA ---
@@ -392,7 +396,7 @@ def test_a_stopped_run_can_be_measured(start, killed, small_data, tmp_path):
     # a second time, on other images, they are only printed, unless asked for
     other = ("--measure_latents", "--device=cpu", "--ckpt=out", f"--dataset={small_data}/val", "--image_size=24")
     printed = start("vae", *other, bare=True, folder=folder).finish().stdout
-    assert "at 24 px on" in printed and "not stored, as the checkpoint has latent mean" in printed
+    assert "at 24x24 px on" in printed and "not stored, as the checkpoint has latent mean" in printed
     assert_same(run.checkpoint[0], after)
     start("vae", *other, "--overwrite", bare=True, folder=folder).finish()
     assert not torch.equal(run.checkpoint[0]["ema.latent_std"], after["ema.latent_std"])
@@ -404,12 +408,12 @@ def test_a_stopped_run_can_be_measured(start, killed, small_data, tmp_path):
 
 # --- runs: LPIPS, GAN, VQ ---
 
-ALL_ON = "--image_size=24 --perceptual_weight=1 --lpips_net=squeeze --disc_weight=0.5 --disc_layers=1 --disc_start=3"
+ALL_ON = "--image_size=24,40 --perceptual_weight=1 --lpips_net=squeeze --disc_weight=0.5 --disc_layers=1 --disc_start=3"
 ALL_ON += " --optimizer=muon --weight_decay=0.1"
 ALL_ON = (
     ALL_ON + " --dtype=float64 --disc_warmup=1 --disc_ramp=1 --adaptive_max=0.5 --lecam_weight=0.01 --r1_weight=0.1"
 ).split()
-VQ_ON = "--bottleneck=vq --codebook_size=40 --embed_dim=3 --restart_every=2 --equivariance_prob=0.7"
+VQ_ON = "--image_size=16,24 --bottleneck=vq --codebook_size=40 --embed_dim=3 --restart_every=2 --equivariance_prob=0.7"
 VQ_ON = (VQ_ON + " --disc_weight=0.5 --disc_layers=1 --disc_start=2").split()
 GAME = ("--disc_weight=0.5", "--disc_layers=1", "--disc_start=1")
 
@@ -441,7 +445,7 @@ def test_a_run_with_everything(adversarial, start, trunk, tmp_path):
     for r in run.log:
         expected = r["recon"] + r["perceptual"] + 1e-6 * r["kl"] + r.get("gan_weight", 0) * r.get("gan", 0)
         assert r["loss"] == pytest.approx(expected, rel=1e-5) and r["perceptual"] > 0
-    kl = sum(run.log[-1]["val_kl_per_channel"]) / (3 * 24 * 24)
+    kl = sum(run.log[-1]["val_kl_per_channel"]) / (3 * 24 * 40)
     assert run.log[-1]["val_lpips"] > 0 and kl == pytest.approx(run.log[-1]["val_kl"], rel=1e-3)
     tensors, meta = run.checkpoint
     names = {"disc.main.0.weight", "disc_optim.main.0.weight.exp_avg", "state.adaptive", "disc.mean_logits"}
@@ -496,7 +500,7 @@ def test_a_killed_vq_run_resumes_bit_for_bit(vq, start, tmp_path):
     args = (*VQ_ON, "--dtype=float64", "--eval_every=3", "--save_every=3")
     killed = start("vae", *args, trap=("step 4,", signal.SIGKILL), folder=tmp_path)
     killed.wait()
-    assert killed.checkpoint[1]["step"] == 3 and killed.checkpoint[0]["state.code_counts"].sum() == 4 * 8 * 8
+    assert killed.checkpoint[1]["step"] == 3 and killed.checkpoint[0]["state.code_counts"].sum() == 4 * 8 * 12
     assert_same(start("vae", *args, folder=tmp_path).finish().checkpoint[0], vq.checkpoint[0])
 
 
@@ -585,19 +589,16 @@ def test_a_discriminator_that_does_not_train_is_kept(start, tmp_path):
 def test_eval_only(adversarial, start, small_data, trunk, tmp_path):
     ckpt = shutil.copytree(adversarial().out, tmp_path / "copy")
     args = ("--eval_only=true", f"--ckpt={ckpt}", "--eval_split=val", "--device=cpu", "--batch_size=4")
-    run = start("vae", *args, bare=True, folder=tmp_path).finish()  # at 24 px and with LPIPS, as it was trained
+    run = start("vae", *args, bare=True, folder=tmp_path).finish()  # at 24x40 px and with LPIPS, as it was trained
     logged = adversarial().log[-1]
     printed = dict(re.findall(r"^  (\w+) +(.*)$", run.stdout, re.M))
     for name in ("psnr", "ssim", "lpips", "kl", "largest_activation"):
         assert float(printed[name]) == pytest.approx(logged[f"val_{name}"], abs=2e-4), name
     assert eval(printed["latent_std"]) == logged["val_latent_std"] and "on 16 images" in run.stdout
-    assert np.asarray(Image.open(ckpt / "eval.png")).shape == (
-        3 * (5 * 24 + 4),
-        4 * (5 * 24 + 4),
-        3,
-    )  # batch_size 4 of them
+    grid = np.asarray(Image.open(ckpt / "eval.png"))
+    assert grid.shape == (3 * (3 * 24 + 4), 4 * (3 * 40 + 4), 3), "batch_size 4 of them"
     assert not (tmp_path / "out").exists()
-    mean = posterior_of(VAE.from_pretrained(ckpt), small_data, "val", 24).mean
+    mean = posterior_of(VAE.from_pretrained(ckpt), small_data, "val", (24, 40)).mean
     far = (mean - mean.mean(dim=(0, 2, 3), keepdim=True)).abs().amax(dim=(0, 2, 3))
     farthest = far / torch.tensor(logged["val_latent_std"])
     torch.testing.assert_close(torch.tensor(eval(printed["latent_farthest"])), farthest, rtol=1e-3, atol=1e-3)
@@ -618,6 +619,8 @@ UNFIT = {
     "--image_size=16 --disc_weight=1 --disc_layers=3": "image_size=16 is below 24, which is the least of SSIM",
     "--image_size=16 --lpips_trunk=FILE --lpips_net=squeeze": "image_size=16 is below 17",
     "--image_size=8": "image_size=8 is below 11",
+    "--image_size=16,16,16": "image_size must be a side, or height,width",
+    "--image_size=16,8": "image_size=8 is below 11",
     "--train=decoder": "needs a trained autoencoder; set init_from",
     "--adaptive_min=2": "adaptive_min must be <= adaptive_max",
     "--eval_split=val": "--eval_split is only used with --eval_only",

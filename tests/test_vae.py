@@ -330,13 +330,13 @@ def test_a_vq_autoencoder():
 
 def test_turn_and_scale():
     x = images(2, 3, 8, 8)
-    assert turn_and_scale(x, 0, 0) is x
-    turned = turn_and_scale(x, 1, 0)
+    assert turn_and_scale(x, 0, ()) is x
+    turned = turn_and_scale(x, 1, ())
     assert torch.equal(turned, x.transpose(2, 3).flip(2)), "counterclockwise"
-    assert turn_and_scale(x, 0, 4).std() < 0.8 * x.std(), "no antialiasing"
+    assert turn_and_scale(x, 0, (4, 4)).std() < 0.8 * x.std(), "no antialiasing"
     vae, noise, x = fill(VAE(**TINY)), normal(2, 3, 4, 4), images(2, 3, 16, 16)
     z = vae.encode(x).sample(noise)
-    assert torch.equal(vae(x, noise, 3, 2)[0], vae.decode(turn_and_scale(z, 3, 2)))
+    assert torch.equal(vae(x, noise, 3, (4, 2))[0], vae.decode(turn_and_scale(z, 3, (4, 2))))
 
 
 # --- the discriminator ---
