@@ -62,7 +62,12 @@ class BadImage(ValueError):
     """An item that cannot be read or decoded; the message is "key: reason", on one line."""
 
     def __init__(self, message):
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
+
+
+def printable(text):
+    """text, with escapes for the bytes of file names that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @contextlib.contextmanager
@@ -214,7 +219,7 @@ class Dataset:
         self.format, self._indexes, self._left = self._index(paths, cache_dir)
         self.headers = self._indexes.headers
         if not any(header["n"] for header in self.headers):
-            looked = "looked for images.npy, *.tar, *.parquet and image files that Pillow reads, in sub-folders too"
+            looked = "looked for images.npy, and in sub-folders too for *.tar, *.parquet and images that Pillow reads"
             if self.format == "parquet":
                 looked = "put the encoded images, not their paths, into a column 'image'"
             looked = "looked for *.tar and *.parquet: remote images have to be in shards" if self.remote else looked
@@ -266,9 +271,10 @@ class Dataset:
         repeated = sum(header["repeated"] for header in self.headers)
         parts += [f"{repeated} keys repeated (files side by side are one item)"] if repeated else []
         left = self._left_out()
-        if sum(sizes.values()) < total:
-            left.append(f"{total - sum(sizes.values())} in no split (beside train/)")
-        return f"{self.path}: {', '.join(parts)}" + (f"; left out: {', '.join(left)}" if left else "")
+        outside = sum(h["n"] for h in self.headers if not h["split"])
+        if outside and any(h["n"] and h["split"] == "train" for h in self.headers):
+            left.append(f"{outside} images outside of {' and '.join(['train', *held_out])}")
+        return printable(f"{self.path}: {', '.join(parts)}" + (f"; left out: {', '.join(left)}" if left else ""))
 
     def _left_out(self):
         """What lies at the path and is not read: a phrase for each reason, with a count and an example."""
@@ -284,7 +290,7 @@ class Dataset:
         """(format, indexes, what is left out): of images.npy, else of the shards, tar or parquet, that have more bytes,
         unless there are as many image files outside of them.
         """
-        npy = [path for path in paths if path in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
+        npy = [path for path in paths if path.lower() in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
         images = [path for path in paths if path.lower().endswith(IMAGES) and os.path.basename(path) not in OWN]
         shards = [path for path in paths if os.path.basename(path).lower() not in forms.METADATA]
         by_form = {form: [path for path in shards if path.lower().endswith(f".{form}")] for form in ("tar", "parquet")}
@@ -298,7 +304,7 @@ class Dataset:
         elif shards:
             origin = self.path if self.remote else os.path.realpath(self.path)
             index = functools.partial(getattr(forms, f"index_{form}"), self._open_file)
-            folder = f"{cache_dir}/index-{digest('v8', form, origin)}"
+            folder = f"{cache_dir}/index-{digest('v9', form, origin)}"
             indexes = StoredIndexes(folder, list(zip(shards, stamps[form])), index)
             n = sum(header["n"] for header in indexes.headers)
             if images and not self.remote and n <= len(images):
@@ -407,21 +413,23 @@ class Dataset:
         headers = self.headers
         if is_named := any(header["named"] for header in headers):  # then all labels are words
             numbers = self._occurring(s for s, header in enumerate(headers) if not header["named"])
-            words = (name for header in headers if header["named"] for name in header["names"])
-            names = forms.by_value({*words, *map(str, numbers)})
+            named = (name for header in headers if header["named"] for name in header["names"])
+            names = forms.by_value({*named, *map(str, numbers)})
             highest = len(names) - 1
         else:
             names = next((header["names"] for header in headers if header["names"]), [])
             highest = max(header["highest"] for header in headers)
         self.classes = self._listed_names("classes.json", "meta.json") or names
         number = {name: i for i, name in reversed(list(enumerate(self.classes)))}
+        words = [name for name in names if not name.isdecimal()]
         order = list(range(len(names)))  # order[i]: the class of names[i]
         if number.keys() >= set(names):
             order = [number[name] for name in names]
-        elif len(names) != len(self.classes):  # as many names are the same classes, renamed
+        elif len(names) != len(self.classes) or {*map(str.lower, words)} & {*map(str.lower, number)}:
+            # as many names, all of them others, are the same classes, renamed
             what = f"has {len(names)} classes, classes.json {len(self.classes)}, and "
             what += f"{min(set(names) - number.keys())!r} is not among them"
-            reject(f"dataset {self.path}", what, "add what is missing, or give {number: name}")
+            reject(f"dataset {self.path}", what, "list the same names, or {number: name} with one for each class")
         is_renumbered = order != list(range(len(names)))
         if self.classes and highest >= len(names if is_renumbered else self.classes):
             what = f"has label {highest} but only {len(self.classes)} class names"

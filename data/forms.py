@@ -133,11 +133,11 @@ def index_folder(root, paths):
     """One Index for each run of paths that have the same split."""
     left = Left()
     images, parts, about = read_folder(root, paths, left)
-    tops = {path.split("/")[0] for path in images if "/" in path}
+    first = [path.split("/")[0].lower() if "/" in path else "" for path in images]
     # train/ and val/ are splits; train/ among airplane/ and boat/ is a class
-    is_split = tops <= set(SPLITS) or ("train" in tops and tops & set(HELD_OUT))
-    split_of = [path.split("/")[0] if is_split and path.split("/")[0] in SPLITS else "" for path in images]
-    below = [path[len(split) :].lstrip("/") for path, split in zip(images, split_of)]  # starts with its class
+    is_split = set(first) - {""} <= set(SPLITS) or ("train" in first and set(first) & set(HELD_OUT))
+    split_of = [name if is_split and name in SPLITS else "" for name in first]
+    below = [nfc(path[len(split) :].lstrip("/")) for path, split in zip(images, split_of)]  # starts with its class
     # as on the Hugging Face hub, labels in metadata go first, and a single folder of images with captions is no class
     folders = {path.split("/")[0] for path in below if "/" in path}
     has_labels = any("label" in values for values in about.values())
@@ -203,8 +203,13 @@ def read_folder(root, paths, left):
 
 def normal(path):
     """A path as it is compared: normalized Unicode, slashes, the extension in lower case."""
-    stem, extension = os.path.splitext(os.path.normpath(unicodedata.normalize("NFC", path.replace("\\", "/"))))
+    stem, extension = os.path.splitext(os.path.normpath(nfc(path.replace("\\", "/"))))
     return stem + extension.lower()
+
+
+def nfc(text):
+    """Normalized Unicode: macOS writes some letters as two characters."""
+    return unicodedata.normalize("NFC", text)
 
 
 def is_sharded(paths):
@@ -248,7 +253,9 @@ def read_metadata(root, tables, by_name, left):
                 left.add(f"lines of metadata {'that fit several images' if images else 'without an image'}", name)
                 continue
             found, before = found_in(record), about.get(images[0], {})
-            if before.get("label", found.get("label")) != found.get("label", before.get("label")):
+            if not found:
+                left.add("lines of metadata without text or label", name)
+            if "label" in before and "label" in found and before["label"] != found["label"]:
                 left.add("labels in metadata unlike those of an earlier line", name)
             texts = dict.fromkeys(before.get("text", []) + found.get("text", []))
             about[images[0]] = found | before | ({"text": list(texts)} if texts else {})
@@ -264,12 +271,13 @@ def read_table(path, left):
         return open_parquet(path).read(use_threads=False).to_pylist()
     if path.lower().endswith(".jsonl"):
         return json_lines(path)
-    text = read_text(path)
+    text = read_text(path) or "\n"  # of an empty file the first line is empty
     try:
         # the delimiter and quotes that give the first line a name of FILES
         for quote, delimiter in itertools.product("\"'", ",;\t|"):
             options = dict(delimiter=delimiter, quotechar=quote, skipinitialspace=True)
             names, *rows = csv.reader(io.StringIO(text, newline=""), **options)
+            names = [name.strip() for name in names]
             if field(dict.fromkeys(names, 1), FILES):
                 break
         else:
@@ -283,7 +291,7 @@ def read_table(path, left):
         elif len(row) > len(names):
             left.add("lines of metadata with more fields than columns", row[0])
             row.clear()
-    return [dict(zip(names, row)) for row in rows if row]
+    return [dict(zip(names, map(str.strip, row))) for row in rows if row]
 
 
 def stat(path):
@@ -304,7 +312,7 @@ def list_files(root):
         if real in way:  # a link that leads back up would never end
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX", "__pycache__"))]
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX", "__pycache__", "@eaDir"))]
         above |= {os.path.join(folder, name): (*way, real) for name in folders}
         inside = folder[len(root) :].strip("/")
         found += [f"{inside}/{name}".lstrip("/") for name in files if not name.startswith(".")]
@@ -317,7 +325,8 @@ def list_files(root):
 def found_in(record):
     """{label, text, objects}: those that JSON, or a row of a table, has."""
     found = dict(label=field(record, LABELS), text=captions_of(record), objects=field(record, OBJECTS))
-    return {name: value for name, value in found.items() if value not in (None, [])}
+    # pandas writes gaps as NaN, which is not itself
+    return {name: value for name, value in found.items() if value == value and value not in (None, [])}
 
 
 def describe(key, parts, read, left):
@@ -358,6 +367,8 @@ def index_tar(open_shard, shard):
             if image is not None:
                 about = describe(key, parts, read, index.left)
                 index.add(key, image, parts.get(".map.png", NOWHERE), **about)
+    if not index.keys and not index.left:
+        index.left.add("empty tar files", shard)
     return index
 
 
@@ -371,7 +382,7 @@ def tar_samples(f, index):
         stem, _, extension = name.partition(".")
         if member.isfile() and stem and member.offset_data + member.size <= end:
             key = f"{folder}/{stem}" if folder else stem
-            files = samples.setdefault(unicodedata.normalize("NFC", key), [])
+            files = samples.setdefault(nfc(key), [])
             files.append((number, key, "." + extension.lower(), (0, member.offset_data, member.size)))
         elif not member.isdir():
             why = "that are links" if not member.isfile() else "cut short" if stem else "that are hidden"
@@ -407,7 +418,8 @@ def tar_members(f, end, index):
         except tarfile.TarError as e:
             reason = f" ({e})"
         if at == begin:  # not a header
-            index.left.add(f"bytes that are not tar{reason}", f"from byte {at}", end - at)
+            shard = index.header["files"][0]
+            index.left.add(f"bytes that are not tar{reason}", f"{shard} from byte {at}", end - at)
             return
 
 
@@ -451,21 +463,22 @@ def index_parquet(open_shard, shard):
         return next((name for name in named if re.search(types, str(schema.field(name).type))), None)
 
     pixels, maps = (column(names, "^(large_|fixed_size_)?binary|^struct.*binary") for names in (PIXELS, MAPS))
-    about = dict(label=column(LABELS), text=column(CAPTIONS), objects=column(OBJECTS))
-    about = {name: column for name, column in about.items() if column}
-    prefix, names = f"{shard[:-8]}/", hub_names(f, about.get("label"))
+    about = [name for name in schema.names if name.lower() in (*LABELS, *CAPTIONS, *OBJECTS)]
+    prefix, names = f"{shard[:-8]}/", hub_names(f, column(LABELS))
     index = Index(shard_split(shard), [shard], prefix, names, columns=dict(image=pixels, map=maps))
     if (other := column(MAPS)) and not maps:
         index.left.add("maps that are no encoded images", f"column {other} of {schema.field(other).type}", rows)
     if pixels is None:
         index.left.add(NO_BYTES, f"{shard} has {', '.join(schema.names)}", rows)
         return index
+    if others := [] if about else [name for name in schema.names if name not in (pixels, maps)]:
+        index.left.add("columns that are neither captions nor labels", f"{shard}: {others[0]}", len(others))
     if rows > 8 * os.fstat(file.fileno()).st_size:  # keys of so many would fill the memory
         reject(path, f"declares {rows} rows, so it is damaged", "fetch it again")
     number = 0
     for group in range(f.num_row_groups):
         try:
-            values = f.read_row_group(group, columns=list(about.values()), use_threads=False).to_pylist()
+            values = f.read_row_group(group, columns=about, use_threads=False).to_pylist()
             missing = rows_without_bytes(f, group, pixels)
         except Exception as e:  # of many types
             reject(path, f"is damaged ({e})", "fetch it again")
@@ -473,8 +486,8 @@ def index_parquet(open_shard, shard):
             if row in missing:
                 index.left.add(NO_BYTES, f"{prefix}{number:06d}")
             else:
-                found = {name: values[row][column] for name, column in about.items()}
-                index.add(f"{number:06d}", (0, group, row), (0, 0, int(maps is not None)), **found)
+                map_where = 0, 0, int(maps is not None)
+                index.add(f"{number:06d}", (0, group, row), map_where, **found_in(values[row]))
             number += 1
     return index
 
@@ -517,7 +530,7 @@ def index_npy(root, path):
     size = images.nbytes // max(len(images), 1)
     area = size // math.prod(images.shape[3:])  # bytes of a map
     files = [path, folder + "captions.jsonl", folder + "maps.npy", folder + "labels.npy"]
-    index = Index(folder.rstrip("/"), files, folder, shape=images.shape[1:])
+    index = Index(folder.rstrip("/").lower(), files, folder, shape=images.shape[1:])
     for i in range(len(images)):
         map_where = NOWHERE if maps is None else (2, maps.offset + i * area, area)
         about = found_in(records[i]) if records else {}
@@ -529,7 +542,7 @@ def index_npy(root, path):
 
 def shard_split(path):
     """The split that a shard belongs to: its folder train/ or val/, or its name, as in val-00000.tar."""
-    *folders, name = path.split("/")
+    *folders, name = path.lower().split("/")
     named = re.match(r"(train|validation|valid|val|test)(?![a-z])", name)
     return next((folder for folder in folders if folder in SPLITS), named[1] if named else "")
 
@@ -580,15 +593,22 @@ def field(record, names):
 
 
 def captions_of(value):
-    """list of str from a caption, a list of them, or a JSON object that holds either."""
+    """list of str from a caption, a JSON object that holds one, or a list of these; or from an object that holds it."""
     value = field(value, CAPTIONS) if isinstance(value, dict) else value
-    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text.strip()]
+    texts = [
+        field(text, CAPTIONS) if isinstance(text, dict) else text
+        for text in (value if isinstance(value, list) else [value])
+    ]
+    texts = [decode(text) if isinstance(text, bytes) else text for text in texts]
+    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    return [text.encode(errors="replace").decode() for text in texts]  # JSON may have half an emoji, which is no text
 
 
 def class_of(label):
     """An int or a name from a label; None if it is no class."""
+    label = decode(label) if isinstance(label, bytes) else label  # parquet of some writers
     if isinstance(label, str):
-        label = label.strip()
+        label = nfc(label.strip())
         label = int(float(label)) if re.fullmatch(r"-?\d{1,9}(\.0*)?", label) else label or None
     elif isinstance(label, float):  # a column with gaps
         label = int(label) if label.is_integer() else None
@@ -616,17 +636,22 @@ def json_lines(path):
 
 
 def read_classes(path):
-    """Class names from JSON: a list, an object {index: name}, or {"classes": list}."""
+    """Class names from JSON: a list, an object {index: name} or {name: index}, or {"classes": list}."""
     try:
         names = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as e:
         reject(path, f"is not JSON ({e})", "correct it, or remove it")
+    if isinstance(names, dict) and not path.endswith("meta.json"):
+        if all(isinstance(number, int) for number in names.values()):  # class_to_idx of torchvision
+            names = {str(number): name for name, number in names.items()}
+        if "classes" not in names and not any(map(str.isdecimal, names)):
+            reject(path, "has no list of names", "give a list, {number: name} or {name: number}")
     if isinstance(names, dict):
         count = 1 + max((int(i) for i in names if re.fullmatch("[0-9]{1,9}", i)), default=-1)
         if count > 100 * len(names) + 100_000:
             reject(path, f"names {len(names)} classes up to number {count - 1}", "number them from 0")
         names = names.get("classes", [names.get(str(i), str(i)) for i in range(count)])
-    return [str(name) for name in names] if isinstance(names, list) else []
+    return [nfc(str(name)) for name in names] if isinstance(names, list) else []
 
 
 def open_npy(path):

@@ -310,6 +310,18 @@ FOUND = {
     "classes": ({"b/1.png": P, "a/1.png": P}, {"a/1.png": 0, "b/1.png": 1}, "a b", ""),
     "no classes": ({"1.png": P, "x.txt": "-"}, {"1.png": -1}, "", "1 .txt files without an image (x.txt)"),
     "train is a class": ({"9/1.png": P, "train/1.png": P}, {"9/1.png": 0, "train/1.png": 1}, "9 train", ""),
+    "classes.json of torchvision": (
+        {"cat/1.png": P, "dog/1.png": P, "classes.json": {"dog": 0, "cat": 1}}, {"cat/1.png": 1, "dog/1.png": 0},
+        "dog cat", "",
+    ),
+    "classes in two Unicode forms": (
+        {"train/cafe\u0301/1.png": P, "val/caf\xe9/1.png": P, "train/z/1.png": P, "classes.json": ["z", "cafe\u0301"]},
+        {"train/cafe\u0301/1.png": 1, "train/z/1.png": 0, "val/caf\xe9/1.png": 1}, "z caf\xe9", "",
+    ),
+    "what systems leave": (
+        {"1.png": P, ".DS_Store": "-", "__MACOSX/._1.png": "-", "@eaDir/1.png": P, "Thumbs.db": "-"}, {"1.png": -1}, "",
+        "1 .db files (Thumbs.db)",
+    ),
     "labels in metadata": (
         {"a/1.png": P, "b/2.png": P, "metadata.jsonl": described("a/1.png", label="x")},
         {"a/1.png": (0, "t0"), "b/2.png": -1}, "x", "",
@@ -351,6 +363,10 @@ FOUND = {
         {"5_dog/1.JPG": (-1, "a dog"), "5_dog/2.png": (-1, "two"), "5_dog/4.png": (-1, "four"), "5_dog/5.png": -1,
          "5_dog/v1.5.png": (-1, "x", "y")}, "", "1 .txt files without an image (5_dog/notes.txt)",
     ),
+    "half an emoji, and a name in Latin-1": (
+        {"1.png": P, "1.json": '{"caption": "a\\ud83d"}', os.fsdecode(b"caf\xe9.heic"): "-"}, {"1.png": (-1, "a?")}, "",
+        r"1 .heic files (caf\udce9.heic)",
+    ),
     "captions and classes": (
         {"a/1.png": P, "a/1.txt": "one", "b/1.png": P, "b/1.json": '{"prompt": "two"}', "b/2.png": P, "b/2.json": "{"},
         {"a/1.png": (0, "one"), "b/1.png": (1, "two"), "b/2.png": 1}, "a b",
@@ -374,7 +390,16 @@ FOUND = {
     "metadata.csv": (
         {"a/1.png": P, "a/2.png": P,
          "a/metadata.csv": 'File_Name,Text,label\r\n1.png,"one, ""two""\nthree",x\r\n2.png,,\r\n'},
-        {"a/1.png": (0, 'one, "two"\nthree'), "a/2.png": -1}, "x", "",
+        {"a/1.png": (0, 'one, "two"\nthree'), "a/2.png": -1}, "x",
+        "1 lines of metadata without text or label (2.png)",
+    ),
+    "metadata.csv with spaces": (
+        {"1.png": P, "metadata.csv": " file_name , text \n1.png , one\n"}, {"1.png": (-1, "one")}, "", "",
+    ),
+    "metadata.csv that is empty": ({"1.png": P, "metadata.csv": ""}, {"1.png": -1}, "", ""),
+    "metadata with gaps of pandas": (
+        {"a/1.png": P, "metadata.jsonl": '{"file_name": "a/1.png", "label": NaN, "text": NaN}'}, {"a/1.png": 0}, "a",
+        "1 lines of metadata without text or label (a/1.png)",
     ),
     "metadata.csv of Excel": (
         {"1.png": P, "2.png": P, "metadata.csv": "file_name;text\n1.png;caf\xe9, black\n2.png;a; b\n".encode("cp1252")},
@@ -461,9 +486,12 @@ FOUND = {
                    "x.png": P, "x.txt": b"b"}},
         {"0/v_2.05": (-1, "a"), "0/v_2.06": -1, "0/x": (-1, "b")}, "", "",
     ),
+    "tar, an empty one": (
+        {"0.tar": {"1.png": P}, "1.tar": b""}, {"0/1": -1}, "", "1 empty tar files (1.tar)",
+    ),
     "tar, joined": (
         {"0.tar": lambda: tar_bytes({"0.jpg": P}) + tar_bytes({"5.jpg": P, "5.txt": b"five"}) + b"junk" * 300},
-        {"0/0": -1, "0/5": (-1, "five")}, "", "1200 bytes that are not tar (from byte 20480)",
+        {"0/0": -1, "0/5": (-1, "five")}, "", "1200 bytes that are not tar (0.tar from byte 20480)",
     ),
     "tar, encodings": (
         {"0.tar": {"0.jpg": P, "0.txt": b"\xef\xbb\xbfa cat", "1.jpg": P, "1.txt": "dog\u2019s".encode("cp1252"),
@@ -488,6 +516,15 @@ FOUND = {
         {"a.parquet": {"jpg": [P] * 4, "caption": ["one", None, "three", ""], "map": [[0.5]] * 4}},
         {"a/000000": (-1, "one"), "a/000001": -1, "a/000002": (-1, "three"), "a/000003": -1}, "",
         "4 maps that are no encoded images (column map of list<element: double>)",
+    ),
+    "parquet of bytes, lists and gaps": (
+        {"a.parquet": {"image": [P] * 2, "label": [b"dog", b"ant"], "text": [b"one", None],
+                       "captions": [None, [{"caption": "two"}, {"caption": "2"}]]}},
+        {"a/000000": (1, "one"), "a/000001": (0, "two", "2")}, "ant dog", "",
+    ),
+    "parquet, other columns": (
+        {"a.parquet": {"image": [P], "fine_label": [1], "alt": ["x"]}}, {"a/000000": -1}, "",
+        "2 columns that are neither captions nor labels (a.parquet: fine_label)",
     ),
     "parquet of the hub": (
         {"a.parquet": hub_table}, {"a/000000": 1, "a/000001": 0, "a/000002": -1}, "neg pos", "",
@@ -514,10 +551,14 @@ def test_what_is_found(tmp_path, case):
 
 # name: (files, message)
 REFUSED = {
-    "empty": ({"notes.txt": "-"}, r"holds no images, left out: 1 .txt files .*; looked for images.npy, \*.tar"),
+    "empty": ({"notes.txt": "-"}, r"holds no images, left out: 1 .txt files .*; looked for images.npy, .*\*.tar"),
     "not made": ({"prepare.py": "-"}, "holds no images; run .*prepare.py"),
     "metadata names nothing": ({"a.png": P, "metadata.jsonl": described("b.png")}, "names only .* not here, as b.png"),
     "metadata broken": ({"a.png": P, "metadata.jsonl": '{"file_name": "a.png"}\n{'}, "jsonl line 2: is not JSON"),
+    "class misspelled": (
+        {"cat/1.png": P, "dog/1.png": P, "classes.json": ["Dog", "cat"]}, "'dog' is not among them; list the same",
+    ),
+    "classes of other words": ({"a/1.png": P, "classes.json": {"a": "tench"}}, "has no list of names; give a list"),
     "class without a name": (
         {"cat/1.png": P, "dog/1.png": P, "classes.json": ["dog", "a", "b"]}, "'cat' is not among",
     ),
@@ -661,6 +702,16 @@ SPLIT = {
         {"train/a/1.png": P, "train/b/2.png": P, "val/b/3.png": P, "test/a/4.png": P},
         {"train": ["train/a/1.png", "train/b/2.png"], "val": ["val/b/3.png"], "test": ["test/a/4.png"]},
     ),
+    "in other letters": (
+        {"Train/a/1.png": P, "VAL/a/2.png": P, "3.png": P}, {"train": ["Train/a/1.png"], "val": ["VAL/a/2.png"]},
+    ),
+    "shards in other letters": (
+        {"Train-0.tar": tar_of(1), "Val/0.tar": tar_of(2)}, {"train": ["Train-0/1"], "val": ["Val/0/2"]},
+    ),
+    "npy in other letters": (
+        {"Train/images.npy": GREY, "Val/images.npy": GREY[:1]},
+        {"train": ["Train/00000000", "Train/00000001"], "val": ["Val/00000000"]},
+    ),
     "test stands for val": ({"train/1.png": P, "test/3.png": P}, {"train": ["train/1.png"], "val": ["test/3.png"]}),
     "what is not held out trains": (
         {"a/1.png": P, "train-0.tar": tar_of(1), "x/val/0.tar": tar_of(9)},
@@ -762,7 +813,9 @@ def test_a_damaged_tar_gives_what_is_complete(tmp_path):
     header = path.read_bytes()[4 * 1024 : 4 * 1024 + 512]
     path.write_bytes(path.read_bytes().replace(header, b"damaged " * 64))
     ds = Dataset(tmp_path / "set", "all", 10)
-    assert len(ds) == 4 and "bytes that are not tar (from byte 4096), 1000 bytes that are not tar (" in str(ds)
+    assert len(
+        ds
+    ) == 4 and "bytes that are not tar (a.tar from byte 4096), 1 empty tar files (empty.tar), 1000 " in str(ds)
     os.truncate(path, 3 * 1024 + 520)  # one header and one block an image: the fourth is cut
     ds = Dataset(tmp_path / "set", "all", 10)
     assert "left out: 1 tar members cut short (3.png)" in str(ds)
