@@ -234,7 +234,8 @@ class Dataset:
         if not len(self):
             splits = {header["split"] for header in self.headers if header["n"]} - {""}
             there = " and ".join(sorted(splits)) or "no split folders"
-            reject(f"dataset {self.path}", f"has no {split} images, it has {there}", "ask for those, or all")
+            remedy = "rename one to train, or pass its path" if split == "train" else "ask for those, or all"
+            reject(f"dataset {self.path}", f"has no {split} images, it has {there}", remedy)
         self._name_classes()
         self._opened = OrderedDict()  # shard of this split -> its index, last used last
         self._groups = OrderedDict()  # parquet: (file, row group, name) -> column, last used last

@@ -555,6 +555,8 @@ MADE = {
     "captions": ("conceptual_captions", FETCHED, {}, dict(train=18), [], OF_FETCHED),
     "folder": ("folder", CLASSES, {}, dict(train=19, val=1), ["cats", "dogs"], {"cats/7.jpg": ("train", 7, 0)}),
     "folder splits": ("folder", SPLITS, {}, dict(train=1, val=1, test=1), [], {"test/0.jpg": ("test", 2, None)}),
+    "folder with more": ("folder", {"train/0.jpg": 0, "Test/0.jpg": 1, "example.jpg": 2}, {}, dict(train=1, val=1), [],
+                         {"Test/0.jpg": ("val", 1, None)}),
 }  # fmt: skip
 
 

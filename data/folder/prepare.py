@@ -63,7 +63,8 @@ def prepare(cfg):
     if everything.counts["maps"]:
         print(f"{source}: the semantic maps are left out; for task=semantic train on it as it is")
     splits = {split: Dataset(source, split) for split in ("train", "val")[: len(everything)]}  # of one image no val
-    if sum(map(len, splits.values())) < len(everything):  # test/ beside val/
+    there = {header["split"] for header in everything.headers if header["n"]}
+    if "test" in there and there - {"", "train", "test"}:  # test/ beside val/; else test/ is val
         splits["test"] = Dataset(source, "test")
     pack(items(splits), cfg, everything.classes, len(everything))
 
