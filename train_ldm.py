@@ -28,7 +28,7 @@ from attention import unavailable, use_attention
 from checkpoint import UserError, part, power_exponent, reject, with_prefix
 from configurator import as_text, configure
 from data.cache import LatentCache
-from data.dataset import BadImage, Stream, collate, loader, seed_of, train_and_validation
+from data.dataset import BadImage, Buckets, Stream, collate, loader, seed_of, train_and_validation
 from data.tasks import WithCondition, augment_low, check_task, image_condition, layout_string, show_condition
 from diffusion import OBJECTIVES, SCHEDULES, make_denoiser, make_schedule, samplers, t_max, target, to_x0, unet_time  # noqa: F401
 from grid import save_grid
@@ -40,6 +40,7 @@ from vae import VAE
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
 image_size = (256,)  # each >= 1: of the images, a side in pixels, or height,width
+buckets = False  # train on sizes of about the area of image_size, each image on the one nearest to its own shape
 flip = True  # mirror half of the images
 workers = 4  # >= 0: processes that read latents or decode images; 0 uses the main one
 first_stage = "out/vae"  # none | ...: the autoencoder, a stage-1 checkpoint or its out_dir; none trains on pixels
@@ -154,6 +155,7 @@ def check_settings(cfg):
     guided = cfg.cond != "none" and cfg.guidance != 1
     for wrong, message in (
         (len(cfg.image_size) not in (1, 2), "image_size must be a side, or height,width"),
+        (cfg.buckets and cfg.latents_on_device == "true", "latents_on_device=true needs one size, without buckets"),
         (cfg.beta_start >= cfg.beta_end, "beta_start must be below beta_end"),
         (cfg.zero_snr and cfg.objective == "eps", "zero_snr cannot be used with objective=eps"),
         (cfg.zero_snr and cfg.schedule in ("flow", "cosine"), "zero_snr is for tables; flow and cosine have zero SNR"),
@@ -641,14 +643,19 @@ if __name__ == "__main__":
 
     # latents: cached on disk and perhaps on the device, or encoded at every step, or the pixels themselves
     conditioner = Conditioner(cfg, machine, autocast, vae, text, tower, num_classes, map_classes, sr_schedule)
-    streams = [Stream(images, cfg.seed, flip=cfg.flip), Stream(validation_images, cfg.seed, train=False)]
+    multiple = math.lcm(factor * model.unet.side_multiple, cfg.sr_scale if cfg.task == "sr" else 1)
+    datasets = images.in_buckets(multiple) if cfg.buckets else [images]
+    streams = [Stream(data, cfg.seed, flip=cfg.flip) for data in datasets]
+    streams.append(Stream(validation_images, cfg.seed, train=False))
     if vae and cfg.cache_latents:
         streams = [LatentCache(stream, vae, cfg.cache_dir, machine.precision) for stream in streams]
-        for cache in streams:
-            cache.build(vae, machine.device, autocast, cfg.workers, rank, world)
-        conditioner.keep_latents(streams[0])
+        for i, cache in enumerate(streams):  # small ones each on another rank
+            cache.build(vae, machine.device, autocast, cfg.workers, (rank + i) % world, world)
+        if not cfg.buckets:
+            conditioner.keep_latents(streams[0])
     options = (cfg.task, cfg.seed, cfg.sr_scale, cfg.sr_degradation, object_names)
-    stream, validation_stream = (WithCondition(stream, *options) for stream in streams)
+    *streams, validation_stream = (WithCondition(stream, *options) for stream in streams)
+    stream = Buckets(streams, cfg.seed, images_per_step) if cfg.buckets else streams[0]
     validation = Subset(validation_stream, common.spread(len(validation_images), cfg.val_images))
 
     # log
@@ -656,6 +663,8 @@ if __name__ == "__main__":
     log = common.Log(cfg, machine, images_per_step, images.fingerprint, meta if resumed else {}, tflop)
     log.print(images)
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image; latents {latent_shape}")
+    if cfg.buckets:
+        log.print(stream)
     if conditioner.resident is not None:
         log.print(f"latents kept on {machine.device}: {streams[0].bytes / 2**30:.3g} GiB in each process")
     if images.counts[conditions] < len(images):
@@ -714,7 +723,9 @@ if __name__ == "__main__":
             break
 
         # forward and backward
-        noise = step_noise(step, latent_shape, factor, cfg, machine, micro_steps)
+        height, width = stream.sides(step) if cfg.buckets else images.sides
+        shape = (channels, height // factor, width // factor)
+        noise = step_noise(step, shape, factor, cfg, machine, micro_steps)
         if cfg.unet_dropout:
             torch.manual_seed(seed_of(cfg.seed, "dropout", step, rank))
         totals = {}

@@ -25,7 +25,7 @@ import checkpoint
 import common
 from checkpoint import UserError, part, reject, with_prefix
 from configurator import configure
-from data.dataset import BadImage, Dataset, Stream, loader, seed_of, train_and_validation, uniform
+from data.dataset import BadImage, Buckets, Dataset, Stream, loader, seed_of, train_and_validation, uniform
 from grid import save_grid
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
 from metrics import frechet, gaussian, load_inception, psnr, ssim
@@ -34,6 +34,7 @@ from vae import VAE, Attention, Discriminator, ResBlock, turn_and_scale
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
 image_size = (256,)  # each >= 1: of the crops it trains on, a side in pixels, or height,width
+buckets = False  # train on sizes of about the area of image_size, each image on the one nearest to its own shape
 crop = "random"  # random | center: random is 0.5 to 1 times the sides of the largest crop
 flip = True  # mirror half of the images
 workers = 4  # >= 0: processes that decode images; 0 decodes in the main one
@@ -552,7 +553,6 @@ if __name__ == "__main__":
     # data
     images, validation_images = train_and_validation(cfg.dataset, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
     common.assert_same_on_all_ranks(step=step, images=len(images))
-    stream = Stream(images, cfg.seed, crop=cfg.crop, flip=cfg.flip)
     validation = common.spread(len(validation_images), cfg.val_images)
     validation = Subset(Stream(validation_images, cfg.seed, train=False), validation)
 
@@ -622,8 +622,14 @@ if __name__ == "__main__":
     net = model
     if world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    datasets = images.in_buckets(model.factor) if cfg.buckets else [images]
+    for data in datasets:
+        check_settings(cfg.replace(image_size=data.sides))
+    streams = [Stream(data, cfg.seed, crop=cfg.crop, flip=cfg.flip) for data in datasets]
+    stream = Buckets(streams, cfg.seed, images_per_step) if cfg.buckets else streams[0]
+    if cfg.buckets:
+        log.print(stream)
     batches = loader(stream, step, cfg.max_steps, cfg.batch_size, micro_steps, rank, world, cfg.workers)
-    latent_shape = (model.latent_channels, *(side // model.factor for side in images.sides))
     last_layer = model.decoder.conv_out.weight
     model.train()
     if cfg.train == "decoder":
@@ -679,6 +685,8 @@ if __name__ == "__main__":
             break
 
         # forward and backward
+        height, width = stream.sides(step) if cfg.buckets else images.sides
+        latent_shape = (model.latent_channels, height // model.factor, width // model.factor)
         noise = step_noise(step, latent_shape, cfg, machine, micro_steps)
         transform = latent_transform(step, latent_shape, cfg, model.factor)
         if cfg.dropout:

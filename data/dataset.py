@@ -13,6 +13,7 @@
         objects: {"bbox": [[x, y, w, h] in pixels, ...], "categories": [...]}; object_classes.json names numbers.
         A path may be an fsspec URL of tar or parquet shards, s3://bucket/set/*.tar: see data/shards.py.
     Stream    its items as one endless sequence: position p is an item of epoch p // N, every epoch a new permutation.
+    Buckets   streams of several sizes as one sequence, where each optimizer step is of one size.
     loader    the micro-batches of one rank from the sequence, starting at any step.
 
 Everything random is a pure function of (seed, position): there is no state to save, and the sequence is the same for
@@ -26,12 +27,15 @@ Contents of a folder, and how fast it is decoded: python -m data.dataset DIR --i
 """
 
 import argparse
+import bisect
 import contextlib
+import copy
 import errno
 import functools
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -305,7 +309,7 @@ class Dataset:
         elif shards:
             origin = self.path if self.remote else os.path.realpath(self.path)
             index = functools.partial(getattr(forms, f"index_{form}"), self._open_file)
-            folder = f"{cache_dir}/index-{digest('v9', form, origin)}"
+            folder = f"{cache_dir}/index-{digest('v10', form, origin)}"
             indexes = StoredIndexes(folder, list(zip(shards, stamps[form])), index)
             n = sum(header["n"] for header in indexes.headers)
             if images and not self.remote and n <= len(images):
@@ -355,17 +359,20 @@ class Dataset:
     def _open_shard(self, k):
         """(arrays, numbers of the rows) of the k-th shard of this split."""
         if k not in self._opened:
-            header, arrays = self.headers[self.shards[k]], self._indexes.load(self.shards[k])
-            rows, count = np.arange(header["n"]), self.bounds[k + 1] - self.bounds[k]
-            if self._part == "val":
-                rows = rows[arrays["held"]]
-            elif count < header["n"]:  # some are held out
-                rows = np.delete(rows, arrays["held"])
-            self._opened[k] = arrays, rows
+            self._opened[k] = self._load_shard(k)
             while len(self._opened) > 2 * WINDOW:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(k)
         return self._opened[k]
+
+    def _load_shard(self, k):
+        header, arrays = self.headers[self.shards[k]], self._indexes.load(self.shards[k])
+        rows, count = np.arange(header["n"]), self.bounds[k + 1] - self.bounds[k]
+        if self._part == "val":
+            rows = rows[arrays["held"]]
+        elif count < header["n"]:  # some are held out
+            rows = np.delete(rows, arrays["held"])
+        return arrays, rows
 
     def _item(self, i):
         """Item i of this split."""
@@ -373,7 +380,7 @@ class Dataset:
             raise IndexError(f"index {i} is outside a dataset of {len(self)}")
         k = int(np.searchsorted(self.bounds, i, "right")) - 1
         (arrays, rows), header = self._open_shard(k), self.headers[self.shards[k]]
-        label, *places, begin, size = arrays["rows"][rows[i - self.bounds[k]]].tolist()
+        label, *places, begin, size, _, _ = arrays["rows"][rows[i - self.bounds[k]]].tolist()
         record = json.loads(arrays["records"][begin : begin + size].tobytes())
         if self._class_of and label >= 0:
             label = self._class_of[header["names"][label] if header["named"] else str(label)]
@@ -498,6 +505,27 @@ class Dataset:
         with as_bad_image(item.key), self._open_image(item) as image:
             is_rotated = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 are rotated by 90 degrees
             return image.size[::-1] if is_rotated else image.size
+
+    def in_buckets(self, multiple):
+        """A Dataset for each of `bucket_sizes` that is nearest to some images, of those."""
+        if self.format not in ("folder", "tar"):
+            reject(f"dataset {self.path}", f"({self.format}) has no sizes for buckets", "use a folder or tar shards")
+        whole = copy.copy(self)  # with sizes in its indexes, which nothing else needs
+        if self.format == "tar":
+            index = functools.partial(self._indexes.index, sized=True)
+            whole._indexes = StoredIndexes(f"{self._indexes.folder}-sizes", self._indexes.jobs, index)
+        buckets = [Bucket(whole, number, multiple) for number in range(len(bucket_sizes(self.sides, multiple)))]
+        counts = np.zeros((len(buckets), len(self.shards) + 1), np.int64)
+        for k in range(len(self.shards)):
+            arrays, rows = whole._open_shard(k)
+            if self.format == "folder":
+                with ThreadPoolExecutor(16) as pool:
+                    files = [f"{self.root}/{self.key(i)}" for i in range(*self.bounds[k : k + 2])]
+                    arrays["rows"][rows, -2:] = list(pool.map(forms.header_size, files))
+            counts[:, k + 1] = [len(bucket._open_shard(k)[1]) for bucket in buckets]
+        for bucket, count in zip(buckets, counts):
+            bucket.bounds = np.cumsum(count)
+        return [bucket for bucket in buckets if len(bucket)]
 
     # semantic maps and objects
 
@@ -638,6 +666,42 @@ class Dataset:
         self.remote.prefetch(names[at:] + names[:at])
 
 
+def pixels_kept(dataset, i):
+    """(pixels in a center crop of image i, pixels of the image)."""
+    size = dataset.size(i)
+    *_, w, h = crop_box(*size, dataset.sides)
+    return w * h, math.prod(size)
+
+
+class Bucket(Dataset):
+    """The images of a Dataset whose shape is nearest to one of `bucket_sizes`, as images of that size."""
+
+    def __init__(self, whole, number, multiple):
+        self.__dict__.update(whole.__getstate__())
+        self.whole, self.number, self.bounds = whole, number, None
+        self.sizes = bucket_sizes(whole.sides, multiple)
+        self.sides = self.sizes[number]
+        self.fingerprint = f"{whole.fingerprint} {number} of {self.sizes}"
+
+    def _load_shard(self, k):
+        arrays, rows = self.whole._open_shard(k)
+        width, height = np.log(np.maximum(arrays["rows"][rows, -2:], 1)).T  # 1 to 1 where it is not known
+        shapes = [math.log(w / h) for h, w in self.sizes]
+        return arrays, rows[np.abs((width - height)[:, None] - shapes).argmin(1) == self.number]
+
+
+def bucket_sizes(sides, multiple):
+    """[(height, width), ...] of about the area of `sides`, no side more than twice the other: multiples of `multiple`,
+    at least 1/16 of the side of a square apart.
+    """
+    area, sizes = sides[0] * sides[1], set()
+    step = multiple * math.ceil(area**0.5 / 16 / multiple)
+    for side in range(step, int((2 * area) ** 0.5) + 1, step):
+        other = max(round(area / side / step), 1) * step
+        sizes |= {(side, other), (other, side)}
+    return sorted(size for size in sizes if max(size) <= 2 * min(size))
+
+
 def train_and_validation(path, *options):
     """The training and validation images at a path; the same where there are too few to set any aside."""
     train = Dataset(path, "train", *options)
@@ -748,6 +812,45 @@ class Stream(torch.utils.data.Dataset):
         return first_good(read, self.dataset)
 
 
+class Buckets(torch.utils.data.Dataset):
+    """[p] of several streams as one endless sequence: each optimizer step, images_per_step positions, is of one stream.
+
+    streams: of Dataset.in_buckets, perhaps as LatentCache or WithCondition. Each has steps in proportion to its images,
+    in an order that is a new permutation every epoch, a function of the seed.
+    """
+
+    def __init__(self, streams, seed, images_per_step):
+        self.streams, self.seed, self.images_per_step = streams, seed, images_per_step
+        self.counts = np.array([len(stream.dataset) for stream in streams])
+
+    def __str__(self):
+        sizes = [(len(stream.dataset), *stream.dataset.sides) for stream in self.streams]
+        return "buckets: " + ", ".join(f"{count} images at {height}x{width}" for count, height, width in sizes)
+
+    def _place(self, step):
+        """(stream, number of its step) of an optimizer step."""
+
+        def before(epoch):  # steps of each stream
+            return epoch * self.counts // self.images_per_step
+
+        enough = (step + len(self.counts)) * self.images_per_step // self.counts.sum() + 2
+        epoch = bisect.bisect(range(enough), step, key=lambda epoch: before(epoch).sum()) - 1
+        first, after = before(epoch), before(epoch + 1)
+        ends = np.cumsum(after - first)
+        place = permute(step - int(first.sum()), int(ends[-1]), seed_of(self.seed, epoch, "buckets"))
+        number = np.searchsorted(ends, place, "right")
+        return self.streams[number], int(after[number] - ends[number] + place)
+
+    def sides(self, step):
+        """(H, W) of the images of an optimizer step."""
+        return self._place(step)[0].dataset.sides
+
+    def __getitem__(self, p):
+        step, slot = divmod(int(p), self.images_per_step)
+        stream, number = self._place(step)
+        return stream[number * self.images_per_step + slot]
+
+
 def first_good(read, dataset):
     """read(attempt) | dict(bad) of the first attempt that raises no BadImage; bad: the messages of those before."""
     bad = []
@@ -835,12 +938,17 @@ if __name__ == "__main__":
     )
     parser.add_argument("path")
     parser.add_argument("--image_size", type=int, default=256)
+    parser.add_argument("--buckets", type=int, default=0, help="report buckets with sides that are multiples of this")
     parser.add_argument("--seconds", type=float, default=10, help="how long to decode")
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
         ds = Dataset(args.path, "all", args.image_size)
         print(ds)
+        for parts in ([ds], ds.in_buckets(args.buckets)) if args.buckets else ():
+            pixels = np.array([pixels_kept(part, i) for part in parts for i in range(len(part))]).sum(0)
+            sizes = ", ".join(f"{len(part)} at {part.sides[0]}x{part.sides[1]}" for part in parts)
+            print(f"cropping loses {1 - pixels[0] / pixels[1]:.1%} of the pixels: {sizes}")
         stream, count, bad, began, worked = Stream(ds, 0), 0, 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - began < args.seconds:
             bad += len(stream[count]["bad"])

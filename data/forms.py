@@ -23,7 +23,7 @@ import zlib
 from array import array
 
 import numpy as np
-from PIL import Image
+from PIL import ContainerIO, Image
 
 from checkpoint import reject
 
@@ -43,7 +43,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet"
 SIDECARS = (".txt", ".caption", ".json", ".cls", ".map.png")  # parts of an item beside KEY.jpg
 NAMES = ("classes.json", "meta.json", "map_classes.json", "object_classes.json")
 OWN = (*NAMES, "prepare.py", "dropped.jsonl", "bpe.tiktoken", "prompts.txt", "sheet.png")  # what prepare.py leaves
-COLUMNS = 9  # label; file, offset, size of the image; of the map; offset, size of the record
+COLUMNS = 11  # label; file, offset, size of the image; of the map; offset, size of the record; width, height
 NOWHERE = (0, 0, 0)  # size 0: the item has no such part
 TALLIES = ("labels", "captions", "maps", "objects")  # what is counted: items that have one
 NO_BYTES = "rows without the bytes of an image"  # but, perhaps, its path
@@ -67,8 +67,8 @@ class Index:
         self.keys, self.labels, self.where, self.stamps = [], [], array("q"), []
         self.records, self.has = bytearray(), []  # JSON of all items; whether each has TALLIES
 
-    def add(self, key, image, map=NOWHERE, stamp="", label=None, text=None, objects=None):
-        """One item; text: its captions, objects: as in JSON; stamp: changes when the image does."""
+    def add(self, key, image, map=NOWHERE, stamp="", label=None, text=None, objects=None, size=(0, 0)):
+        """One item; text: its captions, objects: as in JSON; stamp: changes when the image does; size: 0 if unknown."""
         number = class_of(label)
         if number is None and str(label).strip() not in ("None", "", "nan", "-1", "-1.0"):
             self.left.add("labels that are no class", f"{key}: {label}")
@@ -84,7 +84,7 @@ class Index:
         data = json.dumps({"key": key} | record).encode()
         self.keys.append(os.fsencode(key))
         self.labels.append(number)
-        self.where.extend((*image, *map, len(self.records), len(data)))
+        self.where.extend((*image, *map, len(self.records), len(data), *size))
         self.has.append((number is not None, "text" in record, map[2] > 0, "objects" in record))
         self.records += data
         self.stamps.append(stamp)
@@ -303,6 +303,16 @@ def stat(path):
         return 0, 0
 
 
+def header_size(file):
+    """(width, height) of an image file, upright, without decoding it; (0, 0) if it does not open."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            orientation = Image.Image.getexif(image).get(0x0112, 1)  # PNG's own getexif decodes the image
+            return image.size[::-1] if orientation >= 5 else image.size
+    except Exception:  # of many types
+        return 0, 0
+
+
 def list_files(root):
     """Every file under root as a sorted relative path; links are followed, hidden files left out."""
     first = os.path.realpath(root)
@@ -348,8 +358,8 @@ def describe(key, parts, read, left):
     return found | ({"label": texts[".cls"]} if ".cls" in texts else {})
 
 
-def index_tar(open_shard, shard):
-    """open_shard(shard) is its file."""
+def index_tar(open_shard, shard, sized=False):
+    """open_shard(shard) is its file.  sized: read the sizes of images, which takes as long as the rest."""
     index = Index(shard_split(shard), [shard], f"{shard[:-4]}/")
     with open_shard(shard) as f:
         check_pointer(f, shard)
@@ -366,7 +376,8 @@ def index_tar(open_shard, shard):
 
             if image is not None:
                 about = describe(key, parts, read, index.left)
-                index.add(key, image, parts.get(".map.png", NOWHERE), **about)
+                size = header_size(ContainerIO.ContainerIO(f, *image[1:])) if sized else (0, 0)
+                index.add(key, image, parts.get(".map.png", NOWHERE), size=size, **about)
     if not index.keys and not index.left:
         index.left.add("empty tar files", shard)
     return index

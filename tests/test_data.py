@@ -201,6 +201,15 @@ def test_resize_and_crop(tmp_path):
     assert torch.equal(small.pixels(0, "random", u=(0.0, 0.0, 0.0)), full[:, :5, :5])
     assert large[2]["image"][:, :, 2:-2].abs().max() < 0.05  # antialiased: grey
     assert [ds.size(i) for i in range(4)] == [(20, 10), (2, 3), (64, 64), (20, 10)], "upright"
+    flat, tall = (Dataset(tmp_path / "set", "all", sides) for sides in ((6, 18), (5, 2)))  # height, width
+    assert [room.crop_box(*ds.size(0), sides)[2:] for sides in ((6, 18), (5, 2), (1, 2))] == [
+        (20, 7),
+        (4, 10),
+        (20, 10),
+    ]
+    rows = Image.fromarray(wide).crop((0, 1, 20, 8)).resize((18, 6), Image.Resampling.LANCZOS)
+    assert torch.equal(flat[0]["image"], to_tensor(rows)) and flat[1]["image"].shape == (3, 6, 18)
+    assert torch.equal(tall.pixels(0, "random", u=(0.0, 0.999, 0.999)), full[:, 5:, 18:])
 
 
 # --- forms ---
@@ -1025,6 +1034,72 @@ def test_a_long_temporary_folder_is_refused(uneven, monkeypatch):
     with pytest.raises(UserError, match="TMPDIR=/tmp/x+: is too long"):
         loader(Stream(uneven, 0), 0, 2, 2, workers=1)
     next(loader(Stream(uneven, 0), 0, 2, 2))
+
+
+# --- buckets ---
+
+
+SIZES = {  # image_size, multiple: bucket_sizes
+    ((64, 64), 32): [(64, 64)],
+    ((40, 24), 8): [(24, 40), (32, 32), (40, 24)],
+    ((512, 512), 64): [(384, 640), (384, 704), (448, 576), (512, 512), (576, 448), (640, 384), (704, 384)],
+}
+# (height, width) of a bucket: (width, height) of images
+SHAPES = {(40, 24): [(20, 60), (12, 17)], (24, 40): [(32, 24)], (32, 32): [(9, 9), (14, 16), (20, 24), (8, 8)]}
+
+
+@pytest.mark.parametrize("image_size, multiple", SIZES)
+def test_bucket_sizes(image_size, multiple):
+    assert room.bucket_sizes(image_size, multiple) == SIZES[image_size, multiple]
+
+
+@pytest.fixture(params=("folder", "tar"))
+def shaped(request, tmp_path):
+    """Images of SHAPES, every second one stored on its side."""
+    exif, files = Image.Exif(), {}
+    exif[0x0112] = 6
+    for i, (w, h) in enumerate(size for sizes in SHAPES.values() for size in sizes):
+        files[f"{i}.png"] = png(i, (w, h)) if i % 2 else encoded(pixels(i, (h, w)), "PNG" if i else "JPEG", exif=exif)
+    shards = {f"{s}.tar": dict(list(files.items())[s::2]) for s in range(2)}
+    return put(tmp_path / "set", shards if request.param == "tar" else files)
+
+
+def test_each_image_is_in_the_nearest_bucket(shaped, monkeypatch):
+    bad = {"bad.png": b"no image"}
+    ds = Dataset(put(shaped, {"2.tar": bad} if (shaped / "0.tar").exists() else bad), "all", (40, 24))
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.ImageFile.ImageFile.load", None)  # nothing is decoded
+        buckets = ds.in_buckets(8)
+        assert {bucket.sides for bucket in ds.in_buckets(8)} == set(SHAPES) and ds.sides == (40, 24)
+    found = {bucket.sides: sorted(key.split("/")[-1].split(".")[0] for key in keys(bucket)) for bucket in buckets}
+    assert found == {(40, 24): ["0", "1"], (24, 40): ["2"], (32, 32): ["3", "4", "5", "6", "bad"]}
+    for bucket in buckets:
+        again = pickle.loads(pickle.dumps(bucket))  # as workers get it
+        for i in range(len(bucket)):
+            if "bad" not in bucket.key(i):
+                assert bucket[i]["image"].shape == (3, *bucket.sides) and same(again[i], bucket[i])
+    assert len({data.fingerprint for data in (ds, *buckets)}) == 4
+    with pytest.raises(UserError, match=r"\(npy\) has no sizes for buckets; use a folder or tar shards"):
+        Dataset(put(Path("arrays"), {"images.npy": np.zeros((2, 8, 8, 3), np.uint8)}), "all", 8).in_buckets(8)
+
+
+def test_every_step_is_of_one_bucket(shaped):
+    def batches(start, batch_size, rank=0, world=1, **options):
+        datasets = Dataset(shaped, "all", (40, 24)).in_buckets(8)
+        streams = [Stream(data, 3, crop="random", flip=True) for data in datasets]
+        options |= dict(grad_accum=2 // batch_size // world, rank=rank, world=world)
+        return list(loader(room.Buckets(streams, 5, 2), start, 35, batch_size, **options))
+
+    whole = batches(0, 2)
+    counts = [[batch["image"].shape[2:] for batch in whole[k : k + 7]].count((32, 32)) for k in (0, 7, 14)]
+    assert counts == [4] * 3, "as many steps as images, among as many steps as there are images"
+    seen = [key for batch in whole for key in batch["key"]]
+    assert [seen.count(key) for key in set(seen)] == [10] * 7
+    assert len({str([batch["image"].shape for batch in whole[k : k + 7]]) for k in (0, 7, 14)}) == 3, "in another order"
+    assert all_same(batches(8, 2, workers=2), whole[8:])
+    first, second = (batches(0, 1, rank, 2) for rank in range(2))
+    assert [a["key"] + b["key"] for a, b in zip(first, second)] == [batch["key"] for batch in whole]
+    assert all(a["image"].shape == b["image"].shape for a, b in zip(first, second))
 
 
 # --- remote shards ---

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -457,6 +458,27 @@ def test_ranks_are_equal_with_everything_on(start, rich_data):
     assert_same(one.finish().checkpoint[0], two.finish().checkpoint[0], atol=1e-9)
 
 
+@pytest.mark.parametrize("stage", ("vae", "ldm"))
+def test_buckets_resume_bit_for_bit_and_ranks_are_equal(stage, start, tmp_path):
+    (tmp_path / "set").mkdir()
+    for i, size in enumerate([(20, 12)] * 9 + [(16, 16)] * 6 + [(12, 20)] * 3):  # width, height
+        noise = np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"set/{i}.png")
+        (tmp_path / f"set/{i}.txt").write_text(f"number {i}")
+    args = (f"--dataset={tmp_path}/set", "--buckets", "--dtype=float64", "--save_every=3", "--grad_accum=2")
+    one = start(stage, *args, "--batch_size=2")
+    two = start(stage, *args, "--batch_size=1", f"--cache_dir={tmp_path}/cache", ranks=2)
+    one = one.finish()
+    found = re.search("buckets: (.*)", one.stdout)[1]
+    assert re.search("[789] images at 12x20.*[56] images at 16x16.*[23] images at 20x12", found), found
+    assert_same(one.checkpoint[0], two.finish().checkpoint[0], atol=1e-9)
+    killed = start(stage, *args, "--batch_size=2", trap=("step 5,", signal.SIGKILL), folder=tmp_path / "run")
+    assert killed.wait() == [-signal.SIGKILL] and killed.checkpoint[1]["step"] == 3
+    assert_same(
+        start(stage, *args, "--batch_size=2", folder=tmp_path / "run").finish().checkpoint[0], one.checkpoint[0]
+    )
+
+
 def test_snapshots(rich_run):
     """They hold averages, which combine to one of another length, and no autoencoder."""
     run = rich_run("all")
@@ -596,6 +618,7 @@ def test_a_copy_with_another_denoiser(start, tmp_path):
 
 
 UNFIT = {
+    "--buckets --latents_on_device=true": "latents_on_device=true needs one size, without buckets",
     "--beta_start=0.5": "beta_start must be below beta_end",
     "--zero_snr --schedule=scaled_linear --objective=eps": "zero_snr cannot be used with objective=eps",
     "--zero_snr": "zero_snr is for tables",
@@ -617,7 +640,8 @@ MISFITS = {
     "--task=semantic": "maps",
     "--cond=layout": "objects",
     "--task=sr --sr_scale=3": "3",
-    "--image_size=18": "latents of side 9, which must be a multiple of 2",
+    "--buckets=true": ": (npy) has no sizes for buckets; use a folder or tar shards",
+    "--image_size=16,18": "latents of side 9, which must be a multiple of 2",
     "--num_heads=2": "num_heads=2, head_dim=8",
     "--cond=class --dataset=.": "its training images have no labels; set another --cond, such as none",
     "--dataset=.": "its training images have no captions; set another --cond, such as none",
