@@ -514,7 +514,8 @@ class Dataset:
         if self.format == "tar":
             index = functools.partial(self._indexes.index, sized=True)
             whole._indexes = StoredIndexes(f"{self._indexes.folder}-sizes", self._indexes.jobs, index)
-        buckets = [Bucket(whole, number, multiple) for number in range(len(bucket_sizes(self.sides, multiple)))]
+        sizes = bucket_sizes(self.sides, multiple)
+        buckets = [Bucket(whole, sizes, number) for number in range(len(sizes))]
         counts = np.zeros((len(buckets), len(self.shards) + 1), np.int64)
         for k in range(len(self.shards)):
             arrays, rows = whole._open_shard(k)
@@ -525,6 +526,8 @@ class Dataset:
             counts[:, k + 1] = [len(bucket._open_shard(k)[1]) for bucket in buckets]
         for bucket, count in zip(buckets, counts):
             bucket.bounds = np.cumsum(count)
+        if not counts.any():
+            reject(f"dataset {self.path}", "has no image whose size can be read", "look at the data")
         return [bucket for bucket in buckets if len(bucket)]
 
     # semantic maps and objects
@@ -666,28 +669,25 @@ class Dataset:
         self.remote.prefetch(names[at:] + names[:at])
 
 
-def pixels_kept(dataset, i):
-    """(pixels in a center crop of image i, pixels of the image)."""
-    size = dataset.size(i)
-    *_, w, h = crop_box(*size, dataset.sides)
-    return w * h, math.prod(size)
-
-
 class Bucket(Dataset):
-    """The images of a Dataset whose shape is nearest to one of `bucket_sizes`, as images of that size."""
+    """The images of a Dataset whose shape is nearest to sizes[number] of `bucket_sizes`, as images of that size."""
 
-    def __init__(self, whole, number, multiple):
+    def __init__(self, whole, sizes, number):
         self.__dict__.update(whole.__getstate__())
-        self.whole, self.number, self.bounds = whole, number, None
-        self.sizes = bucket_sizes(whole.sides, multiple)
-        self.sides = self.sizes[number]
-        self.fingerprint = f"{whole.fingerprint} {number} of {self.sizes}"
+        self.whole, self.sizes, self.number, self.sides = whole, sizes, number, sizes[number]
+        self.fingerprint = f"{whole.fingerprint} {number} of {sizes}"
 
     def _load_shard(self, k):
         arrays, rows = self.whole._open_shard(k)
-        width, height = np.log(np.maximum(arrays["rows"][rows, -2:], 1)).T  # 1 to 1 where it is not known
+        rows = rows[arrays["rows"][rows, -1] > 0]  # the others do not open
+        width, height = np.log(arrays["rows"][rows, -2:]).T
         shapes = [math.log(w / h) for h, w in self.sizes]
         return arrays, rows[np.abs((width - height)[:, None] - shapes).argmin(1) == self.number]
+
+    def image_sizes(self):
+        """[[width, height], ...] of the images."""
+        shards = (self._open_shard(k) for k in range(len(self.shards)))
+        return [size for arrays, rows in shards for size in arrays["rows"][rows, -2:].tolist()]
 
 
 def bucket_sizes(sides, multiple):
@@ -824,8 +824,10 @@ class Buckets(torch.utils.data.Dataset):
         self.counts = np.array([len(stream.dataset) for stream in streams])
 
     def __str__(self):
-        sizes = [(len(stream.dataset), *stream.dataset.sides) for stream in self.streams]
-        return "buckets: " + ", ".join(f"{count} images at {height}x{width}" for count, height, width in sizes)
+        buckets = [stream.dataset for stream in self.streams]
+        sizes = ", ".join(f"{len(bucket)} images at {bucket.sides[0]}x{bucket.sides[1]}" for bucket in buckets)
+        left = len(buckets[0].whole) - self.counts.sum()
+        return f"buckets: {sizes}" + (f"; left out: {left} that do not open" if left else "")
 
     def _place(self, step):
         """(stream, number of its step) of an optimizer step."""
@@ -945,10 +947,16 @@ if __name__ == "__main__":
     try:
         ds = Dataset(args.path, "all", args.image_size)
         print(ds)
-        for parts in ([ds], ds.in_buckets(args.buckets)) if args.buckets else ():
-            pixels = np.array([pixels_kept(part, i) for part in parts for i in range(len(part))]).sum(0)
-            sizes = ", ".join(f"{len(part)} at {part.sides[0]}x{part.sides[1]}" for part in parts)
-            print(f"cropping loses {1 - pixels[0] / pixels[1]:.1%} of the pixels: {sizes}")
+        if args.buckets:
+            buckets = ds.in_buckets(args.buckets)
+            sizes = [(size, bucket.sides) for bucket in buckets for size in bucket.image_sizes()]
+            total = sum(math.prod(size) for size, _ in sizes)
+            at_one_size = sum(math.prod(crop_box(*size, ds.sides)[2:]) for size, _ in sizes)
+            in_buckets = sum(math.prod(crop_box(*size, sides)[2:]) for size, sides in sizes)
+            print(Buckets([Stream(bucket, 0) for bucket in buckets], 0, 1))
+            print(
+                f"cropping loses {1 - at_one_size / total:.1%} of the pixels, in buckets {1 - in_buckets / total:.1%}"
+            )
         stream, count, bad, began, worked = Stream(ds, 0), 0, 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - began < args.seconds:
             bad += len(stream[count]["bad"])

@@ -90,7 +90,7 @@ def train(pipeline, cfg, device, autocast):
     pipeline.to(device)
     parameters = [p.to(device) for module in lora.values() for p in module.to(device).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr)
-    images = Dataset(cfg.dataset, "train", pipeline.latent_shape[1] * pipeline.factor)
+    images = Dataset(cfg.dataset, "train", [side * pipeline.factor for side in pipeline.latent_shape[1:]])
     batches = loader(Stream(images, cfg.seed, flip=cfg.flip), 0, cfg.steps, cfg.batch_size, workers=cfg.workers)
     for _ in common.progress_bar(range(cfg.steps), "training"):
         batch = next(batches)

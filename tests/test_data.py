@@ -1072,12 +1072,11 @@ def test_each_image_is_in_the_nearest_bucket(shaped, monkeypatch):
         buckets = ds.in_buckets(8)
         assert {bucket.sides for bucket in ds.in_buckets(8)} == set(SHAPES) and ds.sides == (40, 24)
     found = {bucket.sides: sorted(key.split("/")[-1].split(".")[0] for key in keys(bucket)) for bucket in buckets}
-    assert found == {(40, 24): ["0", "1"], (24, 40): ["2"], (32, 32): ["3", "4", "5", "6", "bad"]}
+    assert found == {(40, 24): ["0", "1"], (24, 40): ["2"], (32, 32): ["3", "4", "5", "6"]}, "bad.png is left out"
     for bucket in buckets:
         again = pickle.loads(pickle.dumps(bucket))  # as workers get it
         for i in range(len(bucket)):
-            if "bad" not in bucket.key(i):
-                assert bucket[i]["image"].shape == (3, *bucket.sides) and same(again[i], bucket[i])
+            assert bucket[i]["image"].shape == (3, *bucket.sides) and same(again[i], bucket[i])
     assert len({data.fingerprint for data in (ds, *buckets)}) == 4
     with pytest.raises(UserError, match=r"\(npy\) has no sizes for buckets; use a folder or tar shards"):
         Dataset(put(Path("arrays"), {"images.npy": np.zeros((2, 8, 8, 3), np.uint8)}), "all", 8).in_buckets(8)
