@@ -5,9 +5,10 @@ import os
 
 import pytest
 import torch
+from conftest import normal, refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_convert import noise, refused, stable  # noqa: F401
+from test_convert import stable  # noqa: F401
 
 import sample
 from checkpoint import read
@@ -49,7 +50,7 @@ def test_what_is_trained_opens_in_diffusers(name, stable, run, photos):  # noqa:
     pytest.importorskip("peft", reason="load_lora_weights needs peft")
     pipe, folder = stable[name]
     file = run(f"--init_from={folder}", f"--dataset={photos}", "--steps=3", "--rank=2", "--lr=0.01")
-    inputs = noise(1, 4, 16, 16), torch.tensor([500]), noise(1, 12, 24)
+    inputs = normal(1, 4, 16, 16), torch.tensor([500]), normal(1, 12, 24)
     before = unet_output(pipe.unet, *inputs)
     pipe.load_lora_weights(file)
     theirs = unet_output(pipe.unet, *inputs)
@@ -91,7 +92,7 @@ LAYOUTS = {  # names of down, up and alpha; the metadata; adapter_config.json
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, stable, tmp_path):  # noqa: F811
     names, metadata, config = LAYOUTS[layout]
-    tensors = dict(zip(names, (noise(4, 16), noise(16, 4, seed=1), torch.tensor(8.0))))
+    tensors = dict(zip(names, (normal(4, 16), normal(16, 4, seed=1), torch.tensor(8.0))))
     metadata = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None
     save_file(tensors, tmp_path / "lora.safetensors", metadata=metadata)
     if config:
@@ -99,30 +100,30 @@ def test_layouts(layout, stable, tmp_path):  # noqa: F811
     before = sample.load_pipeline(stable["sd1"][1]).denoiser.unet.state_dict()[OURS.removeprefix("ema.unet.")]
     after, _ = merged(stable["sd1"][1], f"{tmp_path}/lora.safetensors", 0.5, "out")
     strength = 1.0 if layout == "processors" else 2.0
-    torch.testing.assert_close(after[OURS], before + 0.5 * strength * noise(16, 4, seed=1) @ noise(4, 16))
+    torch.testing.assert_close(after[OURS], before + 0.5 * strength * normal(16, 4, seed=1) @ normal(4, 16))
 
 
 @pytest.mark.parametrize("prefix", ["lora_te_", "text_encoder."])
 def test_the_text_encoder(prefix, stable, tmp_path, run):  # noqa: F811
     layer = prefix + (TEXT.replace(".", "_") if prefix == "lora_te_" else TEXT)
-    save_file({f"{layer}.lora_{x}.weight": noise(*shape) for x, shape in (("down", (2, 24)), ("up", (24, 2)))},
+    save_file({f"{layer}.lora_{x}.weight": normal(*shape) for x, shape in (("down", (2, 24)), ("up", (24, 2)))},
               tmp_path / "lora.safetensors")  # fmt: skip
     pipe, folder = stable["sd1"]
     checkpoint = run(f"--init_from={folder}", f"--merge={tmp_path}/lora.safetensors", f"--out={tmp_path}/m.safetensors")
     before, after = (sample.load_pipeline(path).tower.state_dict() for path in (folder, checkpoint))
     changed = {name: after[name] - before[name] for name in before if not torch.equal(before[name], after[name])}
     assert list(changed) == ["blocks.0.attn.to_q.weight"]
-    torch.testing.assert_close(changed["blocks.0.attn.to_q.weight"], noise(24, 2) @ noise(2, 24))
+    torch.testing.assert_close(changed["blocks.0.attn.to_q.weight"], normal(24, 2) @ normal(2, 24))
 
 
-GOOD = {f"{KOHYA}.lora_down.weight": noise(4, 16), f"{KOHYA}.lora_up.weight": noise(16, 4)}
+GOOD = {f"{KOHYA}.lora_down.weight": normal(4, 16), f"{KOHYA}.lora_up.weight": normal(16, 4)}
 BAD = {
     "another model": ({name.replace("attn2", "attn9"): t for name, t in GOOD.items()}, "1 of its layers are not in"),
-    "another width": (GOOD | {f"{KOHYA}.lora_down.weight": noise(4, 8)}, "is (16, 8), not (16, 16)"),
+    "another width": (GOOD | {f"{KOHYA}.lora_down.weight": normal(4, 8)}, "is (16, 8), not (16, 16)"),
     "half": (dict(list(GOOD.items())[:1]), "has down alone"),
-    "LoHa": ({f"{KOHYA}.hada_w1_a": noise(4, 4)}, "hada_w1_a, which is not of a LoRA"),
-    "LoCon": (GOOD | {f"{KOHYA}.lora_mid.weight": noise(4, 4)}, "lora_mid.weight, which is not of a LoRA"),
-    "DoRA": (GOOD | {f"{KOHYA}.dora_scale": noise(4)}, "dora_scale, which is not of a LoRA"),
+    "LoHa": ({f"{KOHYA}.hada_w1_a": normal(4, 4)}, "hada_w1_a, which is not of a LoRA"),
+    "LoCon": (GOOD | {f"{KOHYA}.lora_mid.weight": normal(4, 4)}, "lora_mid.weight, which is not of a LoRA"),
+    "DoRA": (GOOD | {f"{KOHYA}.dora_scale": normal(4)}, "dora_scale, which is not of a LoRA"),
 }
 
 
@@ -135,7 +136,7 @@ def test_what_does_not_fit(case, stable, tmp_path):  # noqa: F811
 
 def test_ranks_and_start():
     layer = torch.nn.Linear(6, 4)
-    x, before = noise(3, 6), layer(noise(3, 6))
+    x, before = normal(3, 6), layer(normal(3, 6))
     lora = LowRank(layer, 2)
     assert torch.equal(layer(x), before), "zero at first"
     torch.nn.init.ones_(lora.lora_B.weight)
@@ -143,7 +144,7 @@ def test_ranks_and_start():
 
 
 def test_convolutions_of_a_pointwise_kind(tmp_path):
-    save_file({"lora_unet_conv_in.lora_down.weight": noise(2, 4, 3, 3),
-               "lora_unet_conv_in.lora_up.weight": noise(8, 2, 1, 1)}, tmp_path / "a.safetensors")  # fmt: skip
+    save_file({"lora_unet_conv_in.lora_down.weight": normal(2, 4, 3, 3),
+               "lora_unet_conv_in.lora_up.weight": normal(8, 2, 1, 1)}, tmp_path / "a.safetensors")  # fmt: skip
     down, up, strength = read_lora(os.fspath(tmp_path / "a.safetensors"))["conv_in"]
     assert down.shape == (2, 4, 3, 3) and up.shape == (8, 2, 1, 1) and strength == 1
