@@ -929,25 +929,25 @@ def read_scheduler(path, objective, index, pixels):
 
     index: model_index.json.  pixels: whether there is no autoencoder.
     """
-    config = read_json(f"{path}/scheduler/scheduler_config.json")
+    file = f"{path}/scheduler/scheduler_config.json"
+    config = read_json(file)
     name, predicts = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
     process = dict(schedule=SCHEDULES.get(config.get("beta_schedule", "linear")))
     process |= dict(beta_start=config.get("beta_start", 1e-4), beta_end=config.get("beta_end", 0.02))
     if config.get("trained_betas") is not None:
         process = schedule_of(torch.tensor(config["trained_betas"], dtype=torch.float64))
     if process is None or process["schedule"] is None:
-        reject(path, f"the noise schedule of its {name}", "it is not supported")
-    check_config(config, path, num_train_timesteps=1000, use_flow_sigmas=False, thresholding=False)
+        reject(file, f"the noise schedule of its {name}", "it is not supported")
+    check_config(config, file, num_train_timesteps=1000, use_flow_sigmas=False, thresholding=False)
     found = PREDICTIONS.get(predicts)
     if found is None or name.startswith(("FlowMatch", "EDM", "KarrasVe", "ScoreSde")):  # which have no betas
-        reject(path, f"scheduler {name} with prediction_type={predicts}", "it is not supported")
+        reject(file, f"scheduler {name} with prediction_type={predicts}", "it is not supported")
     if objective not in ("", found):
         reject(path, f"its scheduler's objective is {found}, not {objective}", "leave --objective out")
     # what a file does not say is as in diffusers, whose Stable Diffusion pipelines have defaults of their own
     stable = index.get("_class_name", "").startswith("StableDiffusion")
     clip = config.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler") and not stable)
     if clip and not (pixels and name == "DDPMScheduler"):  # DDIM there clips x0 alone, and not eps
-        file = f"{path}/scheduler/scheduler_config.json"
         reject(file, f"clip_sample=True of a {name}, which is not supported", "set it to false there")
     process |= dict(clip_x0=config.get("clip_sample_range", 1.0) if clip else 0.0)
     process |= dict(steps_offset=config.get("steps_offset", int(stable)))

@@ -460,7 +460,8 @@ def read_prompts(path):
         with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte order mark
             lines = [line.strip() for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reject(path, f"not a text file in UTF-8 ({error})", "give a file with one prompt per line")
+        why = getattr(error, "strerror", None) or error
+        reject(path, f"cannot be read as UTF-8 ({why})", "give a file with one prompt per line")
     if not lines:
         reject(path, "no prompts in it", "give a file with one prompt per line")
     return lines
@@ -522,6 +523,7 @@ def load_from_settings(cfg, machine):
 def check_settings(cfg, pipeline):
     """UserError for a setting that has no effect with this checkpoint or with the other settings."""
     task, text = pipeline.task["task"], pipeline.text is not None
+    sr_noise = pipeline.task.get("sr_noise") or 0
     guidable = text or pipeline.num_classes > 0 or bool(cfg.guide_ckpt)
     rules = [  # settings, whether they have an effect, what they need
         ("prompt prompts negative", text, "a checkpoint with text"),
@@ -533,7 +535,7 @@ def check_settings(cfg, pipeline):
         ("init_image", task != "semantic", "another checkpoint; use --semantic_map"),
         ("mask strength", cfg.get("init_image") and task in ("none", "inpaint"), "--init_image, without another task"),
         ("semantic_map", task == "semantic", "a checkpoint with task=semantic"),
-        ("noise_level", cfg.get("noise_level", 0) <= (pipeline.task.get("sr_noise") or 0), "task=sr, larger sr_noise"),
+        ("noise_level", cfg.get("noise_level", 0) <= sr_noise, f"task=sr, and a level up to its sr_noise, {sr_noise}"),
         ("size", task != "sr", "a checkpoint with a task other than sr"),
     ]
     for option in sorted({option for sampler in samplers for option in sampler_options(sampler)}):
@@ -562,6 +564,7 @@ def choose_conditions(pipeline, cfg):
     for name in names:
         if name not in known:
             some = ", ".join(pipeline.classes[:10]) or f"0 to {pipeline.num_classes - 1}"
+            some += f", ... ({pipeline.num_classes} in all)" if len(pipeline.classes) > 10 else ""
             raise UserError(f"--cls={name} is not a class of this checkpoint: {some}")
     return [known[name] for name in names]
 

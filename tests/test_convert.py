@@ -618,7 +618,7 @@ REFUSED = [  # file or folder; what is changed in which file, None removes; mess
     ("sd", {"unet/config.json": None}, "unet/config.json: cannot be read"),
     ("sd", {"model_index.json": None}, "sd: no model_index.json in it; fetch all of it"),
     ("sd", {SCHEDULER: {"clip_sample": True}}, "scheduler_config.json: clip_sample=True of a DDIMScheduler"),
-    ("sd", {SCHEDULER: {"thresholding": True}}, "thresholding=True; only False is supported"),
+    ("sd", {SCHEDULER: {"thresholding": True}}, f"{SCHEDULER}: thresholding=True; only False is supported"),
     ("sd", {SCHEDULER: None}, "sd/scheduler/scheduler_config.json: cannot be read"),
     ("sd", {"model_index.json": {"text_encoder_2": ["a", "b"]}}, "a StableDiffusionPipeline with a text_encoder_2"),
     ("sd", {SCHEDULER: {"_class_name": "FlowMatchEulerDiscreteScheduler"}}, "scheduler FlowMatchEuler"),

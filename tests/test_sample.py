@@ -417,11 +417,12 @@ def test_choose_classes(pipelines):
         (["007", "12", "3", "4"], [7, 12, 3, 4], "007,7", [0, 0], "0", "007, 12, 3, 4"),
         (["cat", "3", "7", "10"], [0, 1, 2, 3], "cat,3,0", [0, 1, 0], "4", "cat, 3, 7, 10"),
         ([], [0, 1, 2, 3], "3,0", [3, 0], "4", "0 to 3"),
+        ([*"abcdefghijkl"], [*range(12)], "l", [11], "x", r"a, .*, j, ... \(12 in all\)"),
     ],
 )
 def test_a_number_is_one_class(pipelines, classes, numbers, cls, chosen, refused, known):
     """Where all classes are named by whole numbers, a number is that name; else it is a position."""
-    pipeline = pipelines["class"]._replace(classes=classes)
+    pipeline = pipelines["class"]._replace(classes=classes, num_classes=len(numbers))
     assert pipeline.numbers == numbers
     assert sample.choose_conditions(pipeline, settings(f"--cls={cls}")) == chosen
     with pytest.raises(UserError, match=f"--cls={refused} is not a class of this checkpoint: {known}$"):
@@ -493,7 +494,7 @@ DO_NOT_FIT = [
     ("none", ["--mask=mask.png"], "--mask=mask.png has no effect here; it needs --init_image"),
     ("sr", ["--init_image=small.png", "--strength=0.5"], "--strength=0.5 has no effect"),
     ("sr", ["--init_image=small.png", "--size=64"], "--size=.* has no effect"),
-    ("sr", ["--init_image=small.png", "--noise_level=11"], "--noise_level=11 .* needs task=sr, larger sr_noise"),
+    ("sr", ["--init_image=small.png", "--noise_level=11"], "--noise_level=11 .* a level up to its sr_noise, 10"),
     ("none", ["--semantic_map=map.png"], "it needs a checkpoint with task=semantic"),
     ("semantic", [PHOTO], "--init_image=photo.png has no effect here"),
     ("semantic", [], r"this checkpoint \(task=semantic\) needs --semantic_map"),
