@@ -654,8 +654,8 @@ if __name__ == "__main__":
         if not cfg.buckets:
             conditioner.keep_latents(streams[0])
     options = (cfg.task, cfg.seed, cfg.sr_scale, cfg.sr_degradation, object_names)
-    *streams, validation_stream = (WithCondition(stream, *options) for stream in streams)
-    stream = Buckets(streams, cfg.seed, images_per_step) if cfg.buckets else streams[0]
+    *conditioned, validation_stream = (WithCondition(stream, *options) for stream in streams)
+    stream = Buckets(conditioned, cfg.seed, images_per_step) if cfg.buckets else conditioned[0]
     validation = Subset(validation_stream, common.spread(len(validation_images), cfg.val_images))
 
     # log

@@ -369,7 +369,13 @@ RUNS = {
     "layout": ("--cond=layout", "--image_size=24,16"),
     "pixels": ("--task=inpaint", *PLAIN, "--first_stage=none", "--unet_dropout=0.1", "--image_size=24,16"),
     "tokens": ("--cond=class", "--class_embed=token", "--cache_latents=false", "--workers=1"),
-    "classes": ("--cond=class", "--transformer_depth=0", "--objective=eps", "--schedule=scaled_linear"),
+    "classes": (
+        "--cond=class",
+        "--transformer_depth=0",
+        "--objective=eps",
+        "--schedule=scaled_linear",
+        "--latents_on_device=true",
+    ),
     "all": (
         "--task=semantic",
         "--cond=layout",
