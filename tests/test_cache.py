@@ -38,7 +38,7 @@ def vae():
 def stream(tmp_path):
     """19 images, of which every fifth does not decode."""
     files = {f"{i:02d}.png": png(i, (20, 16)) if i % 5 else b"no" for i in range(19)}
-    return Stream(Dataset(put(tmp_path / "set", files), "all", 16), 3, flip=True)
+    return Stream(Dataset(put(tmp_path / "set", files), "all", (16, 24)), 3, flip=True)
 
 
 def build(cache, vae, workers=0, rank=0, world=1):
@@ -52,16 +52,16 @@ def contents(cache):
 
 def test_it_holds_what_the_encoder_gives(stream, vae, capsys):
     cache = build(LatentCache(stream, vae, "cache"), vae)
-    size = 19 * 2 * 2 * 4 * 8 * 8 * 2
+    size = 19 * 2 * 2 * 4 * 8 * 12 * 2
     assert f"caching the latents of 19 images in {cache.folder}: {size / 2**30:.3g} GiB" in capsys.readouterr().out
     assert list(contents(cache)) == ["000000.npy", "000001.npy", "000002.npy"] and cache.bytes == size
     in_memory, replaced = LatentCache(stream, vae, "cache"), 0
     latents = in_memory.load(CPU)
-    assert latents.shape == (19 * 2, 2, 4, 8, 8) and latents.dtype == torch.float16 and latents.nbytes == cache.bytes
+    assert latents.shape == (19 * 2, 2, 4, 8, 12) and latents.dtype == torch.float16 and latents.nbytes == cache.bytes
     for p in range(57):
         got, wanted, of_memory = cache[p], stream[p], in_memory[p]
         posterior, moments = vae.encode(wanted.pop("image")[None]), got.pop("image")
-        assert moments.dtype == torch.float16 and moments.shape == (2, 4, 8, 8)
+        assert moments.dtype == torch.float16 and moments.shape == (2, 4, 8, 12)
         torch.testing.assert_close(moments.float(), torch.cat([posterior.mean, posterior.std]), rtol=2e-3, atol=1e-4)
         assert torch.equal(latents[got["index"] * cache.flips + got["flip"]], moments)
         assert of_memory.pop("image").shape == (0,) and of_memory == got
@@ -74,7 +74,7 @@ def test_it_holds_what_the_encoder_gives(stream, vae, capsys):
 
 
 def test_it_belongs_to_encoder_and_data(stream, vae, tmp_path):
-    def folder(path="set", flip=True, split="all", size=16, model=vae, precision="float32"):
+    def folder(path="set", flip=True, split="all", size=(16, 24), model=vae, precision="float32"):
         data = Stream(Dataset(tmp_path / path, split, size), 3, flip=flip)
         return LatentCache(data, model, "cache", precision).folder
 
@@ -85,7 +85,7 @@ def test_it_belongs_to_encoder_and_data(stream, vae, tmp_path):
         model.get_parameter(name).add_(0.1)
     encoder, decoder = (folder(model=model) for model in models.values())
     assert folder() == folder("copy") == decoder, "neither path, captions nor the decoder matter"
-    others = [folder(flip=False), folder(split="train"), folder(size=8), folder(precision="bfloat16")]
+    others = [folder(flip=False), folder(split="train"), folder(size=(24, 16)), folder(precision="bfloat16")]
     assert len({folder(), encoder, *others}) == 6
 
 
@@ -168,4 +168,4 @@ def test_a_disk_too_small_is_said_before_anything_is_written(stream, vae, monkey
         build(cache, vae)
     assert not contents(cache)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(cache.bytes))
-    assert len(contents(build(cache, vae))) == 3 and np.load(cache.path(2)).shape == (3, 2, 2, 4, 8, 8)
+    assert len(contents(build(cache, vae))) == 3 and np.load(cache.path(2)).shape == (3, 2, 2, 4, 8, 12)
