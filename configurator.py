@@ -80,6 +80,11 @@ def configure(scope, argv=None, more=None):
         print(f"{Path(scope.get('__file__', 'settings')).name}: {error}", file=sys.stderr)
         sys.exit(2)
     scope.update(values)
+    return make_config(settings, values)
+
+
+def make_config(settings, values):
+    """The Config of {name: Setting} with {name: value} of those that are given."""
     config = Config({name: setting.default for name, setting in settings.items()} | values)
     config.given = values
     config.changed = {name: value for name, value in config.items() if value != settings[name].default}

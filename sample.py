@@ -514,10 +514,14 @@ def load_from_settings(cfg, machine):
             round_weights(part)
         if machine.compile:
             compile_unet(part)
+    return cfg, pipeline, generate_options(cfg) | {"guide": guide}
+
+
+def generate_options(cfg):
+    """Keyword arguments of `generate` that are settings."""
     names = "steps sampler spacing size batch_size guidance guidance_rescale negative decode_tile decode_batch".split()
     names += [name for name in sampler_options(cfg.sampler) if cfg.get(name, -1) != -1]  # -1: the sampler's default
-    interval = cfg.guidance_from, cfg.guidance_to
-    return cfg, pipeline, {name: cfg[name] for name in names} | dict(guide=guide, guidance_interval=interval)
+    return {name: cfg[name] for name in names} | {"guidance_interval": (cfg.guidance_from, cfg.guidance_to)}
 
 
 def check_settings(cfg, pipeline):
@@ -661,6 +665,19 @@ def choose_inputs(pipeline, cfg):
     return list(conditions), seeds, [names[i] for i in index], inputs
 
 
+def plan(pipeline, cfg):
+    """(conditions, seeds, inputs, ... of `generate`, a record of each image) that the settings ask for."""
+    conditions, seeds, names, inputs = choose_inputs(pipeline, cfg)
+    strength = cfg.strength if cfg.strength > 0 else 0.75 if "image" in inputs and "mask" not in inputs else 1.0
+    records = []
+    for i, condition in enumerate(conditions):
+        records.append({"file": f"{i:05d}.png", "prompt": pipeline.caption(condition), "seed": seeds[i]})
+        if inputs:
+            records[-1] |= {"from": names[i], "strength": strength}
+    batch_size = min(cfg.batch_size, len(conditions))
+    return dict(conditions=conditions, seeds=seeds, inputs=inputs, strength=strength, batch_size=batch_size), records
+
+
 def earlier_files(folder):
     """Names of what an earlier call wrote into `folder`: the images in its samples.jsonl, and their grid.png."""
     file = Path(folder, "samples.jsonl")
@@ -688,24 +705,18 @@ if __name__ == "__main__":
         raise UserError("sample.py runs in one process; for torchrun see fid.py")
     machine = setup(cfg.replace(deterministic=False))
     cfg, pipeline, options = load_from_settings(cfg, machine)
-    conditions, seeds, names, inputs = choose_inputs(pipeline, cfg)
-    share = cfg.strength if cfg.strength > 0 else 0.75 if "image" in inputs and "mask" not in inputs else 1.0
-    options["batch_size"] = min(cfg.batch_size, len(conditions))
+    what, records = plan(pipeline, cfg)
+    options |= what
 
     file = checkpoint.find(cfg.ckpt)
     folder = cfg.out_dir or os.path.join(file if os.path.isdir(file) else os.path.dirname(file), "samples")
-    records = []
-    for i, condition in enumerate(conditions):
-        records.append({"file": f"{i:05d}.png", "prompt": pipeline.caption(condition), "seed": seeds[i]})
-        if inputs:
-            records[-1] |= {"from": names[i], "strength": share}
     for name in {"grid.png", *(record["file"] for record in records)} - earlier_files(folder):
         if Path(folder, name).exists():
             reject(folder, f"its {name} is not of an earlier call", "set another --out_dir")
 
     started = time.time()
     with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16"):
-        images = generate(pipeline, conditions, seeds, inputs=inputs, strength=share, progress=True, **options)
+        images = generate(pipeline, progress=True, **options)
     seconds = time.time() - started
     grid = save_samples(folder, images, records, cfg)
     how = (
