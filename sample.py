@@ -712,7 +712,7 @@ if __name__ == "__main__":
     folder = cfg.out_dir or os.path.join(file if os.path.isdir(file) else os.path.dirname(file), "samples")
     for name in {"grid.png", *(record["file"] for record in records)} - earlier_files(folder):
         if Path(folder, name).exists():
-            reject(folder, f"its {name} is not of an earlier call", "set another --out_dir")
+            reject(folder, f"its {name} is not from an earlier call and would be overwritten", "set another --out_dir")
 
     started = time.time()
     with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16"):

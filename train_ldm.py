@@ -583,10 +583,14 @@ if __name__ == "__main__":
     # data
     images, validation_images = train_and_validation(cfg.dataset, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
     common.assert_same_on_all_ranks(step=step, images=len(images))
+    if rank == 0:  # before labels that are ids make a model too large, and before hours of caching
+        print(images, flush=True)
     check_task(images, cfg.task, cfg.sr_scale, cfg.sr_degradation, cfg.cond == "layout")
     conditions = {"none": "images", "text": "captions", "class": "labels", "layout": "objects"}[cfg.cond]
     if not images.counts[conditions]:
         reject(cfg.dataset, f"its training images have no {conditions}", "set another --cond, such as none")
+    if images.counts[conditions] < len(images) and rank == 0:
+        print(f"{conditions} on {images.counts[conditions]} of {len(images)} training images, the others have none")
     num_classes = images.num_classes if cfg.cond == "class" else 0
     map_classes = images.map_classes if cfg.task == "semantic" else 0
     object_names = images.object_classes if cfg.cond == "layout" else None
@@ -661,14 +665,11 @@ if __name__ == "__main__":
     # log
     tflop = count_tflop(ema, conditioner(collate([validation[0]])))
     log = common.Log(cfg, machine, images_per_step, images.fingerprint, meta if resumed else {}, tflop)
-    log.print(images)
     log.print(f"{sum(p.numel() for p in parameters):,} parameters, {tflop:.4g} TFLOP per image; latents {latent_shape}")
     if cfg.buckets:
         log.print(stream)
     if conditioner.resident is not None:
         log.print(f"latents kept on {machine.device}: {streams[0].bytes / 2**30:.3g} GiB in each process")
-    if images.counts[conditions] < len(images):
-        log.print(f"{conditions} on {images.counts[conditions]} of {len(images)} training images, the others have none")
     for prompt in examples if encoder else ():
         if encoder.count_tokens(prompt) > encoder.length:
             log.print(f"prompt cut to {encoder.length} tokens: {prompt[:60]}")

@@ -651,10 +651,14 @@ def test_a_second_call_into_the_same_folder(runs, command, tmp_path):
         "samples.jsonl",
     ]
     status, _, err = command(*args, "--n=8")
-    assert status == 1 and err == "sample.py: out: its 00007.png is not of an earlier call; set another --out_dir\n"
+    assert (
+        status == 1
+        and err
+        == "sample.py: out: its 00007.png is not from an earlier call and would be overwritten; set another --out_dir\n"
+    )
     (tmp_path / "other").mkdir()
     (tmp_path / "other/grid.png").write_text("mine")
-    assert "other: its grid.png is not of an earlier call" in command(*args, "--out_dir=other")[2]
+    assert "other: its grid.png is not from an earlier call" in command(*args, "--out_dir=other")[2]
     assert len(os.listdir("out")) == 6 and (tmp_path / "out/00007.png").read_text() == "mine"
 
 
