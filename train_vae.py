@@ -460,7 +460,8 @@ def measure_checkpoint(cfg, machine, autocast):
         return
     print(f"{path} at {images.sides[0]}x{images.sides[1]} px on {images}\n{as_text(mean, std)}")
     if vae.has_latent_statistics and not cfg.overwrite:
-        return print(f"not stored, as the checkpoint has {as_text(vae.latent_mean, vae.latent_std)} (--overwrite=True)")
+        print(f"not stored: the checkpoint has {as_text(vae.latent_mean, vae.latent_std)}", end="; ")
+        return print("--overwrite=True replaces those of a run of train_vae.py")
     if not checkpoint.is_ours(path) or checkpoint.read_meta(path)["stage"] != "vae":
         reject(path, "cannot store latent statistics", "give a checkpoint of train_vae.py")
     tensors, meta = checkpoint.read(path)

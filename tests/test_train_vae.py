@@ -396,7 +396,7 @@ def test_a_stopped_run_can_be_measured(start, killed, small_data, tmp_path):
     # a second time, on other images, they are only printed, unless asked for
     other = ("--measure_latents", "--device=cpu", "--ckpt=out", f"--dataset={small_data}/val", "--image_size=24")
     printed = start("vae", *other, bare=True, folder=folder).finish().stdout
-    assert "at 24x24 px on" in printed and "not stored, as the checkpoint has latent mean" in printed
+    assert "at 24x24 px on" in printed and "not stored: the checkpoint has latent mean" in printed
     assert_same(run.checkpoint[0], after)
     start("vae", *other, "--overwrite", bare=True, folder=folder).finish()
     assert not torch.equal(run.checkpoint[0]["ema.latent_std"], after["ema.latent_std"])
