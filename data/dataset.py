@@ -863,7 +863,7 @@ def first_good(read, dataset):
         except BadImage as e:
             bad.append(str(e))
     some = "; ".join(list(dict.fromkeys(bad))[:3])
-    reject(f"dataset {dataset.path}", f"all {len(bad)} images tried are bad ({some})", "look at the data")
+    reject(f"dataset {dataset.path}", f"all {len(bad)} images tried are bad ({some})", "replace or remove them")
 
 
 def step_positions(step, micro, batch_size, grad_accum=1, rank=0, world=1):

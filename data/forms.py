@@ -260,7 +260,7 @@ def read_metadata(root, tables, by_name, left):
             texts = dict.fromkeys(before.get("text", []) + found.get("text", []))
             about[images[0]] = found | before | ({"text": list(texts)} if texts else {})
     if named and not about:
-        what = f"names only files that are not here, as {named}"
+        what = f"names only files that are not here, such as {named}"
         reject(f"{root}/{tables[0]}", what, "give file_name relative to this file")
     return about
 

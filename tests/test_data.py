@@ -562,7 +562,7 @@ def test_what_is_found(tmp_path, case):
 REFUSED = {
     "empty": ({"notes.txt": "-"}, r"holds no images, left out: 1 .txt files .*; looked for images.npy, .*\*.tar"),
     "not made": ({"prepare.py": "-"}, "holds no images; run .*prepare.py"),
-    "metadata names nothing": ({"a.png": P, "metadata.jsonl": described("b.png")}, "names only .* not here, as b.png"),
+    "metadata names nothing": ({"a.png": P, "metadata.jsonl": described("b.png")}, "only .* not here, such as b.png"),
     "metadata broken": ({"a.png": P, "metadata.jsonl": '{"file_name": "a.png"}\n{'}, "jsonl line 2: is not JSON"),
     "class misspelled": (
         {"cat/1.png": P, "dog/1.png": P, "classes.json": ["Dog", "cat"]}, "'dog' is not among them; list the same",
