@@ -117,7 +117,6 @@ class Model:
             "text": pipeline.text is not None,
             "classes": [pipeline.caption(i) if pipeline.classes else str(i) for i in range(pipeline.num_classes)],
             "task": pipeline.task["task"],
-            "sr_scale": pipeline.task.get("sr_scale") or 1,
             "sr_noise": pipeline.task.get("sr_noise") or 0,
             "examples": [example for example in pipeline.examples if isinstance(example, str)],
             "size": trained_size(pipeline),

@@ -28,7 +28,8 @@ def serve(runs, tmp_path_factory):
     """serve(name) -> the address of a server with that tiny checkpoint, and a folder of one run."""
     folder, servers = tmp_path_factory.mktemp("out"), {}
     write_run(folder / "one", [progress(step) for step in (1, 2, 3)])
-    Image.new("RGB", (8, 8)).save(folder / "one/samples_00000003.png")
+    for step in (1, 3):
+        Image.new("RGB", (8, 8)).save(folder / f"one/samples_0000000{step}.png")
     (folder / "secret_1.png").write_bytes(b"secret")
 
     def serve(name):
@@ -50,7 +51,7 @@ def gate(monkeypatch):
     gate, plain = threading.Event(), sample.generate
 
     def generate(**job):
-        assert gate.wait(20)
+        assert gate.wait(60)
         return plain(**job)
 
     monkeypatch.setattr(sample, "generate", generate)
@@ -60,7 +61,7 @@ def gate(monkeypatch):
 
 def connect(server, method, path, body=None, headers=None):
     """The connection, after the request is sent."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     body = json.dumps(body).encode() if isinstance(body, dict) else body
     connection.request(method, path, body, headers or {})
     return connection
@@ -93,7 +94,7 @@ def generated(server, **request):
 
 def idle(server):
     """Wait until nobody is in the queue."""
-    end = time.time() + 20
+    end = time.time() + 60
     while server.line:
         assert time.time() < end, "the queue is not freed"
         time.sleep(0.02)
@@ -112,7 +113,7 @@ def test_every_route(serve):
         ("/", "text/html; charset=utf-8", b"<!doctype html>"),
         ("/model", "application/json", b'"text": true'),
         ("/runs", "application/json", b'{"one": {'),
-        ("/runs/one", "application/json", b'"images": {"samples_00000003.png": '),
+        ("/runs/one", "application/json", b'"samples_00000003.png": '),
         ("/runs/one/samples_00000003.png?now", "image/png", b"\x89PNG"),
     ):
         status, body, headers = ask(server, "GET", path)
@@ -124,7 +125,7 @@ def test_what_the_page_knows_of_a_checkpoint(serve):
     for name, expected in (
         ("text", {"text": True, "classes": [], "size": [32, 32], "examples": ["a red star", "a blue circle"]}),
         ("class", {"text": False, "classes": ["cat", "dog", "7", "tench, Tinca"], "examples": []}),
-        ("sr", {"task": "sr", "sr_noise": 10, "sr_scale": 2}),
+        ("sr", {"task": "sr", "sr_noise": 10}),
     ):
         about = json.loads(ask(serve(name), "GET", "/model")[1])
         assert about.items() >= expected.items() and about["defaults"]["steps"] == 20
@@ -374,7 +375,7 @@ def test_a_client_that_goes_away(serve, gate, who):
         gate.set()
         assert b'"done"' in other.read()
     else:
-        end = time.time() + 20
+        end = time.time() + 60
         while len(server.line) == length and time.time() < end:
             time.sleep(0.02)
         assert len(server.line) == 1
@@ -401,7 +402,7 @@ def test_too_many_connections(serve):
         assert connection.recv(100).endswith(b"too many connections: close a tab\n")
     for connection in open_ones:
         connection.close()
-    end = time.time() + 20
+    end = time.time() + 60
     while server.slots._value < app.MAX_CONNECTIONS and time.time() < end:
         time.sleep(0.02)
     assert ask(server, "GET", "/runs")[0] == 200
@@ -410,7 +411,7 @@ def test_too_many_connections(serve):
 def test_a_slow_client_is_left(serve, monkeypatch):
     monkeypatch.setattr(app.Handler, "timeout", 0.2)
     with socket.create_connection(("127.0.0.1", serve("none").server_port)) as connection:
-        connection.settimeout(20)
+        connection.settimeout(60)
         connection.sendall(b"GET /runs HTTP/1.1\r\n")
         assert connection.recv(100) == b""
 
@@ -543,11 +544,186 @@ def test_command(runs, tmp_path):
     with launch("--host=0.0.0.0") as process:
         port = int(process.stdout.readline().split(" ")[0].rpartition(":")[2])
         assert process.stdout.readline().startswith("warning: everyone who reaches this address")
-        connection = http.client.HTTPConnection("localhost", port, timeout=20)
+        connection = http.client.HTTPConnection("localhost", port, timeout=60)
         connection.request("GET", "/model")
         assert b"out/ldm: no such checkpoint" in connection.getresponse().read()
         with launch(f"--port={port}", "--host=127.0.0.1") as second:
             error = second.communicate()[1]
         assert error.startswith(f"app.py: cannot listen on 127.0.0.1:{port} (") and error.count("\n") == 1
         process.send_signal(2)
-        assert process.wait(20) == 0 and process.stderr.read() == ""
+        assert process.wait(60) == 0 and process.stderr.read() == ""
+
+
+# --- the page ---
+
+
+class Page:
+    """app.html of a server in headless Chromium."""
+
+    def __init__(self, driver, server):
+        self.driver, self.run, self.downloads = driver, driver.execute_script, driver.downloads
+        driver.get(f"http://127.0.0.1:{server.server_port}/")
+        self.wait(lambda: self.run("return model !== null && !document.getElementById('form').hidden"))
+
+    def find(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def wait(self, condition):
+        end = time.time() + 60
+        while not (value := condition()):
+            assert time.time() < end, self.find("#status").text
+            time.sleep(0.05)
+        return value
+
+    def fill(self, **values):
+        for name, value in values.items():
+            self.run("document.getElementById('form').elements[arguments[0]].value = arguments[1]", name, value)
+
+    def generate(self):
+        """Click the button, and download the PNGs: {name: bytes}."""
+        self.find("#go").click()
+        boxes = self.boxes()
+        self.wait(lambda: self.find("#status").text.startswith(("1 image in", "2 images in")))
+        assert self.boxes() == boxes
+        files = {}
+        for link in self.driver.find_elements("css selector", "#stage a"):
+            file = self.downloads / link.get_attribute("download")
+            link.click()
+            self.wait(file.exists)
+            files[file.name] = file.read_bytes()
+            file.unlink()
+        return files
+
+    def boxes(self):
+        """Where things are."""
+        return self.run(
+            "return ['#go', '#status', '#stage', '#strip'].map(s => { const r = document.querySelector(s)"
+            ".getBoundingClientRect(); return [r.x, r.y + scrollY, r.width, r.height] })"
+        )
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install -r tests/requirements.txt")
+    chromium, path = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and path):
+        pytest.skip("no Chromium: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    downloads = tmp_path_factory.mktemp("downloads")
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(path))
+    driver.downloads = downloads
+    yield driver
+    assert driver.get_log("browser") == [], "errors in the page"
+    driver.quit()
+
+
+def test_page_generates(serve, driver, runs, command):
+    """The stream, the files of sample.py, the strip that brings settings back, Stop; nothing moves meanwhile."""
+    page = Page(driver, serve("text"))
+    assert page.find("[name=prompt]").get_attribute("value") == "a red star", "an example"
+    page.find("[name=prompt]").clear()
+    page.find("[name=prompt]").send_keys("a blue star")
+    page.fill(n=2, steps=3, seed=7, guidance=2.5, sampler="ddim")
+    pngs = page.generate()
+    settings = ("--prompt=a blue star", "--n=2", "--steps=3", "--seed=7", "--guidance=2.5", "--sampler=ddim")
+    args = ("--device=cpu", "--dtype=float32", "--out_dir=", *settings)
+    assert command("sample.py", f"--ckpt={runs['text'].path}", *args)[0] == 0
+    for i, name in enumerate(("a-blue-star-7.png", "a-blue-star-8.png")):
+        with open(f"{runs['text'].path}/samples/0000{i}.png", "rb") as file:
+            assert file.read() == pngs[name]
+    page.fill(prompt="another", steps=9, guidance=1, seed=0)
+    page.find("#strip button").click()
+    page.wait(lambda: "settings of these images are back" in page.find("#status").text)
+    values = [page.find(f"[name={name}]").get_attribute("value") for name in ("prompt", "steps", "guidance", "seed")]
+    assert values == ["a blue star", "3", "2.5", "7"]
+    page.fill(steps=1000)
+    page.find("#go").click()
+    page.wait(lambda: page.find("#status").text.startswith("evaluation "))
+    frame = page.find("#stage img").get_attribute("src")
+    page.wait(lambda: page.find("#stage img").get_attribute("src") != frame)
+    page.find("#go").click()
+    page.wait(lambda: page.find("#status").text == "stopped")
+    idle(serve("text"))
+    page.fill(steps=3, size="30")
+    page.find("#go").click()
+    page.wait(lambda: "size=30 must be one or two multiples of 8" in page.find("#status").text)
+    assert len(driver.get_log("browser")) == 1, "that answer is a 400"
+
+
+def test_page_paints_a_mask(serve, driver, tmp_path):
+    from selenium.webdriver import ActionChains, Keys
+
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    page = Page(driver, serve("text"))
+    page.fill(n=1, steps=2)
+    page.find("#file").send_keys(str(tmp_path / "photo.png"))
+    mask = page.wait(lambda: page.find("#mask").is_displayed() and page.find("#mask"))
+    ActionChains(driver).move_to_element_with_offset(mask, -60, -60).click_and_hold().move_by_offset(
+        40, 0
+    ).release().perform()
+    assert page.find("[name=strength]").get_attribute("value") == "1"
+    (png,) = page.generate().values()
+    (tmp_path / "a.png").write_bytes(png)
+    with Image.open(tmp_path / "a.png") as image:
+        same, record = (np.array(image) == pixels).all(2), json.loads(image.text["settings"])
+    assert (record["from"], record["config"]["mask"], record["strength"]) == ("photo.png", "mask.png", 1.0)
+    assert same[16:].all() and same[:, 28:].all() and 10 < (~same).sum() < 300
+    page.find("#clear").click()
+    mask.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.SPACE)  # in the middle
+    (png,) = page.generate().values()
+    (tmp_path / "a.png").write_bytes(png)
+    changed = (np.array(Image.open(tmp_path / "a.png")) != pixels).any(2)
+    assert changed[14:20, 14:20].any() and not changed[:8].any() and not changed[:, :8].any()
+    page.find("#remove").click()
+    assert not page.find("#mask").is_displayed()
+
+
+def test_page_of_each_checkpoint(serve, driver):
+    """Shows what the checkpoint takes."""
+    for name, expected in (
+        ("text", "prompt guidance size"),
+        ("class", "cls guidance size"),
+        ("none", "size"),
+        ("sr", "noise_level"),
+    ):
+        page = Page(driver, serve(name))
+        fields = ("prompt", "cls", "guidance", "size", "noise_level", "strength")
+        shown = "return document.querySelector(`[name=${arguments[0]}]`)?.offsetParent != null"
+        assert [field for field in fields if page.run(shown, field)] == expected.split(), name
+
+
+def test_page_shows_runs(serve, driver):
+    from selenium.webdriver import Keys
+
+    page = Page(driver, serve("text"))
+    page.find("header [href='#runs']").click()
+    page.wait(lambda: page.find("#run").is_displayed())
+    assert page.find("#run-progress").text.startswith("train_ldm.py: step 3 of 10")
+    titles = [title.text for title in driver.find_elements("css selector", "#charts h3")]
+    assert titles[0] == "loss (log scale)" and "learning rate" in titles
+    assert page.find("#grids img").get_attribute("alt") == "samples at step 3"
+    page.find("#step").send_keys(Keys.ARROW_LEFT)
+    assert (
+        page.find("#grids img").get_attribute("alt") == "samples at step 1"
+        and page.find("#step-value").text == "step 1"
+    )
+    page.wait(lambda: page.run("return document.querySelector('#grids img').naturalWidth") == 8)
+
+
+@pytest.mark.parametrize("width", [320, 390, 1300, 2560])
+def test_page_fits_every_width(serve, driver, width):
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", dict(width=width, height=800, deviceScaleFactor=1, mobile=False)
+    )
+    page = Page(driver, serve("text"))
+    for name in ("generate", "runs"):
+        page.find(f"header [href='#{name}']").click()
+        page.wait(page.find(f"main#{name}").is_displayed)
+        assert page.run("return document.documentElement.scrollWidth") <= width
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

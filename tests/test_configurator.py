@@ -191,7 +191,7 @@ def test_config_is_a_dict_with_attributes():
         cfg.rl  # noqa: B018
 
 
-SCRIPTS = ("train_vae", "train_ldm", "lpips_train", "sample", "fid", "bench", "convert")
+SCRIPTS = ("train_vae", "train_ldm", "lpips_train", "sample", "fid", "bench", "convert", "app")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
