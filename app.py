@@ -98,7 +98,7 @@ class Model:
     def load(self):
         """The pipeline; UserError where there is no checkpoint."""
         with self.lock:
-            self.path = self.path or checkpoint.find(self.values["ckpt"])
+            self.path = checkpoint.find(self.path or self.values["ckpt"])  # a Hugging Face id is fetched once
             stamp = os.stat(self.path).st_mtime_ns
             if stamp != self.stamp:
                 _, self.pipeline, _ = sample.load_from_settings(self.config(), self.machine)

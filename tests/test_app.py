@@ -317,6 +317,8 @@ def test_a_checkpoint_that_is_missing_and_one_that_changes(runs, tmp_path):
     for name in ("none", "text"):  # training has saved another one
         shutil.copy(f"{runs[name].path}/latest.safetensors", tmp_path)
         assert model.about()["text"] == (name == "text") and model.load() is model.load()
+    (tmp_path / "latest.safetensors").unlink()
+    assert "no such checkpoint" in model.about()["missing"]
 
 
 def test_an_error_while_generating_is_one_line(serve, monkeypatch, capsys):
@@ -618,8 +620,9 @@ def driver(tmp_path_factory):
     driver = webdriver.Chrome(options, webdriver.ChromeService(path))
     driver.downloads = downloads
     yield driver
-    assert driver.get_log("browser") == [], "errors in the page"
+    errors = driver.get_log("browser")
     driver.quit()
+    assert errors == []
 
 
 def test_page_generates(serve, driver, runs, command):
