@@ -58,7 +58,7 @@ FORM = "prompt negative cls n size seed sampler steps guidance strength noise_le
 UPLOADS = ("init_image", "mask", "semantic_map")  # of a request, as {"name": of the file, "data": in base64}
 MAX_UPLOAD = 20 * 2**20  # bytes of a file
 MAX_BODY = 28 * 2**20  # bytes of a request: a file in base64, a mask and settings
-MAX_TEXT = 2000  # bytes of a setting
+MAX_TEXT = 2000  # characters of a setting
 MAX_IMAGES, MAX_PIXELS = 16, 2**24  # of a request
 MAX_WAITING = 4  # requests that wait for the one that is generating
 MAX_CONNECTIONS = 32
@@ -138,8 +138,10 @@ class Model:
         form = {name: SETTINGS[name] for name in FORM}
         values = {name: checked(name, value, find(name, form)) for name, value in request.items()}
         for name, value in values.items():
-            if len(str(value).encode(errors="replace")) > MAX_TEXT:
-                raise UserError(f"--{name} is longer than {MAX_TEXT} bytes")
+            if len(str(value)) > MAX_TEXT:
+                raise UserError(f"--{name} is longer than {MAX_TEXT} characters")
+            if any("\ud800" <= character <= "\udfff" for character in str(value)):
+                raise UserError(f"--{name} has half a character: send whole ones")
         pipeline = self.load()
         if pipeline.text is not None and not names and not values.get("prompt"):
             raise UserError("--prompt is empty: write what to generate")
