@@ -88,7 +88,8 @@ class Model:
 
     def __init__(self, values):
         """values: settings of sample.py."""
-        self.values, self.lock, self.path, self.stamp = values, threading.Lock(), None, None
+        self.values, self.path, self.stamp = values, None, None
+        self.lock, self.reading = threading.Lock(), threading.Lock()  # reading: one upload is decoded at a time
         self.machine = setup(self.config().replace(deterministic=False))
 
     def config(self, **values):
@@ -154,8 +155,9 @@ class Model:
         cfg = sample.with_sampling(self.config(**values, **files), pipeline)
         try:
             sample.check_settings(cfg, pipeline)
-            check_amount(cfg, pipeline)
-            what, records = sample.plan(pipeline, cfg)
+            with self.reading:
+                check_amount(cfg, pipeline)
+                what, records = sample.plan(pipeline, cfg)
         except UserError as error:
             raise UserError(str(error).replace(f"{folder}{os.sep}", "--")) from None
         for record in records:

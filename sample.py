@@ -583,6 +583,8 @@ def open_images(path):
     for file in files:
         try:
             with Image.open(file) as image:
+                if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
                 image.load()
                 images[file.name] = image
         except Exception as error:  # Pillow's plugins raise exceptions of many types

@@ -253,6 +253,10 @@ def test_uploads_that_are_too_large(serve, tmp_path):
     body = {"n": 1, "init_image": upload(tmp_path / "a.png")}
     status, answer, _ = ask(serve("sr"), "POST", "/generate", body, HEADERS)
     assert status == 400 and b"1 x 6000x6000: the page generates at most" in answer
+    Image.new("1", (10000, 10000)).save(tmp_path / "a.png")  # 12 kB, 300 MB as RGB
+    body = {"prompt": "a", "n": 1, "init_image": upload(tmp_path / "a.png")}
+    status, answer, _ = ask(serve("text"), "POST", "/generate", body, HEADERS)
+    assert status == 400 and b"10000x10000 is over PIL.Image.MAX_IMAGE_PIXELS" in answer
 
 
 # --- generating ---
