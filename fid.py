@@ -1,15 +1,24 @@
-"""FID, KID, precision and recall of generated images against real ones; it can generate them too.
+"""FID, KID, precision and recall of generated images against real ones, or their nearest training images.
 
     torchrun --nproc_per_node=8 fid.py --ckpt=out/ldm --num_samples=50000 --samples=out.npz \\
         --reference=DIR --inception_weights=FILE                                        # generate, then score
     python fid.py --samples=out.npz --reference=DIR --inception_weights=FILE            # score
     python fid.py --samples=out/ldm/samples --reference=DIR --trunk_weights=FILE        # without Inception: not a FID
+    python fid.py --samples=out.npz --reference=DIR --nearest=true --ckpt=out/ldm --trunk_weights=FILE      # memorized?
 
 Generating is resumed by the same command. Both sets get the same preprocessing: center crop of the short side, Lanczos
 to image_size if the side differs, uint8; with image_size=0, the side of the samples, these are used as they are.
 With inception_weights, features and scores are torch-fidelity's. With trunk_weights the features are the last ones of
 LPIPS; these scores carry the trunk's name, compare only with each other, and favor models trained with that LPIPS.
 Most scores depend on the number of images: compare equal numbers only (FID is reported for 50,000 samples).
+
+nearest=true finds the training image nearest to each sample, by features and by pixels (averaged to 32 x 32 if larger;
+RMS difference in gray levels). The reference is the data set of training: its training images and their mirror images
+are decoded by the autoencoder of --ckpt, as samples are (without --ckpt: as they are; always center crops). The score
+is the share of samples below the 1 % quantile of the same distance of its held-out images; without memorization about
+1 % are, the line has the exact number and its standard deviation. A larger share can also come from blurred or plain
+samples, which are near to many images: look at the sheet of the closest pairs, SAMPLES.nearest.features.png. All pairs
+are in SAMPLES.nearest.features.jsonl; the same with pixels.
 """
 
 import contextlib
@@ -27,20 +36,23 @@ import torch.distributed as dist
 from PIL import Image
 
 import checkpoint
+import metrics
 import sample
 from checkpoint import UserError, reject, write_whole
 from common import install_excepthook, progress_bar, setup
 from configurator import configure, find_settings
-from data.dataset import BadImage, Dataset
-from grid import to_pil
+from data.dataset import BadImage, Dataset, to_tensor
+from grid import save_grid, to_pil
 from lpips_train import LPIPS, MIN_SIDE, TAPS
 from metrics import NEIGHBORS, frechet, gaussian, load_inception, mmd, precision_recall
 from sample import choose_conditions, earlier_files, generate, latent_sides, load_from_settings
+from vae import VAE
 
 # the two sets
 samples = "samples.npz"  # generated images: an .npz (arr_0, uint8 (N,H,W,3)), or a folder written by sample.py
 reference = ""  # real images: a data set as training reads it, or an .npz; "" generates only
-split = "all"  # all | train | val | test: part of the reference
+split = "all"  # all | train | val | test: part of the reference that is scored against
+nearest = False  # find the nearest training images instead; the reference is then the data set of training
 image_size = 0  # >= 0: side in pixels at which both are compared; 0 is that of the samples
 # features, one of two
 inception_weights = ""  # torch-fidelity's weights-inception-2015-12-05-6726825d.pth: FID, KID, precision, recall
@@ -55,7 +67,8 @@ dist_timeout = 1440.0  # > 0: minutes that a process waits for the slowest at th
 # settings of sample.py that are not used here: image inputs and output
 UNUSED = "n init_image strength mask noise_level semantic_map out_dir show".split()
 # settings that do not change the images: generating resumes with other values
-FREE = "samples reference split image_size inception_weights trunk trunk_weights decode_batch compile device".split()
+FREE = "inception_weights trunk trunk_weights decode_batch compile device".split()
+FREE += "samples reference split nearest image_size".split()
 
 # --- generate ---
 
@@ -64,6 +77,7 @@ def generate_samples(cfg, machine):
     """Generate cfg.num_samples images into the .npz cfg.samples, or do nothing if it has them already.
 
     Their prompts or classes are used in turns: the given ones, else the checkpoint's examples, or all its classes.
+    Returns the autoencoder, or None.
     """
     cfg, pipeline, options = load_from_settings(cfg, machine)
     if pipeline.task["task"] != "none":
@@ -88,6 +102,7 @@ def generate_samples(cfg, machine):
     settings["crc32 of conditions"] = zlib.crc32(json.dumps(conditions).encode())
     labels = [pipeline.numbers[i] for i in conditions] if pipeline.num_classes else None
     generate_many(cfg.samples, cfg.num_samples, cfg.batch_size, generate_rows, labels, settings, machine)
+    return pipeline.vae
 
 
 def describe(path):
@@ -208,10 +223,21 @@ def crop_and_resize(image, side):
     return image if short == side else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
+def first_side(images, which):
+    """The short side of the first image that decodes, 0 if none does."""
+    for i in which:
+        with contextlib.suppress(BadImage):
+            return min(images.rgb(i).size)
+    return 0
+
+
 @torch.no_grad()
 def features(extract, images, which, name, side, as_is, batch_size, device):
-    """extract(uint8 (B,3,side,side)) -> (B,D) of all images that decode: (N,D). as_is: do not crop or resize."""
-    found, batch = [], []
+    """extract(uint8 (B,3,side,side)) -> (B,D) of all images that decode: their indices [N] and the features (N,D).
+
+    as_is: do not crop or resize.
+    """
+    found, batch, decoded = [], [], []
     for n, i in enumerate(progress_bar(which, name), 1):
         try:
             image = images.rgb(i)
@@ -220,15 +246,15 @@ def features(extract, images, which, name, side, as_is, batch_size, device):
             elif image.size != (side, side):
                 reject(images.key(i), f"{image.width}x{image.height}, not {side}x{side}", "set image_size to resize")
             batch.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+            decoded.append(i)
         except BadImage as error:
             print(f"skipped a bad image of {name}: {error}")
         if batch and (len(batch) == batch_size or n == len(which)):
             found.append(extract(torch.stack(batch).to(device)))
             batch = []
-    count = sum(map(len, found))
-    if count <= NEIGHBORS:
-        reject(name, f"{count} images", f"give at least {NEIGHBORS + 1}")
-    return torch.cat(found)
+    if len(decoded) <= NEIGHBORS:
+        reject(name, f"{len(decoded)} images", f"give at least {NEIGHBORS + 1}")
+    return decoded, torch.cat(found)
 
 
 def load_trunk_features(trunk, weights, device):
@@ -294,13 +320,9 @@ def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze
     for images in (a, b):
         if isinstance(images, Dataset):
             print(images, flush=True)  # what was opened, and what was left out
-    side = image_size
-    for i in chosen if not side else ():
-        with contextlib.suppress(BadImage):
-            side = min(a.rgb(i).size)
-            break
-    f = features(extract, a, chosen, "samples", side, not image_size, batch_size, device)
-    g = features(extract, b, real, "reference", side, not image_size and isinstance(b, Array), batch_size, device)
+    side = image_size or first_side(a, chosen)
+    _, f = features(extract, a, chosen, "samples", side, not image_size, batch_size, device)
+    _, g = features(extract, b, real, "reference", side, not image_size and isinstance(b, Array), batch_size, device)
     if inception_weights:
         result = inception_scores(f, g)
     else:
@@ -312,22 +334,97 @@ def score(samples, reference, image_size=0, inception_weights="", trunk="squeeze
     return result | {"samples": len(f), "reference": len(g), "image_size": side}
 
 
+# --- nearest training images ---
+
+
+def find_nearest(samples, reference, image_size=0, inception_weights="", trunk="squeeze", trunk_weights="",
+                 batch_size=64, device="cpu", vae=None, out="nearest"):  # fmt: skip
+    """Find the nearest training image of each sample; yields ("features" or "pixels", dict of metrics.share_below).
+
+    samples: as in `score`.  reference: the data set of training; its split val are the held-out images.  vae: the
+    autoencoder that decoded the samples, which real images go through too, or None.  out: path of the files that
+    `save_pairs` writes, OUT.features.png and so on. In memory are the features of all samples and held-out images, and
+    of 64 batches of training images.
+    """
+    extract = load_extractor(inception_weights, trunk, trunk_weights, device)
+    a, chosen = open_set(samples, "samples")
+    train, held_out = Dataset(reference, "train"), Dataset(reference, "val")
+    print(train, flush=True)
+    side = image_size or first_side(a, chosen)
+    small = min(side, 32)
+    if vae is not None and side % vae.factor:
+        raise UserError(f"images of {side} px, the autoencoder needs a multiple of {vae.factor}: set --image_size")
+
+    def see(x):  # Euclidean distances of the pixels are RMS differences in gray levels
+        pixels = torch.nn.functional.adaptive_avg_pool2d(x.float(), small).flatten(1) / (3 * small**2) ** 0.5
+        return torch.cat([extract(x).to(device), pixels], dim=1)
+
+    def see_real(x):
+        if vae is not None:
+            y = vae.decode(vae.encode(x / 127.5 - 1).mode())
+            x = ((y.clamp(-1, 1) + 1) * 127.5).round().byte()
+        return see(x)
+
+    def see_both(x):
+        return torch.stack([see_real(x), see_real(x.flip(3))], dim=1).flatten(0, 1)  # two rows an image
+
+    kept, f = features(see, a, chosen, "samples", side, not image_size, batch_size, device)
+    _, g = features(see_real, held_out, range(len(held_out)), "held-out images", side, False, batch_size, device)
+    columns = [f.shape[1] - 3 * small**2, 3 * small**2]
+    queries, best = torch.cat([f, g]).split(columns, dim=1), [(torch.inf, 0)] * 2
+    for part in np.array_split(range(len(train)), -(-len(train) // (64 * batch_size))):
+        indices, rows = features(see_both, train, part, "training images", side, False, batch_size, device)
+        numbers = torch.tensor([2 * i + mirrored for i in indices for mirrored in (0, 1)], device=device)
+        best = [metrics.nearest_rows(*each, numbers) for each in zip(queries, rows.split(columns, dim=1), best)]
+    for space, (distances, numbers) in zip(("features", "pixels"), best):
+        pairs = list(zip(distances.tolist(), kept, numbers.tolist()))
+        save_pairs(f"{out}.{space}", pairs, a, train, side)
+        yield space, metrics.share_below(distances[: len(f)], distances[len(f) :])
+
+
+def save_pairs(path, pairs, samples, train, side):
+    """PATH.jsonl of all pairs, and the sheet PATH.png of the 16 closest, each sample left of its training image.
+
+    pairs: (distance, index of the sample, twice the index of the training image, + 1 if mirrored), by sample.
+    """
+    with open(f"{path}.jsonl", "w") as file:
+        for distance, i, j in pairs:
+            record = dict(sample=samples.key(i), train=train.key(j // 2), mirrored=j % 2 == 1, distance=distance)
+            file.write(json.dumps(record) + "\n")
+    images, captions = [], []
+    for distance, i, j in sorted(pairs)[:16]:
+        image = to_tensor(crop_and_resize(train.rgb(j // 2), side))
+        images += [to_tensor(crop_and_resize(samples.rgb(i), side)), image.flip(2) if j % 2 else image]
+        captions += [f"{samples.key(i)}: {distance:.2f}", "mirrored " * (j % 2) + train.key(j // 2)]
+    save_grid(f"{path}.png", torch.stack(images), captions, columns=8)
+
+
 if __name__ == "__main__":
     generating = {name: setting for name, setting in find_settings(vars(sample)).items() if name not in UNUSED}
     cfg = configure(globals(), more=generating)
     install_excepthook()
     machine = setup(cfg.replace(deterministic=False))
     networks = {name: cfg[name] for name in ("inception_weights", "trunk", "trunk_weights")}
+    if cfg.nearest and (not cfg.reference or cfg.split != "all"):
+        raise UserError("--nearest=true needs --reference=DIR, the data set of training, without --split")
     if cfg.num_samples:
         if cfg.reference and machine.rank == 0:  # mistakes in these are found before generating
             load_extractor(**networks, device=machine.device)
-            open_set(cfg.reference, "reference", cfg.split)
-        generate_samples(cfg, machine)
+            Dataset(cfg.reference, "val") if cfg.nearest else open_set(cfg.reference, "reference", cfg.split)
+        vae = generate_samples(cfg, machine)
         if machine.rank == 0:
             print(f"{cfg.num_samples} images in {cfg.samples}")
-    if cfg.reference and machine.rank == 0:
-        options = dict(batch_size=cfg.batch_size, device=machine.device, split=cfg.split)
-        result = score(cfg.samples, cfg.reference, cfg.image_size, **networks, **options)
+    options = dict(image_size=cfg.image_size, **networks, batch_size=cfg.batch_size, device=machine.device)
+    if cfg.nearest and machine.rank == 0:
+        if not cfg.num_samples:
+            path = cfg.first_stage or cfg.given.get("ckpt")
+            vae = VAE.from_pretrained(path).to(machine.device) if path else None
+        out = f"{os.path.normpath(cfg.samples)}.nearest"
+        for space, found in find_nearest(cfg.samples, cfg.reference, **options, vae=vae, out=out):
+            about = f"without memorization {found['expected']:.4g} +- {found['deviation']:.2g}; {out}.{space}.png"
+            print(f"nearest_{space} {found['share']:.6g}  # share of samples closer than {found['limit']:.4g}; {about}")
+    elif cfg.reference and machine.rank == 0:
+        result = score(cfg.samples, cfg.reference, **options, split=cfg.split)
         sets = f"{result['samples']} samples, {result['reference']} real ({cfg.split})"
         images = f"{result['image_size']} px, center crop, Lanczos, uint8"
         for name, value in result.items():

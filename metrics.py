@@ -1,4 +1,4 @@
-"""Image metrics (PSNR, SSIM) and distances between two sets of features (Frechet, MMD, precision and recall).
+"""Image metrics (PSNR, SSIM) and distances between sets of features (Frechet, MMD, precision and recall, neighbors).
 
 Features are (N,D), one row for each image; images are (B,3,H,W) in [-1,1]. Everything is computed in float64.
 """
@@ -107,6 +107,31 @@ def precision_recall(f, g, k=NEIGHBORS):
         return inside.double().mean().item()
 
     return share(f, g), share(g, f)
+
+
+def nearest_rows(queries, rows, earlier, numbers):
+    """(distance, number) of the row nearest to each query: (N,) float64 and (N,) int64, ROWS queries at a time.
+
+    queries: (N,D).  rows: (M,D), numbered by `numbers` (M,).  earlier: the result for the rows before, kept where these
+    are not nearer, so that rows can come in parts; at first (inf, any number).
+    """
+    found = [torch.cdist(some.double(), rows.double()).min(dim=1) for some in queries.split(ROWS)]
+    distance, row = (torch.cat(parts) for parts in zip(*found))
+    nearer = distance < earlier[0]
+    return distance.where(nearer, earlier[0]), numbers[row].where(nearer, earlier[1])
+
+
+def share_below(distances, others, quantile=0.01):
+    """Share of distances (N,) below a quantile of others (M,), as dict(share, limit, expected, deviation).
+
+    The limit is the k-th smallest of the others, k = quantile (M + 1) rounded down, at least 1. If all N + M come from
+    one distribution, whichever it is, N times the share is beta-binomial, with the mean N k / (M + 1).
+    """
+    N, M = len(distances), len(others)
+    k = max(1, int(quantile * (M + 1)))
+    limit, p = others.kthvalue(k).values, k / (M + 1)
+    deviation = (p * (1 - p) * (N + M + 1) / (N * (M + 2))) ** 0.5
+    return dict(share=(distances < limit).double().mean().item(), limit=limit.item(), expected=p, deviation=deviation)
 
 
 def load_inception(weights, device):

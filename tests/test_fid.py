@@ -14,7 +14,7 @@ from PIL import Image
 
 import fid
 from checkpoint import UserError
-from fid import generate_many, score
+from fid import find_nearest, generate_many, score
 from grid import to_pil
 from lpips_train import make_trunk
 from metrics import frechet, gaussian, mmd, precision_recall
@@ -155,6 +155,77 @@ def test_inputs_that_cannot_be_compared(tmp_path, squeeze):
         assert "\n" not in str(caught.value)
 
 
+# --- nearest training images ---
+
+
+def save_training(folder, train, val):
+    """A data set of PNGs with both splits, and before them an image that does not decode."""
+    save_pngs(folder / "train", train)
+    save_pngs(folder / "val", val)
+    (folder / "train/0.png").write_bytes(b"nothing")
+    return str(folder)
+
+
+@torch.no_grad()
+def decoded(vae, images):
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    return np.stack([np.array(to_pil(y)) for y in vae.decode(vae.encode(x).mode())])
+
+
+@pytest.mark.parametrize("through", (False, True))
+def test_copies_are_found_and_held_out_images_are_not(through, runs, squeeze, tmp_path):
+    """Copies of training images, two of three mirrored, among samples that are like held-out images."""
+    everything, vae = blobs(270, 0), runs["vae"].vae if through else None
+    train, held_out, fresh = everything[:72], everything[72:171], everything[171:]
+    copies = train[::4].copy()  # 18
+    copies[6:] = copies[6:, :, ::-1]
+    if through:
+        fresh, copies = decoded(vae, fresh), decoded(vae, copies)
+    reference = save_training(tmp_path / "data", train, held_out)
+    out, options = f"{tmp_path}/nearest", dict(trunk_weights=squeeze, batch_size=1)  # the training images in two parts
+    for space, found in find_nearest(fresh, reference, **options, vae=vae, out=out):
+        assert found["share"] <= found["expected"] + 3 * found["deviation"] < 0.06, (space, found)
+    samples = save_pngs(tmp_path / "samples", np.concatenate([fresh[18:], copies]))
+    (tmp_path / "samples/0.png").write_bytes(b"nothing")
+    for space, found in find_nearest(samples, reference, **options, vae=vae, out=out):
+        assert 18 / 99 <= found["share"] <= 18 / 99 + 0.06, (space, found)
+        lines = [json.loads(line) for line in open(f"{out}.{space}.jsonl")]
+        assert [line["sample"] for line in lines] == [f"{i:05d}.png" for i in range(99)]
+        last = [(line["train"], line["mirrored"]) for line in lines[-18:]]
+        assert last == [(f"train/{4 * i:05d}.png", i >= 6) for i in range(18)], space
+        assert max(line["distance"] for line in lines[-18:]) < 0.05 < min(line["distance"] for line in lines[:-18])
+        sheet = Image.open(f"{out}.{space}.png")
+        assert sheet.size == (8 * 124, 4 * 148), "16 pairs, cells of 5 x 24 pixels with captions"
+        for row, column in np.ndindex(4, 4):
+            a, b = ((248 * column + x, 148 * row + 2, 248 * column + x + 120, 148 * row + 122) for x in (2, 126))
+            assert (sheet.crop(a) == sheet.crop(b)) is not through, "the training image is shown as it is, mirrored"
+    if through:  # what the autoencoder is applied for
+        for space, _ in find_nearest(samples, reference, **options, out=out):
+            assert min(json.loads(line)["distance"] for line in open(f"{out}.{space}.jsonl")) > 0.05
+
+
+def test_nearest_inputs_that_cannot_be_compared(runs, squeeze, tmp_path, command):
+    images = blobs(30, 0)
+    np.savez(tmp_path / "images.npz", images)
+    reference, few = save_training(tmp_path / "data", images, images), save_pngs(tmp_path / "few", images)
+    odd, vae = blobs(6, 0, 26), runs["vae"].vae
+    for samples, data, options, message in (
+        (images, reference, dict(trunk_weights=""), "set one of --inception_weights .* and --trunk_weights"),
+        (images[:3], reference, {}, "samples: 3 images; give at least 4"),
+        (images, few, {}, "held-out images: 1 images; give at least 4"),
+        (images, tmp_path / "images.npz", {}, "images.npz: .*holds no images"),
+        (images, tmp_path / "none", {}, "none: does not exist"),
+        (odd, reference, dict(vae=vae), "images of 26 px, the autoencoder needs a multiple of 4: set --image_size"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            list(find_nearest(samples, data, **(dict(trunk_weights=squeeze) | options)))
+        assert "\n" not in str(caught.value)
+    for arguments in ([], [f"--reference={reference}", "--split=val"]):
+        status, _, err = command("fid.py", "--device=cpu", "--nearest=true", *arguments)
+        assert status == 1 and err.count("\n") == 1
+        assert "--nearest=true needs --reference=DIR, the data set of training, without --split" in err
+
+
 # --- generating many ---
 
 
@@ -223,6 +294,15 @@ def test_command_generates_and_scores(runs, command, tmp_path, squeeze):
         assert line.endswith(f"sha256 {wanted['sha256'][:16]}")
     stamp = os.stat("samples.npz").st_mtime_ns
     assert command(*args)[1] == out and os.stat("samples.npz").st_mtime_ns == stamp, "scored as it is"
+    data = save_training(tmp_path / "training", blobs(9, 4, 32), blobs(9, 5, 32))
+    for asked in (args[2:], ["--samples=samples.npz", *args[2:3], args[-1]]):  # with the settings of generating or not
+        status, out, err = command(*args[:2], *asked, f"--reference={data}", "--nearest=true")
+        assert (status, err, os.stat("samples.npz").st_mtime_ns) == (0, "", stamp)
+        for space, found in find_nearest(images, data, trunk_weights=squeeze, vae=runs["class"].vae):
+            line = (
+                f"nearest_{space} {found['share']:.6g}  # share of samples closer than {found['limit']:.4g}; without "
+            )
+            assert f"{line}memorization 0.1 +- {found['deviation']:.2g}; samples.npz.nearest.{space}.png\n" in out
     for changed, message in (
         ("--seed=4", r"samples.npz: generated with other settings \(seed: 3 then, 4 now\)"),
         (f"--ckpt={runs['none'].path}", r"other settings \(ckpt: "),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import metrics
-from metrics import frechet, gaussian, load_inception, mmd, precision_recall, psnr, ssim
+from metrics import frechet, gaussian, load_inception, mmd, nearest_rows, precision_recall, psnr, share_below, ssim
 
 
 def images(*shape, seed=0):
@@ -123,6 +123,34 @@ def test_precision_and_recall(monkeypatch):
     assert precision_recall(a, b) == pytest.approx((share(a, b), share(b, a)))
     assert 0 < share(a, b) < share(b, a) < 1 or 0 < share(b, a) < share(a, b) < 1, "or a swap would not show"
     assert precision_recall(b, b) == (1.0, 1.0) and precision_recall(b + 1e6, b) == (0.0, 0.0)
+
+
+def test_nearest_rows_in_parts(monkeypatch):
+    monkeypatch.setattr(metrics, "ROWS", 4)
+    g = torch.Generator().manual_seed(0)
+    queries, rows, numbers = torch.randn(10, 3, generator=g), torch.randn(30, 3, generator=g), torch.arange(30) + 100
+    rows[7] = queries[2] = 1e3  # a copy far from zero has the distance 0, too
+    wanted = [min(((q.double() - r.double()).norm().item(), 100 + i) for i, r in enumerate(rows)) for q in queries]
+    for parts in ([30], [1, 12, 17], [17, 13]):
+        best = (torch.inf, 0)
+        for part, some in zip(rows.split(parts), numbers.split(parts)):
+            best = nearest_rows(queries, part, best, some)
+        assert best[1].tolist() == [i for _, i in wanted] and best[0][2] == 0
+        assert best[0].tolist() == pytest.approx([d for d, _ in wanted], abs=1e-6)
+
+
+def test_share_below_a_quantile():
+    """By hand, and over draws from one skewed distribution: the stated mean and deviation."""
+    by_hand = share_below(torch.tensor([0.0, 2.0, 2.9, 3.0, 9.0]), torch.arange(1.0, 100.0), quantile=0.03)
+    deviation = (5 * 3 * 97 * 105 / (100**2 * 101)) ** 0.5 / 5  # of a beta-binomial with n = 5, a = 3, b = 97
+    assert by_hand == pytest.approx(dict(share=0.6, limit=3, expected=0.03, deviation=deviation))
+    assert share_below(torch.tensor([0.5]), torch.tensor([3.0, 1.0]))["expected"] == 1 / 3, "the smallest of two"
+    g = torch.Generator().manual_seed(0)
+    draws = torch.randn(2000, 50 + 99, generator=g).exp()
+    found = [share_below(row[:50], row[50:], 0.05) for row in draws]
+    shares = torch.tensor([each["share"] for each in found])
+    assert found[0]["expected"] == 0.05 and abs(shares.mean() - 0.05) < 4 * shares.std() / 2000**0.5
+    assert shares.std().item() == pytest.approx(found[0]["deviation"], rel=0.1)
 
 
 def test_inception_weights_are_read_as_tensors_only(tmp_path, monkeypatch):
