@@ -52,7 +52,7 @@ from checkpoint import UserError, reject, write_whole
 from common import install_excepthook
 from configurator import configure, find_settings
 from data.dataset import BadImage, as_bad_image, to_rgb
-from data.forms import IMAGES, PIXELS, captions_of, hub_names, list_files, open_parquet, parse
+from data.forms import IMAGES, PIXELS, captions_of, hub_names, image_bytes, list_files, open_parquet, parse
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, also the limit of data/dataset.py; larger ones may be bombs
@@ -212,8 +212,7 @@ def parquet_rows(path, columns=None):
 
 
 def parquet_image(column, at):
-    value = column[at].as_py()
-    value = value.get("bytes") if isinstance(value, dict) else value
+    value = image_bytes(column[at].as_py())
     return value if isinstance(value, bytes) else b""  # a path in it is not followed
 
 

@@ -24,14 +24,8 @@ from data.prepare import check_source, pack, run
 
 source = ""  # folder of images, of tar shards or of parquet files
 out_dir = "data/folder/shards"  # folder for the shards
-size = 256  # >= 1: short side in pixels; smaller images are not enlarged
-crop = "none"  # none | center: none keeps the aspect ratio, center cuts the middle square
-quality = 95  # in [0, 100]: of JPEG; 0 writes PNG
-min_side = 32  # >= 0: images with a shorter side are dropped
-drop_duplicates = True  # keep only the first of identical images
 vocab_size = 4096  # 0 or >= 256: most tokens of a tokenizer trained on the captions; 0 trains none
-shard_mb = 256.0  # > 0: size of a shard
-workers = 4  # >= 0: processes that decode and resize; 0 uses only this one
+# further settings, the same for all data sets: see data/prepare.py
 
 
 def items(splits):
