@@ -328,7 +328,7 @@ def test_a_bad_step_changes_nothing_that_is_carried(start, tmp_path):
     run = start("vae", *args, first=KEEP_STATE, folder=tmp_path)
     assert "not finite at step 4; the weights were not updated; last checkpoint: out/latest" in run.fail()
     assert run.checkpoint[1]["step"] == 3
-    states = [torch.load(tmp_path / f"state{n}.pt") for n in (2, 3, 4)]
+    states = [torch.load(tmp_path / f"state{n}.pt", weights_only=True) for n in (2, 3, 4)]
     for name in states[0]:
         before, good, bad = ([t.nan_to_num(7) for t in flat(state[name])] for state in states)
         assert len(good) == len(bad) and all(map(torch.equal, good, bad)), name
