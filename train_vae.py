@@ -466,7 +466,8 @@ def measure_checkpoint(cfg, machine, autocast):
         reject(path, "cannot store latent statistics", "give a checkpoint of train_vae.py")
     tensors, meta = checkpoint.read(path)
     for name, value in (("latent_mean", mean), ("latent_std", std)):
-        tensors |= {f"{prefix}.{name}": value.to(vae.latent_mean) for prefix in ("model", "ema")}
+        prefixes = [prefix for prefix in ("model", "ema") if f"{prefix}.{name}" in tensors]  # a snapshot has no model
+        tensors |= {f"{prefix}.{name}": value.to(vae.latent_mean) for prefix in prefixes}
     checkpoint.write(path, tensors, meta)
     print(f"stored in {path}")
 

@@ -400,6 +400,10 @@ def test_a_stopped_run_can_be_measured(start, killed, small_data, tmp_path):
     assert_same(run.checkpoint[0], after)
     start("vae", *other, "--overwrite", bare=True, folder=folder).finish()
     assert not torch.equal(run.checkpoint[0]["ema.latent_std"], after["ema.latent_std"])
+    names = read(folder / "out/ema_00000003.safetensors")[0].keys()
+    start("vae", *other, "--ckpt=out/ema_00000003.safetensors", bare=True, folder=folder).finish()
+    snapshot = read(folder / "out/ema_00000003.safetensors")[0]
+    assert snapshot.keys() == names and snapshot["ema.latent_std"].isfinite().all()
     # they are not kept for weights trained further
     further = start("vae", "--save_every=4", trap=("step 5,", signal.SIGKILL), folder=folder)
     further.wait()
