@@ -36,7 +36,7 @@ import common
 import train_ldm
 import train_vae
 from attention import BACKENDS, attention, unavailable
-from configurator import Config, configure, find_settings
+from configurator import as_text, configure, find_settings, make_config
 from lpips_train import LPIPS, make_trunk
 from unet import Denoiser, UNet
 from vae import VAE, Discriminator, Posterior
@@ -165,7 +165,7 @@ class PeerVAE(torch.nn.Module):
 
 def defaults(script):
     """A training script's settings."""
-    return Config({name: setting.default for name, setting in find_settings(vars(script)).items()})
+    return make_config(find_settings(vars(script)), {})
 
 
 class Training:
@@ -299,8 +299,7 @@ def loop_arguments(bench, side, count):
     values |= dict(dataset="data", first_stage="vae.safetensors", image_size=side, batch_size=count)
     values |= dict(device=bench.device.type, dtype=str(bench.dtype).removeprefix("torch."), compile=bench.compiled)
     values |= dict(out_dir="out", cache_dir="cache", eval_every=10**9, save_every=10**9, max_steps=10**9)
-    text = {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
-    return [f"--{name}={value}" for name, value in text.items()]
+    return [f"--{name}={as_text(value)}" for name, value in values.items()]
 
 
 def training_script(bench, side, count, steps):

@@ -41,8 +41,8 @@ import sample
 from checkpoint import UserError, reject, write_whole
 from common import install_excepthook, progress_bar, setup
 from configurator import configure, find_settings
-from data.dataset import BadImage, Dataset, to_tensor
-from grid import save_grid, to_pil
+from data.dataset import BadImage, Dataset, crop_box, to_tensor
+from grid import save_grid, to_pil, to_uint8
 from lpips_train import LPIPS, MIN_SIDE, TAPS
 from metrics import NEIGHBORS, frechet, gaussian, load_inception, mmd, precision_recall
 from sample import choose_conditions, earlier_files, generate, latent_sides, load_from_settings
@@ -217,10 +217,9 @@ def open_set(source, name, split="all"):
 
 
 def crop_and_resize(image, side):
-    short = min(image.size)
-    x, y = (image.width - short) // 2, (image.height - short) // 2
-    image = image.crop((x, y, x + short, y + short))
-    return image if short == side else image.resize((side, side), Image.Resampling.LANCZOS)
+    x, y, w, h = crop_box(*image.size, (side, side))
+    image = image.crop((x, y, x + w, y + h))
+    return image if w == side else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
 def first_side(images, which):
@@ -361,8 +360,7 @@ def find_nearest(samples, reference, image_size=0, inception_weights="", trunk="
 
     def see_real(x):
         if vae is not None:
-            y = vae.decode(vae.encode(x / 127.5 - 1).mode())
-            x = ((y.clamp(-1, 1) + 1) * 127.5).round().byte()
+            x = to_uint8(vae.decode(vae.encode(x / 127.5 - 1).mode()))
         return see(x)
 
     def see_both(x):

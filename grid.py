@@ -8,9 +8,14 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 
+def to_uint8(images):
+    """Images in [-1,1] -> uint8 of the same shape."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def to_pil(image):
     """(3,H,W) in [-1,1] -> PIL."""
-    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
 
 
 def make_grid(images, captions=(), columns=0):

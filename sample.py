@@ -39,7 +39,7 @@ from attention import unavailable, use_attention
 from checkpoint import UserError, reject
 from common import install_excepthook, setup
 from configurator import configure
-from data.dataset import to_rgb, to_tensor
+from data.dataset import check_size, to_rgb, to_tensor
 from data.forms import IMAGES
 from data.tasks import augment_low, image_condition
 from diffusion import SPACINGS, Schedule, samplers  # noqa: F401  of the setting `spacing`
@@ -583,8 +583,7 @@ def open_images(path):
     for file in files:
         try:
             with Image.open(file) as image:
-                if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
+                check_size(image)
                 image.load()
                 images[file.name] = image
         except Exception as error:  # Pillow's plugins raise exceptions of many types

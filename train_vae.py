@@ -26,7 +26,7 @@ import common
 from checkpoint import UserError, part, reject, with_prefix
 from configurator import configure
 from data.dataset import BadImage, Buckets, Dataset, Stream, loader, seed_of, train_and_validation, uniform
-from grid import save_grid
+from grid import save_grid, to_uint8
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
 from metrics import frechet, gaussian, load_inception, psnr, ssim
 from vae import VAE, Attention, Discriminator, ResBlock, turn_and_scale
@@ -371,7 +371,7 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
         if vae.quantize:
             codes += torch.bincount(vae.quantize.nearest(posterior.mean).flatten(), minlength=len(codes))
         for images, f in zip((x, y), features if inception else ()):
-            f.append(inception(((images.clamp(-1, 1) + 1) * 127.5).round().byte()).cpu())
+            f.append(inception(to_uint8(images)).cpu())
         examples = examples or (x[:8].cpu(), y[:8].cpu())
     for hook in hooks:
         hook.remove()

@@ -139,6 +139,12 @@ def permute(index, n, seed):
 # --- pixels ---
 
 
+def check_size(image):
+    """Raise ValueError if a PIL image, not decoded yet, has more pixels than PIL's limit: it may be a bomb."""
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
+
+
 def to_rgb(image):
     """Any PIL image as 8-bit RGB: first frame, upright (EXIF), transparency on white, 16-bit gray scaled to 8, floats
     in [0, 1] to 0..255. Raises UserError for other floats and 32-bit integers, whose scale is unknown.
@@ -480,8 +486,7 @@ class Dataset:
         """Image i as PIL RGB, uncropped."""
         item = self._item(i)
         with as_bad_image(item.key), self._open_image(item) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
+            check_size(image)
             return to_rgb(image)
 
     def pixels(self, i, crop="center", flip=False, u=None):

@@ -9,7 +9,7 @@ import torch
 import bench
 import train_ldm
 import train_vae
-from configurator import configure
+from configurator import Config, configure
 from unet import UNet
 
 TINY = dict(channels=32, channel_mult=(1, 2), num_heads=0, head_dim=32, context_dim=16, linear_proj=True)
@@ -79,7 +79,7 @@ def test_a_backend_that_fails_is_a_line(monkeypatch):
     def fail(peer):
         raise RuntimeError("no kernel\nand more")
 
-    cfg = bench.Config(peer=False, seconds=0.0)
+    cfg = Config(peer=False, seconds=0.0)
     cells, run = bench.measure(bench.Row("attention x", 1, fail, tflop=1.0), HERE, cfg, 1.0)
     assert cells == ["attention x", "cannot run: no kernel"] and run is None
     with pytest.raises(RuntimeError):  # but a model's is a bug
