@@ -202,11 +202,8 @@ def test_resize_and_crop(tmp_path):
     assert large[2]["image"][:, :, 2:-2].abs().max() < 0.05  # antialiased: grey
     assert [ds.size(i) for i in range(4)] == [(20, 10), (2, 3), (64, 64), (20, 10)], "upright"
     flat, tall = (Dataset(tmp_path / "set", "all", sides) for sides in ((6, 18), (5, 2)))  # height, width
-    assert [room.crop_box(*ds.size(0), sides)[2:] for sides in ((6, 18), (5, 2), (1, 2))] == [
-        (20, 7),
-        (4, 10),
-        (20, 10),
-    ]
+    cut = [room.crop_box(*ds.size(0), sides)[2:] for sides in ((6, 18), (5, 2), (1, 2))]
+    assert cut == [(20, 7), (4, 10), (20, 10)]
     rows = Image.fromarray(wide).crop((0, 1, 20, 8)).resize((18, 6), Image.Resampling.LANCZOS)
     assert torch.equal(flat[0]["image"], to_tensor(rows)) and flat[1]["image"].shape == (3, 6, 18)
     assert torch.equal(tall.pixels(0, "random", u=(0.0, 0.999, 0.999)), full[:, 5:, 18:])
@@ -611,10 +608,8 @@ def test_a_repeated_key_never_gets_the_others_caption(tmp_path, case):
     """Items with the same key in one shard: then what is side by side is an item."""
     members, wanted, left_out = REPEATED[case]
     pairs = [member.split("=") for member in members.split()]
-    put(
-        tmp_path / "set",
-        {"0.tar": [(name, value.encode() if "txt" in name else png(int(value))) for name, value in pairs]},
-    )
+    members = [(name, value.encode() if "txt" in name else png(int(value))) for name, value in pairs]
+    put(tmp_path / "set", {"0.tar": members})
     ds = Dataset(tmp_path / "set", "all", 8)
     names = {png(i): str(i) for i in range(4)}
     found = [" ".join([names[ds.encoded(i)], *ds.meta(i)["text"]]) for i in range(len(ds)) if ds.key(i) == "0/0"]
@@ -816,15 +811,13 @@ def test_each_bad_item_says_what_is_wrong(tmp_path, monkeypatch):
 
 
 def test_a_damaged_tar_gives_what_is_complete(tmp_path):
-    path = (
-        put(tmp_path / "set", {"a.tar": tar_of(*range(5)), "empty.tar": b"", "none.tar": b"a web page" * 100}) / "a.tar"
-    )
+    files = {"a.tar": tar_of(*range(5)), "empty.tar": b"", "none.tar": b"a web page" * 100}
+    path = put(tmp_path / "set", files) / "a.tar"
     header = path.read_bytes()[4 * 1024 : 4 * 1024 + 512]
     path.write_bytes(path.read_bytes().replace(header, b"damaged " * 64))
     ds = Dataset(tmp_path / "set", "all", 10)
-    assert len(
-        ds
-    ) == 4 and "bytes that are not tar (a.tar from byte 4096), 1 empty tar files (empty.tar), 1000 " in str(ds)
+    left_out = "bytes that are not tar (a.tar from byte 4096), 1 empty tar files (empty.tar), 1000 "
+    assert len(ds) == 4 and left_out in str(ds)
     os.truncate(path, 3 * 1024 + 520)  # one header and one block an image: the fourth is cut
     ds = Dataset(tmp_path / "set", "all", 10)
     assert "left out: 1 tar members cut short (3.png)" in str(ds)

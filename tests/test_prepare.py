@@ -71,9 +71,8 @@ def parquet(rows, names):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
-    rows = [
-        row | {"image": dict(bytes=encoded(row["image"]))} if type(row.get("image")) is int else row for row in rows
-    ]
+    is_seed = lambda row: type(row.get("image")) is int  # noqa: E731
+    rows = [row | {"image": dict(bytes=encoded(row["image"]))} if is_seed(row) else row for row in rows]
     features = {column: {"names": list(of), "_type": "ClassLabel"} for column, of in names.items()}
     file, table = pa.BufferOutputStream(), pa.Table.from_pylist(rows)
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -941,9 +940,8 @@ def test_shapes_depend_on_seed_split_and_index_only_and_are_those_of_the_log(ren
 
 def test_maps_and_boxes_are_where_the_shapes_are(made):
     train = Dataset(made, "train", 64)
-    assert (
-        train.counts["maps"] and train.map_names == ["background", *shapes.SHAPES] and len(train.object_classes) == 56
-    )
+    assert train.counts["maps"] and train.map_names == ["background", *shapes.SHAPES]
+    assert len(train.object_classes) == 56
     colors = {name: torch.tensor(value)[:, None, None] / 127.5 - 1 for name, value in shapes.PALETTE.items()}
     for i in range(0, 1500, 50):
         item, classes, ((name, *box),) = train[i], train.map(i), train.boxes(i)

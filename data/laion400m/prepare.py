@@ -135,9 +135,8 @@ def from_urls(cfg, unwanted=lambda record: "", **options):
     # beside each tar img2dataset writes a parquet file without the images
     tars, tables = (sorted(glob.glob(f"{glob.escape(folder)}/*.{ending}")) for ending in ("tar", "parquet"))
     if not tars and not tables and not is_begun:
-        reject(
-            folder, "no shards", "set --urls to the lists, or --fetched to the output of img2dataset (tar or parquet)"
-        )
+        remedy = "set --urls to the lists, or --fetched to the output of img2dataset (tar or parquet)"
+        reject(folder, "no shards", remedy)
     links = count_links(folder)
     report(links)
     if cfg.repack:
