@@ -505,11 +505,10 @@ class Dataset:
         return image if (h, w) == self.sides else image.resize(self.sides[::-1], resample)
 
     def size(self, i):
-        """(width, height) of image i, upright; its pixels are not decoded."""
+        """(width, height) of image i, upright; only a PNG is decoded, whose EXIF may follow its pixels."""
         item = self._item(i)
         with as_bad_image(item.key), self._open_image(item) as image:
-            is_rotated = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 are rotated by 90 degrees
-            return image.size[::-1] if is_rotated else image.size
+            return forms.upright_size(image, image.getexif())
 
     def in_buckets(self, multiple):
         """A Dataset for each of `bucket_sizes` that is nearest to some images, of those."""

@@ -162,7 +162,9 @@ def index_folder(root, paths):
 
 
 def read_folder(root, paths, left):
-    """(images, {image: {ending: path}} of what lies beside them, {image: what they say about it, see `found_in`})."""
+    """(images, {image: {ending: path}} of the files beside it, {image: {label, text, objects}} from these files and
+    metadata).
+    """
     images = [path for path in paths if path.lower().endswith(IMAGES)]
     by_name, by_stem = {}, {}  # images by their normal path, with and without extension
     for path in images:
@@ -238,7 +240,7 @@ def by_value(names):
 
 
 def read_metadata(root, tables, by_name, left):
-    """{image: what all metadata files say about it}; several lines of an image add their captions."""
+    """{image: {label, text, objects}} from all metadata files; several lines of an image add their captions."""
     about, named = {}, None
     for table in tables:
         for record in read_table(f"{root}/{table}", left):
@@ -307,10 +309,14 @@ def header_size(file):
     """(width, height) of an image file, upright, without decoding it; (0, 0) if it does not open."""
     try:
         with Image.open(file, formats=FORMATS) as image:
-            orientation = Image.Image.getexif(image).get(0x0112, 1)  # PNG's own getexif decodes the image
-            return image.size[::-1] if orientation >= 5 else image.size
+            return upright_size(image, Image.Image.getexif(image))  # PNG's own getexif decodes the image
     except Exception:  # of many types
         return 0, 0
+
+
+def upright_size(image, exif):
+    """(width, height) of a PIL image once it is upright: EXIF's orientations 5 to 8 are rotated by 90 degrees."""
+    return image.size[::-1] if exif.get(0x0112, 1) >= 5 else image.size
 
 
 def list_files(root):
@@ -359,7 +365,7 @@ def describe(key, parts, read, left):
 
 
 def index_tar(open_shard, shard, sized=False):
-    """open_shard(shard) is its file.  sized: read the sizes of images, which takes as long as the rest."""
+    """The Index of a tar file, which open_shard(shard) opens; sized: with the sizes of images, in twice the time."""
     index = Index(shard_split(shard), [shard], f"{shard[:-4]}/")
     with open_shard(shard) as f:
         check_pointer(f, shard)
