@@ -27,7 +27,6 @@ Contents of a folder, and how fast it is decoded: python -m data.dataset DIR --i
 """
 
 import argparse
-import bisect
 import contextlib
 import copy
 import errno
@@ -679,7 +678,10 @@ class Bucket(Dataset):
     def __init__(self, whole, sizes, number):
         self.__dict__.update(whole.__getstate__())
         self.whole, self.sizes, self.number, self.sides = whole, sizes, number, sizes[number]
-        self.fingerprint = f"{whole.fingerprint} {number} of {sizes}"
+
+    @property
+    def fingerprint(self):
+        return f"{self.whole.fingerprint} {self.number} of {self.sizes}"
 
     def _load_shard(self, k):
         arrays, rows = self.whole._open_shard(k)
@@ -839,8 +841,9 @@ class Buckets(torch.utils.data.Dataset):
         def before(epoch):  # steps of each stream
             return epoch * self.counts // self.images_per_step
 
-        enough = (step + len(self.counts)) * self.images_per_step // self.counts.sum() + 2
-        epoch = bisect.bisect(range(enough), step, key=lambda epoch: before(epoch).sum()) - 1
+        epoch = step * self.images_per_step // int(self.counts.sum())  # or a later one, as `before` rounds down
+        while before(epoch + 1).sum() <= step:
+            epoch += 1
         first, after = before(epoch), before(epoch + 1)
         ends = np.cumsum(after - first)
         place = permute(step - int(first.sum()), int(ends[-1]), seed_of(self.seed, epoch, "buckets"))
