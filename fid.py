@@ -347,7 +347,8 @@ def find_nearest(samples, reference, image_size=0, inception_weights="", trunk="
     """
     extract = load_extractor(inception_weights, trunk, trunk_weights, device)
     a, chosen = open_set(samples, "samples")
-    train, held_out = Dataset(reference, "train"), Dataset(reference, "val")
+    train = Dataset(reference, "train")
+    held_out = train.in_split("val")
     print(train, flush=True)
     side = image_size or first_side(a, chosen)
     small = min(side, 32)

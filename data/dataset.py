@@ -213,7 +213,7 @@ class Dataset:
         assert split in ("all", *SPLITS[1:]), f"split {split!r}: choose train, val, test or all"
         sides = (image_size,) if isinstance(image_size, int) else image_size
         assert len(sides) in (1, 2) and min(sides) > 0, f"image_size {image_size!r}: give pixels, such as 256"
-        self.path, self.split, self.sides = str(path), split, (sides[0], sides[-1])
+        self.path, self.sides = str(path), (sides[0], sides[-1])
         self.remote = Remote(self.path, cache_dir, cache_gb) if "://" in self.path else None
         if self.remote:
             self.root, paths = self.remote.folder, self.remote.names
@@ -236,18 +236,28 @@ class Dataset:
                 looked = f"run {self.root}/prepare.py (its docstring says how), or pass --dataset=DIR"
             found = f", left out: {', '.join(left)}" if (left := self._left_out()) else ""
             reject(f"dataset {self.path}", f"({self.format}) holds no images{found}", looked)
+        self._set_split(split)
+        self._name_classes()
+        self._opened = OrderedDict()  # shard of this split -> its index, last used last
+        self._groups = OrderedDict()  # parquet: (file, row group, name) -> column, last used last
+
+    def _set_split(self, split):
         self._part, counts = self._choose_split(split)
-        self.counts = self._count(split)
-        self.shards = list(counts)
+        self.split, self.counts, self.shards = split, self._count(split), list(counts)
         self.bounds = np.cumsum([0, *counts.values()])  # (shards + 1,) int64: items before each shard
         if not len(self):
             splits = {header["split"] for header in self.headers if header["n"]} - {""}
             there = " and ".join(sorted(splits)) or "no split folders"
             remedy = "rename one to train, or pass its path" if split == "train" else "ask for those, or all"
             reject(f"dataset {self.path}", f"has no {split} images, it has {there}", remedy)
-        self._name_classes()
-        self._opened = OrderedDict()  # shard of this split -> its index, last used last
-        self._groups = OrderedDict()  # parquet: (file, row group, name) -> column, last used last
+
+    def in_split(self, split):
+        """The Dataset of another split; the path is not indexed again."""
+        other = copy.copy(self)
+        for name in ("fingerprint", "map_classes", "object_classes"):  # of one split, where they have been computed
+            vars(other).pop(name, None)
+        other._set_split(split)
+        return other
 
     def __getstate__(self):  # a worker opens its own files
         return self.__dict__ | dict(_opened=OrderedDict(), _groups=OrderedDict())
@@ -712,7 +722,7 @@ def train_and_validation(path, *options):
     """The training and validation images at a path; the same where there are too few to set any aside."""
     train = Dataset(path, "train", *options)
     try:
-        return train, Dataset(path, "val", *options)
+        return train, train.in_split("val")
     except ValueError:
         return train, train
 

@@ -746,9 +746,12 @@ def test_splits(tmp_path, case):
     files, wanted = SPLIT[case]
     put(tmp_path / "set", files)
     for split, names in wanted.items():
-        ds = Dataset(tmp_path / "set", split, 8)
+        ds, everything = Dataset(tmp_path / "set", split, 8), Dataset(tmp_path / "set", "all", 8)
         assert keys(ds) == names
-        assert ds.classes == Dataset(tmp_path / "set", "all").classes, "numbered alike in every split"
+        assert (everything.fingerprint == ds.fingerprint) == (split == "all")
+        other = everything.in_split(split)
+        assert (keys(other), other.counts, other.fingerprint) == (names, ds.counts, ds.fingerprint)
+        assert ds.classes == everything.classes, "numbered alike in every split"
         found = [ds.meta(i) for i in range(len(ds))]
         labels, captions = sum(meta["label"] >= 0 for meta in found), sum(bool(meta["text"]) for meta in found)
         assert ds.counts == dict(images=len(names), labels=labels, captions=captions, maps=0, objects=0)

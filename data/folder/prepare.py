@@ -56,10 +56,10 @@ def prepare(cfg):
         reject(source, "has images.npy", "train on it as it is")
     if everything.counts["maps"]:
         print(f"{source}: the semantic maps are left out; for task=semantic train on it as it is")
-    splits = {split: Dataset(source, split) for split in ("train", "val")[: len(everything)]}  # of one image no val
+    splits = {split: everything.in_split(split) for split in ("train", "val")[: len(everything)]}  # of one image no val
     there = {header["split"] for header in everything.headers if header["n"]}
     if "test" in there and there - {"", "train", "test"}:  # test/ beside val/; else test/ is val
-        splits["test"] = Dataset(source, "test")
+        splits["test"] = everything.in_split("test")
     pack(items(splits), cfg, everything.classes, len(everything))
 
 
