@@ -35,6 +35,7 @@ from configurator import Config, find_settings, keeps
 from data import prepare as room
 from data.bapps import prepare as bapps
 from data.dataset import Dataset
+from data.emoji import prepare as emoji
 from data.mnist import prepare as mnist
 from data.shapes import prepare as shapes
 from text import make_tokenizer
@@ -124,7 +125,7 @@ def source(folder, files):
 def settings_of(name):
     """{name: Setting} of a prepare script, as `run` has them."""
     more, own = find_settings(vars(room)), find_settings(vars(importlib.import_module(f"data.{name}.prepare")))
-    return own if name in ("bapps", "mnist", "shapes") else more | own
+    return own if name in ("bapps", "emoji", "mnist", "shapes") else more | own
 
 
 def prepare(name, out="out", **changed):
@@ -1049,3 +1050,96 @@ def test_the_command_line_and_its_errors_in_one_line():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.startswith("prepare.py: nowhere/samples.jsonl: no such file")
     assert result.stderr.count("\n") == 1
+
+
+# --- emoji ---
+
+MAN, GUARD, RUNNER = "👨", "💂", "🏃"
+PLAIN = {
+    "HEAVY BLACK HEART": "red heart",
+    "BLACK HEART": "black heart",
+    "BLACK HEART SUIT": "heart suit",
+    "WHITE SMILING FACE": "smiling face",
+    "LARGE GREEN CIRCLE": "green circle",
+    "MEDIUM WHITE CIRCLE": "white circle",
+    "BLACK LARGE SQUARE": "black square",
+    "BLACK RIGHTWARDS ARROW": "rightwards arrow",
+    "HELMET WITH WHITE CROSS": "helmet with white cross",
+    "THUMBS UP SIGN": "thumbs up",
+    "GRINNING FACE WITH ONE LARGE AND ONE SMALL EYE": "grinning face with one large and one small eye",
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_unicode_names_in_plain_words(name):
+    assert emoji.plain(name) == PLAIN[name]
+
+
+def test_emoji_are_those_that_the_font_has():
+    tones = list(emoji.TONES.values())
+    has = {"🐱", "🐕", "\u2764", "🇦", "🏻", MAN, GUARD, RUNNER, "🇫🇷", "👨\u200d🚒", "🏃\u200d\u2640\ufe0f"}
+    has |= {person[0] + tone + person[1:] for person in (MAN, GUARD, "👨\u200d🚒") for tone in tones}
+    found = emoji.list_emoji(has.__contains__, [("FR", "France"), ("XX", "Nowhere")])
+    names = ["red heart", "runner", "dog", "cat face", "man", "guardsman", "woman runner", "man firefighter"]
+    assert list(found) == [*names, "flag of france"]
+    assert found["man firefighter"]["man firefighter, dark skin tone"] == "👨🏿\u200d🚒"
+    assert {name: len(of) for name, of in found.items() if len(of) > 1} == {name: 6 for name in names[4:6] + names[7:]}
+    assert found["runner"] == {"runner": RUNNER} and found["flag of france"] == {"flag of france": "🇫🇷"}
+    for name, expected in (("person bowing", "man bowing"), ("woman in tuxedo", "man in tuxedo"), ("elf", "man elf")):
+        assert emoji.with_gender(name, "man") == expected
+
+
+def test_held_out_emoji():
+    things = {f"{color} {form}" for color in emoji.COLORS for form in emoji.FORMS}
+    faces = {f"{animal}{face}" for animal in ("cat", "cow", "dog") for face in ("", " face")}
+    names = ("farmer", "woman with red hair", "elf")
+    people = {f"{name}, {tone} skin tone" for name in names for tone in emoji.TONES}
+    held = emoji.held_out(things | faces | people | {"fox face", "red heart suit", *names})
+    assert held <= things | faces | people and held & faces == {"cow face"}
+    of_color, of_form = (Counter(text.split()[k] for text in held & things) for k in (0, 1))
+    assert of_color == dict.fromkeys(emoji.COLORS, 1) and of_form == dict.fromkeys(emoji.FORMS, 3)
+    assert Counter(text.split(",")[0] for text in held & people) == dict.fromkeys(names, 1)
+
+
+def test_a_font_without_color_or_none_is_one_line(monkeypatch):
+    monkeypatch.setattr(emoji, "FONTS", ())
+    refused("run `apt install fonts-noto-color-emoji`", prepare_emoji)
+    source("", {"text.ttf": "no font"})
+    for path in ("nowhere.ttf", "text.ttf"):
+        refused("is not a font with color bitmaps", prepare_emoji, font=path)
+
+
+def prepare_emoji(**changed):
+    cfg = {key: setting.default for key, setting in settings_of("emoji").items()}
+    emoji.prepare(Config(cfg | dict(out_dir="out") | changed))
+
+
+def test_emoji_files_and_comparison(monkeypatch, capsys):
+    if not any(map(os.path.exists, emoji.FONTS)):
+        pytest.skip("no color-emoji font: apt install fonts-noto-color-emoji")
+    monkeypatch.setattr(emoji, "RANGES", (range(0x1F400, 0x1F440), range(0x1F468, 0x1F46A), range(0x1F7E0, 0x1F7EC)))
+    prepare_emoji(size=32)
+    images, captions = {}, {}
+    for split in ("train", "val"):
+        dataset = Dataset("out", split, 32)
+        captions[split] = [dataset[i]["text"][0] for i in range(len(dataset))]
+        images[split] = np.load(f"out/{split}/images.npy")
+        assert images[split].shape == (len(dataset), 32, 32, 3) and (images[split] < 255).any((1, 2, 3)).all()
+    assert not set(captions["train"]) & set(captions["val"]) and Counter(captions["train"])["snail"] == 6
+    assert {"orange square", "horse face"} & set(captions["val"]) and len(set(captions["val"])) == len(captions["val"])
+    assert len(np.unique(images["train"], axis=0)) == len(images["train"])  # no tofu, no image twice
+    prompts = Path("out/prompts.txt").read_text().splitlines()
+    assert {"octopus", "penguin"} < set(prompts) and set(captions["val"]) & set(prompts)
+    prepare_emoji(size=32)
+
+    Path("samples").mkdir()
+    rows = [("train", captions["train"].index("snail"), "snail"), ("train", 0, "snail"), ("val", 0, captions["val"][0])]
+    for i, (split, k, _) in enumerate(rows):
+        Image.fromarray(images[split][k]).save(f"samples/{i}.png")
+    lines = [dict(prompt=prompt, file=f"{i}.png") for i, (*_, prompt) in enumerate(rows)]
+    Path("samples/samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare_emoji(compare="samples")
+    out = capsys.readouterr().out
+    assert "up to date" in out and "1 of 2 samples of trained" in out and "1 of 1 samples of held-out" in out
+    assert load(Path("samples/compare.png").read_bytes()).width >= 3 * 32
+    refused("samples.jsonl: no such file", prepare_emoji, compare="nowhere")
