@@ -88,7 +88,7 @@ def train(pipeline, cfg, device, autocast):
     torch.manual_seed(cfg.seed)
     lora = add_lora(pipeline.denoiser.unet, cfg.rank)
     pipeline.to(device)
-    parameters = [p.to(device) for module in lora.values() for p in module.to(device).parameters()]
+    parameters = [p for module in lora.values() for p in module.to(device).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr)
     images = Dataset(cfg.dataset, "train", [side * pipeline.factor for side in pipeline.latent_shape[1:]])
     batches = loader(Stream(images, cfg.seed, flip=cfg.flip), 0, cfg.steps, cfg.batch_size, workers=cfg.workers)
