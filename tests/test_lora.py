@@ -127,6 +127,11 @@ BAD = {
 }
 
 
+def test_an_error_is_one_line(command):
+    status, _, err = command("examples/lora.py", "--init_from=nowhere", "--merge=lora.safetensors")
+    assert status == 1 and err.startswith("lora.py: ") and err.count("\n") == 1, err
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_what_does_not_fit(case, stable, tmp_path):  # noqa: F811
     tensors, message = BAD[case]
