@@ -360,13 +360,14 @@ def attention_rows(bench, small, count):
 
 def model_rows(group, bench, small, count):
     """The rows of a group other than "attention"."""
-    many = 8 if bench.device.type == "cuda" else 1
+    on_gpu = bench.device.type == "cuda"
+    many = 8 if on_gpu else 1
     unet, vae, low, high = ("small U-Net", "small f4 VAE", 64, 128) if small else ("SD2-size U-Net", "KL-f8", 256, 512)
     train, step = f"{unet} training step", 4 if small else 8 * many
     works = {  # title, work, side, images of a call
         "unet": [(train, unet_training, low, step), (train, unet_training, high, step // 2)],
         "forward": [(f"{unet} forward", unet_forward, low, 1)],
-        "vae": [(f"{vae} training step with LPIPS and GAN", vae_training, low, 12 if many > 1 else 1)],
+        "vae": [(f"{vae} training step with LPIPS and GAN", vae_training, low, 12 if on_gpu else 1)],
         "autoencode": [(f"{vae} encode and decode", autoencoding, side, many) for side in (low, high)],
         "loop": [(f"{train} without text", unet_training, low, step)],
     }

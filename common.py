@@ -268,8 +268,14 @@ def make_optimizer(model, cfg, machine):
     muon, sharded = cfg.optimizer == "muon", cfg.shard_optimizer and machine.world > 1
     decayed, plain, hidden = [], [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            (plain if p.ndim < 2 else hidden if muon and not OUTER.search(name) else decayed).append(p)
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2:
+            plain.append(p)
+        elif muon and not OUTER.search(name):
+            hidden.append(p)
+        else:
+            decayed.append(p)
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain}]
     if muon:
         share = (0, 1) if sharded else (machine.rank, machine.world)  # if sharded, each has other parameters

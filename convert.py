@@ -746,9 +746,9 @@ def load_clip(path, name="", merges=None, file=None):
         if len(lines) != vocab - 514:  # bytes, bytes that end a word, start and end
             reject(where, f"{len(lines)} merges, its text encoder needs {vocab - 514}", AGAIN)
     used = used_blocks(s)
-    unused = "|".join(map(str, range(used, blocks))) or "none"
-    blocks = rf"(encoder\.layers|transformer\.resblocks|blocks)\.({unused})\..*"
-    unused = re.compile(r"visual\..*|logit_scale|text_projection(\.weight)?|attn_mask|.*position_ids|" + blocks)
+    numbers = "|".join(map(str, range(used, blocks))) or "none"
+    unused = r"visual\..*|logit_scale|text_projection(\.weight)?|attn_mask|.*position_ids|"
+    unused = re.compile(unused + rf"(encoder\.layers|transformer\.resblocks|blocks)\.({numbers})\..*")
     state = {key: t for key, t in state.items() if not unused.fullmatch(key)}
     return s, to_ours(state, key_table(text_layers(used), layout), path), merges
 
@@ -770,9 +770,9 @@ def clip_settings(path, s, config, layout, name):
         s |= dict(pad="zero" if activation == "gelu" else "end")
     pad = None
     for folder in tokenizer_folders(path)[::-1]:  # the first one counts
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if os.path.exists(f"{folder}/{name}"):
-                pad = read_json(f"{folder}/{name}").get("pad_token", pad)
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            if os.path.exists(f"{folder}/{file}"):
+                pad = read_json(f"{folder}/{file}").get("pad_token", pad)
     pad = pad.get("content") if isinstance(pad, dict) else pad
     s["pad"] = "zero" if pad in ("!", "<|pad|>") else "end" if pad else s["pad"]
     for known in TOWERS.values():  # a file may or may not hold the block that is not used
@@ -919,8 +919,9 @@ def read_index(path, clip_vocab):
     return index, {}
 
 
+# diffusers' name -> ours
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "squared_cosine"}
-SCHEDULES |= {"sigmoid": "sigmoid"}  # diffusers' names: ours
+SCHEDULES |= {"sigmoid": "sigmoid"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 

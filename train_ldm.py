@@ -232,10 +232,9 @@ def train_step(denoiser, inputs, noise, cfg):
     loss = weight * error
     if log_variance is not None:
         loss = error / log_variance.exp() + log_variance  # Karras et al. 2024 (EDM2), eq. 21
-    tenths = (10 * training_times(noise["t"], cfg)).long().clamp(max=9)[:, None] == torch.arange(
-        10, device=error.device
-    )
-    by_t = torch.stack([(tenths * error.detach()[:, None]).sum(dim=0), tenths.sum(dim=0)])
+    tenth = (10 * training_times(noise["t"], cfg)).long().clamp(max=9)
+    in_tenth = tenth[:, None] == torch.arange(10, device=error.device)  # (B,10)
+    by_t = torch.stack([(in_tenth * error.detach()[:, None]).sum(dim=0), in_tenth.sum(dim=0)])
     return {"loss": loss.mean(), "error": error.mean(), "error_by_t": by_t}
 
 

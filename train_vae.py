@@ -679,9 +679,10 @@ if __name__ == "__main__":
                 for name, network, optim, optimizer in players:  # all ranks take part
                     tensors |= with_prefix(name, network.state_dict())
                     tensors |= common.optimizer_state(optimizer, network, optim)
-                for path in [latest] * saving + [f"{cfg.out_dir}/before_gan.safetensors"] * before_gan:
-                    if rank == 0:
-                        checkpoint.write(path, tensors, header)
+                if saving and rank == 0:
+                    checkpoint.write(latest, tensors, header)
+                if before_gan and rank == 0:
+                    checkpoint.write(f"{cfg.out_dir}/before_gan.safetensors", tensors, header)
             log.restart_clock()  # this was not training time
         if last or stopping:
             break
