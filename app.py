@@ -36,7 +36,7 @@ import sample
 from checkpoint import UserError
 from common import install_excepthook, setup
 from configurator import SettingError, checked, configure, find, find_settings, make_config
-from grid import to_pil
+from grid import as_rgb, to_pil
 
 # what to show
 ckpt = "out/ldm"  # stage-2 checkpoint or its out_dir; or another project's file, folder or Hugging Face id
@@ -212,9 +212,9 @@ def in_base64(data):
 
 
 def to_jpeg(image):
-    """(3,H,W) in [-1,1] -> JPEG in base64."""
+    """(C,H,W) in [-1,1] -> JPEG in base64."""
     file = io.BytesIO()
-    to_pil(image).save(file, "JPEG", quality=90, subsampling=0)
+    to_pil(as_rgb(image)).save(file, "JPEG", quality=90, subsampling=0)
     return in_base64(file.getvalue())
 
 

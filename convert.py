@@ -36,7 +36,7 @@ from checkpoint import UserError, part, reject
 VAE = dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, attn_resolutions=(), resolution=256)
 VAE |= dict(mid_attention=True, latent_proj=True, bottleneck="kl", codebook_size=8192, embed_dim=0, vq_beta=0.25)
 VAE |= dict(vq_legacy=False, activation="silu", downsample="conv", upsample="nearest", linear_attention=False)
-VAE |= dict(patch_size=1, norm_groups=32, dropout=0.0, tanh_out=False)
+VAE |= dict(patch_size=1, norm_groups=32, dropout=0.0, tanh_out=False, image_mode="RGB")
 UNET = dict(in_channels=4, out_channels=4, concat_channels=0, channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=2)
 UNET |= dict(attention_ds=(1, 2, 4), num_heads=8, head_dim=0, transformer_depth=1, context_dim=0, context_pool=False)
 UNET |= dict(linear_proj=False, self_attention=True, middle_attention=True, linear_attention=False, qk_norm=False)
@@ -322,6 +322,14 @@ def multiples(widths, base, path):
     return tuple(width // base for width in widths)
 
 
+def image_mode(channels, path):
+    """The mode of images of so many channels."""
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        reject(path, f"images of {channels} channels", "only 1, 3 and 4 (L, RGB and RGBA) are supported")
+    return modes[channels]
+
+
 def infer_vae(state, path="the file"):
     """(settings, layout) of an autoencoder, from names and shapes, which do not show norm_groups."""
     layout, level, block, attention, middle = "compvis", "down", "block", "attn.0.norm", "mid.attn_1.norm"
@@ -338,6 +346,7 @@ def infer_vae(state, path="the file"):
     s["num_res_blocks"] = count(state, block.format(0, "{}"))
     s["attn_resolutions"] = tuple(256 // 2**i for i in levels if f"encoder.{level}.{i}.{attention}.weight" in state)
     s["mid_attention"] = f"encoder.{middle}.weight" in state
+    s["image_mode"] = image_mode(state[first[0]].shape[1], path)
     s["latent_proj"] = "post_quant_conv.weight" in state
     embed_dim = state["post_quant_conv.weight"].shape[1] if s["latent_proj"] else z_channels
     s["embed_dim"] = 0 if embed_dim == z_channels else embed_dim
@@ -609,7 +618,6 @@ def load_vae(path, scaling_factor=None, file=None, **known):
     path = checkpoint.find(path)
     state, config, file = read_part(path, "vae", file)
     check_config(config, path, act_fn="silu", norm_type="group", lookup_from_codebook=False)
-    check_config(config, path, in_channels=3, out_channels=3)
     inferred, layout = infer_vae(state, path)
     if "norm_num_groups" in config:
         inferred["norm_groups"] = config["norm_num_groups"]
@@ -885,7 +893,8 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     factor = 2 ** (len(vae[0]["ch_mult"]) - 1) if vae else 1
     model = {"unet": s, "text": None, "first_stage": "vae" if vae else "none", "tower_hash": None}
     model |= {"uncertainty": False, "ema_stds": (), "map_classes": 0, **condition, **process}
-    model |= read_task(path, index, s, model["cond"], factor if vae else 0)
+    model["image_mode"] = vae[0]["image_mode"] if vae else image_mode(s["in_channels"], path)
+    model |= read_task(path, index, s, model, factor if vae else 0)
     sides = (release.get("side", 64),)
     if folder:
         sides = by_level(read_json(f"{path}/unet/config.json").get("sample_size") or sides, 1)
@@ -999,12 +1008,12 @@ def read_condition(path, file, unet, has_text, clip_vocab, own):
     return text, table, s
 
 
-def read_task(path, index, unet, cond, factor):
+def read_task(path, index, unet, model, factor):
     """The task's settings, from what is joined to the U-Net's input. factor: of the autoencoder, 0 without one."""
-    s, extra = dict(task="none", sr_scale=0, sr_noise=0, sr_schedule=()), unet["concat_channels"]
+    s, extra, cond = dict(task="none", sr_scale=0, sr_noise=0, sr_schedule=()), unet["concat_channels"], model["cond"]
     if extra == 1 + unet["in_channels"] and factor and cond == "text":
         s |= dict(task="inpaint")
-    elif extra == 3 and factor:
+    elif extra == len(model["image_mode"]) and factor:
         s |= dict(task="sr", sr_scale=factor)
         if unet["num_classes"] and cond != "class":
             low = f"{path}/low_res_scheduler/scheduler_config.json"
@@ -1179,7 +1188,8 @@ def scheduler_config(model):
 def vae_config(s, scaling, side):
     """diffusers' config of an autoencoder with settings s, for images of that side."""
     widths = [s["ch"] * mult for mult in s["ch_mult"]]
-    config = {"in_channels": 3, "out_channels": 3, "block_out_channels": widths, "act_fn": "silu"}
+    channels = len(s["image_mode"])
+    config = {"in_channels": channels, "out_channels": channels, "block_out_channels": widths, "act_fn": "silu"}
     config |= {"down_block_types": ["DownEncoderBlock2D"] * len(widths)}
     config |= {"up_block_types": ["UpDecoderBlock2D"] * len(widths), "layers_per_block": s["num_res_blocks"]}
     config |= {"latent_channels": s["z_channels"], "norm_num_groups": s["norm_groups"], "sample_size": side}
@@ -1319,11 +1329,12 @@ def pipeline_of(model, vae, tower):
     if model is None:
         return "", "it is an autoencoder alone"
     cond, task, classes = model["cond"], model["task"], model["num_classes"]
-    square = len(set(model["image_size"])) == 1
+    square, mode = len(set(model["image_size"])) == 1, model["image_mode"]
     no_vae, vq = vae is None, vae is not None and vae[0]["bottleneck"] == "vq"
     scale, factor = model["sr_scale"], 1 if no_vae else 2 ** (len(vae[0]["ch_mult"]) - 1)
     reasons = {
         "no pipeline of this type generates pixels": no_vae,
+        f"no pipeline for task={task} with image_mode={mode}": task != "none" and mode != "RGB",
         f"no pipeline for task={task} without text": task != "none" and cond != "text",
         f"StableDiffusionUpscalePipeline enlarges by {factor}, not {scale}": task == "sr" and scale != factor,
         "StableDiffusionUpscalePipeline adds noise, sr_noise=0 has none": task == "sr" and not model["sr_noise"],

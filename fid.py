@@ -42,7 +42,7 @@ from checkpoint import UserError, reject, write_whole
 from common import install_excepthook, progress_bar, setup
 from configurator import configure, find_settings
 from data.dataset import BadImage, Dataset, crop_box, to_tensor
-from grid import save_grid, to_pil, to_uint8
+from grid import as_rgb, save_grid, to_pil, to_uint8
 from lpips_train import LPIPS, MIN_SIDE, TAPS
 from metrics import NEIGHBORS, frechet, gaussian, load_inception, mmd, precision_recall
 from sample import choose_conditions, earlier_files, generate, latent_sides, load_from_settings
@@ -94,7 +94,7 @@ def generate_samples(cfg, machine):
         some, seeds = [conditions[i] for i in rows], range(cfg.seed + rows[0], cfg.seed + rows[-1] + 1)
         with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bfloat16"):
             images = generate(pipeline, some, seeds, **options)
-        return np.stack([np.array(to_pil(image)) for image in images])
+        return np.stack([np.array(to_pil(as_rgb(image))) for image in images])
 
     settings = {name: value for name, value in cfg.items() if name not in FREE} | {"dtype": machine.precision}
     for name in ("ckpt", "guide_ckpt", "first_stage"):
@@ -193,12 +193,12 @@ class Array:
     def key(self, i):
         return f"image {i}"
 
-    def rgb(self, i):
+    def image(self, i):
         return Image.fromarray(self.images[i])
 
 
 def open_set(source, name, split="all"):
-    """(images with rgb(i) and key(i), the indices to use) of an array, an .npz, or a data set."""
+    """(images with image(i) and key(i), the indices to use) of an array, an .npz, or a data set."""
     if isinstance(source, np.ndarray):
         images = Array(source, name)
     elif not source or not os.path.exists(source):
@@ -226,25 +226,25 @@ def first_side(images, which):
     """The short side of the first image that decodes, 0 if none does."""
     for i in which:
         with contextlib.suppress(BadImage):
-            return min(images.rgb(i).size)
+            return min(images.image(i).size)
     return 0
 
 
 @torch.no_grad()
 def features(extract, images, which, name, side, as_is, batch_size, device):
-    """extract(uint8 (B,3,side,side)) -> (B,D) of all images that decode: their indices [N] and the features (N,D).
+    """extract(uint8 (B,C,side,side)) -> (B,D) of all images that decode: their indices [N] and the features (N,D).
 
     as_is: do not crop or resize.
     """
     found, batch, decoded = [], [], []
     for n, i in enumerate(progress_bar(which, name), 1):
         try:
-            image = images.rgb(i)
+            image = images.image(i)
             if not as_is:
                 image = crop_and_resize(image, side)
             elif image.size != (side, side):
                 reject(images.key(i), f"{image.width}x{image.height}, not {side}x{side}", "set image_size to resize")
-            batch.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+            batch.append(torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1))
             decoded.append(i)
         except BadImage as error:
             print(f"skipped a bad image of {name}: {error}")
@@ -347,7 +347,7 @@ def find_nearest(samples, reference, image_size=0, inception_weights="", trunk="
     """
     extract = load_extractor(inception_weights, trunk, trunk_weights, device)
     a, chosen = open_set(samples, "samples")
-    train = Dataset(reference, "train")
+    train = Dataset(reference, "train", image_mode=vae.settings["image_mode"] if vae else "RGB")
     held_out = train.in_split("val")
     print(train, flush=True)
     side = image_size or first_side(a, chosen)
@@ -361,7 +361,7 @@ def find_nearest(samples, reference, image_size=0, inception_weights="", trunk="
 
     def see_real(x):
         if vae is not None:
-            x = to_uint8(vae.decode(vae.encode(x / 127.5 - 1).mode()))
+            x = to_uint8(as_rgb(vae.decode(vae.encode(x / 127.5 - 1).mode())))
         return see(x)
 
     def see_both(x):
@@ -392,8 +392,8 @@ def save_pairs(path, pairs, samples, train, side):
             file.write(json.dumps(record) + "\n")
     images, captions = [], []
     for distance, i, j in sorted(pairs)[:16]:
-        image = to_tensor(crop_and_resize(train.rgb(j // 2), side))
-        images += [to_tensor(crop_and_resize(samples.rgb(i), side)), image.flip(2) if j % 2 else image]
+        image = as_rgb(to_tensor(crop_and_resize(train.image(j // 2), side)))
+        images += [to_tensor(crop_and_resize(samples.image(i), side)), image.flip(2) if j % 2 else image]
         captions += [f"{samples.key(i)}: {distance:.2f}", "mirrored " * (j % 2) + train.key(j // 2)]
     save_grid(f"{path}.png", torch.stack(images), captions, columns=8)
 

@@ -13,13 +13,22 @@ def to_uint8(images):
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
+def as_rgb(images):
+    """Images (...,C,H,W) in [-1,1] as RGB (...,3,H,W): L is repeated, RGBA put on white."""
+    if images.shape[-3] == 4:
+        color, alpha = images.split((3, 1), dim=-3)
+        alpha = (alpha.clamp(-1, 1) + 1) / 2
+        return color * alpha + 1 - alpha
+    return images.expand(*images.shape[:-3], 3, *images.shape[-2:])
+
+
 def to_pil(image):
-    """(3,H,W) in [-1,1] -> PIL."""
-    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+    """(C,H,W) in [-1,1] -> PIL L, RGB or RGBA."""
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).squeeze(2).cpu().numpy())
 
 
 def make_grid(images, captions=(), columns=0):
-    """Images (N,3,H,W), perhaps with captions below, as one PIL image, near square or with `columns`."""
+    """Images (N,C,H,W), perhaps with captions below, as one PIL image in RGB, near square or with `columns`."""
     N, _, H, W = images.shape
     columns, zoom = columns or math.ceil(N**0.5), max(1, 128 // W)
     lines = 2 if any(captions) else 0
@@ -28,7 +37,7 @@ def make_grid(images, captions=(), columns=0):
     pen = ImageDraw.Draw(grid)
     for i, image in enumerate(images):
         x, y = i % columns * cell_w + 2, i // columns * cell_h + 2
-        grid.paste(to_pil(image).resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (x, y))
+        grid.paste(to_pil(as_rgb(image)).resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (x, y))
         if lines:
             text = "\n".join(textwrap.wrap(captions[i], max(8, cell_w // 6))[:lines])
             pen.text((x, y + H * zoom), text.encode("latin-1", "replace").decode("latin-1"), fill="black")

@@ -32,6 +32,7 @@ from checkpoint import UserError, part, reject, with_prefix
 from configurator import configure
 from data.dataset import loader, permute, seed_of
 from data.forms import open_npy
+from grid import as_rgb
 from metrics import ssim
 
 # data
@@ -216,8 +217,10 @@ class LPIPS(nn.Module):
         return super().train(False)  # a parent's train() changes nothing here
 
     def features(self, x):
-        """Images (B,3,H,W) in [-1,1] -> the taps' activations, of length 1 over the channels: [(B,C,h,w), ...]."""
-        x, taps = (x.to(self.shift.dtype) - self.shift) / self.scale, []
+        """Images (B,1, 3 or 4,H,W) in [-1,1], made RGB -> the taps' activations, of length 1 over the channels:
+        [(B,C,h,w), ...].
+        """
+        x, taps = (as_rgb(x).to(self.shift.dtype) - self.shift) / self.scale, []
         for i, layer in enumerate(self.trunk):
             x = layer(x)
             if i in TAPS[self.net]:

@@ -39,7 +39,7 @@ from attention import unavailable, use_attention
 from checkpoint import UserError, reject
 from common import install_excepthook, setup
 from configurator import configure
-from data.dataset import check_size, to_rgb, to_tensor
+from data.dataset import check_size, to_mode, to_tensor
 from data.forms import IMAGES
 from data.tasks import augment_low, image_condition
 from diffusion import SPACINGS, Schedule, samplers  # noqa: F401  of the setting `spacing`
@@ -124,6 +124,7 @@ class Pipeline(NamedTuple):
     task: dict = {"task": "none"}  # task, and sr_scale, sr_noise, sr_schedule, map_classes where it has them
     tower: torch.nn.Module | None = None  # a frozen text encoder outside of the denoiser
     sampling: dict = {}  # sampler, steps and guidance of training's sample grids; {} for another project's model
+    image_mode: str = "RGB"  # L | RGB | RGBA
     clip_x0: float = 0.0  # limit of every x0_hat, as some of diffusers' schedulers have it; 0 is none
 
     @property
@@ -199,13 +200,14 @@ def load_pipeline(
         vae=vae,
         schedule=diffusion.make_schedule(about["schedule"], *ends, zero_snr=about["zero_snr"])._replace(**steps),
         objective=about["objective"],
-        latent_shape=(vae.latent_channels if vae else 3, height, width),
+        latent_shape=(vae.latent_channels if vae else len(about["image_mode"]), height, width),
         num_classes=about["num_classes"] if about["cond"] == "class" else 0,
         classes=meta["classes"],
         examples=meta["examples"],
         task={name: about.get(name) for name in ("task", "sr_scale", "sr_noise", "sr_schedule", "map_classes")},
         tower=tower,
         sampling={name: config[setting] for name, setting in own.items() if setting in config},
+        image_mode=about["image_mode"],
         clip_x0=about.get("clip_x0", 0.0),
     )
 
@@ -265,15 +267,15 @@ def generate(
     strength=1.0, negative="", spacing="trailing", guidance_interval=(0.0, 1.0), guidance_rescale=0.0, guide=None,
     decode_tile=0, decode_batch=0, callback=None, progress=False, **options,
 ):  # fmt: skip
-    """One image for each condition (a prompt, a class number, or None): (N,3,H,W) in [-1,1] on the CPU.
+    """One image for each condition (a prompt, a class number, or None): (N,C,H,W) in [-1,1] on the CPU.
 
     seeds: N integers. An image depends on its condition and seed only, not on its batch.
     size: (side,) or (height, width) in pixels; () is the trained size, or that of the inputs.
-    inputs: tensors of N rows that the task uses (TASK_INPUTS): "image" (N,3,H,W) in [-1,1] and "mask" (N,1,H,W), 1
-        where to generate; "low" (N,3,h,w) and "level" (N,), the noise to add to it; "map" (N,H,W). With "image" any
+    inputs: tensors of N rows that the task uses (TASK_INPUTS): "image" (N,C,H,W) in [-1,1] and "mask" (N,1,H,W), 1
+        where to generate; "low" (N,C,h,w) and "level" (N,), the noise to add to it; "map" (N,H,W). With "image" any
         checkpoint does image to image, where `strength` is the share of the steps, and with "mask" inpainting.
     guide: a Pipeline with the same latents and schedule to guide away from (Karras et al. 2024, arXiv 2406.02507).
-    callback: called with x0_hat as up to 16 images (B,3,H,W) at every evaluation of the first batch.
+    callback: called with x0_hat as up to 16 images (B,C,H,W) at every evaluation of the first batch.
     progress: show a bar of the steps of all batches on a terminal.
     options: of the sampler. See diffusion.py for steps, spacing and guidance.
 
@@ -425,13 +427,13 @@ def input_size(pipeline, inputs):
 
 
 def encode(pipeline, images):
-    """Images (B,3,H,W) in [-1,1] -> unit-variance latents."""
+    """Images (B,C,H,W) in [-1,1] -> unit-variance latents."""
     vae = pipeline.vae
     return images if vae is None else vae.normalize(vae.encode(images).mode())
 
 
 def decode(pipeline, x, tile=0, batch=0):
-    """Unit-variance latents -> images (B,3,H,W) in [-1,1] on the CPU.
+    """Unit-variance latents -> images (B,C,H,W) in [-1,1] on the CPU.
 
     tile: side in latents of tiles that are decoded separately, 0 for none. batch: images at a time, 0 for all, or
     fewer if memory runs out. bfloat16 autocast does not overflow here, unlike float16.
@@ -619,22 +621,22 @@ def read_inputs(pipeline, cfg):
     latent_sides(pipeline, cfg.size)  # checks it
     size, nearest = tuple(int(side) for side in cfg.size), Image.Resampling.NEAREST
     images = open_images(cfg.semantic_map or cfg.init_image)
-    mask = to_rgb(next(iter(open_images(cfg.mask).values()))).convert("L") if cfg.mask else None
+    mask = to_mode(next(iter(open_images(cfg.mask).values())), "L") if cfg.mask else None
     for name, image in images.items():
         if task == "semantic":
             rows.append({"map": class_map(fit(image, size, multiple, nearest), pipeline.task["map_classes"], name)})
         elif task == "sr":
             step = multiple // math.gcd(multiple, pipeline.task["sr_scale"])
-            rows.append({"low": to_tensor(fit(to_rgb(image), (), step))})
+            rows.append({"low": to_tensor(fit(to_mode(image, pipeline.image_mode), (), step))})
             if pipeline.task["sr_noise"]:
                 rows[-1]["level"] = torch.tensor(cfg.noise_level)
         else:
-            image = to_rgb(image)  # upright
+            image = to_mode(image, pipeline.image_mode)  # upright
             rows.append({"image": to_tensor(fit(image, size, multiple))})
             if mask is not None:
                 if mask.size != image.size:
                     reject(cfg.mask, f"is {mask.size}, {name} is {image.size}", "make them the same size")
-                rows[-1]["mask"] = (to_tensor(fit(mask, size, multiple, nearest).convert("RGB"))[:1] > 0).float()
+                rows[-1]["mask"] = (to_tensor(fit(mask, size, multiple, nearest)) > 0).float()
                 if not rows[-1]["mask"].any():
                     reject(cfg.mask, "is all black", "make white what is to be generated")
     sizes = {tuple(next(iter(row.values())).shape[-2:]) for row in rows}

@@ -31,7 +31,7 @@ from data.cache import LatentCache
 from data.dataset import BadImage, Buckets, Stream, collate, loader, seed_of, train_and_validation
 from data.tasks import WithCondition, augment_low, check_task, image_condition, layout_string, show_condition
 from diffusion import OBJECTIVES, SCHEDULES, make_denoiser, make_schedule, samplers, t_max, target, to_x0, unet_time  # noqa: F401
-from grid import save_grid
+from grid import as_rgb, save_grid
 from sample import Pipeline, generate, read_prompts
 from text import CLIPTextEncoder, TextEncoder, make_tokenizer
 from unet import Denoiser, Rescaler, UNet
@@ -40,6 +40,7 @@ from vae import VAE
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
 image_size = (256,)  # each >= 1: of the images, a side in pixels, or height,width
+image_mode = "RGB"  # L | RGB | RGBA: of the images, as in the first stage; L is gray
 buckets = False  # train on sizes of about the area of image_size, each image on the one nearest to its own shape
 flip = True  # mirror half of the images
 workers = 4  # >= 0: processes that read latents or decode images; 0 uses the main one
@@ -143,8 +144,8 @@ deterministic = False  # bit-exact on CUDA too, slower
 wandb = False  # also log to Weights & Biases
 
 # settings that a checkpoint holds as its model's, beside those of U-Net and text encoder
-MODEL_SETTINGS = ("cond", "class_embed", "image_size", "objective", "schedule", "beta_start", "beta_end", "zero_snr",
-                  "ema_stds", "text_encoder", "task", "sr_scale", "sr_noise")  # fmt: skip
+MODEL_SETTINGS = ("cond", "class_embed", "image_size", "image_mode", "objective", "schedule", "beta_start", "beta_end",
+                  "zero_snr", "ema_stds", "text_encoder", "task", "sr_scale", "sr_noise")  # fmt: skip
 PANELS = {"loss: error at training's t, val_loss at uniform t": ("error", "val_loss"), "gradient norm": ("grad_norm",)}
 PANELS |= {"training loss by tenths of t": ("error_by_t",), "validation loss by tenths of t": ("val_loss_by_t",)}
 
@@ -261,7 +262,7 @@ def step_noise(step, shape, factor, cfg, machine, micro_steps):
     if cfg.offset_noise:
         noise["offset"] = normal(shape[0], 1, 1)
     if cfg.sr_noise:
-        noise["low"] = normal(3, *(side * factor // cfg.sr_scale for side in shape[1:]))
+        noise["low"] = normal(len(cfg.image_mode), *(side * factor // cfg.sr_scale for side in shape[1:]))
     mine = {name: n[:, machine.rank].to(machine.param_dtype) for name, n in noise.items()}
     return [{name: n[micro] for name, n in mine.items()} for micro in range(micro_steps)]
 
@@ -425,7 +426,7 @@ def save_samples(path, pipeline, validation, cfg, autocast):
         grid.append(sample)
         captions.append(pipeline.caption(condition))
     columns = 0 if images is None else 2 * math.ceil(len(grid) ** 0.5 / 2)  # even: a condition beside its sample
-    save_grid(path, torch.stack(grid), captions, columns=columns)
+    save_grid(path, torch.stack([as_rgb(image) for image in grid]), captions, columns=columns)
 
 
 def save_predictions(path, pipeline, inputs, autocast):
@@ -465,6 +466,9 @@ def load_first_stage(cfg, latest):
     if not vae.has_latent_statistics:
         remedy = f"finish its training, or run train_vae.py --measure_latents --ckpt={cfg.first_stage}"
         reject(cfg.first_stage, "has no latent statistics", remedy)
+    if vae.settings["image_mode"] != cfg.image_mode:
+        trained = vae.settings["image_mode"]
+        raise UserError(f"image_mode={cfg.image_mode}, but the autoencoder is of {trained}: set --image_mode={trained}")
     for side in cfg.image_size:
         if side % vae.factor:
             raise UserError(f"image_size={side} must be a multiple of {vae.factor}, the autoencoder's factor")
@@ -500,7 +504,7 @@ def build_denoiser(cfg, latent_shape, text=None, context_dim=0, num_classes=0, m
         low_side = cfg.image_size[0] // cfg.sr_scale
         if low_side % side and low_side > side:
             raise UserError(f"sr_scale={cfg.sr_scale} gives images of side {low_side}, not a multiple of {side}")
-        concat_channels = 3 * max(1, low_side // side) ** 2
+        concat_channels = len(cfg.image_mode) * max(1, low_side // side) ** 2
         unet_classes = 1000 if cfg.sr_noise else unet_classes  # noise levels in place of classes
     elif cfg.task == "semantic":
         concat_channels, rescaler = 3, Rescaler(map_classes, cfg.image_size[0] // side)
@@ -580,7 +584,8 @@ if __name__ == "__main__":
     step, images_per_step, micro_steps = common.start(cfg, world, meta, latest)
 
     # data
-    images, validation_images = train_and_validation(cfg.dataset, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
+    options = (cfg.image_size, cfg.cache_dir, cfg.cache_gb, cfg.image_mode)
+    images, validation_images = train_and_validation(cfg.dataset, *options)
     common.assert_same_on_all_ranks(step=step, images=len(images))
     if rank == 0:  # before labels that are ids make a model too large, and before hours of caching
         print(images, flush=True)
@@ -610,7 +615,7 @@ if __name__ == "__main__":
     if cfg.cond == "layout" or (cfg.cond == "text" and tower is None):
         text = build_text(cfg, object_names, tensors.get("text.bpe"))
     encoder = text or tower
-    channels, factor = (vae.latent_channels, vae.factor) if vae else (3, 1)
+    channels, factor = (vae.latent_channels, vae.factor) if vae else (len(cfg.image_mode), 1)
     latent_shape = (channels, *(side // factor for side in images.sides))
     model = build_denoiser(cfg, latent_shape, text, encoder.width if encoder else 0, num_classes, map_classes)
     model.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)

@@ -26,7 +26,7 @@ import common
 from checkpoint import UserError, part, reject, with_prefix
 from configurator import configure
 from data.dataset import BadImage, Buckets, Dataset, Stream, loader, seed_of, train_and_validation, uniform
-from grid import save_grid, to_uint8
+from grid import as_rgb, save_grid, to_uint8
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
 from metrics import frechet, gaussian, load_inception, psnr, ssim
 from vae import VAE, Attention, Discriminator, ResBlock, turn_and_scale
@@ -34,6 +34,7 @@ from vae import VAE, Attention, Discriminator, ResBlock, turn_and_scale
 # data
 dataset = "data/openimages"  # folder of images, tar or parquet shards, or images.npy; or s3://bucket/*.tar and the like
 image_size = (256,)  # each >= 1: of the crops it trains on, a side in pixels, or height,width
+image_mode = "RGB"  # L | RGB | RGBA: of the images; L is gray
 buckets = False  # train on sizes of about the area of image_size, each image on the one nearest to its own shape
 crop = "random"  # random | center: random is 0.5 to 1 times the sides of the largest crop
 flip = True  # mirror half of the images
@@ -68,7 +69,7 @@ perceptual_weight = 1.0  # >= 0: of LPIPS; 0 disables it
 lpips_net = "vgg"  # vgg | alex | squeeze: trunk of LPIPS
 lpips_trunk = ""  # torchvision's ImageNet weights of it, a .pth; "" fetches them once. If set, LPIPS is always measured
 lpips_heads = ""  # our checkpoint or a published .pth; "" is the published v0.1 of the package lpips
-kl_weight = 1e-6  # >= 0: of the KL summed over an image's latents, divided by its 3 H W values, as the means are
+kl_weight = 1e-6  # >= 0: of the KL summed over an image's latents, divided by its C H W values, as the means are
 codebook_weight = 1.0  # >= 0: vq, of the codebook loss
 restart_every = 1000  # >= 0: vq, steps after which codes unused in them become encoder outputs; 0 disables it
 equivariance_prob = 0.0  # in [0, 1]: share of steps that rotate and scale latents and images alike (EQ-VAE)
@@ -202,7 +203,7 @@ def widened(x):
 def train_step(vae, batch, noise, cfg, lpips=None, disc=None, gan_weight=None, transform=()):
     """One forward pass -> ({name: scalar term}, posterior); "loss" trains the autoencoder, "disc_loss" disc.
 
-    batch["image"] (B,3,H,W) in [-1,1].  noise (B,C,h,w): selects the latent sample.
+    batch["image"] (B,C,H,W) in [-1,1].  noise (B,C,h,w): selects the latent sample.
     gan_weight: of the autoencoder's GAN term; None: it has none.
     transform: (turns, sides) of turn_and_scale, applied to the latents and to the images (EQ-VAE).
     The gradient of neither loss reaches the other's parameters.
@@ -371,7 +372,7 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
         if vae.quantize:
             codes += torch.bincount(vae.quantize.nearest(posterior.mean).flatten(), minlength=len(codes))
         for images, f in zip((x, y), features if inception else ()):
-            f.append(inception(to_uint8(images)).cpu())
+            f.append(inception(to_uint8(as_rgb(images))).cpu())
         examples = examples or (x[:8].cpu(), y[:8].cpu())
     for hook in hooks:
         hook.remove()
@@ -423,13 +424,13 @@ def open_checkpoint(cfg, machine):
     check_settings(cfg)
     vae = VAE.from_pretrained(path).to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
     check_multiple(cfg, vae)
-    return path, vae, cfg
+    return path, vae, cfg.replace(image_mode=vae.settings["image_mode"])
 
 
 def evaluate_checkpoint(cfg, machine, autocast):
     """--eval_only: print the scores of cfg.ckpt, save eval.png beside it."""
     path, vae, cfg = open_checkpoint(cfg, machine)
-    images = Dataset(cfg.dataset, cfg.eval_split, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
+    images = Dataset(cfg.dataset, cfg.eval_split, cfg.image_size, cfg.cache_dir, cfg.cache_gb, cfg.image_mode)
     validation = Subset(Stream(images, cfg.seed, train=False), common.spread(len(images), cfg.val_images))
     if cfg.inception_weights and len(validation) < 2:
         raise UserError(f"rFID needs 2 images or more, {cfg.dataset} has 1: leave inception_weights out")
@@ -446,15 +447,15 @@ def evaluate_checkpoint(cfg, machine, autocast):
     grid = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "eval.png")
     if os.path.exists(grid) and not cfg.overwrite:
         return print(f"{grid} is there already: --overwrite=True replaces it")
-    error_map = 4 * (y - x).abs().mean(dim=1, keepdim=True).expand_as(x) - 1  # white from an error of 64 gray levels on
-    save_grid(grid, torch.cat([x, y, error_map]), columns=len(x))
+    error_map = 4 * (y - x).abs().mean(dim=1, keepdim=True) - 1  # white from an error of 64 gray levels on
+    save_grid(grid, torch.cat([as_rgb(images) for images in (x, y, error_map)]), columns=len(x))
     print(f"originals, reconstructions and error map: {grid}")
 
 
 def measure_checkpoint(cfg, machine, autocast):
     """--measure_latents: print the latent statistics of cfg.ckpt, and store them if it has none."""
     path, vae, cfg = open_checkpoint(cfg, machine)
-    images = Dataset(cfg.dataset, "train", cfg.image_size, cfg.cache_dir, cfg.cache_gb)
+    images = Dataset(cfg.dataset, "train", cfg.image_size, cfg.cache_dir, cfg.cache_gb, cfg.image_mode)
     mean, std = latent_statistics(vae, images, cfg, machine, autocast)
     if machine.rank > 0:
         return
@@ -505,13 +506,15 @@ def count_tflop(vae, cfg):
     """TFLOP of training on one image; the backward pass of all weights is two forward."""
     with torch.device("meta"):
         twin, sides = VAE(**vae.settings), (cfg.image_size[0], cfg.image_size[-1])
-        x, z = torch.zeros(1, 3, *sides), torch.zeros(1, vae.latent_channels, *(side // vae.factor for side in sides))
+        x = torch.zeros(1, len(cfg.image_mode), *sides)
+        z = torch.zeros(1, vae.latent_channels, *(side // vae.factor for side in sides))
         total = (3 if cfg.train == "all" else 1) * common.count_tflop(twin.encode, x)
         total += 3 * common.count_tflop(lambda z: twin.decoder(twin.post_quant_conv(z)), z)
         if cfg.perceptual_weight:  # image, reconstruction, back to the latter
-            total += 3 * common.count_tflop(make_trunk(cfg.lpips_net), x)
+            total += 3 * common.count_tflop(make_trunk(cfg.lpips_net), as_rgb(x))
         if cfg.disc_weight:  # 2 likewise, and 3 for each of the two
-            total += 8 * common.count_tflop(Discriminator(cfg.disc_layers, "none", channels=cfg.disc_channels), x)
+            disc = Discriminator(cfg.disc_layers, "none", False, cfg.disc_channels, x.shape[1])
+            total += 8 * common.count_tflop(disc, x)
     return total
 
 
@@ -553,7 +556,8 @@ if __name__ == "__main__":
     step, images_per_step, micro_steps = common.start(cfg, world, meta, latest)
 
     # data
-    images, validation_images = train_and_validation(cfg.dataset, cfg.image_size, cfg.cache_dir, cfg.cache_gb)
+    options = (cfg.image_size, cfg.cache_dir, cfg.cache_gb, cfg.image_mode)
+    images, validation_images = train_and_validation(cfg.dataset, *options)
     common.assert_same_on_all_ranks(step=step, images=len(images))
     validation = common.spread(len(validation_images), cfg.val_images)
     validation = Subset(Stream(validation_images, cfg.seed, train=False), validation)
@@ -571,7 +575,8 @@ if __name__ == "__main__":
     disc = None
     if cfg.disc_weight:
         torch.manual_seed(seed_of(cfg.seed, "disc init"))
-        disc = common.build(Discriminator, cfg.disc_layers, cfg.disc_norm, cfg.disc_spectral_norm, cfg.disc_channels)
+        options = (cfg.disc_layers, cfg.disc_norm, cfg.disc_spectral_norm, cfg.disc_channels, len(cfg.image_mode))
+        disc = common.build(Discriminator, *options)
         disc.to(machine.device, machine.param_dtype, memory_format=torch.channels_last)
 
     # optimizers, and what else is carried from step to step: the adaptive weight, the use of codes since a restart

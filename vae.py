@@ -158,7 +158,7 @@ def run(module, x, checkpointing):
 
 
 class Encoder(nn.Module):
-    """Images (B,3,H,W) -> moments (B,2 z_channels,H/f,W/f), or with VQ latents (B,z_channels,H/f,W/f)."""
+    """Images (B,C,H,W) -> moments (B,2 z_channels,H/f,W/f), or with VQ latents (B,z_channels,H/f,W/f)."""
 
     checkpointing = False  # True recomputes each level in the backward pass, which saves memory
 
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths, gated = [s["ch"] * m for m in s["ch_mult"]], s["activation"] == "swiglu"
         self.patch_size = s["patch_size"]
-        self.conv_in = Conv2d(3 * s["patch_size"] ** 2, s["ch"], 3, padding=1)
+        self.conv_in = Conv2d(len(s["image_mode"]) * s["patch_size"] ** 2, s["ch"], 3, padding=1)
         self.down = nn.ModuleList()
         c = s["ch"]
         for i, width in enumerate(widths):
@@ -189,7 +189,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B,z_channels,H/f,W/f) -> images (B,3,H,W). Each level has one residual block more than the encoder's."""
+    """Latents (B,z_channels,H/f,W/f) -> images (B,C,H,W). Each level has one residual block more than the encoder's."""
 
     checkpointing = False
 
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
             c = width
         self.up = nn.ModuleList(reversed(levels))  # up[0] is the full resolution, as in the published weights
         self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
-        self.conv_out = Conv2d(c, 3 * s["patch_size"] ** 2, 3, padding=1)
+        self.conv_out = Conv2d(c, len(s["image_mode"]) * s["patch_size"] ** 2, 3, padding=1)
 
     def features(self, z):
         """All but the last layer; compiled separately, so that a gradient at the last layer does not need the rest."""
@@ -315,6 +315,7 @@ CHOICES = {
     "activation": ("silu", "swiglu"),
     "downsample": ("conv", "avg", "max"),
     "upsample": ("nearest", "bilinear", "bicubic"),
+    "image_mode": ("L", "RGB", "RGBA"),
 }
 
 
@@ -344,6 +345,7 @@ class VAE(nn.Module):
         norm_groups=32,
         dropout=0.0,
         tanh_out=False,
+        image_mode="RGB",
     ):
         """ch, ch_mult: level i has ch * ch_mult[i] channels and half the side of level i - 1. The downsampling factor
             is f = patch_size * 2^(levels - 1).
@@ -360,6 +362,7 @@ class VAE(nn.Module):
         linear_attention: linear-time attention at the end of each level, and in the middle in place of the quadratic.
         patch_size: p > 1 folds p x p pixels into channels first, which makes small models fast.
         norm_groups: groups of each GroupNorm.  tanh_out: tanh on the decoder's output.
+        image_mode: L | RGB | RGBA, of the images: a channel for each letter.
         """
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -410,7 +413,7 @@ class VAE(nn.Module):
         if max(h, w) <= tile:
             return self.decode(z)
         dtype = torch.promote_types(z.dtype, torch.float32)
-        out = torch.zeros(len(z), 3, h * f, w * f, device=z.device, dtype=dtype)
+        out = torch.zeros(len(z), len(self.settings["image_mode"]), h * f, w * f, device=z.device, dtype=dtype)
         total = torch.zeros(h * f, w * f, device=z.device, dtype=dtype)
         for top, bottom in tiles(h, tile, overlap):
             for left, right in tiles(w, tile, overlap):
@@ -486,21 +489,21 @@ def turn_and_scale(x, turns, sides):
 
 
 class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017, arXiv 1611.07004): images (B,3,H,W) -> logits (B,1,h,w), one for each patch.
+    """PatchGAN (Isola et al. 2017, arXiv 1611.07004): images (B,C,H,W) -> logits (B,1,h,w), one for each patch.
 
     n_layers: 3 has patches of 70 x 70 pixels, 2 of 34 x 34; image sides must be at least 3 * 2^n_layers.
     norm: group | batch | none. Batch norm is the published one; its statistics are those of one process and one call.
     spectral_norm: divide each kernel by its largest singular value (Miyato et al. 2018).
     """
 
-    def __init__(self, n_layers=3, norm="group", spectral_norm=False, channels=64):
+    def __init__(self, n_layers=3, norm="group", spectral_norm=False, channels=64, image_channels=3):
         super().__init__()
         self.settings = {"disc_layers": n_layers, "disc_norm": norm, "disc_spectral_norm": spectral_norm}
         self.settings["disc_channels"] = channels
         assert norm in ("group", "batch", "none"), f"disc_norm={norm!r}: must be one of group, batch, none"
         assert norm != "group" or channels % 16 == 0, f"disc_channels={channels}: must be a multiple of 16"  # 32 groups
         widths = [channels * min(2**i, 8) for i in range(n_layers + 1)]
-        layers = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(image_channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (a, b) in enumerate(zip(widths[:-1], widths[1:])):
             layers.append(nn.Conv2d(a, b, 4, 2 if i < n_layers - 1 else 1, 1, bias=norm != "batch"))
             if norm != "none":

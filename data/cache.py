@@ -36,7 +36,7 @@ class Images(torch.utils.data.Dataset):
             return self.dataset.pixels(i)
         except BadImage as e:
             print(f"skipped a bad image: {e}", flush=True)
-            return torch.full((3, *self.dataset.sides), math.nan)
+            return torch.full((len(self.dataset.image_mode), *self.dataset.sides), math.nan)
 
 
 class LatentCache(torch.utils.data.Dataset):

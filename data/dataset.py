@@ -144,9 +144,10 @@ def check_size(image):
         raise ValueError(f"{image.width}x{image.height} is over PIL.Image.MAX_IMAGE_PIXELS")
 
 
-def to_rgb(image):
-    """Any PIL image as 8-bit RGB: first frame, upright (EXIF), transparency on white, 16-bit gray scaled to 8, floats
-    in [0, 1] to 0..255. Raises UserError for other floats and 32-bit integers, whose scale is unknown.
+def to_mode(image, mode="RGB"):
+    """Any PIL image as 8-bit L, RGB or RGBA: first frame, upright (EXIF), transparency on white but in RGBA, 16-bit
+    gray scaled to 8, floats in [0, 1] to 0..255. Raises UserError for other floats and 32-bit integers, whose scale is
+    unknown.
     """
     image.load()  # bad pixels are an error ...
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
@@ -160,11 +161,12 @@ def to_rgb(image):
         if image.mode == "I" and not is_16_bit or not (0 <= gray.min() and gray.max() <= top):
             what = "32-bit integers" if image.mode == "I" else "floats"
             raise UserError(f"{what} of {gray.min():g} to {gray.max():g}: save 8 or 16 bits, or floats in [0, 1]")
-        return Image.fromarray((gray * (255 / top)).round().astype(np.uint8)).convert("RGB")
+        return Image.fromarray((gray * (255 / top)).round().astype(np.uint8)).convert(mode)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        if mode != "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
 
 
 def crop_box(width, height, sides, crop="center", u=None):
@@ -180,8 +182,8 @@ def crop_box(width, height, sides, crop="center", u=None):
 
 
 def to_tensor(image):
-    """PIL RGB -> float32 (3, H, W) in [-1, 1]."""
-    x = torch.from_numpy(np.array(image, dtype=np.float32))  # (H, W, 3)
+    """PIL L, RGB or RGBA -> float32 (C, H, W) in [-1, 1]."""
+    x = torch.from_numpy(np.atleast_3d(np.array(image, dtype=np.float32)))  # (H, W, C)
     return (x / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
@@ -199,9 +201,9 @@ class Item(NamedTuple):
 
 
 class Dataset:
-    """Images at a path: ds[i] -> dict(image float32 (3,H,W) in [-1,1], label int or -1, text list of str, key str).
+    """Images at a path: ds[i] -> dict(image float32 (C,H,W) in [-1,1], label int or -1, text list of str, key str).
 
-    image_size: a side in pixels, or (height, width), kept as sides = (H, W).
+    image_size: a side in pixels, or (height, width), kept as sides = (H, W).  image_mode: L, RGB or RGBA, see to_mode.
 
     split: "train"; "val", which is the folder val/ (validation, valid, test), or shards named so, or, where there are
     none, the items with crc32(key) % 100 == 0, at least one; "all"; or one of those names itself. An item that does not
@@ -209,11 +211,11 @@ class Dataset:
     is read by row groups: beyond some hundred MB, a shuffled set is read faster as tar.
     """
 
-    def __init__(self, path, split="train", image_size=256, cache_dir="cache", cache_gb=64.0):
+    def __init__(self, path, split="train", image_size=256, cache_dir="cache", cache_gb=64.0, image_mode="RGB"):
         assert split in ("all", *SPLITS[1:]), f"split {split!r}: choose train, val, test or all"
         sides = (image_size,) if isinstance(image_size, int) else image_size
         assert len(sides) in (1, 2) and min(sides) > 0, f"image_size {image_size!r}: give pixels, such as 256"
-        self.path, self.sides = str(path), (sides[0], sides[-1])
+        self.path, self.sides, self.image_mode = str(path), (sides[0], sides[-1]), image_mode
         self.remote = Remote(self.path, cache_dir, cache_gb) if "://" in self.path else None
         if self.remote:
             self.root, paths = self.remote.folder, self.remote.names
@@ -491,20 +493,20 @@ class Dataset:
             return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
         return Image.open(io.BytesIO(data), formats=forms.FORMATS) if data else None
 
-    def rgb(self, i):
-        """Image i as PIL RGB, uncropped."""
+    def image(self, i):
+        """Image i as PIL in image_mode, uncropped."""
         item = self._item(i)
         with as_bad_image(item.key), self._open_image(item) as image:
             check_size(image)
-            return to_rgb(image)
+            return to_mode(image, self.image_mode)
 
     def pixels(self, i, crop="center", flip=False, u=None):
-        """Image i as float32 (3,H,W) in [-1,1]: a rectangle of that shape cut from it, resized to H x W, up or down.
+        """Image i as float32 (C,H,W) in [-1,1]: a rectangle of that shape cut from it, resized to H x W, up or down.
 
         crop "center" takes the largest one; "random" one of 0.5 to 1 of its sides (as latent-diffusion does), size and
         position from u = (size, x, y), three numbers in [0, 1).
         """
-        image = to_tensor(self._crop_and_resize(self.rgb(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
+        image = to_tensor(self._crop_and_resize(self.image(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
         return image.flip(-1) if flip else image
 
     def _crop_and_resize(self, image, crop, u, resample):
@@ -890,7 +892,7 @@ def step_positions(step, micro, batch_size, grad_accum=1, rank=0, world=1):
 
 
 def collate(samples):
-    """Samples -> dict(image (B,3,H,W), label and index (B,) int64, flip (B,) bool, text, key and bad: lists of str).
+    """Samples -> dict(image (B,C,H,W), label and index (B,) int64, flip (B,) bool, text, key and bad: lists of str).
 
     Where samples have a condition, a dict of tensors (see data/tasks.py), these are stacked too.
     """

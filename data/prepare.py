@@ -51,7 +51,7 @@ from tqdm import tqdm
 from checkpoint import UserError, reject, write_whole
 from common import install_excepthook
 from configurator import configure, find_settings
-from data.dataset import BadImage, as_bad_image, to_rgb
+from data.dataset import BadImage, as_bad_image, to_mode
 from data.forms import IMAGES, PIXELS, captions_of, hub_names, image_bytes, list_files, open_parquet, parse
 
 SPLITS = ("train", "val", "test")
@@ -299,14 +299,14 @@ def shrink(image, data, record, size, crop, quality):
     """(encoded bytes, ending, record) of a PIL image; data: its encoded bytes."""
     try:
         orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF is ignored, as in to_rgb
+    except Exception:  # damaged EXIF is ignored, as in to_mode
         orientation = 1
     is_jpeg = image.format == "JPEG"
     is_plain = is_jpeg and image.mode == "RGB" and orientation in (0, 1)
     width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
     if is_jpeg:
         image.draft(None, (2 * size, 2 * size))  # decodes large ones at 1/2, 1/4 or 1/8
-    image = to_rgb(image)
+    image = to_mode(image)
     if not is_jpeg:  # Pillow gives the upright size of a TIFF from the start, of others only now
         width, height = image.size
     x, y, w, h = 0, 0, width, height

@@ -20,6 +20,7 @@ from checkpoint import reject
 from data.cache import LatentCache
 from data.dataset import BadImage, seed_of, to_tensor
 from diffusion import make_schedule
+from grid import to_pil
 
 TASKS = ("none", "inpaint", "sr", "semantic")
 DEGRADATIONS = ("bicubic", "bsr")
@@ -84,7 +85,8 @@ def gaussian_blur(image, covariance):
 
 
 def degrade(image, scale, *seed, degradation="bicubic"):
-    """(3,H,W) in [-1,1] -> (3,H/scale,W/scale), in 256 levels as images from files have; seed as in random_mask.
+    """(C,H,W) in [-1,1] -> (C,H/scale,W/scale), C 1 or 3, in 256 levels as images from files have; seed as in
+    random_mask.
 
     "bicubic": antialiased, nothing random. "bsr": two blurs, a resize, noise and JPEG in random order, then JPEG, after
     BSRGAN (Zhang et al. 2021, arXiv 2103.14006, section 3) but lightly, so that what is there can still be recognized:
@@ -95,9 +97,10 @@ def degrade(image, scale, *seed, degradation="bicubic"):
     assert degradation in DEGRADATIONS, f"degradation {degradation!r}: choose {' or '.join(DEGRADATIONS)}"
     assert not height % scale and not width % scale, f"an image of {height} x {width} cannot be divided by {scale}"
     small = width // scale, height // scale
-    pixels = ((image.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    image = to_pil(image)
     if degradation == "bicubic":
-        return to_tensor(Image.fromarray(pixels).resize(small, Image.Resampling.BICUBIC))
+        return to_tensor(image.resize(small, Image.Resampling.BICUBIC))
+    pixels = np.asarray(image.convert("RGB"))
     rng = np.random.default_rng(seed_of("degrade", *seed))
 
     def to_bytes(x):
@@ -133,7 +136,7 @@ def degrade(image, scale, *seed, degradation="bicubic"):
     steps = [isotropic, anisotropic, resize, noise, jpeg]
     for k in rng.permutation(len(steps)):
         pixels = steps[k](pixels)
-    return to_tensor(Image.fromarray(jpeg(pixels)))
+    return to_tensor(Image.fromarray(jpeg(pixels)).convert(image.mode))
 
 
 # --- layout ---
@@ -155,9 +158,9 @@ def layout_string(objects, classes=None):
 def image_condition(task, vae, inputs, sides, map_classes=0):
     """`concat` of Denoiser.condition for a task; vae is None in pixel space, sides (h, w) are the latents'.
 
-    inpaint   inputs["image"] (B,3,H,W) in [-1,1], inputs["mask"] (B,1,H,W), 1 where to fill in -> mask and masked
+    inpaint   inputs["image"] (B,C,H,W) in [-1,1], inputs["mask"] (B,1,H,W), 1 where to fill in -> mask and masked
               latents, in Stable Diffusion's order (B,1+C,h,w)
-    sr        inputs["low"] (B,3,H/scale,W/scale) -> folded, or enlarged, to the latents' side (B,3 or more,h,w)
+    sr        inputs["low"] (B,C,H/scale,W/scale) -> folded, or enlarged, to the latents' side (B,C or more,h,w)
     semantic  inputs["map"] (B,H,W) int64, -1 unknown -> one-hot (B,map_classes,H,W)
     """
     if task == "inpaint":
@@ -173,7 +176,7 @@ def image_condition(task, vae, inputs, sides, map_classes=0):
 
 
 def show_condition(task, inputs, sides):
-    """One example's condition as an image (3,*sides): with a gray hole, enlarged, or with a color for each class."""
+    """One example's condition as an image (C,*sides): with a gray hole, enlarged, or with a color for each class."""
     if task == "inpaint":
         return inputs["image"] * (inputs["mask"] < 0.5)
     if task == "sr":
@@ -203,6 +206,8 @@ def check_task(dataset, task, scale=4, degradation="bsr", layout=False):
     for side in dataset.sides if task == "sr" else ():
         if side % scale:
             reject(f"image_size={side}", f"cannot be divided by a scale of {scale}", "set another scale or size")
+    if task == "sr" and dataset.image_mode == "RGBA":
+        reject("task=sr", "has no alpha (JPEG has none)", "set --image_mode=RGB")
     if task == "semantic" and not (dataset.counts["maps"] and dataset.map_classes):
         reject(f"dataset {dataset.path}", "has no semantic maps", "add KEY.map.png, maps.npy or a column 'map'")
     if layout and not dataset.counts["objects"]:
@@ -215,8 +220,8 @@ class WithCondition(torch.utils.data.Dataset):
     LatentCache.
 
         none      {}
-        inpaint   {"image": (3,H,W), "mask": (1,H,W)}
-        sr        {"low": (3,H/scale,W/scale)}
+        inpaint   {"image": (C,H,W), "mask": (1,H,W)}
+        sr        {"low": (C,H/scale,W/scale)}
         semantic  {"map": (H,W) int64, -1 unknown}
 
     With `layout`, names of object classes, text is the item's layout in objects of those. scale, degradation: of sr.

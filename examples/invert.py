@@ -8,7 +8,7 @@ from PIL import Image
 
 from common import install_excepthook
 from configurator import configure
-from data.dataset import to_rgb, to_tensor
+from data.dataset import to_mode, to_tensor
 from diffusion import sample_ddim, sample_times, steps_of
 from grid import save_grid
 from sample import choose_conditions, decode, encode, fit, guided_denoiser, load_pipeline, with_sampling
@@ -57,7 +57,7 @@ if __name__ == "__main__":
     install_excepthook()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(cfg.ckpt).to(device)
-    x = to_tensor(fit(to_rgb(Image.open(cfg.image)), (), pipeline.multiple))[None]
+    x = to_tensor(fit(to_mode(Image.open(cfg.image), pipeline.image_mode), (), pipeline.multiple))[None]
     guidance = with_sampling(cfg, pipeline).guidance  # steps are more than an image needs
     ends = [cfg.source_prompt, cfg.prompt]
     if pipeline.text is None:

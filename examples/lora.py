@@ -90,7 +90,8 @@ def train(pipeline, cfg, device, autocast):
     pipeline.to(device)
     parameters = [p for module in lora.values() for p in module.to(device).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr)
-    images = Dataset(cfg.dataset, "train", [side * pipeline.factor for side in pipeline.latent_shape[1:]])
+    sides = [side * pipeline.factor for side in pipeline.latent_shape[1:]]
+    images = Dataset(cfg.dataset, "train", sides, image_mode=pipeline.image_mode)
     batches = loader(Stream(images, cfg.seed, flip=cfg.flip), 0, cfg.steps, cfg.batch_size, workers=cfg.workers)
     for _ in common.progress_bar(range(cfg.steps), "training"):
         batch = next(batches)

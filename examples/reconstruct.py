@@ -10,7 +10,7 @@ from checkpoint import reject
 from common import install_excepthook
 from configurator import configure
 from data.dataset import BadImage, Dataset, to_tensor
-from grid import to_pil
+from grid import as_rgb, to_pil
 from metrics import psnr, ssim
 from sample import fit
 from vae import VAE
@@ -23,10 +23,10 @@ out = "reconstructions.png"  # sheet of up to 8 images, originals above
 
 @torch.no_grad()
 def reconstruct(vae, images, tile=0):
-    """Yields (key, original, reconstruction (1,3,H,W)) of a Dataset's images, cropped to multiples of the factor."""
+    """Yields (key, original, reconstruction (1,C,H,W)) of a Dataset's images, cropped to multiples of the factor."""
     for i in range(len(images)):
         try:
-            image = images.rgb(i)
+            image = images.image(i)
         except BadImage as error:
             print(f"skipped a bad image: {error}")
             continue
@@ -39,12 +39,12 @@ def reconstruct(vae, images, tile=0):
 
 
 def make_sheet(pairs):
-    """Pairs of images (1,3,H,W) side by side, the first of each pair above the second, as one PIL image."""
+    """Pairs of images (1,C,H,W) side by side, the first of each pair above the second, as one PIL image."""
     width, height = sum(a.shape[3] + 4 for a, _ in pairs), max(a.shape[2] for a, _ in pairs) + 4
     sheet, left = Image.new("RGB", (width, 2 * height - 4), "white"), 0
     for pair in pairs:
         for row, image in enumerate(pair):
-            sheet.paste(to_pil(image[0]), (left, row * height))
+            sheet.paste(to_pil(as_rgb(image[0])), (left, row * height))
         left += pair[0].shape[3] + 4
     return sheet
 
@@ -53,7 +53,8 @@ if __name__ == "__main__":
     cfg = configure(globals())
     install_excepthook()
     vae, pairs, scores = VAE.from_pretrained(cfg.ckpt), [], []
-    for key, x, y in reconstruct(vae, Dataset(cfg.images, "all"), cfg.decode_tile):
+    images = Dataset(cfg.images, "all", image_mode=vae.settings["image_mode"])
+    for key, x, y in reconstruct(vae, images, cfg.decode_tile):
         scores.append((psnr(y, x).item(), ssim(y, x).item()))
         print(f"{key} {x.shape[3]}x{x.shape[2]}: PSNR {scores[-1][0]:.2f} dB, SSIM {scores[-1][1]:.4f}", flush=True)
         pairs = [*pairs, (x, y)][:8]

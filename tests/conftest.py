@@ -128,9 +128,9 @@ def meta(stage, model, **more):
 def ldm_settings(denoiser, **more):
     """meta["model"] of a checkpoint of stage 2."""
     s = {"unet": denoiser.unet.settings, "text": denoiser.text and denoiser.text.settings, "cond": "none"}
-    s |= {"first_stage": "vae", "class_embed": "add", "num_classes": 0, "image_size": (32,), "objective": "v"}
-    s |= {"schedule": "cosine", "beta_start": 0.0015, "beta_end": 0.0195, "zero_snr": False, "uncertainty": False}
-    s |= {"ema_stds": [], "text_encoder": "joint", "tower_hash": None, "task": "none"}
+    s |= {"first_stage": "vae", "class_embed": "add", "num_classes": 0, "image_size": (32,), "image_mode": "RGB"}
+    s |= {"objective": "v", "schedule": "cosine", "beta_start": 0.0015, "beta_end": 0.0195, "zero_snr": False}
+    s |= {"ema_stds": [], "uncertainty": False, "text_encoder": "joint", "tower_hash": None, "task": "none"}
     return s | {"sr_scale": 0, "sr_noise": 0, "sr_schedule": None, "map_classes": 0} | more
 
 

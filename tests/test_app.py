@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import http.client
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -306,6 +308,12 @@ def test_images_are_the_files_of_sample_py(serve, runs, command, tmp_path, name,
         assert image == record
         with open(f"{folder}/{record['file']}", "rb") as file:
             assert file.read() == png
+
+
+@pytest.mark.parametrize("channels, color", [(1, "black"), (3, "black"), (4, "white")])
+def test_gray_and_transparent_images_are_streamed(channels, color):
+    jpeg = Image.open(io.BytesIO(base64.b64decode(app.to_jpeg(torch.full((channels, 8, 8), -1.0)))))
+    assert jpeg.convert("RGB").tobytes() == Image.new("RGB", (8, 8), color).tobytes()
 
 
 @pytest.mark.parametrize("sampler", sample.samplers)

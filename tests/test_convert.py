@@ -100,6 +100,7 @@ VQ_F4 = dict(widths=WIDTHS[:3], num_vq_embeddings=64, latent_channels=3)
 MODELS = {  # class, config, some of our settings
     "kl f8": ("AutoencoderKL", vae_config(scaling_factor=0.5), dict(ch_mult=(1, 2, 2, 4), z_channels=4)),
     "kl f4": ("AutoencoderKL", vae_config(WIDTHS[:3]), dict(ch_mult=(1, 2, 2), latent_proj=True)),
+    "gray": ("AutoencoderKL", vae_config(WIDTHS[:2], in_channels=1, out_channels=1), dict(image_mode="L")),
     "vq": ("VQModel", vae_config(**VQ_F4, vq_embed_dim=5), dict(bottleneck="vq", embed_dim=5)),
     "attention": ("AutoencoderKL", vae_config(WIDTHS[:2], **KL_F16), dict(attn_resolutions=(128,))),
     "sd1": ("UNet2DConditionModel", SD_1, dict(num_heads=8, head_dim=0, concat_channels=0, linear_proj=False)),
@@ -118,7 +119,8 @@ def model_of(diffusers, kind, **more):
 
 def vae_outputs(ours, theirs):
     """Pairs of unit-variance latents and deviations of one image, and images of one latent."""
-    x, scale, std = normal(2, 3, 32, 48).clamp(-1, 1), theirs.config.scaling_factor, ours.latent_std.view(1, -1, 1, 1)
+    x, scale = normal(2, len(ours.settings["image_mode"]), 32, 48).clamp(-1, 1), theirs.config.scaling_factor
+    std = ours.latent_std.view(1, -1, 1, 1)
     a, b = ours.encode(x), theirs.encode(x)
     if hasattr(b, "latents"):
         yield ours.normalize(a.mean), b.latents * scale
@@ -591,6 +593,8 @@ REFUSED = [  # file or folder; what is changed in which file, None removes; mess
     ("vae.safetensors", {"": {"encoder.mid.extra": (1,)}}, "tensors are unknown: encoder.mid.extra"),
     ("vae.safetensors", {"": {FIRST: (32, 64, 3, 3)}}, f"{FIRST} is (32, 64, 3, 3)"),
     ("vae.safetensors", {"": {LEVEL: (48, 32, 3, 3)}}, "levels of [32, 48] channels"),
+    ("vae.safetensors", {"": {"encoder.conv_in.weight": (32, 6, 3, 3)}}, "images of 6 channels; only 1, 3 and 4 (L,"),
+    ("vae.safetensors", {"": {"encoder.conv_in.weight": (32, 4, 3, 3)}}, "conv_out.bias is (3,), its settings need (4"),
     ("vae.safetensors", {"": {"decoder.conv_in.weight": (7,)}}, "settings or tensors do not fit (IndexError"),
     ("vae.safetensors", {"": {"encoder.conv_in.weight": None}}, "no tensor encoder.conv_in.weight"),
     ("vae.safetensors", {"": {"unet.down.lora_A.weight": (2,)}}, "a LoRA"),
@@ -758,6 +762,7 @@ EXPORTED_VAES = {  # settings, latent statistics
     "kl": (KL, {}),
     "no projections": (KL | dict(latent_proj=False), {}),
     "no attention": (KL | dict(mid_attention=False, ch_mult=(1, 2, 2), num_res_blocks=2), {}),
+    "rgba": (KL | dict(image_mode="RGBA"), {}),
     "vq": (VQ, ONE_STD),
     "vq embed_dim": (VQ | dict(embed_dim=5), ONE_STD),
     "vq no projections": (VQ | dict(latent_proj=False), ONE_STD),
@@ -842,6 +847,7 @@ PROCESSES = {
     "v zero snr": dict(schedule="scaled_linear", zero_snr=True),
     "x0": dict(objective="x0", schedule="squared_cosine"),
     "sigmoid": dict(schedule="sigmoid"),
+    "gray": dict(image_mode="L"),
 }
 
 
@@ -855,7 +861,7 @@ def opened(diffusers, folder, kind):
 @pytest.mark.parametrize("name", PROCESSES)
 def test_unconditional_pipeline(name, diffusers, tmp_path):
     """It generates the same images in diffusers, and when it is read back."""
-    vae = make_vae(VQ, **ONE_STD) if name == "vq" else make_vae()
+    vae = make_vae(VQ, **ONE_STD) if name == "vq" else make_vae(image_mode="L" if name == "gray" else "RGB")
     file, out = save_ldm(tmp_path, vae, make_unet(), **PROCESSES[name]), f"{tmp_path}/out"
     assert convert.to_diffusers(file, out) == f'LDMPipeline: DiffusionPipeline.from_pretrained("{out}") opens it'
     theirs = opened(diffusers, out, "LDMPipeline")
@@ -866,7 +872,7 @@ def test_unconditional_pipeline(name, diffusers, tmp_path):
     close(images_of(out, [None], 10), expected, 1e-3)
     assert expected.std() > 0.05
     ours, back = (read["model"] for read in (checkpoint.read_meta(file), convert.load_pipeline(out)["meta"]))
-    same = ["objective", "schedule", "zero_snr", "cond", "task", "image_size"]
+    same = ["objective", "schedule", "zero_snr", "cond", "task", "image_size", "image_mode"]
     same += ["beta_start", "beta_end"] if name != "x0" else []  # squared_cosine has none
     assert {key: ours[key] for key in same} == {key: back[key] for key in same}
 
@@ -901,6 +907,7 @@ NO_PIPELINE = [  # the checkpoint's settings, the autoencoder's, whether its tow
     (None, KL, False, "it is an autoencoder alone"),
     ({}, None, False, "no pipeline of this type generates pixels"),
     (dict(task="inpaint"), KL, False, "no pipeline for task=inpaint without text"),
+    (SR | dict(image_mode="L"), KL, True, "no pipeline for task=sr with image_mode=L"),
     (SR | dict(sr_scale=4), KL, True, "StableDiffusionUpscalePipeline enlarges by 2, not 4"),
     (SR | dict(sr_noise=0), KL, True, "StableDiffusionUpscalePipeline adds noise, sr_noise=0 has none"),
     (CLASS, KL, False, "no pipeline for such classes; class_labels=3 is the empty condition"),
@@ -913,11 +920,8 @@ NO_PIPELINE = [  # the checkpoint's settings, the autoencoder's, whether its tow
 
 @pytest.mark.parametrize("model, vae, tower, reason", NO_PIPELINE)
 def test_models_without_a_pipeline(model, vae, tower, reason):
-    model = (
-        model
-        if model is None
-        else dict(cond="none", task="none", num_classes=0, sr_scale=0, unet=PLAIN, image_size=(16,)) | model
-    )
+    plain = dict(cond="none", task="none", num_classes=0, sr_scale=0, unet=PLAIN, image_size=(16,), image_mode="RGB")
+    model = model if model is None else plain | model
     got = convert.pipeline_of(model, vae and (convert.VAE | vae, {}, 1.0), ({}, {}, b"") if tower else None)
     assert got == ("", reason)
 

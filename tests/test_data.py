@@ -26,7 +26,7 @@ from PIL import Image
 from checkpoint import UserError
 from data import dataset as room
 from data import forms
-from data.dataset import BadImage, Dataset, Stream, collate, loader, permute, seed_of, step_positions, to_rgb, to_tensor
+from data.dataset import BadImage, Dataset, Stream, collate, loader, permute, seed_of, step_positions, to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = ("folder", "tar", "parquet", "npy")
@@ -180,10 +180,25 @@ def modes():
 
 
 @pytest.mark.parametrize("name", modes())
-def test_every_mode_becomes_rgb(name):
+def test_every_mode_becomes_rgb_gray_and_rgba(name):
     image, wanted = modes()[name]
-    got = np.asarray(to_rgb(image)).astype(int)
-    assert got.shape == wanted.shape and abs(got - wanted).max() <= (3 if name == "orientation" else 0)  # JPEG
+    got, gray, rgba = (room.to_mode(image, mode) for mode in ("RGB", "L", "RGBA"))
+    assert abs(np.asarray(got).astype(int) - wanted).max() <= (3 if name == "orientation" else 0)  # JPEG
+    assert got.size == wanted.shape[1::-1] and gray.tobytes() == got.convert("L").tobytes()
+    assert (rgba.getextrema()[3][0] < 255) == (name in ("RGBA", "LA", "transparent palette")), "alpha is kept"
+    on_white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    assert on_white.tobytes() == got.tobytes()
+
+
+@pytest.mark.parametrize("mode, channels", [("L", 1), ("RGB", 3), ("RGBA", 4)])
+def test_image_mode_of_a_dataset(mode, channels, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (2, 10, 10, 4), dtype=np.uint8)
+    image[..., 3] |= 1  # PIL resizes premultiplied colors, which alpha 0 loses
+    put(tmp_path / "set", {"images.npy": image})
+    ds = Dataset(tmp_path / "set", "all", 10, image_mode=mode)
+    assert ds[1]["image"].shape == (channels, 10, 10) and ds.image(1).mode == mode
+    back = ((ds[1]["image"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(back, np.atleast_3d(np.asarray(room.to_mode(Image.fromarray(image[1]), mode))))
 
 
 def test_resize_and_crop(tmp_path):

@@ -13,14 +13,18 @@ import checkpoint
 import sample
 from checkpoint import UserError
 from configurator import configure
+from data.dataset import Dataset
 from diffusion import make_denoiser, make_schedule, randn, sample_times, samplers
 from examples.dit import DiT
 from examples.interpolate import interpolate, slerp
 from examples.invert import ddim_invert, edit
+from examples.reconstruct import reconstruct
 from examples.trajectory import trajectory
+from grid import to_pil
 from metrics import psnr, ssim
 from sample import decode, encode, generate, load_pipeline
 from unet import Denoiser, UNet
+from vae import VAE
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,9 @@ def test_reconstruct(runs, run, command, tmp_path):
         y = vae.decode(vae.encode(x).mode())
         expected.append((psnr(y, x).item(), ssim(y, x).item()))
         assert f"{name} {W}x{H}: PSNR {expected[-1][0]:.2f} dB, SSIM {expected[-1][1]:.4f}" in lines
+    gray = VAE(**vae.settings | dict(image_mode="L"))
+    x = next(x for key, x, _ in reconstruct(gray, Dataset(folder, "all", image_mode="L")) if key == "grey.png")
+    assert np.array_equal(np.array(to_pil(x[0])), np.array(Image.open(folder / "grey.png")))
     mean = np.mean(expected, axis=0)
     assert lines[-1] == f"3 images: PSNR {mean[0]:.2f} dB, SSIM {mean[1]:.4f}; reconstructions.png"
     assert "skipped small.png: 8x40 is too small" in lines and len(lines) == 6

@@ -8,17 +8,19 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, fill
 from helpers import Run, machine
 from PIL import Image
 
 import fid
 from checkpoint import UserError
+from data.dataset import to_mode, to_tensor
 from fid import find_nearest, generate_many, score
 from grid import to_pil
 from lpips_train import make_trunk
 from metrics import frechet, gaussian, mmd, precision_recall
 from sample import generate, load_pipeline
+from vae import VAE
 
 
 @pytest.fixture(scope="session")
@@ -168,14 +170,16 @@ def save_training(folder, train, val):
 
 @torch.no_grad()
 def decoded(vae, images):
-    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 127.5 - 1
-    return np.stack([np.array(to_pil(y)) for y in vae.decode(vae.encode(x).mode())])
+    x = torch.stack([to_tensor(to_mode(Image.fromarray(image), vae.settings["image_mode"])) for image in images])
+    return np.stack([np.array(to_pil(y).convert("RGB")) for y in vae.decode(vae.encode(x).mode())])
 
 
-@pytest.mark.parametrize("through", (False, True))
+@pytest.mark.parametrize("through", ("", "RGB", "L"))
 def test_copies_are_found_and_held_out_images_are_not(through, runs, squeeze, tmp_path):
     """Copies of training images, two of three mirrored, among samples that are like held-out images."""
     everything, vae = blobs(270, 0), runs["vae"].vae if through else None
+    if through == "L":
+        vae = fill(VAE(**vae.settings | dict(image_mode="L")), 2)
     train, held_out, fresh = everything[:72], everything[72:171], everything[171:]
     copies = train[::4].copy()  # 18
     copies[6:] = copies[6:, :, ::-1]
@@ -198,7 +202,9 @@ def test_copies_are_found_and_held_out_images_are_not(through, runs, squeeze, tm
         assert sheet.size == (8 * 124, 4 * 148), "16 pairs, cells of 5 x 24 pixels with captions"
         for row, column in np.ndindex(4, 4):
             a, b = ((248 * column + x, 148 * row + 2, 248 * column + x + 120, 148 * row + 122) for x in (2, 126))
-            assert (sheet.crop(a) == sheet.crop(b)) is not through, "the training image is shown as it is, mirrored"
+            assert (sheet.crop(a) == sheet.crop(b)) is not bool(through), (
+                "the training image is shown as it is, mirrored"
+            )
     if through:  # what the autoencoder is applied for
         for space, _ in find_nearest(samples, reference, **options, out=out):
             assert min(json.loads(line)["distance"] for line in open(f"{out}.{space}.jsonl")) > 0.05

@@ -123,6 +123,16 @@ def test_gradients_are_finite_and_distances_never_negative(net, trunks):
     assert x.grad.isfinite().all()
 
 
+def test_gray_is_repeated_and_rgba_is_put_on_white(trunks):
+    lpips, x, y = LPIPS("squeeze", trunks["squeeze"], "uniform"), *torch.rand(2, 2, 4, 32, 32).mul(2).sub(1)
+    assert torch.equal(lpips(x[:, :1], y[:, :1]), lpips(*(a[:, :1].repeat(1, 3, 1, 1) for a in (x, y))))
+    on_white = (1 - (1 - a[:, :3]) * (1 + a[:, 3:]) / 2 for a in (x, y))
+    torch.testing.assert_close(lpips(x, y), lpips(*on_white))
+    clear = x.clone()
+    clear[:, 3] = -1
+    assert (lpips(clear, -clear * torch.tensor([1, 1, 1, -1]).view(4, 1, 1)) == 0).all(), "colors that do not show"
+
+
 def test_precision(trunks):
     lpips, (x, y) = LPIPS("squeeze", trunks["squeeze"], "uniform"), torch.rand(2, 2, 3, 17, 50) * 2 - 1
     single = lpips(x, y)

@@ -376,6 +376,13 @@ def test_mistakes_of_callers(pipelines):
 def test_images_and_grids(tmp_path):
     image = torch.tensor([-1.0, -9.0, 0.0, 1.0, 3.0, 0.5]).view(1, 2, 3).expand(3, 2, 3)
     assert np.array(to_pil(image))[..., 1].tolist() == [[0, 0, 128], [255, 255, 191]]
+    noise = torch.rand(4, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    gray, rgba = to_pil(noise[:1]), to_pil(noise)
+    assert (gray.mode, rgba.mode, rgba.size) == ("L", "RGBA", (32, 24))
+    on_white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    for image, shown in ((noise[:1], gray), (noise, on_white)):
+        seen = make_grid(image[None]).crop((2, 2, 130, 98)).resize((32, 24), Image.Resampling.NEAREST)
+        assert seen.mode == "RGB" and abs(np.array(seen).astype(int) - np.array(shown.convert("RGB"))).max() <= 1
     colors = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 24, 32)
     captions = ["a red star", "🌟 漢字 naïve", "", "long " * 40, "two\nlines"]
     settings = {"prompt": "🌟 naïve", "nested": {"ch_mult": [1, 2]}}

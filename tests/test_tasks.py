@@ -136,6 +136,15 @@ def test_bsr_is_fixed_by_its_seed_and_stays_recognisable():
     assert degrade(image[:, :32], 8, 0, degradation="bsr").shape == (3, 4, 8)
 
 
+def test_gray_is_made_small_as_rgb_is():
+    gray = photo()[:1]
+    assert torch.equal(degrade(gray, 4), degrade(gray.expand(3, 64, 64), 4)[:1])
+    low = degrade(gray, 4, 3, degradation="bsr")
+    colors = levels(degrade(gray.expand(3, 64, 64), 4, 3, degradation="bsr"))
+    luma = (colors * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0)
+    assert low.shape == (1, 16, 16) and (levels(low)[0] - luma).abs().max() <= 1
+
+
 def test_blur_is_the_gaussian_of_its_covariance():
     point, covariance = np.zeros((41, 61, 1), np.float32), np.array([[6.0, 2.0], [2.0, 3.0]])
     point[20, 30] = 1
@@ -255,10 +264,12 @@ def test_a_class_that_has_no_name_is_not_taken_for_unknown(scenes, tmp_path):
 
 def test_what_is_refused(small_data):
     stream = Stream(Dataset(small_data, "train", 16), 0)
+    rgba = Stream(Dataset(small_data, "train", 16, image_mode="RGBA"), 0)
     for make, error, message in (
         (lambda: with_condition(stream, "semantic"), UserError, "has no semantic maps; add KEY.map.png"),
         (lambda: WithCondition(stream, "none", 0, layout=[]), UserError, "has no objects; give"),
         (lambda: with_condition(stream, "sr", scale=5), UserError, "image_size=16: cannot be divided by a scale of 5"),
+        (lambda: with_condition(rgba, "sr"), UserError, "task=sr: has no alpha"),
         (lambda: with_condition(stream, "colorize"), AssertionError, "task 'colorize'"),
         (lambda: with_condition(stream, "sr", degradation="x"), AssertionError, "degradation 'x'"),
         (lambda: degrade(photo(), 3), AssertionError, "64 x 64 cannot be divided by 3"),

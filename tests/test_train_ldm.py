@@ -22,7 +22,7 @@ import train_ldm
 from checkpoint import UserError, part
 from configurator import configure
 from data.cache import LatentCache
-from data.dataset import BadImage, Dataset, Stream, collate, seed_of
+from data.dataset import BadImage, Dataset, Stream, collate, seed_of, to_mode
 from diffusion import to_x0
 from sample import Pipeline
 from text import CLIPTextEncoder, TextEncoder
@@ -490,6 +490,44 @@ def test_buckets_resume_bit_for_bit_and_ranks_are_equal(stage, start, tmp_path):
     assert_same(resumed.checkpoint[0], one.checkpoint[0])
 
 
+@pytest.mark.parametrize("mode, task", [("L", "sr"), ("RGBA", "semantic")])
+def test_gray_and_rgba_in_both_stages(mode, task, start, rich_data, command, tmp_path):
+    """Latents of an autoencoder, and pixels with a task; samples are in the mode, grids and fid.py's .npz in RGB."""
+    data, channels = tmp_path / "data", len(mode)
+    shutil.copytree(rich_data, data)
+    for path in data.glob("*/images.npy"):
+        images = np.load(path)
+        np.save(path, images[..., :1] if mode == "L" else np.append(images, images.max(-1, keepdims=True), axis=-1))
+    everything = (f"--dataset={data}", f"--image_mode={mode}", "--max_steps=2", "--val_images=8")
+    gan = ("--disc_weight=1", "--disc_layers=1", "--disc_channels=16", "--disc_start=1")
+    vae = start("vae", *everything, *gan).finish()
+    assert vae.checkpoint[0]["model.encoder.conv_in.weight"].shape[1] == channels
+    assert vae.checkpoint[0]["disc.main.0.weight"].shape[1] == channels
+    evaluated = start("vae", "--eval_only=true", f"--ckpt={vae.out}", "--device=cpu", bare=True, folder=tmp_path)
+    assert "psnr" in evaluated.finish().stdout
+    first_stage = f"--first_stage={vae.out}"
+    latent = start("ldm", *everything, *PLAIN, first_stage).finish()
+    again = start("ldm", everything[0], *everything[2:], *PLAIN, first_stage, f"--init_from={latent.out}").finish()
+    assert again.checkpoint[1]["model"]["image_mode"] == mode
+    pixels = start("ldm", *everything, *PLAIN, "--first_stage=none", f"--task={task}", "--sr_scale=2").finish()
+    photo = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    Image.fromarray(photo).save("photo.png")
+    Image.fromarray(photo[..., 0] // 128 * 255).save("mask.png")
+    Image.fromarray(photo[..., 0] % 4).save("map.png")
+    inputs = "--init_image=photo.png" if task == "sr" else "--semantic_map=map.png"
+    for run, *args in ((pixels, inputs), (latent, "--init_image=photo.png", "--mask=mask.png")):
+        for path in (vae.out / "recon_00000002.png", run.out / "samples_00000002.png", vae.out / "eval.png"):
+            assert Image.open(path).mode == "RGB"
+        status, _, err = command("sample.py", f"--ckpt={run.out}", "--device=cpu", "--n=1", "--steps=2", *args)
+        assert status == 0, err
+        image = Image.open(run.out / "samples/00000.png")
+        assert image.mode == mode and Image.open(run.out / "samples/grid.png").mode == "RGB"
+    known = photo[..., 0] < 128
+    assert np.array_equal(np.array(image)[known], np.array(to_mode(Image.fromarray(photo), mode))[known]), "alpha too"
+    args = (f"--ckpt={latent.out}", "--device=cpu", "--num_samples=2", "--steps=1", "--samples=many.npz")
+    assert command("fid.py", *args)[0] == 0 and np.load("many.npz")["arr_0"].shape == (2, 16, 16, 3)
+
+
 def test_snapshots(rich_run):
     """They hold averages, which combine to one of another length, and no autoencoder."""
     run = rich_run("all")
@@ -651,6 +689,8 @@ MISFITS = {
     "--task=semantic": "maps",
     "--cond=layout": "objects",
     "--task=sr --sr_scale=3": "3",
+    "--image_mode=L": "image_mode=L, but the autoencoder is of RGB: set --image_mode=RGB",
+    "--image_mode=RGBA --task=sr --sr_scale=2": "task=sr: has no alpha (JPEG has none); set --image_mode=RGB",
     "--buckets=true": ": (npy) has no sizes for buckets; use a folder or tar shards",
     "--image_size=16,18": "latents of side 9, which must be a multiple of 2",
     "--num_heads=2": "num_heads=2, head_dim=8",

@@ -144,6 +144,8 @@ GOLDEN = [  # option, fingerprint of the initial weights (seed 0), std of a floa
     (dict(z_channels=5), 448.5912, 0.56246885),
     (dict(embed_dim=2), -285.08004, 0.55903771),
     (dict(attn_resolutions=(8, 32), patch_size=2, linear_attention=True, activation="swiglu"), -159.59317, 0.69907977),
+    (dict(image_mode="L"), 500.07647, 0.61129803),
+    (dict(image_mode="RGBA", patch_size=2), -410.70577, 0.63965035),
     (dict(VQ), -226.94436, 0.55793069),
     (dict(**VQ, embed_dim=4), -136.94111, 0.53564339),
 ]
@@ -158,13 +160,14 @@ def test_options(option, initial, std):
     assert fingerprint(vae) == pytest.approx(initial, rel=1e-5)
     assert vae.settings == inspect.signature(VAE).bind(**settings).arguments | vae.settings
     vae, f = fill(vae).double(), 4 * settings.get("patch_size", 1)
-    x = images(2, 3, 32, 48).double()
+    x = images(2, len(vae.settings["image_mode"]), 32, 48).double()
     posterior = vae.encode(x)
     assert posterior.mean.shape == (2, settings.get("embed_dim") or settings["z_channels"], 32 // f, 48 // f)
     y, same = vae(x, normal(*posterior.mean.shape).double())
     assert y.std().item() == pytest.approx(std, rel=1e-5)
     loss = (y - x).square().mean() + 1e-2 * same.kl().mean() + (same.loss if vae.quantize else 0)
     loss.backward()
+    assert y.shape == vae.decode_tiled(posterior.mean, 4, 1).shape == x.shape
     for name, p in vae.named_parameters():
         assert p.grad.isfinite().all() and (name.endswith("k.bias") or p.grad.abs().sum() > 0), name
 
