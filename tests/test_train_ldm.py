@@ -657,10 +657,11 @@ def test_a_copy_with_another_denoiser(start, tmp_path):
     assert line in source
     other = "from examples.dit import DiT as UNet\nfrom unet import Denoiser, Rescaler\n"
     (tmp_path / "mine.py").write_text(source.replace(line, other))
-    run = start("ldm", "--max_steps=2", script=f"{tmp_path}/mine.py", folder=tmp_path).finish()
-    assert run.checkpoint[1]["model"]["unet"]["depth"] == 6
-    assert run.checkpoint[0]["model.unet.blocks.0.cross_attention.to_k.weight"].shape == (256, 16)
-    start("ldm", "--max_steps=3", script=f"{tmp_path}/mine.py", folder=tmp_path).finish()
+    options = dict(script=f"{tmp_path}/mine.py", folder=tmp_path)
+    run = start("ldm", "--transformer_depth=3", "--max_steps=2", **options).finish()
+    assert run.checkpoint[1]["model"]["unet"]["transformer_depth"] == 3
+    assert run.checkpoint[0]["model.unet.blocks.2.cross_attention.to_k.weight"].shape == (8, 16)
+    start("ldm", "--transformer_depth=3", "--max_steps=3", **options).finish()
 
 
 # --- settings and data that do not fit ---
