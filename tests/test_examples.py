@@ -206,6 +206,25 @@ def test_meanflow(run, command, runs, small_data, tmp_path, name):
     assert (status, err) == (0, "") and "1 steps, guidance 1, 1 network evaluations each" in out
 
 
+def test_classifier(run, command, tmp_path):
+    """Red and blue images are told apart; a sample counts where its class is seen; the second call trains nothing."""
+    colors = {"blue": (20, 20, 200), "red": (200, 20, 20)}
+    for name, color in colors.items():
+        for split, count in (("train", 8), ("val", 2)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.new("RGB", (16, 16), tuple(c + 5 * i for c in color))
+                image.save(tmp_path / "data" / split / name / f"{i}.png")
+    args = (f"--dataset={tmp_path}/data", "--image_size=16", "--steps=20", "--batch_size=8")
+    assert run("classifier", *args) == "accuracy on 4 held-out images: 100.0%\n"
+    images = np.stack([np.full((16, 16, 3), color, np.uint8) for color in colors.values()] * 2)
+    np.savez("samples.npz", arr_0=images, arr_1=[0, 1, 1, 1])
+    assert run("classifier", *args, "--samples=samples.npz").endswith("class consistency of 4 samples: 75.0%\n")
+    np.savez("unlabelled.npz", arr_0=images)
+    status, _, err = command("examples/classifier.py", *args, "--samples=unlabelled.npz")
+    assert status == 1 and "unlabelled.npz: has no classes (arr_1)" in err
+
+
 @pytest.mark.parametrize("name", ["class", "inpaint"])
 def test_dit_from_a_checkpoint(runs, tmp_path, name):
     """A denoiser of one's own, named on the command line, uses t, condition and concat."""
