@@ -1,12 +1,12 @@
-# CIFAR-10 at 32 px, f4, 4 channels: 25.4 dB after 1500 of the steps, 3 minutes on 2 CPU cores; 26.8 after all.
+# CIFAR-10 at 32 px, f4, 4 channels: 27.7 dB in 273 CPU seconds of one thread; 26.8 dB in 108 with --max_steps=900.
 dataset = "data/cifar10"  # the parquet files that Hugging Face has, wherever they are: --dataset=DIR
 image_size = 32
 crop = "center"
 flip = True
 workers = 0
 patch_size = 2
-ch = 64
-ch_mult = (1, 1)
+ch = 32
+ch_mult = (1, 2)
 num_res_blocks = 1
 z_channels = 4
 resolution = 32
@@ -17,15 +17,18 @@ perceptual_weight = 0
 disc_weight = 0
 batch_size = 16
 grad_accum = 1
-max_steps = 3000
+max_steps = 2500
 lr = 2e-3
+optimizer = "muon"
+muon_lr = 0.01
 lr_schedule = "cosine"
 warmup_steps = 50
 beta1 = 0.9
 beta2 = 0.99
 ema_decay = 0.998
-eval_every = 1000
-save_every = 1000
+eval_every = 1250
+save_every = 1250
 log_every = 100
 val_images = 1000
+latent_images = 2000
 out_dir = "out/cifar10_vae"
