@@ -213,8 +213,8 @@ def learning_rate(step, cfg):
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-# first and last layers, which Muon leaves to AdamW
-OUTER = re.compile(r"conv_in|conv_out|input_blocks\.0\.|embedding|class_|rescaler|log_variance")
+# embeddings, and the first and last layer of a denoiser: Muon leaves them to AdamW
+OUTER = re.compile(r"unet\.conv_out|input_blocks\.0\.|embedding|class_|rescaler|log_variance")
 
 
 class Muon(torch.optim.AdamW):

@@ -36,7 +36,7 @@ from checkpoint import UserError, part, reject
 VAE = dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, attn_resolutions=(), resolution=256)
 VAE |= dict(mid_attention=True, latent_proj=True, bottleneck="kl", codebook_size=8192, embed_dim=0, vq_beta=0.25)
 VAE |= dict(vq_legacy=False, activation="silu", downsample="conv", upsample="nearest", linear_attention=False)
-VAE |= dict(patch_size=1, norm_groups=32, dropout=0.0, tanh_out=False, image_mode="RGB")
+VAE |= dict(patch_size=1, pixel_channels=0, norm_groups=32, dropout=0.0, tanh_out=False, image_mode="RGB")
 UNET = dict(in_channels=4, out_channels=4, concat_channels=0, channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=2)
 UNET |= dict(attention_ds=(1, 2, 4), num_heads=8, head_dim=0, transformer_depth=1, context_dim=0, context_pool=False)
 UNET |= dict(linear_proj=False, self_attention=True, middle_attention=True, linear_attention=False, qk_norm=False)
@@ -1037,7 +1037,8 @@ def limits(to, vae, model):
     if vae:
         s = vae
         sides = [s["resolution"] // s["patch_size"] // 2**i for i in range(len(s["ch_mult"]))]
-        only = dict(activation="silu", downsample="conv", upsample="nearest", linear_attention=False, patch_size=1)
+        only = dict(activation="silu", downsample="conv", upsample="nearest", linear_attention=False)
+        only |= dict(patch_size=1, pixel_channels=0)
         found |= {f"{name}={s[name]} of the autoencoder": s[name] != value for name, value in only.items()}
         found |= {
             "attn_resolutions of the autoencoder (as in kl-f16)": diffusers and set(sides) & set(s["attn_resolutions"]),

@@ -60,6 +60,7 @@ downsample = "conv"  # conv | avg | max: how the encoder halves the side
 upsample = "nearest"  # nearest | bilinear | bicubic: how the decoder doubles it
 linear_attention = False  # linear-time attention at the end of every level, and in the middle in place of the other
 patch_size = 1  # >= 1: p > 1 folds p x p pixels into channels first, for fast small models
+pixel_channels = 0  # n > 0: the decoder ends with n channels of each pixel, SiLU and a 1x1 convolution: sharper edges
 norm_groups = 32  # >= 1: groups of every GroupNorm
 dropout = 0.0  # in [0, 1]: in every residual block
 tanh_out = False  # tanh on the decoder's output

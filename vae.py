@@ -210,17 +210,23 @@ class Decoder(nn.Module):
             c = width
         self.up = nn.ModuleList(reversed(levels))  # up[0] is the full resolution, as in the published weights
         self.norm_out = nn.GroupNorm(s["norm_groups"], c, eps=1e-6)
-        self.conv_out = Conv2d(c, len(s["image_mode"]) * s["patch_size"] ** 2, 3, padding=1)
+        outputs = len(s["image_mode"])
+        if s["pixel_channels"]:
+            self.conv_out = Conv2d(c, s["pixel_channels"] * s["patch_size"] ** 2, 1)
+            self.to_pixels = nn.Sequential(nn.SiLU(), Conv2d(s["pixel_channels"], outputs, 1))
+        else:
+            self.conv_out = Conv2d(c, outputs * s["patch_size"] ** 2, 3, padding=1)
+            self.to_pixels = nn.Identity()
 
     def features(self, z):
-        """All but the last layer; compiled separately, so that a gradient at the last layer does not need the rest."""
+        """All before conv_out; compiled separately, so that a gradient at the last layers does not need the rest."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = run(level, h, self.checkpointing)
         return F.silu(self.norm_out(h))
 
     def forward(self, z):
-        x = F.pixel_shuffle(self.conv_out(self.features(z)), self.patch_size)
+        x = self.to_pixels(F.pixel_shuffle(self.conv_out(self.features(z)), self.patch_size))
         return torch.tanh(x) if self.tanh_out else x
 
 
@@ -342,6 +348,7 @@ class VAE(nn.Module):
         upsample="nearest",
         linear_attention=False,
         patch_size=1,
+        pixel_channels=0,
         norm_groups=32,
         dropout=0.0,
         tanh_out=False,
@@ -361,6 +368,8 @@ class VAE(nn.Module):
         activation: silu | swiglu.  downsample: conv | avg | max.  upsample: nearest | bilinear | bicubic.
         linear_attention: linear-time attention at the end of each level, and in the middle in place of the quadratic.
         patch_size: p > 1 folds p x p pixels into channels first, which makes small models fast.
+        pixel_channels: n > 0 ends the decoder with n channels of each pixel, SiLU and a 1x1 convolution, so that its
+            patches are not linear in its features: sharper edges.
         norm_groups: groups of each GroupNorm.  tanh_out: tanh on the decoder's output.
         image_mode: L | RGB | RGBA, of the images: a channel for each letter.
         """

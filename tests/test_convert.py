@@ -928,7 +928,7 @@ def test_models_without_a_pipeline(model, vae, tower, reason):
 
 LIMITS = [  # the layouts that cannot hold them: a part's settings, of which the first is named
     ("both", "vae", [dict(activation="swiglu"), dict(downsample="avg"), dict(upsample="bilinear")]),
-    ("both", "vae", [dict(linear_attention=True), dict(patch_size=2, ch_mult=(1,))]),
+    ("both", "vae", [dict(linear_attention=True), dict(patch_size=2, ch_mult=(1,)), dict(pixel_channels=2)]),
     ("both", "unet", [dict(unet_patch=2), dict(qk_norm=True), dict(linear_attention=True)]),
     ("both", "unet", [dict(resample="max"), dict(upsample="bilinear")]),
     ("both", "cross", [dict(context_pool=True), dict(middle_attention=False)]),

@@ -138,6 +138,7 @@ GOLDEN = [  # option, fingerprint of the initial weights (seed 0), std of a floa
     (dict(latent_proj=False), -48.410588, 0.5840591),
     (dict(tanh_out=True), -222.72604, 0.39427334),
     (dict(patch_size=2), -889.74242, 0.68367673),
+    (dict(patch_size=2, pixel_channels=5), -820.70852, 0.40739609),
     (dict(attn_resolutions=(16,)), 479.79828, 0.55420811),
     (dict(num_res_blocks=2), 786.43181, 0.5569832),
     (dict(norm_groups=2), -222.72604, 0.54581618),
