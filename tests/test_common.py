@@ -50,22 +50,22 @@ def test_all_finite():
 
 
 def test_muon():
-    """A kernel against the formula in float64, with a gradient of NaN at step 2; the first layer against AdamW."""
+    """A kernel against the formula in float64, with a gradient of NaN at step 2; a U-Net's last layer against AdamW."""
     torch.manual_seed(0)
-    conv_in, conv = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 12, 1)
-    model = torch.nn.ModuleDict({"conv_in": conv_in, "conv": conv}).double()
+    conv_out, conv = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 12, 1)
+    model = torch.nn.ModuleDict({"unet": torch.nn.ModuleDict({"conv_out": conv_out}), "conv": conv}).double()
     model.to(memory_format=torch.channels_last)
     cfg = config(optimizer="muon", muon_lr=0.02, weight_decay=0.1, beta1=0.9, beta2=0.99, shard_optimizer=False)
     optimizer = common.make_optimizer(model, cfg, CPU)
     expected, momentum = conv.weight.detach().clone().flatten(1), torch.zeros(12, 4).double()
-    like = torch.nn.Parameter(conv_in.weight.detach().clone())
+    like = torch.nn.Parameter(conv_out.weight.detach().clone())
     adamw = torch.optim.AdamW([like], lr=0.5, betas=(0.9, 0.99), weight_decay=0.1)
     for step in range(4):
         for p in model.parameters():
             p.grad = torch.full_like(p, math.nan) if step == 2 else torch.randn_like(p)
         common.set_lr(optimizer, 0.5)  # half of cfg.lr
         optimizer.found_inf = torch.tensor(float(step == 2))
-        gradient, like.grad = conv.weight.grad.flatten(1), conv_in.weight.grad
+        gradient, like.grad = conv.weight.grad.flatten(1), conv_out.weight.grad
         optimizer.step()
         if step != 2:
             adamw.step()
@@ -77,7 +77,7 @@ def test_muon():
             assert 0.6 < torch.linalg.svdvals(x).min() and torch.linalg.svdvals(x).max() < 1.3
             expected = (1 - 0.01 * 0.1) * expected - 0.01 * 3**0.5 * x
         torch.testing.assert_close(conv.weight.flatten(1), expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(conv_in.weight, like)
+        torch.testing.assert_close(conv_out.weight, like)
 
 
 def run_steps(log, losses, start=1):
