@@ -541,7 +541,8 @@ def test_decoder_only_leaves_a_codebook_alone(vq, start):
 
 def test_training_on_at_a_higher_resolution(adversarial, start, trunk):
     args = (*ALL_ON, f"--lpips_trunk={trunk}", f"--init_from={adversarial().out}", "--image_size=32", "--resolution=32")
-    run = start("vae", *args, "--lr=1e-30", "--disc_lr=1e-30", "--max_steps=1", "--checkpointing=true").finish()
+    still = ("--lr=1e-30", "--muon_lr=1e-30", "--disc_lr=1e-30")
+    run = start("vae", *args, *still, "--max_steps=1", "--checkpointing=true").finish()
     then, now = adversarial().checkpoint[0], run.checkpoint[0]
     before, after = then["ema.decoder.conv_in.weight"], now["model.decoder.conv_in.weight"]
     assert torch.equal(before.float(), after.float())
