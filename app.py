@@ -49,7 +49,7 @@ open = True  # open the page in a browser, if there is one
 denoiser = ""  # MODULE:CLASS of your own denoiser, such as mine:DiT, if the checkpoint was trained with one
 tower_weights = ""  # file or folder of the frozen text encoder, if moved since training
 clip_vocab = ""  # file or folder of its tokenizer, if moved since training
-device = "auto"  # auto | cpu | cuda
+device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto | float32 | bfloat16: auto is bfloat16 on CUDA, else float32
 
 SETTINGS = find_settings(vars(sample))

@@ -441,6 +441,8 @@ def measure(row, bench, cfg, peak):
 def main(cfg):
     """Print the table; return its lines as lists of cells."""
     machine = common.setup(cfg.replace(deterministic=False))
+    if machine.device.type == "mps":
+        raise checkpoint.UserError("bench.py does not measure an Apple GPU: set --device=cpu")
     on_gpu = machine.device.type == "cuda"
     small = cfg.size == "small" or (cfg.size == "auto" and not on_gpu)
     models = (SMALL, SMALL_VAE) if small else (SD2, KL_F8)

@@ -60,11 +60,16 @@ class Machine(NamedTuple):
 
 def setup(cfg):
     """Choose the device and join the process group that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK)."""
-    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = cfg.device if cfg.device != "auto" else next(kind for kind in present if present[kind])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not present[kind]:
+        raise UserError(f"--device={kind}, but PyTorch finds no GPU: check its installation, or set --device=cpu")
+    if kind == "mps" and (world > 1 or cfg.dtype == "float64"):
+        raise UserError("an Apple GPU takes one process, and no float64: set --device=cpu")
+    if kind == "mps" and cfg.dtype == "bfloat16" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise UserError("bfloat16 on an Apple GPU needs macOS 14: set --dtype=float32")
     if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device=cuda, but PyTorch finds no GPU: check its installation, or set --device=cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else None)
     if world > 1:
@@ -94,6 +99,11 @@ def fresh_store(timeout):
         remedy = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, with --rdzv_backend=c10d"
         raise UserError(f"torchrun --max_restarts on several nodes needs a new store at each restart: {remedy}")
     return dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def off_mps(t):
+    """A tensor; on an Apple GPU, which lacks float64 and torch.special.ndtri, its copy on the CPU."""
+    return t.cpu() if t.device.type == "mps" else t
 
 
 def assert_same_on_all_ranks(**values):
@@ -217,7 +227,18 @@ def learning_rate(step, cfg):
 OUTER = re.compile(r"unet\.conv_out|input_blocks\.0\.|embedding|class_|rescaler|log_variance")
 
 
-class Muon(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """Leaves out a step where `found_inf` is 1: fused without waiting for the device, else after reading it."""
+
+    def step(self):
+        if not self.defaults["fused"]:
+            bad, self.found_inf = self.found_inf, None  # not known there
+            if bad:
+                return
+        super().step()
+
+
+class Muon(AdamW):
     """AdamW, but a group with "share" gets orthogonalized momentum (Jordan et al. 2024, github.com/KellerJordan/Muon).
 
     share: (rank, world); processes that have the same gradients each orthogonalize a part of the matrices.
@@ -295,13 +316,12 @@ def make_optimizer(model, cfg, machine):
         share = (0, 1) if sharded else (machine.rank, machine.world)  # if sharded, each has other parameters
         options = {"lr_ratio": cfg.muon_lr / cfg.lr, "weight_decay": cfg.weight_decay, "share": share}
         groups.append({"params": hidden} | options)
-    return adamw(groups, cfg, machine, Muon if muon else torch.optim.AdamW)
+    return adamw(groups, cfg, machine, Muon if muon else AdamW)
 
 
-def adamw(groups, cfg, machine, kind=torch.optim.AdamW):
+def adamw(groups, cfg, machine, kind=AdamW):
     """AdamW of the settings; with shard_optimizer each rank has the state of a part of the parameters."""
-    # fused: the one that reads found_inf, so that a bad step is skipped without waiting for the GPU
-    options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
+    options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=machine.device.type != "mps")
     if cfg.shard_optimizer and machine.world > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second or two
 
@@ -339,7 +359,8 @@ def load_optimizer_state(optimizer, model, prefix, tensors):
         keys = ("momentum",) if with_momentum.get(p) else ("step", "exp_avg", "exp_avg_sq")
         if p in with_momentum and f"{prefix}.{name}.{keys[0]}" in tensors:
             state = {key: tensors[f"{prefix}.{name}.{key}"] for key in keys}
-            state = {key: torch.empty_like(p).copy_(t) if t.ndim else t.to(p.device) for key, t in state.items()}
+            count = p.device if optimizer.defaults["fused"] else "cpu"
+            state = {key: torch.empty_like(p).copy_(t) if t.ndim else t.to(count) for key, t in state.items()}
             optimizer.state[p] = state
 
 
@@ -401,8 +422,9 @@ class Log:
         self.pending, self.keys, self.bad_images, self.wandb = [], [], 0, None
         self.last_step, self.started = meta.get("step", 0), time.time()
         self.restart_clock()
-        on_gpu = machine.device.type == "cuda"
-        hardware = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+        kind = machine.device.type
+        hardware = "Apple GPU" if kind == "mps" else f"{torch.get_num_threads()} CPU threads"
+        hardware = torch.cuda.get_device_name() if kind == "cuda" else hardware
         self.peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in hardware), 0)
         # run: tells its snapshots from those of another run
         self.about = dict(config=cfg, git=git_revision(), run=meta.get("run", time.time_ns()))

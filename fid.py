@@ -39,7 +39,7 @@ import checkpoint
 import metrics
 import sample
 from checkpoint import UserError, reject, write_whole
-from common import install_excepthook, progress_bar, setup
+from common import install_excepthook, off_mps, progress_bar, setup
 from configurator import configure, find_settings
 from data.dataset import BadImage, Dataset, crop_box, to_tensor
 from grid import as_rgb, save_grid, to_pil, to_uint8
@@ -253,7 +253,7 @@ def features(extract, images, which, name, side, as_is, batch_size, device):
             batch = []
     if len(decoded) <= NEIGHBORS:
         reject(name, f"{len(decoded)} images", f"give at least {NEIGHBORS + 1}")
-    return decoded, torch.cat(found)
+    return decoded, off_mps(torch.cat(found))
 
 
 def load_trunk_features(trunk, weights, device):
@@ -356,8 +356,8 @@ def find_nearest(samples, reference, image_size=0, inception_weights="", trunk="
         raise UserError(f"images of {side} px, the autoencoder needs a multiple of {vae.factor}: set --image_size")
 
     def see(x):  # Euclidean distances of the pixels are RMS differences in gray levels
-        pixels = torch.nn.functional.adaptive_avg_pool2d(x.float(), small).flatten(1) / (3 * small**2) ** 0.5
-        return torch.cat([extract(x).to(device), pixels], dim=1)
+        pixels = torch.nn.functional.adaptive_avg_pool2d(off_mps(x).float(), small).flatten(1) / (3 * small**2) ** 0.5
+        return torch.cat([extract(x).to(pixels.device), pixels], dim=1)
 
     def see_real(x):
         if vae is not None:
@@ -373,7 +373,7 @@ def find_nearest(samples, reference, image_size=0, inception_weights="", trunk="
     queries, best = torch.cat([f, g]).split(columns, dim=1), [(torch.inf, 0)] * 2
     for part in np.array_split(range(len(train)), -(-len(train) // (64 * batch_size))):
         indices, rows = features(see_both, train, part, "training images", side, False, batch_size, device)
-        numbers = torch.tensor([2 * i + mirrored for i in indices for mirrored in (0, 1)], device=device)
+        numbers = torch.tensor([2 * i + mirrored for i in indices for mirrored in (0, 1)], device=rows.device)
         best = [metrics.nearest_rows(*each, numbers) for each in zip(queries, rows.split(columns, dim=1), best)]
     for space, (distances, numbers) in zip(("features", "pixels"), best):
         pairs = list(zip(distances.tolist(), kept, numbers.tolist()))

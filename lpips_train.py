@@ -66,7 +66,7 @@ eval_every = 3000  # >= 1: steps between evaluations
 save_every = 1000  # >= 1: steps between checkpoints
 log_every = 50  # >= 1: steps between progress lines
 dist_timeout = 30.0  # > 0: minutes after which a collective operation fails on ranks whose peers do not answer
-device = "auto"  # auto | cpu | cuda: auto is cuda if there is a GPU
+device = "auto"  # auto | cpu | cuda | mps: auto is cuda if there is a GPU, else mps if there is one of Apple's
 dtype = "auto"  # auto | float32 | bfloat16 | float64: auto is bfloat16 (autocast) on CUDA, else float32
 compile = "auto"  # auto | true | false: torch.compile; auto is true on CUDA
 deterministic = False  # bit-exact on CUDA too, slower
@@ -355,7 +355,7 @@ def average_precision(distances, same):
 def evaluate(metrics, judgements, cfg, machine, autocast):
     """{metric: {category: score}} of functions of two batches: 2AFC agreement, or for JND average precision."""
     count, others = len(judgements), judgements.per_item - 1
-    distances = torch.zeros(len(metrics), count, others, dtype=torch.float64, device=machine.device)
+    distances = common.off_mps(torch.zeros(len(metrics), count, others, device=machine.device)).double()
     starts = range(machine.rank * cfg.batch_size, count, machine.world * cfg.batch_size)
     for start in common.progress_bar(starts, "evaluating"):
         end = min(start + cfg.batch_size, count)
@@ -364,9 +364,9 @@ def evaluate(metrics, judgements, cfg, machine, autocast):
         for m, metric in enumerate(metrics.values()):
             for k in range(others):
                 with autocast:
-                    distances[m, start:end, k] = metric(x[:, 0], x[:, k + 1]).double()
+                    distances[m, start:end, k] = common.off_mps(metric(x[:, 0], x[:, k + 1])).double()
     common.sum_over_ranks(distances)  # every pair was measured by one rank
-    score, judge = two_afc if others == 2 else average_precision, judgements.judge.to(machine.device)
+    score, judge = two_afc if others == 2 else average_precision, judgements.judge.to(distances.device)
     return {
         name: {category: score(d[rows], judge[rows]).item() for category, rows in judgements.parts.items()}
         for name, d in zip(metrics, distances)
@@ -390,7 +390,8 @@ def other_metrics(cfg, machine):
     heads = {"published": None} if importlib.util.find_spec("lpips") else {}  # optional
     metrics = {name: LPIPS(cfg.net, cfg.trunk_weights, head) for name, head in (heads | {"uniform": "uniform"}).items()}
     metrics = {name: metric.to(machine.device, machine.param_dtype) for name, metric in metrics.items()}
-    return metrics | {"L2": lambda x, y: (x - y).square().mean(dim=(1, 2, 3)), "SSIM": lambda x, y: -ssim(x, y)}
+    metrics["L2"] = lambda x, y: (x - y).square().mean(dim=(1, 2, 3))
+    return metrics | {"SSIM": lambda x, y: -ssim(common.off_mps(x), common.off_mps(y))}
 
 
 def evaluate_heads(ours, others, validation, cfg, machine, autocast):
@@ -518,8 +519,9 @@ if __name__ == "__main__":
         for micro in range(micro_steps):
             batch = next(batches)
             log.saw(batch)
+            on_cuda = machine.device.type == "cuda"
             for name in ("images", "judge"):
-                batch[name] = batch[name].to(machine.device, machine.param_dtype, non_blocking=True)
+                batch[name] = batch[name].to(machine.device, machine.param_dtype, non_blocking=on_cuda)
             net.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
             with autocast:
                 terms = train_step(net, batch, cfg)

@@ -86,7 +86,7 @@ batch_size = 16  # >= 1: images at a time
 decode_batch = 8  # >= 0: images decoded at a time, which takes more memory than sampling; 0 is all
 decode_tile = 0  # >= 0: side in latents of the tiles that are decoded separately; 0 is no tiles
 compile = "false"  # auto | true | false: torch.compile of the denoiser, for many batches; auto is true on CUDA
-device = "auto"  # auto | cpu | cuda
+device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto | float32 | bfloat16: auto is bfloat16 on CUDA, else float32
 attention = "auto"  # auto | triton | xformers | sdpa | sdpa_flash | sdpa_cudnn | sdpa_efficient | sdpa_math | reference
 # image inputs

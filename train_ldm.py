@@ -135,7 +135,7 @@ save_every = 1000  # >= 1: steps between checkpoints
 snapshot_every = 0  # >= 0: steps between EMA snapshots ema_STEP.safetensors, which are kept; 0 keeps none
 log_every = 50  # >= 1: steps between progress lines
 dist_timeout = 30.0  # > 0: minutes that a process waits for the others, and for rank 0's evaluation
-device = "auto"  # auto | cpu | cuda
+device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto | float32 | bfloat16 | float64: auto is bfloat16 on CUDA, else float32
 checkpointing = False  # recompute the U-Net's activations in the backward pass: less memory, 1.4 times the time
 compile = "auto"  # auto | true | false: torch.compile; auto on CUDA
@@ -179,7 +179,7 @@ def noise_schedule(cfg):
 def training_times(u, cfg):
     """Times (B,) of the training distribution from u (B,) uniform in [0,1)."""
     if cfg.timesteps == "logit_normal":
-        u = torch.sigmoid(cfg.t_mean + cfg.t_std * torch.special.ndtri(u))
+        u = torch.sigmoid(cfg.t_mean + cfg.t_std * torch.special.ndtri(common.off_mps(u)).to(u.device))
     elif cfg.timesteps == "shifted":
         u = cfg.t_shift * u / (1 + (cfg.t_shift - 1) * u)
     table = noise_schedule(cfg)
@@ -344,8 +344,9 @@ class Conditioner:
 
     def send(self, t):
         """To the device. From memory that is not pinned, a copy would wait for all work queued there."""
-        pinned = t.pin_memory() if self.device.type == "cuda" and not t.is_pinned() else t
-        return pinned.to(self.device, non_blocking=True)
+        on_cuda = self.device.type == "cuda"
+        pinned = t.pin_memory() if on_cuda and not t.is_pinned() else t
+        return pinned.to(self.device, non_blocking=on_cuda)
 
     def keep_latents(self, cache):
         """Load a LatentCache into device memory if latents_on_device says so."""
@@ -364,7 +365,7 @@ class Conditioner:
 def evaluate(denoiser, validation, conditioner, cfg, machine, autocast):
     """Validation loss, not weighted, in all and by tenths of t; an image's noise and t are always the same."""
     cfg, count = cfg.replace(timesteps="uniform", cond_drop=0.0), len(validation)
-    losses = torch.zeros(count, dtype=torch.float64, device=machine.device)
+    losses = common.off_mps(torch.zeros(count, device=machine.device)).double()
     times = (0.5 + torch.arange(count, dtype=torch.float64) * 0.6180339887498949) % 1.0  # golden ratio: evenly spread
     stride = machine.world * cfg.batch_size
     for start in common.progress_bar(range(machine.rank, count, stride), "evaluating"):
@@ -374,7 +375,7 @@ def evaluate(denoiser, validation, conditioner, cfg, machine, autocast):
         eps = [torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(seed_of("val", i))) for i in rows]
         noise = {"eps": torch.stack(eps).to(x0), "t": times[list(rows)].to(x0), "drop": x0.new_ones(len(rows))}
         with autocast:
-            losses[list(rows)] = prediction_error(denoiser, inputs, noise, cfg)[0].double()
+            losses[list(rows)] = common.off_mps(prediction_error(denoiser, inputs, noise, cfg)[0]).double()
     common.sum_over_ranks(losses)  # every image was on one rank
     losses, tenth = losses.cpu(), (times * 10).long()
     bins = [losses[tenth == k] for k in range(10)]

@@ -60,7 +60,7 @@ downsample = "conv"  # conv | avg | max: how the encoder halves the side
 upsample = "nearest"  # nearest | bilinear | bicubic: how the decoder doubles it
 linear_attention = False  # linear-time attention at the end of every level, and in the middle in place of the other
 patch_size = 1  # >= 1: p > 1 folds p x p pixels into channels first, for fast small models
-pixel_channels = 0  # n > 0: the decoder ends with n channels of each pixel, SiLU and a 1x1 convolution: sharper edges
+pixel_channels = 0  # >= 0: n > 0 ends the decoder with n channels of each pixel, SiLU, 1x1 convolution: sharper edges
 norm_groups = 32  # >= 1: groups of every GroupNorm
 dropout = 0.0  # in [0, 1]: in every residual block
 tanh_out = False  # tanh on the decoder's output
@@ -128,7 +128,7 @@ ckpt = ""  # of these two, a checkpoint or out_dir; "" is out_dir. Its model, da
 overwrite = False  # of these two, replace the statistics of ckpt, or eval.png beside it
 eval_split = "all"  # all | train | val | test: eval_only, which images of dataset
 inception_weights = ""  # eval_only, torch-fidelity's Inception weights, a .pth, for rFID; "" disables it
-device = "auto"  # auto | cpu | cuda: auto is cuda if there is a GPU
+device = "auto"  # auto | cpu | cuda | mps: auto is cuda if there is a GPU, else mps if there is one of Apple's
 dtype = "auto"  # auto | float32 | bfloat16 | float64: auto is bfloat16 (autocast) on CUDA, else float32
 compile = "auto"  # auto | true | false: torch.compile; auto is true on CUDA
 checkpointing = False  # recompute inner activations in the backward pass: less memory, a third slower
@@ -351,7 +351,8 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
     largest activation of any block; for VQ the use of the codebook; with inception the rFID.
     """
     rows, features, examples, activations = [], ([], []), None, []
-    codes = torch.zeros(len(vae.quantize.embedding.weight) if vae.quantize else 0, device=machine.device).double()
+    codes = torch.zeros(len(vae.quantize.embedding.weight) if vae.quantize else 0, device=machine.device)
+    codes = common.off_mps(codes).double()
     hooks = [
         block.register_forward_hook(lambda module, inputs, output: activations.append(output.abs().amax()))
         for block in vae.modules()
@@ -369,9 +370,10 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
             if lpips is not None:
                 row["val_lpips"] = lpips(*(a.clamp(-1, 1).to(vae.latent_mean.dtype) for a in (y, x)))
         row["val_largest_activation"] = torch.stack(activations).max().expand(len(x))
-        rows.append({name: t.double().cpu() for name, t in row.items()})
+        rows.append({name: t.cpu().double() for name, t in row.items()})
         if vae.quantize:
-            codes += torch.bincount(vae.quantize.nearest(posterior.mean).flatten(), minlength=len(codes))
+            indices = common.off_mps(vae.quantize.nearest(posterior.mean))
+            codes += torch.bincount(indices.flatten(), minlength=len(codes))
         for images, f in zip((x, y), features if inception else ()):
             f.append(inception(to_uint8(as_rgb(images))).cpu())
         examples = examples or (x[:8].cpu(), y[:8].cpu())
@@ -388,7 +390,8 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
 
 def image_scores(x, y, posterior):
     """Scores of images x, their reconstructions y and their latents: {name: (B,), or by channel (B,C)}."""
-    mean, std, kl = posterior.mean.double(), posterior.std.double(), posterior.kl()
+    x, y, mean, std, kl = map(common.off_mps, (x, y, posterior.mean, posterior.std, posterior.kl()))
+    mean, std = mean.double(), std.double()
     scores = {"val_l1": (y - x).abs().mean(dim=(1, 2, 3)), "val_psnr": psnr(y, x), "val_ssim": ssim(y, x)}
     scores |= {"val_kl": kl.sum(dim=(1, 2, 3)) / x[0].numel(), "val_posterior_std": std.mean(dim=(1, 2, 3))}
     scores |= {"val_kl_per_channel": kl.sum(dim=(2, 3)), "val_latent_mean": mean.mean(dim=(2, 3))}
@@ -481,7 +484,7 @@ def latent_statistics(vae, images, cfg, machine, autocast):
     With a codebook all channels share one deviation: the nearest code is the same in any one unit, but not in several.
     The variance of a sample is the variance of the mean plus the mean of the variance, so no noise is needed.
     """
-    sums = torch.zeros(3, vae.latent_channels, dtype=torch.float64, device=machine.device)  # of 1, z, z^2
+    sums = common.off_mps(torch.zeros(3, vae.latent_channels, device=machine.device)).double()  # of 1, z, z^2
     picks, stride = common.spread(len(images), cfg.latent_images), machine.world * cfg.batch_size
     for start in common.progress_bar(range(machine.rank, len(picks), stride), "latent statistics"):
         rows = []
@@ -491,7 +494,8 @@ def latent_statistics(vae, images, cfg, machine, autocast):
         if rows:
             with autocast:
                 posterior = vae.encode(torch.stack(rows).to(machine.device, vae.latent_mean.dtype))
-            mean, var = posterior.mean.double(), posterior.std.double() ** 2
+            mean, std = (common.off_mps(t).double() for t in (posterior.mean, posterior.std))
+            var = std**2
             sums += torch.stack([value.sum(dim=(0, 2, 3)) for value in (torch.ones_like(mean), mean, mean**2 + var)])
     common.sum_over_ranks(sums)
     mean = sums[1] / sums[0]
@@ -709,7 +713,7 @@ if __name__ == "__main__":
         for micro in range(micro_steps):
             batch = next(batches)
             log.saw(batch)
-            options = dict(non_blocking=True, memory_format=torch.channels_last)
+            options = dict(non_blocking=machine.device.type == "cuda", memory_format=torch.channels_last)
             batch["image"] = batch["image"].to(machine.device, machine.param_dtype, **options)
             net.require_backward_grad_sync = micro == micro_steps - 1  # one all-reduce a step
             with autocast:

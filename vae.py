@@ -26,6 +26,7 @@ import torch.utils.checkpoint
 
 import checkpoint
 import convert
+from common import off_mps
 from conv import Conv2d, upsample_conv
 
 # --- blocks ---
@@ -292,11 +293,11 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, z):
         """Index of the code at the smallest Euclidean distance, in float64: (B,D,h,w) -> (B,h,w)."""
-        codes = self.embedding.weight.double()  # not affected by autocast, TF32 or a module in bfloat16
-        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).double()
+        codes = off_mps(self.embedding.weight).double()  # not affected by autocast, TF32 or a module in bfloat16
+        rows = off_mps(z).permute(0, 2, 3, 1).reshape(-1, z.shape[1]).double()
         # |z - e|^2 without |z|^2, which is the same for all codes; in parts, as (B h w, K) can be large
         parts = [(codes.square().sum(1) - 2 * part @ codes.T).argmin(1) for part in rows.split(8192)]
-        return torch.cat(parts).reshape(z.shape[0], *z.shape[2:])
+        return torch.cat(parts).reshape(z.shape[0], *z.shape[2:]).to(z.device)
 
     def lookup(self, indices):
         """(B,h,w) -> codes (B,D,h,w)."""

@@ -41,7 +41,7 @@ cond_drop = 0.1  # in [0, 1]: share of examples trained without their caption
 flip = True  # mirror half of the images
 seed = 0  # of the matrices, data order and noise
 workers = 2  # >= 0: processes that decode images
-device = "auto"  # auto | cpu | cuda
+device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto | float32 | bfloat16: auto is bfloat16 on CUDA, else float32
 out = ""  # file to write; "" is out/lora.safetensors, or with merge out/merged.safetensors
 

@@ -48,7 +48,7 @@ ema_decay = 0.995  # in [0, 1]: of the averaged weights
 flip = False  # mirror half of the images
 workers = 0  # >= 0: processes that read latents
 seed = 0  # of data order, noise and times
-device = "auto"  # auto | cpu | cuda
+device = "auto"  # auto | cpu | cuda | mps
 
 
 def column(t):

@@ -214,10 +214,10 @@ def make_standin(photos, folder, size, n_train, n_val, seed):
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     save(mark, "The stand-in that prepare.py makes of photos; made anew each time.\n")
-    rgb = functools.lru_cache(50)(dataset.rgb)
+    photo = functools.lru_cache(50)(dataset.image)
 
     def choose(chosen, rng):
-        found = first_good(lambda _: dict(photo=rgb(chosen[rng.integers(len(chosen))])), dataset)
+        found = first_good(lambda _: dict(photo=photo(chosen[rng.integers(len(chosen))])), dataset)
         for line in found["bad"]:
             print(f"skipped a bad photo: {line}", flush=True)
         return found["photo"]
