@@ -231,8 +231,8 @@ class AdamW(torch.optim.AdamW):
     """Leaves out a step where `found_inf` is 1: fused without waiting for the device, else after reading it."""
 
     def step(self):
-        if not self.defaults["fused"]:
-            bad, self.found_inf = self.found_inf, None  # not known there
+        if not self.defaults["fused"]:  # which does not know found_inf
+            bad, self.found_inf = self.found_inf, None
             if bad:
                 return
         super().step()

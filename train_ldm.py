@@ -467,9 +467,8 @@ def load_first_stage(cfg, latest):
     if not vae.has_latent_statistics:
         remedy = f"finish its training, or run train_vae.py --measure_latents --ckpt={cfg.first_stage}"
         reject(cfg.first_stage, "has no latent statistics", remedy)
-    if vae.settings["image_mode"] != cfg.image_mode:
-        trained = vae.settings["image_mode"]
-        raise UserError(f"image_mode={cfg.image_mode}, but the autoencoder is of {trained}: set --image_mode={trained}")
+    if (mode := vae.settings["image_mode"]) != cfg.image_mode:
+        raise UserError(f"image_mode={cfg.image_mode}, but the autoencoder is of {mode}: set --image_mode={mode}")
     for side in cfg.image_size:
         if side % vae.factor:
             raise UserError(f"image_size={side} must be a multiple of {vae.factor}, the autoencoder's factor")

@@ -351,8 +351,8 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
     largest activation of any block; for VQ the use of the codebook; with inception the rFID.
     """
     rows, features, examples, activations = [], ([], []), None, []
-    codes = torch.zeros(len(vae.quantize.embedding.weight) if vae.quantize else 0, device=machine.device)
-    codes = common.off_mps(codes).double()
+    size = len(vae.quantize.embedding.weight) if vae.quantize else 0
+    codes = common.off_mps(torch.zeros(size, device=machine.device)).double()
     hooks = [
         block.register_forward_hook(lambda module, inputs, output: activations.append(output.abs().amax()))
         for block in vae.modules()
@@ -372,8 +372,8 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
         row["val_largest_activation"] = torch.stack(activations).max().expand(len(x))
         rows.append({name: t.cpu().double() for name, t in row.items()})
         if vae.quantize:
-            indices = common.off_mps(vae.quantize.nearest(posterior.mean))
-            codes += torch.bincount(indices.flatten(), minlength=len(codes))
+            indices = vae.quantize.nearest(posterior.mean).flatten()
+            codes += common.off_mps(torch.bincount(indices, minlength=size))
         for images, f in zip((x, y), features if inception else ()):
             f.append(inception(to_uint8(as_rgb(images))).cpu())
         examples = examples or (x[:8].cpu(), y[:8].cpu())
