@@ -124,7 +124,8 @@ def train(pipeline, cfg, machine):
     parameters = list(unet.parameters())
     ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
-    images = Dataset(cfg.dataset, "train", [side * pipeline.factor for side in pipeline.latent_shape[1:]])
+    sides = [side * pipeline.factor for side in pipeline.latent_shape[1:]]
+    images = Dataset(cfg.dataset, "train", sides, image_mode=pipeline.image_mode)
     cache = LatentCache(Stream(images, cfg.seed, flip=cfg.flip), vae, cfg.cache_dir)
     cache.build(vae, machine.device, contextlib.nullcontext(), cfg.workers, 0, 1)
     batches = loader(cache, 0, cfg.max_steps, cfg.batch_size, workers=cfg.workers)
