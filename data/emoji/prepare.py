@@ -1,7 +1,7 @@
 """Make a small captioned data set of the system's color emoji, and compare sampled images with the training images.
 
-    python data/emoji/prepare.py                               # seconds: images, captions, tokenizer, prompts
-    python data/emoji/prepare.py --font=FILE                   # another font with color bitmaps
+    python data/emoji/prepare.py                                   # seconds: images, captions, tokenizer, prompts
+    python data/emoji/prepare.py --font=FILE                       # another font with color bitmaps
     python data/emoji/prepare.py --compare=out/emoji_ldm/samples   # are they what the prompts say, are they copies?
 
 Captions are Unicode names in plain words, "woman firefighter, dark skin tone". Every name has six images: a person's
@@ -95,8 +95,9 @@ def list_emoji(has, countries=()):
     more |= {f"{person} {job}": c + JOINER + tool for person, c in PEOPLE.items() for job, tool in JOBS.items()}
     for code, country in countries:
         more[f"flag of {country.lower()}"] = "".join(chr(0x1F1E6 + ord(letter) - ord("A")) for letter in code)
+    found |= {name: text for name, text in more.items() if name not in found and has(text)}
     emoji = {}
-    for name, text in (found | {name: text for name, text in more.items() if name not in found and has(text)}).items():
+    for name, text in found.items():
         toned = {f"{name}, {tone} skin tone": text[0] + modifier + text[1:] for tone, modifier in TONES.items()}
         emoji[name] = {name: text} | {caption: t for caption, t in toned.items() if has(t)}
     return emoji
@@ -109,7 +110,7 @@ def held_out(captions):
     for caption in captions:
         name, _, tone = caption.removesuffix(" skin tone").partition(", ")
         color, _, form = caption.partition(" ")
-        if tone and tone == list(TONES)[zlib.crc32(name.encode()) % len(TONES)]:
+        if tone == list(TONES)[zlib.crc32(name.encode()) % len(TONES)]:
             held.add(caption)
         if color in COLORS and form == FORMS[COLORS.index(color) % len(FORMS)]:
             held.add(caption)
