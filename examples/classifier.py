@@ -3,7 +3,7 @@
     python fid.py --ckpt=out/cifar10_ldm --num_samples=1000 --samples=out/cifar10.npz
     python -m examples.classifier --dataset=DIR --samples=out/cifar10.npz
 
-The first call trains the classifier on the training images of DIR (two minutes of one CPU core) and stores it. Guidance
+The first call trains the classifier on the training images of DIR (a minute or two of one CPU core) and stores it. Guidance
 raises the score above that of real images, at the cost of variety: read it beside a Frechet distance of fid.py.
 """
 
@@ -24,7 +24,7 @@ dataset = "data/cifar10"  # labelled images, as the training scripts read them
 image_size = 32  # >= 16: multiple of 16; side of the images
 samples = ""  # an .npz of fid.py with images and their classes; "" only trains and tests
 out = "out/classifier.safetensors"  # the trained classifier
-steps = 1500  # >= 1: of training
+steps = 500  # >= 1: of training
 batch_size = 64  # >= 1
 lr = 5e-3  # > 0: highest learning rate
 seed = 0  # of weights and data order
