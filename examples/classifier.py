@@ -3,8 +3,9 @@
     python fid.py --ckpt=out/cifar10_ldm --num_samples=1000 --samples=out/cifar10.npz
     python -m examples.classifier --dataset=DIR --samples=out/cifar10.npz
 
-The first call trains the classifier on the training images of DIR (a minute or two of one CPU core) and stores it. Guidance
-raises the score above that of real images, at the cost of variety: read it beside a Frechet distance of fid.py.
+The first call trains the classifier on the training images of DIR (a minute or two of one CPU core) and stores it.
+Guidance raises the score above that of real images, at the cost of variety: read it beside a Frechet distance of
+fid.py.
 """
 
 import os
