@@ -5,11 +5,11 @@
     python sample.py --ckpt=out/meanflow --prompts=data/shapes/prompts.txt --steps=1
 
 The U-Net learns u(x, r, t), the mean velocity from t down to r of the path through x at t. (t - r) u is the integral of
-the velocity v over that time, and differentiated by t along the path it gives the target u = v - (t - r) du/dt. Here v
-is the guided velocity of the model that training starts from: of the same expectation as the eps - x0 of the first
-paper and without its noise, and what the second one has for the tangent. Sampling needs no guidance.
+the velocity v over that time; differentiated by t along the path it gives the target u = v - (t - r) du/dt. Here v is
+the velocity of the model that training starts from, with guidance: without the noise of eps - x0, which the first paper
+has in its place, and along the path, as the second paper wants it. Sampling then needs no guidance.
 
-x - t u(x, 0, t) is x0, as with a flow model that predicts u(x, 0, t). So the checkpoint is one, with r = 0 folded into
+x - t u(x, 0, t) is x0, as of a flow model that predicts u(x, 0, t). So the checkpoint is one, with r = 0 folded into
 its time embedding, and sample.py opens it. One step of any sampler is x1 - u; of several, ddpm adds the noise again.
 """
 
@@ -37,18 +37,22 @@ cache_dir = "cache"  # folder of cached latents
 out_dir = "out/meanflow"  # checkpoint
 guidance = 1.5  # >= 0: of v, which the result then has inside
 equal = 0.25  # in [0, 1): share of examples with r = t
-zero = 0.25  # in [0, 1]: share of examples with r = 0
+zero = 0.5  # in [0, 1]: share of examples with r = 0
 t_mean = 0.0  # of the normal of the logit-normal times, of which r and t are the smaller and the larger
 t_std = 1.0  # > 0: of that normal
 batch_size = 32  # >= 1: images per step
-max_steps = 900  # >= 1: optimizer steps
-lr = 1e-3  # > 0: learning rate, falls to 0 along a cosine
+max_steps = 200  # >= 1: optimizer steps
+lr = 5e-4  # > 0: learning rate, falls to 0 along a cosine
+optimizer = "muon"  # adamw | muon: as in train_ldm.py
+muon_lr = 1e-3  # > 0: muon's learning rate
 warmup_steps = 50  # >= 0: steps of linear warm-up
 ema_decay = 0.995  # in [0, 1]: of the averaged weights
 flip = False  # mirror half of the images
 workers = 0  # >= 0: processes that read latents
 seed = 0  # of data order, noise and times
 device = "auto"  # auto | cpu | cuda | mps
+
+ADAMW = dict(beta1=0.9, beta2=0.99, weight_decay=0.0, shard_optimizer=False)
 
 
 def column(t):
@@ -94,7 +98,9 @@ def guided_velocity(unet, x, t, condition, null, guidance):
 
 def error(unet, x, r, t, v, condition):
     """Error (B,C,h,w) of u(x, r, t) as the mean of a velocity that is v at t (Geng et al., eq. 8 to 11)."""
-    with torch.no_grad():  # a pass with gradients inside of jvp would bypass DistributedDataParallel's all-reduce
+    with (
+        torch.no_grad()
+    ):  # with gradients, jvp around a DistributedDataParallel module bypasses its all-reduce silently
         du_dt, moving = torch.zeros_like(x), r < t  # where r = t the target is v
         x_t, r_t, v_t = x[moving], r[moving], v[moving]
         parts = {name: value[moving] for name, value in condition.items()}
@@ -123,7 +129,8 @@ def train(pipeline, cfg, machine):
     unet.to(memory_format=torch.contiguous_format)
     parameters = list(unet.parameters())
     ema = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = common.make_optimizer(pipeline.denoiser, cfg, machine)
+    optimizer.found_inf = torch.zeros((), device=machine.device)
     sides = [side * pipeline.factor for side in pipeline.latent_shape[1:]]
     images = Dataset(cfg.dataset, "train", sides, image_mode=pipeline.image_mode)
     cache = LatentCache(Stream(images, cfg.seed, flip=cfg.flip), vae, cfg.cache_dir)
@@ -144,7 +151,7 @@ def train(pipeline, cfg, machine):
             condition = network_inputs(pipeline, conditions)
             v = guided_velocity(first, x, t, condition, null, cfg.guidance)
         squares = error(unet, x, r, t, v, condition).square().mean(dim=(1, 2, 3))
-        (squares / (squares.detach() + 1e-3)).mean().backward()  # the adaptive weight of section 4.3, p = 1
+        (squares / (squares.detach() + 1e-3).sqrt()).mean().backward()  # the adaptive weight of section 4.3, p = 0.5
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -157,7 +164,7 @@ def train(pipeline, cfg, machine):
 
 
 if __name__ == "__main__":
-    cfg = configure(globals()).replace(lr_schedule="cosine", lr_end=0.0)
+    cfg = configure(globals()).replace(lr_schedule="cosine", lr_end=0.0, **ADAMW)
     common.install_excepthook()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("examples.meanflow runs in one process: start it without torchrun")
