@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The quick start: render the data, train both stages in two processes, sample 256 prompts, score them.
+# The quick start: render the data, train both stages, sample 256 prompts, score them.
 set -ex
 cd "$(dirname "$0")"
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000}  # idle OpenMP threads yield their core sooner
 python data/shapes/prepare.py
-torchrun --nproc_per_node=2 train_vae.py config/shapes_vae.py --batch_size=4
-torchrun --nproc_per_node=2 train_ldm.py config/shapes_ldm.py --batch_size=16
+python train_vae.py config/shapes_vae.py
+python train_ldm.py config/shapes_ldm.py
 python sample.py --ckpt=out/shapes_ldm --prompts=data/shapes/prompts.txt --batch_size=64
 python data/shapes/prepare.py --score=out/shapes_ldm/samples
