@@ -224,18 +224,19 @@ def learning_rate(step, cfg):
 
 
 # embeddings, and the first and last layer of a denoiser: Muon leaves them to AdamW
-OUTER = re.compile(r"unet\.conv_out|input_blocks\.0\.|embedding|class_|rescaler|log_variance")
+OUTER = re.compile(r"unet\.(conv_out|patchify|out\.)|input_blocks\.0\.|embedding|class_|rescaler|log_variance")
 
 
 class AdamW(torch.optim.AdamW):
     """Leaves out a step where `found_inf` is 1: fused without waiting for the device, else after reading it."""
 
     def step(self):
-        if not self.defaults["fused"]:  # which does not know found_inf
-            bad, self.found_inf = self.found_inf, None
-            if bad:
-                return
-        super().step()
+        if self.defaults["fused"]:
+            super().step()
+        elif not self.found_inf:
+            bad, self.found_inf = self.found_inf, None  # which this one does not know
+            super().step()
+            self.found_inf = bad
 
 
 class Muon(AdamW):

@@ -893,6 +893,8 @@ def load_pipeline(path, clip_vocab="", objective="", otherwise="", **known):
     factor = 2 ** (len(vae[0]["ch_mult"]) - 1) if vae else 1
     model = {"unet": s, "text": None, "first_stage": "vae" if vae else "none", "tower_hash": None}
     model |= {"uncertainty": False, "ema_stds": (), "map_classes": 0, **condition, **process}
+    if vae is None and s["in_channels"] == 4 and not own:
+        reject(path, "4 channels, which are latents, and no autoencoder", "add its vae folder")
     model["image_mode"] = vae[0]["image_mode"] if vae else image_mode(s["in_channels"], path)
     model |= read_task(path, index, s, model, factor if vae else 0)
     sides = (release.get("side", 64),)

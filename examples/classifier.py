@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoint import reject, replacing
@@ -69,14 +70,20 @@ if __name__ == "__main__":
     cfg = configure(globals())
     install_excepthook()
     images = Dataset(cfg.dataset, "train", cfg.image_size)
+    if not images.num_classes:
+        reject(cfg.dataset, "has no labels", "give images by class")
+    recipe = {name: str(cfg[name]) for name in ("image_size", "steps", "batch_size", "lr", "seed")}
     if os.path.exists(cfg.out):
+        with safe_open(cfg.out, "pt") as file:
+            if file.metadata() != recipe:
+                reject(cfg.out, f"was trained with {file.metadata()}", "set another --out, or these")
         model = make_classifier(images.num_classes, cfg.image_size).eval()
         model.load_state_dict(load_file(cfg.out))
     else:
         model = train(images, cfg)
         os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
         with replacing(cfg.out) as temporary:
-            save_file({name: t.contiguous() for name, t in model.state_dict().items()}, temporary)
+            save_file({name: t.contiguous() for name, t in model.state_dict().items()}, temporary, recipe)
     test = images.in_split("val")
     labels = torch.tensor([test.meta(i)["label"] for i in range(len(test))])
     share = accuracy(model, torch.stack([test.pixels(i) for i in range(len(test))]), labels)

@@ -98,9 +98,7 @@ def guided_velocity(unet, x, t, condition, null, guidance):
 
 def error(unet, x, r, t, v, condition):
     """Error (B,C,h,w) of u(x, r, t) as the mean of a velocity that is v at t (Geng et al., eq. 8 to 11)."""
-    with (
-        torch.no_grad()
-    ):  # with gradients, jvp around a DistributedDataParallel module bypasses its all-reduce silently
+    with torch.no_grad():
         du_dt, moving = torch.zeros_like(x), r < t  # where r = t the target is v
         x_t, r_t, v_t = x[moving], r[moving], v[moving]
         parts = {name: value[moving] for name, value in condition.items()}
@@ -170,6 +168,9 @@ if __name__ == "__main__":
         raise UserError("examples.meanflow runs in one process: start it without torchrun")
     machine = common.setup(cfg.replace(deterministic=False, compile="false", dtype="float32"))
     pipeline = load_pipeline(cfg.init_from)
+    about = checkpoint.read(cfg.init_from, "ema")[1]["model"]
+    if about["cond"] == "layout":
+        reject(cfg.init_from, "cond=layout", "give a model with text or classes")
     if (pipeline.objective, pipeline.schedule.name, pipeline.task["task"]) != ("flow", "flow", "none"):
         reject(cfg.init_from, "not a flow model, or one with a task", "train it with objective=flow and schedule=flow")
     if pipeline.vae is None or not (pipeline.text or pipeline.num_classes):

@@ -172,12 +172,14 @@ def compare_folder(folder, out_dir):
     images = np.concatenate([np.load(f"{out_dir}/{split}/images.npy") for split in starts])
     with open(index) as f:
         records = [record for record in map(json.loads, f) if record["prompt"] in captions]
+    if not records:
+        reject(index, "none of its prompts is a caption here", "sample with --prompts=data/emoji/prompts.txt")
     prompts = [record["prompt"] for record in records]
     samples = np.stack([Image.open(f"{folder}/{os.path.basename(record['file'])}") for record in records])
     small, others = (torch.from_numpy(x[:, ::2, ::2].astype(np.float32)).flatten(1) for x in (samples, images))
     distances = torch.cdist(small, others)
     own = [captions.index(prompt) for prompt in prompts]
-    copied = distances[:, : starts["val"]].argmin(1)
+    copied = distances[:, : starts["val"]].argmin(1).tolist()
     rows = np.concatenate([samples, images[own], images[copied]], axis=2)
     save_grid(f"{folder}/compare.png", torch.from_numpy(rows).permute(0, 3, 1, 2) / 127.5 - 1, prompts)
     right = [captions[k] == prompt for k, prompt in zip(distances.argmin(1), prompts)]
