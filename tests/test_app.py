@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -554,7 +555,9 @@ def test_command(runs, tmp_path):
 
     def launch(*args):
         args = (sys.executable, f"{ROOT}/app.py", "--port=0", "--open=false", "--device=cpu", *args)
-        return subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # tests in the background inherit an ignored SIGINT
+        return subprocess.Popen(args, cwd=tmp_path, **pipes, preexec_fn=lambda: signal.signal(2, signal.SIG_DFL))
 
     with launch("--host=0.0.0.0") as process:
         port = int(process.stdout.readline().split(" ")[0].rpartition(":")[2])
