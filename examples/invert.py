@@ -43,7 +43,7 @@ def ddim_invert(denoise, x0, times, schedule, iterations=3):
 
 @torch.no_grad()
 def edit(pipeline, images, source, wanted, steps, guidance=2.0, iterations=3):
-    """(reconstructions, edited images) of images (B,3,H,W); source and wanted: B conditions as in `generate`."""
+    """(reconstructions, edited images) of images (B,C,H,W); source and wanted: B conditions as in `generate`."""
     schedule, times = pipeline.schedule, sample_times(steps, pipeline.schedule, pipeline.objective)
     denoise = guided_denoiser(pipeline, source, {})
     noise = ddim_invert(denoise, encode(pipeline, images), times, schedule, iterations)

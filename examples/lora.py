@@ -69,7 +69,7 @@ def add_lora(unet, rank):
 
 
 def loss(pipeline, images, captions):
-    """Mean squared error of the denoiser's prediction at uniform t, for images (B,3,H,W) and their captions."""
+    """Mean squared error of the denoiser's prediction at uniform t, for images (B,C,H,W) and their captions."""
     with torch.no_grad():
         x0 = encode(pipeline, images)
         context = pipeline.text and pipeline.text(captions)
