@@ -234,7 +234,7 @@ class AdamW(torch.optim.AdamW):
         if self.defaults["fused"]:
             super().step()
         elif not self.found_inf:
-            bad, self.found_inf = self.found_inf, None  # which this one does not know
+            bad, self.found_inf = self.found_inf, None  # only a fused step reads it
             super().step()
             self.found_inf = bad
 

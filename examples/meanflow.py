@@ -168,15 +168,14 @@ if __name__ == "__main__":
         raise UserError("examples.meanflow runs in one process: start it without torchrun")
     machine = common.setup(cfg.replace(deterministic=False, compile="false", dtype="float32"))
     pipeline = load_pipeline(cfg.init_from)
-    about = checkpoint.read(cfg.init_from, "ema")[1]["model"]
-    if about["cond"] == "layout":
+    tensors, meta = checkpoint.read(cfg.init_from, "ema", "text", "vae")
+    if meta["model"]["cond"] == "layout":
         reject(cfg.init_from, "cond=layout", "give a model with text or classes")
     if (pipeline.objective, pipeline.schedule.name, pipeline.task["task"]) != ("flow", "flow", "none"):
         reject(cfg.init_from, "not a flow model, or one with a task", "train it with objective=flow and schedule=flow")
     if pipeline.vae is None or not (pipeline.text or pipeline.num_classes):
         reject(cfg.init_from, "a model of pixels or without a condition", "give one of latents with text or classes")
     train(pipeline, cfg, machine)
-    tensors, meta = checkpoint.read(cfg.init_from, "ema", "text", "vae")
     tensors |= with_prefix("ema.unet", pipeline.denoiser.unet.state_dict())
     meta["config"] |= {"sampler": "ddpm", "sample_steps": 1, "guidance": 1.0}
     os.makedirs(cfg.out_dir, exist_ok=True)

@@ -2,7 +2,7 @@
 
     python data/emoji/prepare.py                                   # seconds: images, captions, tokenizer, prompts
     python data/emoji/prepare.py --font=FILE                       # another font with color bitmaps
-    python data/emoji/prepare.py --compare=out/emoji_ldm/samples   # are they what the prompts say, are they copies?
+    python data/emoji/prepare.py --compare=out/emoji_ldm/samples   # beside the nearest training images
 
 Captions are Unicode names in plain words, "woman firefighter, dark skin tone". Every name has six images: a person's
 skin tones, else six slightly different sizes and positions. Where Pillow has no libraqm, sequences of code points (skin
