@@ -251,7 +251,7 @@ class Muon(AdamW):
         for group in self.param_groups:
             if "share" not in group:
                 continue
-            parameters = sorted(group["params"], key=lambda p: p.shape)
+            parameters = group["params"]
             for p in parameters:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
@@ -268,35 +268,40 @@ class Muon(AdamW):
 
 
 def orthogonalized(matrices, rank, world):
-    """[(out,in,...), sorted by shape] with all singular values made about sqrt(max(1, out / (in ...)))."""
+    """[(out,in,...), ...] with all singular values made about sqrt(max(1, out / (in ...)))."""
     rows = [m.movedim(1, -1).flatten(1) for m in matrices]  # a view of channels_last kernels
+    wide = [r.mT if r.shape[0] > r.shape[1] else r for r in rows]
     done = [torch.zeros_like(r) for r in rows]
-    for (m, n), same in itertools.groupby(range(rank, len(rows), world), lambda i: rows[i].shape):
+    together = (lambda i: wide[i].shape) if rows[0].is_cuda else (lambda i: wide[i].shape[0])
+    for _, same in itertools.groupby(sorted(range(rank, len(rows), world), key=together), together):
         same = list(same)
-        x = torch.stack([rows[i].mT if m > n else rows[i] for i in same])
-        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(torch.bfloat16 if x.is_cuda else x.dtype)
-        for i, result in zip(same, newton_schulz(x) * max(1.0, m / n) ** 0.5):
-            done[i].copy_(result.mT if m > n else result)
+        for i, result in zip(same, newton_schulz([wide[i] for i in same])):
+            m, n = rows[i].shape
+            done[i].copy_((result.mT if m > n else result) * max(1.0, m / n) ** 0.5)
     if world > 1:
         sum_over_ranks(*done)
     return [d.view_as(m.movedim(1, -1)).movedim(-1, 1) for d, m in zip(done, matrices)]
 
 
-def newton_schulz(x):
-    """Five steps x <- a x + b (x x^T) x + c (x x^T)^2 x on wide matrices (B,m,n) of norm 1."""
+def newton_schulz(matrices):
+    """Five steps x <- a x + b (x x^T) x + c (x x^T)^2 x on wide matrices (m,n) of one m, and on CUDA of one n."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    if x.dtype == torch.bfloat16:
+    if matrices[0].is_cuda:
+        x = torch.stack(matrices)
+        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
         for _ in range(5):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
     # the same on x x^T alone: m^3 operations a step instead of m^2 n, but too coarse in bfloat16
-    gram, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    gram = torch.stack([x @ x.mT for x in matrices])
+    square = gram.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None] + 1e-14  # of the norm
+    gram, product = gram / square, square.rsqrt() * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     for _ in range(5):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=1, dim2=2).add_(a)
         gram, product = p @ gram @ p, p @ product
-    return product @ x
+    return [p @ x for p, x in zip(product, matrices)]
 
 
 def make_optimizer(model, cfg, machine):
