@@ -2,7 +2,8 @@
 
 Train it with a copy of train_ldm.py in which `DiT` replaces `UNet` (docs/hacking.md); it takes settings by their names:
 
-    python mine.py config/shapes_ldm.py --channels=96 --transformer_depth=4 --unet_patch=2 --lr=4e-3 --out_dir=out/mine
+    python mine.py config/shapes_ldm.py --channels=96 --transformer_depth=4 --unet_patch=2 --optimizer=adamw \\
+        --lr=4e-3 --out_dir=out/mine
     python sample.py --ckpt=out/mine --denoiser=examples.dit:DiT
 """
 
