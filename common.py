@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from checkpoint import UserError, reject, write_whole
+from metrics import off_mps  # noqa: F401  for the scripts, as common.off_mps
 
 # dense bf16 (V100: fp16)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}
@@ -99,11 +100,6 @@ def fresh_store(timeout):
         remedy = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, with --rdzv_backend=c10d"
         raise UserError(f"torchrun --max_restarts on several nodes needs a new store at each restart: {remedy}")
     return dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-
-
-def off_mps(t):
-    """A tensor; on an Apple GPU, which lacks float64 and torch.special.ndtri, its copy on the CPU."""
-    return t.cpu() if t.device.type == "mps" else t
 
 
 def assert_same_on_all_ranks(**values):

@@ -39,12 +39,12 @@ import checkpoint
 import metrics
 import sample
 from checkpoint import UserError, reject, write_whole
-from common import install_excepthook, off_mps, progress_bar, setup
+from common import install_excepthook, progress_bar, setup
 from configurator import configure, find_settings
 from data.dataset import BadImage, Dataset, crop_box, to_tensor
 from grid import as_rgb, save_grid, to_pil, to_uint8
 from lpips_train import LPIPS, MIN_SIDE, TAPS
-from metrics import NEIGHBORS, frechet, gaussian, load_inception, mmd, precision_recall
+from metrics import NEIGHBORS, frechet, gaussian, load_inception, mmd, off_mps, precision_recall
 from sample import choose_conditions, earlier_files, generate, latent_sides, load_from_settings
 from vae import VAE
 

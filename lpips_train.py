@@ -33,7 +33,7 @@ from configurator import configure
 from data.dataset import loader, permute, seed_of
 from data.forms import open_npy
 from grid import as_rgb
-from metrics import ssim
+from metrics import off_mps, ssim
 
 # data
 dataset = "data/bapps"  # output folder of data/bapps/prepare.py
@@ -355,7 +355,7 @@ def average_precision(distances, same):
 def evaluate(metrics, judgements, cfg, machine, autocast):
     """{metric: {category: score}} of functions of two batches: 2AFC agreement, or for JND average precision."""
     count, others = len(judgements), judgements.per_item - 1
-    distances = common.off_mps(torch.zeros(len(metrics), count, others, device=machine.device)).double()
+    distances = off_mps(torch.zeros(len(metrics), count, others, device=machine.device)).double()
     starts = range(machine.rank * cfg.batch_size, count, machine.world * cfg.batch_size)
     for start in common.progress_bar(starts, "evaluating"):
         end = min(start + cfg.batch_size, count)
@@ -364,7 +364,7 @@ def evaluate(metrics, judgements, cfg, machine, autocast):
         for m, metric in enumerate(metrics.values()):
             for k in range(others):
                 with autocast:
-                    distances[m, start:end, k] = common.off_mps(metric(x[:, 0], x[:, k + 1])).double()
+                    distances[m, start:end, k] = off_mps(metric(x[:, 0], x[:, k + 1])).double()
     common.sum_over_ranks(distances)  # every pair was measured by one rank
     score, judge = two_afc if others == 2 else average_precision, judgements.judge.to(distances.device)
     return {
@@ -391,7 +391,7 @@ def other_metrics(cfg, machine):
     metrics = {name: LPIPS(cfg.net, cfg.trunk_weights, head) for name, head in (heads | {"uniform": "uniform"}).items()}
     metrics = {name: metric.to(machine.device, machine.param_dtype) for name, metric in metrics.items()}
     metrics["L2"] = lambda x, y: (x - y).square().mean(dim=(1, 2, 3))
-    return metrics | {"SSIM": lambda x, y: -ssim(common.off_mps(x), common.off_mps(y))}
+    return metrics | {"SSIM": lambda x, y: -ssim(off_mps(x), off_mps(y))}
 
 
 def evaluate_heads(ours, others, validation, cfg, machine, autocast):

@@ -11,6 +11,12 @@ import torch.nn.functional as F
 NEIGHBORS = 3  # k of precision and recall
 ROWS = 512  # rows of an (N,M) matrix in memory at once
 
+
+def off_mps(t):
+    """A tensor; on an Apple GPU, which lacks float64 and torch.special.ndtri, its copy on the CPU."""
+    return t.cpu() if t.device.type == "mps" else t
+
+
 # --- pairs of images ---
 
 

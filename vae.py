@@ -26,8 +26,8 @@ import torch.utils.checkpoint
 
 import checkpoint
 import convert
-from common import off_mps
 from conv import Conv2d, upsample_conv
+from metrics import off_mps
 
 # --- blocks ---
 
