@@ -223,6 +223,9 @@ def test_classifier(run, command, tmp_path):
     np.savez("unlabelled.npz", arr_0=images)
     status, _, err = command("examples/classifier.py", *args, "--samples=unlabelled.npz")
     assert status == 1 and "unlabelled.npz: has no classes (arr_1)" in err
+    np.savez("large.npz", arr_0=images.repeat(2, 1).repeat(2, 2), arr_1=[0, 1, 1, 1])
+    status, _, err = command("examples/classifier.py", *args, "--samples=large.npz")
+    assert status == 1 and "classifier.py: large.npz: has images of (32, 32, 3), not (16, 16, 3); generate" in err
 
 
 @pytest.mark.parametrize("name", ["class", "inpaint"])

@@ -1143,3 +1143,5 @@ def test_emoji_files_and_comparison(monkeypatch, capsys):
     assert "up to date" in out and "1 of 2 samples of trained" in out and "1 of 1 samples of held-out" in out
     assert load(Path("samples/compare.png").read_bytes()).width >= 3 * 32
     refused("samples.jsonl: no such file", prepare_emoji, compare="nowhere")
+    source("large", {"0.png": encoded(0, "PNG", 64, 64), "samples.jsonl": [{"file": "0.png", "prompt": "snail"}]})
+    refused("0.png: is (64, 64, 3), not (32, 32, 3); sample RGB images with --size=32", prepare_emoji, compare="large")
