@@ -555,13 +555,20 @@ def brief(value):
 
 
 def read_log(out_dir):
-    """[{step, ...}, ...] of log.jsonl, one record for each step in order; of a repeated step the last values."""
-    records = {}
+    """The records of a run's log.jsonl, see read_records."""
     with open(f"{out_dir}/log.jsonl") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):  # a kill may cut a line short
-                record = json.loads(line)
-                records[record["step"]] = records.get(record["step"], {}) | record
+        return read_records(file)
+
+
+def read_records(lines):
+    """[{step, ...}, ...] of lines of a log.jsonl, one for each step in order; of a repeated step the last values."""
+    records = {}
+    for line in lines:
+        # a kill may cut a line short
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            record = json.loads(line)
+            step = int(record["step"])
+            records[step] = records.get(step, {}) | record
     return [records[step] for step in sorted(records)]
 
 
