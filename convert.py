@@ -814,6 +814,15 @@ def find_merges(path):
             return "\n".join(["#version: 0.2", *lines, ""]).encode()
 
 
+def byte_letters():
+    """{character: byte} of GPT-2's and CLIP's vocabularies, in their order: what is printable is written as itself, the
+    other 68 bytes as the characters from 256 on.
+    """
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
 CLIP_VOCAB = "set --clip_vocab=FILE: bpe_simple_vocab_16e6.txt.gz or a folder with merges.txt"
 AGAIN = f"fetch it again, or {CLIP_VOCAB}"
 
@@ -1238,8 +1247,7 @@ def unet_config(s, side):
 def clip_files(s, merges):
     """The config and tokenizer of a CLIP tower with settings s, as in transformers: {file: content}, JSON or text."""
     lines, _, where = read_merges(merges)
-    plain = [chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]]
-    letters = plain + [chr(256 + i) for i in range(256 - len(plain))]
+    letters = list(byte_letters())
     names = letters + [f"{letter}</w>" for letter in letters] + [line.replace(" ", "") for line in lines]
     names += ["<|startoftext|>", "<|endoftext|>"]
     if len(names) != s["vocab"]:

@@ -144,11 +144,9 @@ class CLIPTokenizer:
         import tiktoken
 
         lines, vocab, where = convert.read_merges(merges)
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these are written as themselves, and come first
-        other = [b for b in range(256) if b not in plain]
-        byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
-        token = {name: bytes([b]) for name, b in byte.items()}
-        token |= {name + "</w>": bytes([b, 255]) for name, b in byte.items()}
+        letters = convert.byte_letters()
+        token = {letter: bytes([b]) for letter, b in letters.items()}
+        token |= {letter + "</w>": bytes([b, 255]) for letter, b in letters.items()}
         for line in lines:
             try:
                 first, second = line.split()

@@ -51,7 +51,7 @@ from tqdm import tqdm
 from checkpoint import UserError, reject, write_whole
 from common import install_excepthook
 from configurator import configure, find_settings
-from data.dataset import BadImage, as_bad_image, to_mode
+from data.dataset import BadImage, as_bad_image, crop_box, to_mode
 from data.forms import IMAGES, PIXELS, captions_of, hub_names, image_bytes, list_files, open_parquet, parse
 
 SPLITS = ("train", "val", "test")
@@ -309,10 +309,7 @@ def shrink(image, data, record, size, crop, quality):
     image = to_mode(image)
     if not is_jpeg:  # Pillow gives the upright size of a TIFF from the start, of others only now
         width, height = image.size
-    x, y, w, h = 0, 0, width, height
-    if crop == "center":
-        w = h = min(width, height)
-        x, y = (width - w) // 2, (height - h) // 2
+    x, y, w, h = crop_box(width, height, (1, 1)) if crop == "center" else (0, 0, width, height)
     scale = min(1, size / min(w, h))  # never enlarged
     target = (max(round(w * scale), 1), max(round(h * scale), 1))
     record = dict(record, width=width, height=height)
@@ -387,6 +384,7 @@ def train_bpe(captions, vocab_size):
     """Byte-level BPE in tiktoken's text form: a line 'base64(token) rank' each, the 256 bytes first, then merges."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+    from convert import byte_letters
     from text import SPLIT_PATTERN
 
     tokenizer = Tokenizer(models.BPE())
@@ -396,10 +394,7 @@ def train_bpe(captions, vocab_size):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
-    # GPT-2 writes bytes as printable characters: those that print as themselves, the other 68 in order from 256 on
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    byte_of = {chr(b): b for b in plain} | {chr(256 + k): b for k, b in enumerate(others)}
+    byte_of = byte_letters()
     by_rank = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     merged = [bytes(byte_of[c] for c in token) for token in by_rank if len(token) > 1]
     tokens = [bytes([b]) for b in range(256)] + merged
