@@ -41,7 +41,7 @@ import sample
 from checkpoint import UserError, reject, write_whole
 from common import install_excepthook, progress_bar, setup
 from configurator import configure, find_settings
-from data.dataset import BadImage, Dataset, crop_box, to_tensor
+from data.dataset import BadImage, Dataset, crop_and_resize, to_tensor
 from grid import as_rgb, save_grid, to_pil, to_uint8
 from lpips_train import LPIPS, MIN_SIDE, TAPS
 from metrics import NEIGHBORS, frechet, gaussian, load_inception, mmd, off_mps, precision_recall
@@ -216,12 +216,6 @@ def open_set(source, name, split="all"):
     return images, range(len(images))
 
 
-def crop_and_resize(image, side):
-    x, y, w, h = crop_box(*image.size, (side, side))
-    image = image.crop((x, y, x + w, y + h))
-    return image if w == side else image.resize((side, side), Image.Resampling.LANCZOS)
-
-
 def first_side(images, which):
     """The short side of the first image that decodes, 0 if none does."""
     for i in which:
@@ -241,7 +235,7 @@ def features(extract, images, which, name, side, as_is, batch_size, device):
         try:
             image = images.image(i)
             if not as_is:
-                image = crop_and_resize(image, side)
+                image = crop_and_resize(image, (side, side))
             elif image.size != (side, side):
                 reject(images.key(i), f"{image.width}x{image.height}, not {side}x{side}", "set image_size to resize")
             batch.append(torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1))
@@ -392,8 +386,8 @@ def save_pairs(path, pairs, samples, train, side):
             file.write(json.dumps(record) + "\n")
     images, captions = [], []
     for distance, i, j in sorted(pairs)[:16]:
-        image = as_rgb(to_tensor(crop_and_resize(train.image(j // 2), side)))
-        images += [to_tensor(crop_and_resize(samples.image(i), side)), image.flip(2) if j % 2 else image]
+        image = as_rgb(to_tensor(crop_and_resize(train.image(j // 2), (side, side))))
+        images += [to_tensor(crop_and_resize(samples.image(i), (side, side))), image.flip(2) if j % 2 else image]
         captions += [f"{samples.key(i)}: {distance:.2f}", "mirrored " * (j % 2) + train.key(j // 2)]
     save_grid(f"{path}.png", torch.stack(images), captions, columns=8)
 

@@ -181,6 +181,13 @@ def crop_box(width, height, sides, crop="center", u=None):
     return (width - w) // 2, (height - h) // 2, w, h
 
 
+def crop_and_resize(image, sides, crop="center", u=None, resample=Image.Resampling.LANCZOS):
+    """The `crop_box` of a PIL image, resized to `sides`; LANCZOS is antialiased."""
+    x, y, w, h = crop_box(*image.size, sides, crop, u)
+    image = image.crop((x, y, x + w, y + h))
+    return image if (h, w) == sides else image.resize(sides[::-1], resample)
+
+
 def to_tensor(image):
     """PIL L, RGB or RGBA -> float32 (C, H, W) in [-1, 1]."""
     x = torch.from_numpy(np.atleast_3d(np.array(image, dtype=np.float32)))  # (H, W, C)
@@ -506,14 +513,8 @@ class Dataset:
         crop "center" takes the largest one; "random" one of 0.5 to 1 of its sides (as latent-diffusion does), size and
         position from u = (size, x, y), three numbers in [0, 1).
         """
-        image = to_tensor(self._crop_and_resize(self.image(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
+        image = to_tensor(crop_and_resize(self.image(i), self.sides, crop, u))
         return image.flip(-1) if flip else image
-
-    def _crop_and_resize(self, image, crop, u, resample):
-        """The rectangle of a PIL image chosen by crop and u, resized to `sides`."""
-        x, y, w, h = crop_box(*image.size, self.sides, crop, u)
-        image = image.crop((x, y, x + w, y + h))
-        return image if (h, w) == self.sides else image.resize(self.sides[::-1], resample)
 
     def size(self, i):
         """(width, height) of image i, upright; only a PNG is decoded, whose EXIF may follow its pixels."""
@@ -564,7 +565,7 @@ class Dataset:
             raise BadImage(f"{self.key(i)}: it has no map")
         if image.size != self.size(i):
             raise BadImage(f"{self.key(i)}: its map is {image.size}, the image {self.size(i)}: make them the same size")
-        image = self._crop_and_resize(image, crop, u, Image.Resampling.NEAREST)
+        image = crop_and_resize(image, self.sides, crop, u, Image.Resampling.NEAREST)
         classes = torch.from_numpy(np.array(image, dtype=np.int64))
         classes[classes == 255] = -1
         return classes.flip(-1) if flip else classes
@@ -653,7 +654,6 @@ class Dataset:
             data = forms.image_bytes(self._cell(item.header["columns"][part], item.header["files"][0], group, row))
         else:
             name = item.header["files"][file] if file >= 0 else item.key
-            name = os.path.splitext(item.key)[0] + ".map.png" if file < 0 and part == "map" else name
             with self._open_file(name) as f:  # opened each time, so that workers share no file position
                 f.seek(at)
                 data = f.read(size)

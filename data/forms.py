@@ -21,6 +21,7 @@ import tarfile
 import unicodedata
 import zlib
 from array import array
+from pathlib import Path
 
 import numpy as np
 from PIL import ContainerIO, Image
@@ -53,11 +54,11 @@ POINTER = b"version https://git-lfs"
 class Index:
     """The items of one shard: label, (file, offset, size) of image and map, and a record: JSON {key, text, objects}.
 
-    `file` counts in `files`; -1 is the file that the key names (for a map: KEY.map.png). In parquet the image is
-    (0, row group, row), the map (0, 0, 1 if there is such a column). A label is an int, or a class name, numbered in
-    sorted order. `names[i]` is label i in words, `split` one of SPLITS, `prefix` the beginning of all keys. The header
-    is what is known without the rows: the number of items, how many have a label, a caption, a map, objects (of all, of
-    those held out), and what was left out, {reason: [count, example]}.
+    `file` counts in `files`; -1 is the file that the key names. In parquet the image is (0, row group, row), the map
+    (0, 0, 1 if there is such a column). A label is an int, or a class name, numbered in sorted order. `names[i]` is
+    label i in words, `split` one of SPLITS, `prefix` the beginning of all keys. The header is what is known without the
+    rows: the number of items, how many have a label, a caption, a map, objects (of all, of those held out), and what
+    was left out, {reason: [count, example]}.
     """
 
     def __init__(self, split="", files=(), prefix="", names=(), left=None, **more):
@@ -151,11 +152,8 @@ def index_folder(root, paths):
         size, stamp = stat(f"{root}/{path}")
         map_where, files = NOWHERE, indexes[-1].header["files"]
         if map_path := parts.get(path, {}).get(".map.png"):
-            file = -1
-            if map_path != os.path.splitext(path)[0] + ".map.png":  # in other letters
-                files.append(map_path)
-                file = len(files) - 1
-            map_where = file, 0, stat(f"{root}/{map_path}")[0]
+            map_where = len(files), 0, stat(f"{root}/{map_path}")[0]
+            files.append(map_path)
         label = {"label": number[rest.split("/")[0]]} if number and "/" in rest else {}
         indexes[-1].add(path, (-1, 0, size), map_where, stamp, **label | about.get(path, {}))
     return indexes
@@ -321,16 +319,13 @@ def upright_size(image, exif):
 
 def list_files(root):
     """Every file under root as a sorted relative path; links are followed, hidden files left out."""
-    first = os.path.realpath(root)
-    found, above = [], {root: [first[:i] or "/" for i, letter in enumerate(first) if letter == "/"]}
+    first, found = os.path.realpath(root), []
     for folder, folders, files in os.walk(root, followlinks=True):
-        real, way = os.path.realpath(folder), above.pop(folder)  # way: the real folders above it
-        if real in way:  # a link that leads back up would never end
-            folders.clear()
+        inside = folder[len(root) :].strip("/")
+        if os.path.islink(folder) and os.path.realpath(folder) in map(os.path.realpath, Path(first, inside).parents):
+            folders.clear()  # a link that leads back up would never end
             continue
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX", "__pycache__", "@eaDir"))]
-        above |= {os.path.join(folder, name): (*way, real) for name in folders}
-        inside = folder[len(root) :].strip("/")
         found += [f"{inside}/{name}".lstrip("/") for name in files if not name.startswith(".")]
     return sorted(found)
 
@@ -568,10 +563,11 @@ def shard_split(path):
 
 
 def decode(data):
-    """bytes as text: UTF-8, UTF-16 or UTF-32, else cp1252; a byte order mark is no part of it."""
-    boms = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
-    encoding = next((name for name, marks in boms.items() if data.startswith(marks)), "utf-8-sig")
-    if encoding == "utf-8-sig" and b"\0" in data[:2]:  # UTF-16 of a Latin letter, without the mark
+    """bytes as text: UTF-8 or UTF-16, else cp1252; a byte order mark is no part of it."""
+    encoding = "utf-8-sig"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif b"\0" in data[:2]:  # UTF-16 of a Latin letter, without the mark
         encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
     try:
         return data.decode(encoding)
