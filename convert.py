@@ -191,11 +191,8 @@ def vae_layers(s):
         yield Layer(("quantize.embedding",) * 3, ends=(".weight",))
 
 
-def unet_layers(s, new_order=False):
-    """The layers of a U-Net with settings s.
-
-    new_order: q, k and v of CompVis' plain attention blocks do not alternate by head.
-    """
+def unet_layers(s):
+    """The layers of a U-Net with settings s."""
     levels = len(s["channel_mult"])
     blocks = by_level(s["num_res_blocks"], levels)
     widths = [s["channels"] * mult for mult in s["channel_mult"]]
@@ -206,7 +203,7 @@ def unet_layers(s, new_order=False):
     def attention(c, *names):
         names = (names[0], *names)
         if not s["transformer_depth"]:
-            heads = 1 if new_order else s["num_heads"] or c // s["head_dim"]
+            heads = s["num_heads"] or c // s["head_dim"]
             return below(names, [layer._replace(heads=heads) for layer in UNET_ATTENTION])
         layers = [Layer((name,) * 3) for name in ("norm", "proj_in", "proj_out")]
         for i in range(s["transformer_depth"]):
@@ -662,10 +659,11 @@ def latent_scale(path, file, s):
 
 
 @one_line_errors
-def load_unet(path, new_attention_order=False, file=None, **known):
+def load_unet(path, file=None, **known):
     """(settings, state dict) of the U-Net in a file or folder, its EMA's weights if there are any.
 
-    new_attention_order: see unet_layers.  known: settings of unet.UNet that the file does not say, such as num_heads.
+    known: settings of unet.UNet that the file does not say, such as num_heads.  file: its tensors, if they have been
+    read.
     """
     path = checkpoint.find(path)
     state, config, _ = read_part(path, "unet", file)
@@ -680,7 +678,7 @@ def load_unet(path, new_attention_order=False, file=None, **known):
             reject(path, "does not say its number of heads", "set --num_heads=N or --head_dim=N")
         inferred |= dict(num_heads=release.get("num_heads", 0), head_dim=release.get("head_dim", 0))
     s = combine(path, UNET, inferred, checkpoint.tuples(known))
-    return s, to_ours(state, key_table(unet_layers(s, new_attention_order), layout), path)
+    return s, to_ours(state, key_table(unet_layers(s), layout), path)
 
 
 def read_unet_config(config, path, inferred):
