@@ -316,40 +316,38 @@ class Dataset:
     # finding files, choosing a split
 
     def _index(self, paths, cache_dir):
-        """(format, indexes, what is left out): of images.npy, else of the shards, tar or parquet, that have more bytes,
-        unless there are as many image files outside of them.
+        """(format, indexes, what is left out): of images.npy, else of the shards, unless there are as many image files
+        outside of them, else of the folder.
         """
         npy = [path for path in paths if path.lower() in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
-        images = [path for path in paths if path.lower().endswith(IMAGES) and os.path.basename(path) not in OWN]
+        if npy and not self.remote:
+            indexes = Indexes([forms.index_npy(self.root, path) for path in npy])
+            return "npy", indexes, forms.unread(paths, indexes.headers)
+        form, shards, stamps = self._find_shards(paths)
+        left = forms.Left()
+        if shards:
+            origin = self.path if self.remote else os.path.realpath(self.path)
+            index = functools.partial(getattr(forms, f"index_{form}"), self._open_file)
+            folder = f"{cache_dir}/index-{digest('v10', form, origin)}"
+            indexes = StoredIndexes(folder, list(zip(shards, stamps)), index)
+            n = sum(header["n"] for header in indexes.headers)
+            images = [path for path in paths if path.lower().endswith(IMAGES) and os.path.basename(path) not in OWN]
+            if self.remote or not images or n > len(images):
+                return form, indexes, forms.unread(paths, indexes.headers)
+            why = "with no more images than there are outside" if n else "without images"
+            left.add(f".{form} files {why}", shards[0], len(shards))
+        others = sorted(set(paths) - set(shards))
+        return "folder", Indexes([] if self.remote else forms.index_folder(self.root, others)), left
+
+    def _find_shards(self, paths):
+        """(form, shards, their sizes and times): the tar or the parquet files, whichever have more bytes."""
         shards = [path for path in paths if os.path.basename(path).lower() not in forms.METADATA]
         by_form = {form: [path for path in shards if path.lower().endswith(f".{form}")] for form in ("tar", "parquet")}
         with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
             stamp = self.remote.stamps.get if self.remote else self._stat
             stamps = {form: list(pool.map(stamp, shards)) for form, shards in by_form.items()}
         form = max(stamps, key=lambda form: (sum(size or 0 for size, *_ in stamps[form]), len(stamps[form])))
-        shards, left = by_form[form], forms.Left()
-        if npy and not self.remote:
-            form, indexes = "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
-        elif shards:
-            origin = self.path if self.remote else os.path.realpath(self.path)
-            index = functools.partial(getattr(forms, f"index_{form}"), self._open_file)
-            folder = f"{cache_dir}/index-{digest('v10', form, origin)}"
-            indexes = StoredIndexes(folder, list(zip(shards, stamps[form])), index)
-            n = sum(header["n"] for header in indexes.headers)
-            if images and not self.remote and n <= len(images):
-                why = "with no more images than there are outside" if n else "without images"
-                left.add(f".{form} files {why}", shards[0], len(shards))
-                paths, shards = sorted(set(paths) - set(shards)), []
-        if not shards and form != "npy":
-            return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths)), left
-        read = {name for header in indexes.headers for name in header["files"]}
-        # img2dataset writes KEY.parquet and KEY_stats.json beside KEY.tar
-        stems = {os.path.splitext(path)[0] for path in read if path.lower().endswith(("tar", "parquet"))}
-        read |= {stem + ending for stem in stems for ending in (".parquet", "_stats.json")}
-        for path in paths:
-            if path not in read and os.path.basename(path) not in OWN:
-                left.add_file(path)
-        return form, indexes, left
+        return form, by_form[form], stamps[form]
 
     def _choose_split(self, split):
         """(part, {shard: number of its items}) of a split.

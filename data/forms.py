@@ -127,6 +127,19 @@ class Left(dict):
         self.add(f"{os.path.splitext(path)[1].lower() or 'other'} files", path)
 
 
+def unread(paths, headers):
+    """The Left of files beside those that shards or arrays, by their headers, are read from."""
+    read = {name for header in headers for name in header["files"]}
+    # img2dataset writes KEY.parquet and KEY_stats.json beside KEY.tar
+    stems = {os.path.splitext(path)[0] for path in read if path.lower().endswith(("tar", "parquet"))}
+    read |= {stem + ending for stem in stems for ending in (".parquet", "_stats.json")}
+    left = Left()
+    for path in paths:
+        if path not in read and os.path.basename(path) not in OWN:
+            left.add_file(path)
+    return left
+
+
 # --- a folder of images ---
 
 

@@ -60,8 +60,6 @@ MAX_BYTES = 2**30  # of a file in an archive, unpacked
 BATCH = 16  # images that a worker converts at a time
 BPE_CAPTIONS = 2_000_000  # most captions that the tokenizer is trained on
 NOT_CONTENT = ("workers", "out_dir", "download", "verify", "repack", "threads")  # settings that change no shard
-# meta.json has these after the script's own settings
-LAST = ("size", "crop", "quality", "min_side", "min_bytes", "drop_duplicates", "vocab_size", "shard_mb")
 
 # settings of every script that packs; a script's own of the same name takes its place
 size = 256  # >= 1: short side in pixels; smaller images are not enlarged
@@ -517,8 +515,7 @@ def pack(items, cfg, classes=(), total=None, **about):
     classes: names of the labels.  total: number of items, for the progress bar.  about: more fields for meta.json.
     """
     out, seen = cfg.out_dir, set()
-    names = [*(name for name in cfg if name not in (*NOT_CONTENT, *LAST)), *(name for name in LAST if name in cfg)]
-    settings = json.loads(json.dumps({name: cfg[name] for name in names}))
+    settings = json.loads(json.dumps({name: value for name, value in cfg.items() if name not in NOT_CONTENT}))
     if meta := begin(out, settings):
         print(f"{out}: up to date")
         return meta
