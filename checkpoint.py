@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FORMAT = 2
+POINTER = b"version https://git-lfs"
 
 
 class UserError(ValueError):
@@ -87,11 +88,17 @@ def find(path):
 
 
 def check_fetched(path):
-    """UserError if `path` is a git-lfs pointer: the few lines that stand for a large file until it is fetched."""
+    """UserError if `path` is a git-lfs pointer, see check_pointer."""
     if os.path.isfile(path):
         with open(path, "rb") as file:
-            if file.read(42) == b"version https://git-lfs.github.com/spec/v1":
-                reject(path, "a git-lfs pointer, not the file itself", "run git lfs pull in its folder, or download it")
+            check_pointer(file, path)
+
+
+def check_pointer(file, path):
+    """UserError if an open file is a git-lfs pointer, which stands for a large one that is not fetched; rewinds it."""
+    if file.read(len(POINTER)) == POINTER:
+        reject(path, "a git-lfs pointer, not the file itself", "run git lfs pull in its folder, or download it")
+    file.seek(0)
 
 
 def is_ours(path):

@@ -364,10 +364,10 @@ def load_optimizer_state(optimizer, model, prefix, tensors):
 # --- resuming ---
 
 
-def check_same_settings(path, saved, now, free=()):
-    """Raise UserError with both values where settings differ from those in a checkpoint, but for the names in `free`.
+def check_same_settings(path, saved, now, free=(), then="in the checkpoint", remedy="use those, or another out_dir"):
+    """Raise UserError with both values where settings differ from those that were saved, but for the names in `free`.
 
-    saved, now: dicts, and dicts in them are searched too.
+    saved, now: dicts, and dicts in them are searched too.  then, remedy: words of the message.
     """
 
     def flat(settings):
@@ -375,11 +375,9 @@ def check_same_settings(path, saved, now, free=()):
         return {name: value for part in parts for name, value in part.items()}
 
     saved, now = (flat(json.loads(json.dumps(settings))) for settings in (saved, now))  # tuples as lists
-    rows = [
-        f"{k}={saved.get(k)} in the checkpoint, {now[k]} now" for k in now if k not in free and saved.get(k) != now[k]
-    ]
+    rows = [f"{k}={saved.get(k)} {then}, {now[k]} now" for k in now if k not in free and saved.get(k) != now[k]]
     if rows:
-        reject(path, f"has other settings: {', '.join(rows)}", "use those, or another out_dir")
+        reject(path, f"has other settings: {', '.join(rows)}", remedy)
 
 
 def start(cfg, world, meta, path):

@@ -39,7 +39,7 @@ import checkpoint
 import metrics
 import sample
 from checkpoint import UserError, reject, write_whole
-from common import install_excepthook, progress_bar, setup
+from common import check_same_settings, install_excepthook, progress_bar, setup
 from configurator import configure, find_settings
 from data.dataset import BadImage, Dataset, crop_and_resize, to_tensor
 from grid import as_rgb, save_grid, to_pil, to_uint8
@@ -121,13 +121,14 @@ def generate_many(path, count, chunk, generate_rows, labels, settings, machine):
     interrupted run are used if its `settings` (JSON) were the same, and rejected otherwise.
     """
     settings, folder = json.loads(json.dumps(settings)), f"{path}.parts"
+    words = dict(then="then", remedy="use those, or another --samples")
     if os.path.exists(path) and not os.path.exists(folder):
-        check_same_settings(path, read_settings(path), settings)
+        check_same_settings(path, read_settings(path), settings, **words)
         return
     os.makedirs(folder, exist_ok=True)
     if os.path.exists(f"{folder}/settings.json"):
         with open(f"{folder}/settings.json") as file:
-            check_same_settings(folder, json.load(file), settings)
+            check_same_settings(folder, json.load(file), settings, **words)
     else:  # by all ranks alike
         write_whole(f"{folder}/settings.json", lambda file: file.write(json.dumps(settings).encode()))
     starts = range(0, count, chunk)
@@ -141,13 +142,6 @@ def generate_many(path, count, chunk, generate_rows, labels, settings, machine):
     if machine.rank == 0:
         assemble(path, parts, count, labels, settings)
         shutil.rmtree(folder)
-
-
-def check_same_settings(path, before, settings):
-    differ = [f"{name}: {before.get(name)} then, {value} now" for name, value in settings.items()
-              if before.get(name) != value]  # fmt: skip
-    if differ:
-        reject(path, f"generated with other settings ({'; '.join(differ)})", "use those, or another --samples")
 
 
 def read_settings(path):

@@ -50,7 +50,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from checkpoint import UserError, reject
+from checkpoint import POINTER, UserError, reject
 from data import forms
 from data.forms import HELD_OUT, IMAGES, NAMES, OWN, SPLITS, TALLIES
 from data.shards import Indexes, Remote, StoredIndexes, digest
@@ -659,7 +659,7 @@ class Dataset:
                 raise ValueError(f"{name} ends after {at + len(data)} bytes, the index says {at + size}")
         if not data and part == "image":
             raise ValueError("it has 0 bytes")
-        if data and data.startswith(forms.POINTER):
+        if data and data.startswith(POINTER):
             raise ValueError("a git-lfs pointer: fetch the file itself (git lfs pull)")
         return data
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ContainerIO, Image
 
-from checkpoint import reject
+from checkpoint import POINTER, check_fetched, check_pointer, reject
 
 Image.preinit()  # the common formats first: they are tried in this order
 Image.init()  # all of Pillow's formats but stubs without a decoder, and EPS, which runs ghostscript
@@ -48,7 +48,6 @@ COLUMNS = 11  # label; file, offset, size of the image; of the map; offset, size
 NOWHERE = (0, 0, 0)  # size 0: the item has no such part
 TALLIES = ("labels", "captions", "maps", "objects")  # what is counted: items that have one
 NO_BYTES = "rows without the bytes of an image"  # but, perhaps, its path
-POINTER = b"version https://git-lfs"
 
 
 class Index:
@@ -597,13 +596,6 @@ def read_text(path):
         reject(path, f"cannot be read ({e.strerror})", "correct or remove it")
 
 
-def check_pointer(f, path):
-    """Rejects an open file that git-lfs has not fetched; else its position is the beginning."""
-    if f.read(len(POINTER)) == POINTER:
-        reject(path, "is a git-lfs pointer", "fetch the file itself: git lfs pull")
-    f.seek(0)
-
-
 def parse(text):
     """JSON, or {} where it is damaged."""
     try:
@@ -683,8 +675,7 @@ def read_classes(path):
 def open_npy(path):
     """The array in a .npy file, mapped."""
     reason = "it is an .npz"
-    with open(path, "rb") as f:
-        check_pointer(f, path)
+    check_fetched(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(array, np.ndarray):

@@ -49,7 +49,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import UserError, reject, write_whole
-from common import install_excepthook
+from common import check_same_settings, install_excepthook
 from configurator import configure, find_settings
 from data.dataset import BadImage, as_bad_image, crop_box, to_mode
 from data.forms import IMAGES, PIXELS, captions_of, hub_names, image_bytes, list_files, open_parquet, parse
@@ -467,10 +467,7 @@ def begin(out_dir, settings):
         save(path, json.dumps({"settings": settings}))
     with open(path) as f:
         meta = json.load(f)
-    before = meta.get("settings", {})
-    for name in before | settings:
-        if before.get(name) != settings.get(name):
-            reject(out_dir, f"was made with {name}={before.get(name)}, not {settings.get(name)}", REMEDY)
+    check_same_settings(out_dir, meta.get("settings", {}), settings, then="then", remedy=REMEDY)
     return meta if all(os.path.exists(f"{out_dir}/{name}") for name in meta.get("shards", ["-"])) else None
 
 

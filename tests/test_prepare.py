@@ -295,7 +295,7 @@ def test_other_settings_other_sources_and_foreign_shards_are_refused(items, caps
     pack(items[:30])
     pack(iter(()), workers=3)  # workers change no shard
     assert "up to date" in capsys.readouterr().out
-    refused("out: was made with size=32, not 64; delete *.tar", pack, items, size=64)
+    refused("out: has other settings: size=32 then, 64 now; delete *.tar", pack, items, size=64)
     Path("out/train-00000.tar").unlink()
     pack(items[:30])  # a lost shard is made again
     assert Path("out/train-00000.tar").exists()
@@ -756,8 +756,8 @@ def test_laion400m_is_fetched(asked, capsys):
     assert asked[0].items() >= dict(options, output_format="webdataset").items()
     assert len(Dataset("out", "all")) == 14 and len(Dataset("out/.fetched", "all")) == 18  # .fetched is hidden
     Path("out/meta.json").rename("meta.json")
-    for changed, what in (({"size": 64}, "size=32, not 64"), ({"urls": "more"}, "urls=lists")):
-        refused(f".fetched: was fetched with {what}", run, **dict(urls="lists") | changed)
+    for changed, what in (({"size": 64}, "size=32 then, 64 now"), ({"urls": "more"}, "urls=lists")):
+        refused(f".fetched: has other settings: {what}", run, **dict(urls="lists") | changed)
     Path("meta.json").rename("out/meta.json")
     shutil.rmtree("out/.fetched")
     run(urls="lists")
