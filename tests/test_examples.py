@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import fill
+from conftest import fill, near
 from PIL import Image
 from test_diffusion import MEAN, mixture_denoiser, normal
 
@@ -45,10 +45,6 @@ def run(command):
         return out
 
     return run
-
-
-def near(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 def test_slerp():
