@@ -89,7 +89,7 @@ class Model:
         """values: settings of sample.py."""
         self.values, self.path, self.stamp = values, None, None
         self.lock, self.reading = threading.Lock(), threading.Lock()  # reading: one upload is decoded at a time
-        self.machine = setup(self.config().replace(deterministic=False))
+        self.machine = setup(self.config())
 
     def config(self, **values):
         """The settings of sample.py with these."""

@@ -60,7 +60,11 @@ class Machine(NamedTuple):
 
 
 def setup(cfg):
-    """Choose the device and join the process group that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK)."""
+    """Choose the device and join the process group that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK).
+
+    cfg: device and dtype; deterministic, compile and dist_timeout where the script has them.
+    """
+    deterministic, compiling = cfg.get("deterministic", False), cfg.get("compile", "false")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = cfg.device if cfg.device != "auto" else next(kind for kind in present if present[kind])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -77,14 +81,14 @@ def setup(cfg):
         timeout = datetime.timedelta(minutes=cfg.dist_timeout)
         options = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")
         dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout, **options)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.deterministic
-    torch.backends.cudnn.benchmark = not cfg.deterministic
-    if cfg.deterministic:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
     precision = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
     param_dtype = torch.float64 if precision == "float64" else torch.float32
-    compiled = cfg.compile == "true" or (cfg.compile == "auto" and kind == "cuda")
+    compiled = compiling == "true" or (compiling == "auto" and kind == "cuda")
     return Machine(rank, world, device, precision, param_dtype, compiled)
 
 

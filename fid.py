@@ -390,7 +390,7 @@ if __name__ == "__main__":
     generating = {name: setting for name, setting in find_settings(vars(sample)).items() if name not in UNUSED}
     cfg = configure(globals(), more=generating)
     install_excepthook()
-    machine = setup(cfg.replace(deterministic=False))
+    machine = setup(cfg)
     networks = {name: cfg[name] for name in ("inception_weights", "trunk", "trunk_weights")}
     if cfg.nearest and (not cfg.reference or cfg.split != "all"):
         raise UserError("--nearest=true needs --reference=DIR, the data set of training, without --split")

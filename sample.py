@@ -706,7 +706,7 @@ if __name__ == "__main__":
     install_excepthook()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("sample.py runs in one process; for torchrun see fid.py")
-    machine = setup(cfg.replace(deterministic=False))
+    machine = setup(cfg)
     cfg, pipeline, options = load_from_settings(cfg, machine)
     what, records = plan(pipeline, cfg)
     options |= what

@@ -185,7 +185,7 @@ def merged(path, lora_path, scale, out):
 if __name__ == "__main__":
     cfg = configure(globals())
     common.install_excepthook()
-    machine = common.setup(cfg.replace(deterministic=False, compile="false"))
+    machine = common.setup(cfg)
     file = cfg.out or ("out/merged.safetensors" if cfg.merge else "out/lora.safetensors")
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     if cfg.merge:
