@@ -286,8 +286,6 @@ class CLIPTextEncoder(TextTransformer):
     Tokens are start, the prompt's, end, padding. Attention is causal, so padding does not affect the prompt.
     """
 
-    towers = convert.TOWERS  # settings of the published ones, by name: clip_l, openclip_h
-
     def __init__(
         self, width, layers, heads, length=77, activation="quick_gelu", layer="last", pad="end", vocab=49408,
         merges=None,
@@ -314,12 +312,6 @@ class CLIPTextEncoder(TextTransformer):
     def bpe(self):
         """The tokenizer as bytes, the content of a merges.txt."""
         return self.tokenizer.merges
-
-    @classmethod
-    def named(cls, name, merges=None):
-        """A published encoder, clip_l or openclip_h, with random weights."""
-        assert name in cls.towers, f"text encoder {name!r}: must be one of {', '.join(cls.towers)}"
-        return cls(**cls.towers[name], merges=merges)
 
     @classmethod
     def from_pretrained(cls, path, name="", merges=None):
