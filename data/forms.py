@@ -326,7 +326,7 @@ def header_size(file):
 
 def upright_size(image, exif):
     """(width, height) of a PIL image once it is upright: EXIF's orientations 5 to 8 are rotated by 90 degrees."""
-    return image.size[::-1] if exif.get(0x0112, 1) >= 5 else image.size
+    return image.size[::-1] if exif.get(0x0112) in (5, 6, 7, 8) else image.size
 
 
 def list_files(root):
@@ -458,17 +458,14 @@ def samples_of_key(files, index):
         yield key, {extension: where for _, _, extension, where in files}
         return
     index.header["repeated"] += 1
-    runs, last = [], -2
-    for number, _, extension, where in files:
-        if number != last + 1:
-            runs.append([{}])
-        if extension in runs[-1][-1]:
-            runs[-1].append({})
-        runs[-1][-1][extension] = where
-        last = number
-    for run in runs:
-        is_clear = len({tuple(sample) for sample in run}) == 1
-        for sample in run:
+    for _, run in itertools.groupby(enumerate(files), lambda pair: pair[1][0] - pair[0]):  # adjacent members
+        samples = [{}]
+        for _, (_, _, extension, where) in run:
+            if extension in samples[-1]:
+                samples.append({})
+            samples[-1][extension] = where
+        is_clear = len({tuple(sample) for sample in samples}) == 1
+        for sample in samples:
             parts = sample if is_clear else {end: where for end, where in sample.items() if end in IMAGES}
             for extension in sample.keys() - parts.keys():
                 index.left.add("tar members that fit several images", key + extension)

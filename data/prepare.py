@@ -312,11 +312,7 @@ def shrink(image, data, record, size, crop, quality):
     target = (max(round(w * scale), 1), max(round(h * scale), 1))
     record = dict(record, width=width, height=height)
     if record.get("objects"):
-        objects = dict(record["objects"])
-        u, v = (width, height) if objects.pop("unit", "pixel") == "image" else (1, 1)  # boxes as shares of the image
-        p, q = target[0] / w, target[1] / h
-        boxes = [((a * u - x) * p, (b * v - y) * q, c * u * p, d * v * q) for a, b, c, d in objects["bbox"]]
-        record["objects"] = objects | dict(bbox=[[round(value, 2) for value in box] for box in boxes])
+        record["objects"] = in_crop(record["objects"], (width, height), (x, y, w, h), target)
     if is_plain and target == (width, height):
         return bytes(data), ".jpg", record  # as it is: compressing again would only harm
     u, v = image.width / width, image.height / height  # less than 1 after draft
@@ -329,6 +325,15 @@ def shrink(image, data, record, size, crop, quality):
     else:
         image.save(file, "PNG")
     return file.getvalue(), ".jpg" if quality else ".png", record
+
+
+def in_crop(objects, size, crop, target):
+    """Objects with their boxes in pixels of the crop (x, y, w, h) of an image of this size, resized to target."""
+    objects, (x, y, w, h) = dict(objects), crop
+    u, v = size if objects.pop("unit", "pixel") == "image" else (1, 1)  # boxes as shares of the image
+    p, q = target[0] / w, target[1] / h
+    boxes = [((a * u - x) * p, (b * v - y) * q, c * u * p, d * v * q) for a, b, c, d in objects["bbox"]]
+    return objects | dict(bbox=[[round(value, 2) for value in box] for box in boxes])
 
 
 def start_worker():
