@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import common
+import convert
 from checkpoint import UserError, part, reject, with_prefix
 from configurator import configure
 from data.dataset import loader, permute, seed_of
@@ -128,19 +129,10 @@ def make_trunk(net):
     return nn.Sequential(*layers)
 
 
-def read_pth(path):
-    """The tensors of a published file; no code in it is run."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is something else can raise anything
-        reject(path, f"does not load ({str(error)[:100] or type(error).__name__})", "give a .pth file of tensors")
-    return tensors if isinstance(tensors, dict) else {}
-
-
 def load_trunk(net, path=None):
     """torchvision's weights for make_trunk(net), of the model or of its `features`: from path, or fetched once."""
     if path:
-        tensors = read_pth(path)
+        tensors = convert.read_tensors(str(path))
     else:
         path = TRUNK_URL + TRUNK_FILES[net]
         try:
@@ -152,10 +144,10 @@ def load_trunk(net, path=None):
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in make_trunk(net).state_dict().items()}
     for name, shape in wanted.items():
-        found = tuple(tensors[name].shape) if isinstance(tensors.get(name), torch.Tensor) else "missing"
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != shape:
             reject(path, f"{name} is {found}, {net} needs {shape}", f"give {net}'s weights, or set another net")
-    return {name: tensors[name].float() for name in wanted}
+    return {name: tensors[name].to(torch.float32, copy=True) for name in wanted}  # the file may be mapped
 
 
 def load_heads(net, path=None):
@@ -178,8 +170,9 @@ def load_heads(net, path=None):
         trunk, trunk_hash = part(tensors, "model.trunk"), meta["model"].get("trunk_hash")
         heads = [t for _, t in sorted(part(tensors, "model.heads").items())]  # fewer than ten
     else:
-        tensors = read_pth(path)
-        heads = [tensors.get(f"lin{k}.model.1.weight", torch.zeros(0)).flatten().float() for k in range(len(tensors))]
+        tensors = convert.read_tensors(path)
+        heads = [tensors.get(f"lin{k}.model.1.weight", torch.zeros(0)).flatten() for k in range(len(tensors))]
+        heads = [weight.to(torch.float32, copy=True) for weight in heads]
     if [len(w) for w in heads] != channels:
         found = f"LPIPS heads of {[len(w) for w in heads]} channels, {net} needs {channels}"
         reject(path, found, f"give heads trained on {net}, or set another net")

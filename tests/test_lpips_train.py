@@ -160,10 +160,10 @@ def test_bad_weights_are_named(trunks, tmp_path, monkeypatch):
     assert "0.weight is (64, 3, 3, 3), alex needs (64, 3, 11, 11); give alex's weights, or set another net" in message
     message = error(LPIPS, "vgg", saved({"0.weight": torch.zeros(64, 3, 3, 3)}), "uniform")
     assert "0.bias is missing, vgg needs (64,)" in message
-    assert "0.weight is missing" in error(LPIPS, "vgg", saved([1, 2]), "uniform")
-    assert "nowhere.pth: does not load" in error(LPIPS, "vgg", "nowhere.pth", "uniform")
+    assert "bad.pth: no tensors by name" in error(LPIPS, "vgg", saved([1, 2]), "uniform")
+    assert "nowhere.pth: no such file" in error(LPIPS, "vgg", "nowhere.pth", "uniform")
     (tmp_path / "text.pth").write_text("hello")
-    assert "text.pth: does not load" in error(LPIPS, "vgg", tmp_path / "text.pth", "uniform")
+    assert "text.pth: not a checkpoint" in error(LPIPS, "vgg", tmp_path / "text.pth", "uniform")
 
     def fetch(*args, **options):
         raise OSError("no network")
