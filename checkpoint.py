@@ -212,13 +212,13 @@ def tuples(settings):
 
 @contextlib.contextmanager
 def reading(path, what="settings or tensors do not fit", remedy="use another file"):
-    """Context in which any other error is a UserError: settings and tensors of unexpected form can raise anything."""
+    """Context in which any error is a UserError: files and tensors of unexpected form can raise anything."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        reject(path, f"{what} ({type(error).__name__}: {error})", remedy)
+        reject(path, f"{what} ({type(error).__name__}: {str(error)[:300]})", remedy)
 
 
 def build(model_class, settings, state, path, remedy="use another file", **more):

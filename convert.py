@@ -21,7 +21,6 @@ import math
 import os
 import re
 import zipfile
-import zlib
 from typing import NamedTuple
 
 import torch
@@ -462,11 +461,9 @@ def read_tensors(path):
         reject(path, "no such file", "give a file, a folder or a Hugging Face id")
     checkpoint.check_fetched(path)
     if path.endswith(".safetensors"):
-        try:
-            with safe_open(path, framework="pt") as file:
-                return without_prefixes({name: file.get_tensor(name) for name in file.keys()})
-        except (OSError, SafetensorError) as error:
-            reject(path, f"not a .safetensors file, or truncated ({error})", "fetch it again")
+        what = "not a .safetensors file, or truncated"
+        with checkpoint.reading(path, what, "fetch it again"), safe_open(path, framework="pt") as file:
+            return without_prefixes({name: file.get_tensor(name) for name in file.keys()})
     try:
         zipped = zipfile.is_zipfile(path)  # pickles from before torch 1.6 are not; they may name tensors only
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
@@ -498,11 +495,8 @@ def without_prefixes(state):
 
 def read_json(path):
     checkpoint.check_fetched(path)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        reject(path, f"cannot be read ({error})", "fetch it again")
+    with checkpoint.reading(path, "cannot be read", "fetch it again"), open(path, encoding="utf-8") as file:
+        content = json.load(file)
     if not isinstance(content, dict):
         reject(path, "not a JSON object", "fetch it again")
     return content
@@ -846,14 +840,12 @@ def read_merges(source):
         checkpoint.check_fetched(where)
         with open(where, "rb") as file:
             content = file.read()
-    try:
+    with checkpoint.reading(where, "cannot be read", AGAIN):
         if content[:2] == b"\x1f\x8b":
             content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(2**26)
         if len(content) >= 2**26:  # the real one has 3 MB
             reject(where, "more than 64 MB", AGAIN)
         lines = content.decode().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        reject(where, f"cannot be read ({error})", AGAIN)
     lines = lines[1:] if "#version" in lines[0] else lines
     return [line for line in lines[: 49152 - 256 - 2] if line.strip()], vocab, where  # CLIP uses only these
 

@@ -198,11 +198,9 @@ def open_set(source, name, split="all"):
     elif not source or not os.path.exists(source):
         reject(f"--{name}={source}", "no such file", "give an .npz, or a folder of images")
     elif str(source).endswith(".npz"):
-        try:
-            with np.load(source, allow_pickle=False) as file:
-                images = Array(file["arr_0"], source)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            reject(source, f"does not load ({error})", "give an .npz with the images as arr_0, uint8 (N,H,W,3)")
+        remedy = "give an .npz with the images as arr_0, uint8 (N,H,W,3)"
+        with checkpoint.reading(source, "does not load", remedy), np.load(source, allow_pickle=False) as file:
+            images = Array(file["arr_0"], source)
     else:
         images = Dataset(source, split)
         if names := earlier_files(source) - {"grid.png"}:  # written by sample.py

@@ -458,14 +458,12 @@ def decode(pipeline, x, tile=0, batch=0):
 
 def read_prompts(path):
     """The lines of a prompts file that are not empty."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte order mark
-            lines = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        reject(path, f"cannot be read as UTF-8 ({why})", "give a file with one prompt per line")
+    remedy = "give a file with one prompt per line"
+    # some editors begin a file with a byte order mark
+    with checkpoint.reading(path, "cannot be read as UTF-8", remedy), open(path, encoding="utf-8-sig") as file:
+        lines = [line.strip() for line in file if line.strip()]
     if not lines:
-        reject(path, "no prompts in it", "give a file with one prompt per line")
+        reject(path, "no prompts in it", remedy)
     return lines
 
 
@@ -583,13 +581,10 @@ def open_images(path):
     if not files:
         reject(path, "no images in it", "give an image, or a folder of images")
     for file in files:
-        try:
-            with Image.open(file) as image:
-                check_size(image)
-                image.load()
-                images[file.name] = image
-        except Exception as error:  # Pillow's plugins raise exceptions of many types
-            reject(file, f"does not open as an image ({error})", "give an image")
+        with checkpoint.reading(file, "does not open as an image", "give an image"), Image.open(file) as image:
+            check_size(image)
+            image.load()
+            images[file.name] = image
     return images
 
 

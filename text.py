@@ -47,23 +47,20 @@ def make_tokenizer(source="bytes"):
         with open(source, "rb") as file:
             ranks = read_ranks(file.read(), source)
     else:
-        try:
+        remedy = "use bytes, a .tiktoken file or one of tiktoken's names"
+        with checkpoint.reading(f"tokenizer {source!r}", "not a file, and tiktoken cannot load it", remedy):
             return tiktoken.get_encoding(source)
-        except Exception as error:  # an unknown name is a ValueError; a failed download can raise anything
-            what = f"not a file, and tiktoken cannot load it ({type(error).__name__})"
-            reject(f"tokenizer {source!r}", what, "use bytes, a .tiktoken file or one of tiktoken's names")
     return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 def read_ranks(content, path):
     """{token: rank} from the content of a .tiktoken file, lines of "base64(token) rank"."""
-    try:
+    remedy = "train one with data/prepare.py"
+    with checkpoint.reading(path, "not a .tiktoken file of 'base64 rank' lines", remedy):
         lines = (line.split() for line in content.splitlines() if line.strip())
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    except ValueError as error:
-        reject(path, f"not a .tiktoken file of 'base64 rank' lines ({error})", "train one with data/prepare.py")
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([i]) in ranks for i in range(256)):
-        reject(path, "its ranks are not 0, 1, 2, ..., or a single byte is missing", "train one with data/prepare.py")
+        reject(path, "its ranks are not 0, 1, 2, ..., or a single byte is missing", remedy)
     return ranks
 
 
@@ -92,11 +89,9 @@ class LayoutTokenizer:
 
     @classmethod
     def from_json(cls, text):
-        try:
+        with checkpoint.reading("tokenizer layout", "invalid", 'write layout {"names": ["cat", "dog"], "grid": 32}'):
             settings = json.loads(text)
             names, grid = settings["names"], settings.get("grid", 32)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            reject("tokenizer layout", f"invalid ({error!r})", 'write layout {"names": ["cat", "dog"], "grid": 32}')
         return cls(names, grid)
 
     def parse(self, text):

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ContainerIO, Image
 
-from checkpoint import POINTER, check_fetched, check_pointer, reject
+from checkpoint import POINTER, check_fetched, check_pointer, reading, reject
 
 Image.preinit()  # the common formats first: they are tried in this order
 Image.init()  # all of Pillow's formats but stubs without a decoder, and EPS, which runs ghostscript
@@ -498,11 +498,9 @@ def index_parquet(open_shard, shard):
         reject(path, f"declares {rows} rows, so it is damaged", "fetch it again")
     number = 0
     for group in range(f.num_row_groups):
-        try:
+        with reading(path, "is damaged", "fetch it again"):
             values = f.read_row_group(group, columns=about, use_threads=False).to_pylist()
             missing = rows_without_bytes(f, group, pixels)
-        except Exception as e:  # of many types
-            reject(path, f"is damaged ({e})", "fetch it again")
         for row in range(f.metadata.row_group(group).num_rows):
             if row in missing:
                 index.left.add(NO_BYTES, f"{prefix}{number:06d}")
@@ -585,12 +583,9 @@ def decode(data):
 
 
 def read_text(path):
-    try:
-        with open(path, "rb") as f:
-            check_pointer(f, path)
-            return decode(f.read())
-    except OSError as e:
-        reject(path, f"cannot be read ({e.strerror})", "correct or remove it")
+    with reading(path, "cannot be read", "correct or remove it"), open(path, "rb") as f:
+        check_pointer(f, path)
+        return decode(f.read())
 
 
 def parse(text):
@@ -644,18 +639,15 @@ def json_lines(path):
     """The value of every line that is not blank."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as e:
-                reject(f"{path} line {number}", f"is not JSON ({e})", "correct or delete it")
+            with reading(f"{path} line {number}", "is not JSON", "correct or delete it"):
+                value = json.loads(line)
+            yield value
 
 
 def read_classes(path):
     """Class names from JSON: a list, an object {index: name} or {name: index}, or {"classes": list}."""
-    try:
+    with reading(path, "is not JSON", "correct it, or remove it"):
         names = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as e:
-        reject(path, f"is not JSON ({e})", "correct it, or remove it")
     if isinstance(names, dict) and not path.endswith("meta.json"):
         if all(isinstance(number, int) for number in names.values()):  # class_to_idx of torchvision
             names = {str(number): name for name, number in names.items()}
@@ -671,15 +663,12 @@ def read_classes(path):
 
 def open_npy(path):
     """The array in a .npy file, mapped."""
-    reason = "it is an .npz"
     check_fetched(path)
-    try:
+    with reading(path, "does not load as .npy", "write it again"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(array, np.ndarray):
-            return array
-    except Exception as e:  # headers are read as Python's literals, which fail in many ways
-        reason = (str(e) or type(e).__name__)[:200]
-    reject(path, f"does not load as .npy ({reason})", "write it again")
+    if not isinstance(array, np.ndarray):
+        reject(path, "is an .npz", "write one array as .npy")
+    return array
 
 
 def open_parquet(path, file=None):
@@ -689,12 +678,10 @@ def open_parquet(path, file=None):
         reject(path, "is parquet, which needs pyarrow", "pip install pyarrow")
     file = file or open(path, "rb")
     check_pointer(file, path)
-    try:
+    with reading(path, "does not open as parquet", "fetch or write it again"):
         f = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
         f.schema_arrow.names  # noqa: B018  where some damage shows
         return f
-    except Exception as e:  # of many types
-        reject(path, f"does not open as parquet ({e})", "fetch or write it again")
 
 
 def hub_names(f, column):

@@ -48,6 +48,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoint
 from checkpoint import UserError, reject, write_whole
 from common import check_same_settings, install_excepthook
 from configurator import configure, find_settings
@@ -139,11 +140,9 @@ def fetch(url, path, md5):
 def from_hub(repo, patterns):
     """Fetch files of a data set on the Hugging Face hub; returns their folder, in the cache below HF_HOME."""
     hub = need("huggingface_hub", "--download=True")
-    try:
+    remedy = "run again to continue; some sets need `hf auth login` and their terms accepted"
+    with reading(repo, "download failed", remedy):
         return hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
-    except Exception as e:  # of many types, from three packages
-        remedy = "run again to continue; some sets need `hf auth login` and their terms accepted"
-        reject(repo, f"download failed ({e})", remedy)
 
 
 def need(module, why):
@@ -165,13 +164,9 @@ def check_source(source, what, setting="source"):
     return source
 
 
-@contextlib.contextmanager
-def reading(archive):
-    """Errors of damaged tar, zip and gzip files become one line."""
-    try:
-        yield
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
-        reject(archive, f"the archive is damaged ({e})", "download it again")
+def reading(path, what="the archive is damaged", remedy="download it again"):
+    """Context in which errors of damaged files become one line."""
+    return checkpoint.reading(path, what, remedy)
 
 
 def parquet_files(source):
@@ -199,11 +194,9 @@ def parquet_rows(path, columns=None):
         reject(path, f"no column {missing[0]!r}, only {', '.join(there)}", "check that it is the right file")
     row = 0
     for group in range(f.num_row_groups):
-        try:
+        with reading(path, "damaged"):
             table = f.read_row_group(group, [pixels, *columns], use_threads=False)  # threads do not survive a fork
             records = table.select(columns).to_pylist() if columns else [{}] * table.num_rows
-        except Exception as e:  # of many types
-            reject(path, f"damaged ({e})", "download it again")
         for at, record in enumerate(records):
             yield row, functools.partial(parquet_image, table.column(pixels), at), record
             row += 1

@@ -52,7 +52,7 @@ def test_tokenizers_decode_what_they_encode(tmp_path):
 
 BAD_FILES = [
     (b"no base64 here", "not a .tiktoken file"),
-    (b"YQ== zero\n", "not a .tiktoken file of 'base64 rank' lines .invalid literal"),
+    (b"YQ== zero\n", "not a .tiktoken file of 'base64 rank' lines .ValueError: invalid literal"),
     (tiktoken_file()[:-3], "ranks are not 0, 1, 2, ..."),  # truncated: the last rank is 2
     (b"".join(tiktoken_file().splitlines(True)[1:]), "a single byte is missing"),
 ]
@@ -69,13 +69,13 @@ def test_bad_tokenizer_files(tmp_path, content, message):
 
 def test_unknown_tokenizer_names(monkeypatch, tmp_path):
     for name in ("gpt7", str(tmp_path)):
-        refused("not a file, and tiktoken cannot load it (ValueError); use bytes", make_tokenizer, name)
+        refused("not a file, and tiktoken cannot load it (ValueError: ", make_tokenizer, name)
 
     def offline(name):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    refused("cannot load it (ConnectionError)", make_tokenizer, "gpt2")
+    refused("cannot load it (ConnectionError: no network)", make_tokenizer, "gpt2")
 
 
 def test_bpe_is_a_source_of_the_same_tokenizer(monkeypatch):
