@@ -123,14 +123,12 @@ def fetch(path):
         reject(path, "no such file", "for a Hugging Face id: pip install huggingface_hub")
     configs = ["*.json", "*/*.json", "merges.txt", "*/merges.txt"]
     skip = ["*.fp16.*", "*.non_ema.*", "*/safety_checker/*"]
-    try:
+    with reading(path, "no such file, and not on the Hugging Face hub", "check the name"):
         for ending in (".safetensors", ".bin"):
             weights = [f"*/*{ending}", f"diffusion_pytorch_model{ending}", f"model{ending}"]
             folder = snapshot_download(path, allow_patterns=configs + weights, ignore_patterns=skip)
             if any(name.endswith(ending) for _, _, names in os.walk(folder) for name in names):
                 break
-    except (OSError, ValueError) as error:  # what the hub's errors are
-        reject(path, f"no such file, and not on the Hugging Face hub ({error})", "check the name")
     return folder
 
 

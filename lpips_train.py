@@ -135,11 +135,9 @@ def load_trunk(net, path=None):
         tensors = convert.read_tensors(str(path))
     else:
         path = TRUNK_URL + TRUNK_FILES[net]
-        try:
+        remedy = "download it and set trunk_weights (train_vae.py: lpips_trunk) to the file"
+        with checkpoint.reading(path, "could not be fetched", remedy):
             tensors = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
-            remedy = "download it and set trunk_weights (train_vae.py: lpips_trunk) to the file"
-            reject(path, f"could not be fetched ({error})", remedy)
     tensors = {name.removeprefix("features."): t for name, t in tensors.items()}
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in make_trunk(net).state_dict().items()}

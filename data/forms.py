@@ -284,7 +284,7 @@ def read_table(path, left):
     if path.lower().endswith(".jsonl"):
         return json_lines(path)
     text = read_text(path) or "\n"  # of an empty file the first line is empty
-    try:
+    with reading(path, "is not CSV", "correct it"):
         # the delimiter and quotes that give the first line a name of FILES
         for quote, delimiter in itertools.product("\"'", ",;\t|"):
             options = dict(delimiter=delimiter, quotechar=quote, skipinitialspace=True)
@@ -294,8 +294,6 @@ def read_table(path, left):
                 break
         else:
             rows = [names, *rows]
-    except csv.Error as e:
-        reject(path, f"is not CSV ({e})", "correct it")
     last = len(names) - 1
     for row in rows:
         if len(row) > len(names) and names[last].lower() in CAPTIONS:  # a caption that has delimiters and no quotes
