@@ -101,6 +101,16 @@ def check_pointer(file, path):
     file.seek(0)
 
 
+def read_json(path, remedy="fetch it again"):
+    """The JSON object in a file, as a dict."""
+    check_fetched(path)
+    with reading(path, "cannot be read", remedy), open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        reject(path, "not a JSON object", remedy)
+    return content
+
+
 def is_ours(path):
     """Whether what `find` returned is a checkpoint of this repository."""
     if os.path.isdir(path) or not path.endswith(".safetensors"):

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 import diffusion
-from checkpoint import UserError, part, reject
+from checkpoint import UserError, part, read_json, reject
 
 # The defaults of vae.VAE and unet.UNet, for settings that a file of another project does not say.
 VAE = dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, attn_resolutions=(), resolution=256)
@@ -491,15 +491,6 @@ def without_prefixes(state):
         if state and all(name.startswith(prefix) for name in state):
             return without_prefixes({name.removeprefix(prefix): t for name, t in state.items()})
     return state
-
-
-def read_json(path):
-    checkpoint.check_fetched(path)
-    with checkpoint.reading(path, "cannot be read", "fetch it again"), open(path, encoding="utf-8") as file:
-        content = json.load(file)
-    if not isinstance(content, dict):
-        reject(path, "not a JSON object", "fetch it again")
-    return content
 
 
 def read_folder(folder):

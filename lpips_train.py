@@ -16,7 +16,6 @@ The same command again resumes the run. An image, in what it prints, is a judged
 """
 
 import importlib.util
-import json
 import math
 import os
 
@@ -422,10 +421,7 @@ if __name__ == "__main__":
     side = min(judgements.size for judgements in (images, *validation.values()))
     if side < MIN_SIDE[cfg.net]:
         reject(cfg.dataset, f"patches of {side} pixels, {cfg.net} needs {MIN_SIDE[cfg.net]}", "choose another net")
-    if not os.path.exists(f"{cfg.dataset}/meta.json"):
-        reject(f"{cfg.dataset}/meta.json", "not there", "run data/bapps/prepare.py to its end")
-    with open(f"{cfg.dataset}/meta.json") as file:
-        description = json.load(file)["what"]
+    description = checkpoint.read_json(f"{cfg.dataset}/meta.json", "run data/bapps/prepare.py to its end")["what"]
 
     # model
     torch.manual_seed(seed_of(cfg.seed, "init"))

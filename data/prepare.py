@@ -94,10 +94,9 @@ def is_made(folder, meta):
     """Whether folder/meta.json equals meta. If not it is deleted, as the files that it describes will be replaced."""
     path = f"{folder}/meta.json"
     if os.path.exists(path):
-        with open(path) as f:
-            if json.load(f) == json.loads(json.dumps(meta)):  # tuples become lists
-                print(f"{folder}: up to date")
-                return True
+        if checkpoint.read_json(path, "delete it") == json.loads(json.dumps(meta)):  # tuples become lists
+            print(f"{folder}: up to date")
+            return True
         os.remove(path)
     os.makedirs(folder, exist_ok=True)
     return False
@@ -463,8 +462,7 @@ def begin(out_dir, settings):
             reject(shards[0], "was not made by this command", REMEDY)
         os.makedirs(out_dir, exist_ok=True)
         save(path, json.dumps({"settings": settings}))
-    with open(path) as f:
-        meta = json.load(f)
+    meta = checkpoint.read_json(path, REMEDY)
     check_same_settings(out_dir, meta.get("settings", {}), settings, then="then", remedy=REMEDY)
     return meta if all(os.path.exists(f"{out_dir}/{name}") for name in meta.get("shards", ["-"])) else None
 

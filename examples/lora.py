@@ -121,7 +121,7 @@ def unet_names(settings):
 def read_lora(path):
     """{layer, as in diffusers with _ for dots: [down, up, alpha / rank]} of a file of diffusers, peft or kohya."""
     tensors, beside = convert.read_tensors(path), os.path.join(os.path.dirname(path), "adapter_config.json")
-    config, found = convert.read_json(beside) if os.path.exists(beside) else {}, {}
+    config, found = checkpoint.read_json(beside) if os.path.exists(beside) else {}, {}
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     for name, t in tensors.items():

@@ -359,7 +359,7 @@ def test_a_damaged_set_is_named(tmp_path, start):
     path = make_judgements(tmp_path / "set")
     (path / "meta.json").unlink()
     message = start(f"--dataset={path}").fail()
-    assert message.endswith("set/meta.json: not there; run data/bapps/prepare.py to its end")
+    assert "set/meta.json: cannot be read" in message and message.endswith("; run data/bapps/prepare.py to its end")
     np.save(path / "2afc/train/more/judge.npy", np.zeros(3, np.float32))
     assert "more: judgements (3,) of images (10, 3, 20, 20, 3); run" in error(Judgements, str(path), "2afc", "train")
 
