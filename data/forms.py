@@ -11,6 +11,7 @@ No image is decoded here. Labels, captions and objects are read once, into the i
 import codecs
 import csv
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -669,15 +670,21 @@ def open_npy(path):
     return array
 
 
-def open_parquet(path, file=None):
+def need(module, why):
+    """An optional module."""
     try:
-        import pyarrow.parquet
+        return importlib.import_module(module)
     except ImportError:
-        reject(path, "is parquet, which needs pyarrow", "pip install pyarrow")
+        package = module.split(".")[0]
+        reject(why, f"needs {package}, which is not installed", f"pip install {package}")
+
+
+def open_parquet(path, file=None):
+    parquet = need("pyarrow.parquet", path)
     file = file or open(path, "rb")
     check_pointer(file, path)
     with reading(path, "does not open as parquet", "fetch or write it again"):
-        f = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+        f = parquet.ParquetFile(file, pre_buffer=False)
         f.schema_arrow.names  # noqa: B018  where some damage shows
         return f
 

@@ -28,7 +28,6 @@ import functools
 import glob
 import hashlib
 import http.client
-import importlib
 import io
 import itertools
 import json
@@ -53,7 +52,7 @@ from checkpoint import UserError, reject, write_whole
 from common import check_same_settings, install_excepthook
 from configurator import configure, find_settings
 from data.dataset import BadImage, as_bad_image, crop_box, to_mode
-from data.forms import IMAGES, PIXELS, captions_of, hub_names, image_bytes, list_files, open_parquet, parse
+from data.forms import IMAGES, PIXELS, captions_of, hub_names, image_bytes, list_files, need, open_parquet, parse
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, also the limit of data/dataset.py; larger ones may be bombs
@@ -142,15 +141,6 @@ def from_hub(repo, patterns):
     remedy = "run again to continue; some sets need `hf auth login` and their terms accepted"
     with reading(repo, "download failed", remedy):
         return hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
-
-
-def need(module, why):
-    """An optional module."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[0]
-        reject(why, f"needs {package}, which is not installed", f"pip install {package}")
 
 
 # --- sources ---
