@@ -534,9 +534,8 @@ class Log:
         what = f"{', '.join(names) or 'a term of another rank'} not finite at step {step}; the weights were not updated"
         saved = f"last checkpoint: {self.latest}" if os.path.exists(self.latest) else "no checkpoint yet"
         images = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        raise UserError(
-            f"{what}; {saved}; try a lower lr, grad_clip or more warmup_steps; images of the step: {images}"
-        )
+        remedy = "try a lower lr, grad_clip or more warmup_steps"
+        raise UserError(f"{what}; {saved}; {remedy}; images of the step: {images}")
 
     def end(self, step, stop):
         """The last line of a run that has finished, or was stopped by a signal; all ranks leave."""

@@ -408,9 +408,8 @@ def latent_sides(pipeline, size):
     if not size:
         return pipeline.latent_shape[1:]
     if len(size) > 2 or any(side % pipeline.multiple or side < 1 for side in size):
-        raise UserError(
-            f"size={','.join(f'{side:g}' for side in size)} must be one or two multiples of {pipeline.multiple}"
-        )
+        given = ",".join(f"{side:g}" for side in size)
+        raise UserError(f"size={given} must be one or two multiples of {pipeline.multiple}")
     return tuple(int(side) // pipeline.factor for side in (size[0], size[-1]))
 
 
@@ -717,9 +716,8 @@ if __name__ == "__main__":
         images = generate(pipeline, progress=True, **options)
     seconds = time.time() - started
     grid = save_samples(folder, images, records, cfg)
-    how = (
-        f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, {generate.evaluations} network evaluations each"
-    )
+    how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}"
+    how += f", {generate.evaluations} network evaluations each"
     print(f"{len(images)} images in {seconds:.1f} s ({how}): {folder}/grid.png")
     if cfg.show:
         grid.show()

@@ -87,9 +87,8 @@ class LatentCache(torch.utils.data.Dataset):
         mine = [self.members(shard) for shard in missing if shard % world == rank]
         spans, parts = [span[at : at + 32] for span in mine for at in range(0, len(span), 32)], []
         batches = in_batches(Images(self.dataset), spans, torch.stack, workers)
-        with tqdm(
-            desc="caching latents", total=sum(map(len, spans)), disable=True if rank or not spans else None
-        ) as bar:
+        hidden = True if rank or not spans else None  # None: shown on a terminal
+        with tqdm(desc="caching latents", total=sum(map(len, spans)), disable=hidden) as bar:
             for span, x in zip(spans, batches):
                 x = x.to(device, vae.latent_mean.dtype)
                 pair = []

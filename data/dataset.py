@@ -952,9 +952,8 @@ def begin_worker(number):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m data.dataset", description="Describe a data set and measure how fast it is read."
-    )
+    about = "Describe a data set and measure how fast it is read."
+    parser = argparse.ArgumentParser(prog="python -m data.dataset", description=about)
     parser.add_argument("path")
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--buckets", type=int, default=0, help="report buckets with sides that are multiples of this")
@@ -968,12 +967,10 @@ if __name__ == "__main__":
             buckets = ds.in_buckets(args.buckets)
             sizes = [(size, bucket.sides) for bucket in buckets for size in bucket.image_sizes()]
             total = sum(math.prod(size) for size, _ in sizes)
-            at_one_size = sum(math.prod(crop_box(*size, ds.sides)[2:]) for size, _ in sizes)
-            in_buckets = sum(math.prod(crop_box(*size, sides)[2:]) for size, sides in sizes)
+            lost = 1 - sum(math.prod(crop_box(*size, ds.sides)[2:]) for size, _ in sizes) / total
+            lost_in_buckets = 1 - sum(math.prod(crop_box(*size, sides)[2:]) for size, sides in sizes) / total
             print(Buckets([Stream(bucket, 0) for bucket in buckets], 0, 1))
-            print(
-                f"cropping loses {1 - at_one_size / total:.1%} of the pixels, in buckets {1 - in_buckets / total:.1%}"
-            )
+            print(f"cropping loses {lost:.1%} of the pixels, in buckets {lost_in_buckets:.1%}")
         stream, count, bad, began, worked = Stream(ds, 0), 0, 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - began < args.seconds:
             bad += len(stream[count]["bad"])
