@@ -440,9 +440,8 @@ FOLDERS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text": ("text_encoder", 
 OURS = "_latent_diffusion"  # in unet/config.json of our exports: what diffusers' files have no place for
 NAMES = {"vae": "autoencoder", "unet": "U-Net", "text": "text encoder"}
 # Objects in Lightning's files beside the tensors; they become Inert
-INERT = (
-    r"(pytorch_lightning|lightning|lightning_fabric)\..*|_codecs\.encode|numpy\.dtype|numpy\._?core\.multiarray\.scalar"
-)
+INERT = r"(pytorch_lightning|lightning|lightning_fabric)\..*|_codecs\.encode"
+INERT += r"|numpy\.dtype|numpy\._?core\.multiarray\.scalar"
 
 
 class Inert:
@@ -469,7 +468,7 @@ def read_tensors(path):
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         code = [name for name in named if not re.fullmatch(INERT, name)]
         if not code:
-            with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in named]):
+            with torch.serialization.safe_globals([(Inert, name) for name in named]):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a file of another format can raise anything
         code = re.findall(r"GLOBAL (\S+)", str(error))
