@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FORMAT = 2
-POINTER = b"version https://git-lfs"
+POINTER = b"version https://git-lfs"  # begins what stands for a file that git-lfs has not fetched
 
 
 class UserError(ValueError):
@@ -95,7 +95,7 @@ def check_fetched(path):
 
 
 def check_pointer(file, path):
-    """UserError if an open file is a git-lfs pointer, which stands for a large one that is not fetched; rewinds it."""
+    """UserError if an open file is a git-lfs pointer; else its position is the beginning."""
     if file.read(len(POINTER)) == POINTER:
         reject(path, "a git-lfs pointer, not the file itself", "run git lfs pull in its folder, or download it")
     file.seek(0)

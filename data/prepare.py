@@ -453,7 +453,8 @@ def begin(out_dir, settings):
         os.makedirs(out_dir, exist_ok=True)
         save(path, json.dumps({"settings": settings}))
     meta = checkpoint.read_json(path, REMEDY)
-    check_same_settings(out_dir, meta.get("settings", {}), settings, then="then", remedy=REMEDY)
+    before = meta.get("settings", {})
+    check_same_settings(out_dir, before, dict.fromkeys(before) | settings, then="then", remedy=REMEDY)
     return meta if all(os.path.exists(f"{out_dir}/{name}") for name in meta.get("shards", ["-"])) else None
 
 
