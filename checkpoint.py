@@ -226,7 +226,8 @@ def reading(path, what="settings or tensors do not fit", remedy="use another fil
     except UserError:
         raise
     except Exception as error:
-        reject(path, f"{what} ({type(error).__name__}: {str(error)[:300]})", remedy)
+        reason = getattr(error, "strerror", "") or f"{type(error).__name__}: {error}"
+        reject(path, f"{what} ({reason[:300]})", remedy)
 
 
 def build(model_class, settings, state, path, remedy="use another file", **more):
