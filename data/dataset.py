@@ -344,7 +344,7 @@ class Dataset:
         shards = [path for path in paths if os.path.basename(path).lower() not in forms.METADATA]
         by_form = {form: [path for path in shards if path.lower().endswith(f".{form}")] for form in ("tar", "parquet")}
         with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
-            stamp = self.remote.stamps.get if self.remote else self._stat
+            stamp = self.remote.stamps.get if self.remote else lambda name: forms.stat(f"{self.root}/{name}")
             stamps = {form: list(pool.map(stamp, shards)) for form, shards in by_form.items()}
         form = max(stamps, key=lambda form: (sum(size or 0 for size, *_ in stamps[form]), len(stamps[form])))
         return form, by_form[form], stamps[form]
@@ -635,9 +635,6 @@ class Dataset:
         return range(0, len(self), -(-len(self) // n))
 
     # reading
-
-    def _stat(self, name):
-        return forms.stat(f"{self.root}/{name}")
 
     def _open_file(self, name):
         return self.remote.open(name) if self.remote else open(f"{self.root}/{name}", "rb")
