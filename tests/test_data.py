@@ -1194,7 +1194,7 @@ def test_remote_faults(memory, monkeypatch, capsys):
         ("cache_gb=1e-06 is less than one of its files", "memory://set", dict(cache_gb=1e-6), None),
         ("cannot be kept in taken/shards-.*; set another cache_dir", "memory://set", dict(cache_dir="taken"), None),
         ("s3://bucket/x: cannot be read .*; pip install fsspec", "s3://bucket/x", {}, "fsspec"),
-        ("pip install pyarrow", path.parent / "tables", {}, "pyarrow"),
+        ("pip install pyarrow", path.parent / "tables", {}, "pyarrow.parquet"),
     ):
         with pytest.raises(UserError, match=message), monkeypatch.context() as patch:
             if missing:
