@@ -457,7 +457,7 @@ class Inert:
 def read_tensors(path):
     """All tensors of a .safetensors file, or of a pickle without running its code."""
     if not os.path.exists(path):
-        reject(path, "no such file", "give a file, a folder or a Hugging Face id")
+        reject(path, "no such file", "give a file of tensors: .safetensors, .ckpt, .pth")
     checkpoint.check_fetched(path)
     if path.endswith(".safetensors"):
         what = "not a .safetensors file, or truncated"
