@@ -34,7 +34,7 @@ import torch
 import checkpoint
 import sample
 from checkpoint import UserError
-from common import install_excepthook, setup
+from common import install_excepthook, read_records, setup
 from configurator import SettingError, checked, configure, find, find_settings, make_config
 from grid import as_rgb, to_pil
 
@@ -63,7 +63,6 @@ MAX_IMAGES, MAX_PIXELS = 16, 2**24  # of a request
 MAX_WAITING = 4  # requests that wait for the one that is generating
 MAX_CONNECTIONS = 32
 MAX_POINTS = 1000  # of a curve
-BLOCK = 2**24  # bytes of a log that are read at once
 SAFE_HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' blob: data:; frame-ancestors 'none'",
@@ -90,7 +89,7 @@ class Model:
         """values: settings of sample.py."""
         self.values, self.path, self.stamp = values, None, None
         self.lock, self.reading = threading.Lock(), threading.Lock()  # reading: one upload is decoded at a time
-        self.machine = setup(self.config().replace(deterministic=False))
+        self.machine = setup(self.config())
 
     def config(self, **values):
         """The settings of sample.py with these."""
@@ -240,14 +239,9 @@ class Thinned:
 
 def table(lines):
     """{name: [its value at each step]} in the order of the steps; of a repeated step the last values count."""
-    records = {}
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):  # damaged
-            record = json.loads(line)
-            step = int(record["step"])
-            records[step] = records.get(step, {}) | record
-    names = {name for record in records.values() for name in record}
-    return {name: [plain(records[step].get(name)) for step in sorted(records)] for name in sorted(names)}
+    records = read_records(lines)
+    names = {name for record in records for name in record}
+    return {name: [plain(record.get(name)) for record in records] for name in sorted(names)}
 
 
 def plain(value):
@@ -276,14 +270,11 @@ class Run:
                 self.__init__(self.folder)  # another run in the same folder
             self.head, self.changed = head, stat.st_mtime
             file.seek(self.offset)
-            while block := file.read(BLOCK):
-                end = block.rfind(b"\n") + 1
-                if not end and len(block) < BLOCK:  # half a line: the rest comes later
+            for line in file:
+                if not line.endswith(b"\n"):  # half a line: the rest comes later
                     break
-                for line in block[: end or BLOCK].splitlines():
-                    (self.progress if b'"images_per_s"' in line else self.evaluations).add(line)
-                self.offset += end or BLOCK
-                file.seek(self.offset)
+                (self.progress if b'"images_per_s"' in line else self.evaluations).add(line)
+                self.offset += len(line)
 
     def about(self, details=False):
         """How far the run is; with `details` also its settings, curves and images."""

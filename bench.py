@@ -440,7 +440,7 @@ def measure(row, bench, cfg, peak):
 
 def main(cfg):
     """Print the table; return its lines as lists of cells."""
-    machine = common.setup(cfg.replace(deterministic=False))
+    machine = common.setup(cfg)
     if machine.device.type == "mps":
         raise checkpoint.UserError("bench.py does not measure an Apple GPU: set --device=cpu")
     on_gpu = machine.device.type == "cuda"

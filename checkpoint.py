@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FORMAT = 2
+POINTER = b"version https://git-lfs"  # begins what stands for a file that git-lfs has not fetched
 
 
 class UserError(ValueError):
@@ -87,11 +88,27 @@ def find(path):
 
 
 def check_fetched(path):
-    """UserError if `path` is a git-lfs pointer: the few lines that stand for a large file until it is fetched."""
+    """UserError if `path` is a git-lfs pointer, see check_pointer."""
     if os.path.isfile(path):
         with open(path, "rb") as file:
-            if file.read(42) == b"version https://git-lfs.github.com/spec/v1":
-                reject(path, "a git-lfs pointer, not the file itself", "run git lfs pull in its folder, or download it")
+            check_pointer(file, path)
+
+
+def check_pointer(file, path):
+    """UserError if an open file is a git-lfs pointer; else its position is the beginning."""
+    if file.read(len(POINTER)) == POINTER:
+        reject(path, "a git-lfs pointer, not the file itself", "run git lfs pull in its folder, or download it")
+    file.seek(0)
+
+
+def read_json(path, remedy="fetch it again"):
+    """The JSON object in a file, as a dict."""
+    check_fetched(path)
+    with reading(path, "cannot be read", remedy), open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        reject(path, "not a JSON object", remedy)
+    return content
 
 
 def is_ours(path):
@@ -116,14 +133,12 @@ def fetch(path):
         reject(path, "no such file", "for a Hugging Face id: pip install huggingface_hub")
     configs = ["*.json", "*/*.json", "merges.txt", "*/merges.txt"]
     skip = ["*.fp16.*", "*.non_ema.*", "*/safety_checker/*"]
-    try:
+    with reading(path, "no such file, and not on the Hugging Face hub", "check the name"):
         for ending in (".safetensors", ".bin"):
             weights = [f"*/*{ending}", f"diffusion_pytorch_model{ending}", f"model{ending}"]
             folder = snapshot_download(path, allow_patterns=configs + weights, ignore_patterns=skip)
             if any(name.endswith(ending) for _, _, names in os.walk(folder) for name in names):
                 break
-    except (OSError, ValueError) as error:  # what the hub's errors are
-        reject(path, f"no such file, and not on the Hugging Face hub ({error})", "check the name")
     return folder
 
 
@@ -205,13 +220,14 @@ def tuples(settings):
 
 @contextlib.contextmanager
 def reading(path, what="settings or tensors do not fit", remedy="use another file"):
-    """Context in which any other error is a UserError: settings and tensors of unexpected form can raise anything."""
+    """Context in which any error is a UserError: files and tensors of unexpected form can raise anything."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        reject(path, f"{what} ({type(error).__name__}: {error})", remedy)
+        reason = getattr(error, "strerror", "") or f"{type(error).__name__}: {error}"
+        reject(path, f"{what} ({reason[:300]})", remedy)
 
 
 def build(model_class, settings, state, path, remedy="use another file", **more):

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from checkpoint import UserError, reject, write_whole
+from metrics import off_mps  # noqa: F401  for the scripts, as common.off_mps
 
 # dense bf16 (V100: fp16)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}
@@ -59,7 +60,11 @@ class Machine(NamedTuple):
 
 
 def setup(cfg):
-    """Choose the device and join the process group that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK)."""
+    """Choose the device and join the process group that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK).
+
+    cfg: device and dtype; deterministic, compile and dist_timeout where the script has them.
+    """
+    deterministic, compiling = cfg.get("deterministic", False), cfg.get("compile", "false")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = cfg.device if cfg.device != "auto" else next(kind for kind in present if present[kind])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -76,14 +81,14 @@ def setup(cfg):
         timeout = datetime.timedelta(minutes=cfg.dist_timeout)
         options = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")
         dist.init_process_group(store=fresh_store(timeout), rank=rank, world_size=world, timeout=timeout, **options)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.deterministic
-    torch.backends.cudnn.benchmark = not cfg.deterministic
-    if cfg.deterministic:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
     precision = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
     param_dtype = torch.float64 if precision == "float64" else torch.float32
-    compiled = cfg.compile == "true" or (cfg.compile == "auto" and kind == "cuda")
+    compiled = compiling == "true" or (compiling == "auto" and kind == "cuda")
     return Machine(rank, world, device, precision, param_dtype, compiled)
 
 
@@ -99,11 +104,6 @@ def fresh_store(timeout):
         remedy = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, with --rdzv_backend=c10d"
         raise UserError(f"torchrun --max_restarts on several nodes needs a new store at each restart: {remedy}")
     return dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-
-
-def off_mps(t):
-    """A tensor; on an Apple GPU, which lacks float64 and torch.special.ndtri, its copy on the CPU."""
-    return t.cpu() if t.device.type == "mps" else t
 
 
 def assert_same_on_all_ranks(**values):
@@ -373,10 +373,10 @@ def load_optimizer_state(optimizer, model, prefix, tensors):
 # --- resuming ---
 
 
-def check_same_settings(path, saved, now, free=()):
-    """Raise UserError with both values where settings differ from those in a checkpoint, but for the names in `free`.
+def check_same_settings(path, saved, now, free=(), then="in the checkpoint", remedy="use those, or another out_dir"):
+    """Raise UserError with both values where settings differ from those that were saved, but for the names in `free`.
 
-    saved, now: dicts, and dicts in them are searched too.
+    saved, now: dicts, and dicts in them are searched too.  then, remedy: words of the message.
     """
 
     def flat(settings):
@@ -384,11 +384,9 @@ def check_same_settings(path, saved, now, free=()):
         return {name: value for part in parts for name, value in part.items()}
 
     saved, now = (flat(json.loads(json.dumps(settings))) for settings in (saved, now))  # tuples as lists
-    rows = [
-        f"{k}={saved.get(k)} in the checkpoint, {now[k]} now" for k in now if k not in free and saved.get(k) != now[k]
-    ]
+    rows = [f"{k}={saved.get(k)} {then}, {now[k]} now" for k in now if k not in free and saved.get(k) != now[k]]
     if rows:
-        reject(path, f"has other settings: {', '.join(rows)}", "use those, or another out_dir")
+        reject(path, f"has other settings: {', '.join(rows)}", remedy)
 
 
 def start(cfg, world, meta, path):
@@ -541,9 +539,8 @@ class Log:
         what = f"{', '.join(names) or 'a term of another rank'} not finite at step {step}; the weights were not updated"
         saved = f"last checkpoint: {self.latest}" if os.path.exists(self.latest) else "no checkpoint yet"
         images = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        raise UserError(
-            f"{what}; {saved}; try a lower lr, grad_clip or more warmup_steps; images of the step: {images}"
-        )
+        remedy = "try a lower lr, grad_clip or more warmup_steps"
+        raise UserError(f"{what}; {saved}; {remedy}; images of the step: {images}")
 
     def end(self, step, stop):
         """The last line of a run that has finished, or was stopped by a signal; all ranks leave."""
@@ -564,13 +561,20 @@ def brief(value):
 
 
 def read_log(out_dir):
-    """[{step, ...}, ...] of log.jsonl, one record for each step in order; of a repeated step the last values."""
-    records = {}
+    """The records of a run's log.jsonl, see read_records."""
     with open(f"{out_dir}/log.jsonl") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):  # a kill may cut a line short
-                record = json.loads(line)
-                records[record["step"]] = records.get(record["step"], {}) | record
+        return read_records(file)
+
+
+def read_records(lines):
+    """[{step, ...}, ...] of lines of a log.jsonl, one for each step in order; of a repeated step the last values."""
+    records = {}
+    for line in lines:
+        # a kill may cut a line short
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            record = json.loads(line)
+            step = int(record["step"])
+            records[step] = records.get(step, {}) | record
     return [records[step] for step in sorted(records)]
 
 

@@ -21,7 +21,6 @@ import math
 import os
 import re
 import zipfile
-import zlib
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 import diffusion
-from checkpoint import UserError, part, reject
+from checkpoint import UserError, part, read_json, reject
 
 # The defaults of vae.VAE and unet.UNet, for settings that a file of another project does not say.
 VAE = dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, attn_resolutions=(), resolution=256)
@@ -191,11 +190,8 @@ def vae_layers(s):
         yield Layer(("quantize.embedding",) * 3, ends=(".weight",))
 
 
-def unet_layers(s, new_order=False):
-    """The layers of a U-Net with settings s.
-
-    new_order: q, k and v of CompVis' plain attention blocks do not alternate by head.
-    """
+def unet_layers(s):
+    """The layers of a U-Net with settings s."""
     levels = len(s["channel_mult"])
     blocks = by_level(s["num_res_blocks"], levels)
     widths = [s["channels"] * mult for mult in s["channel_mult"]]
@@ -206,7 +202,7 @@ def unet_layers(s, new_order=False):
     def attention(c, *names):
         names = (names[0], *names)
         if not s["transformer_depth"]:
-            heads = 1 if new_order else s["num_heads"] or c // s["head_dim"]
+            heads = s["num_heads"] or c // s["head_dim"]
             return below(names, [layer._replace(heads=heads) for layer in UNET_ATTENTION])
         layers = [Layer((name,) * 3) for name in ("norm", "proj_in", "proj_out")]
         for i in range(s["transformer_depth"]):
@@ -444,9 +440,8 @@ FOLDERS = {"vae": ("vae", "vqvae"), "unet": ("unet",), "text": ("text_encoder", 
 OURS = "_latent_diffusion"  # in unet/config.json of our exports: what diffusers' files have no place for
 NAMES = {"vae": "autoencoder", "unet": "U-Net", "text": "text encoder"}
 # Objects in Lightning's files beside the tensors; they become Inert
-INERT = (
-    r"(pytorch_lightning|lightning|lightning_fabric)\..*|_codecs\.encode|numpy\.dtype|numpy\._?core\.multiarray\.scalar"
-)
+INERT = r"(pytorch_lightning|lightning|lightning_fabric)\..*|_codecs\.encode"
+INERT += r"|numpy\.dtype|numpy\._?core\.multiarray\.scalar"
 
 
 class Inert:
@@ -462,20 +457,18 @@ class Inert:
 def read_tensors(path):
     """All tensors of a .safetensors file, or of a pickle without running its code."""
     if not os.path.exists(path):
-        reject(path, "no such file", "give a file, a folder or a Hugging Face id")
+        reject(path, "no such file", "give a file of tensors: .safetensors, .ckpt, .pth")
     checkpoint.check_fetched(path)
     if path.endswith(".safetensors"):
-        try:
-            with safe_open(path, framework="pt") as file:
-                return without_prefixes({name: file.get_tensor(name) for name in file.keys()})
-        except (OSError, SafetensorError) as error:
-            reject(path, f"not a .safetensors file, or truncated ({error})", "fetch it again")
+        what = "not a .safetensors file, or truncated"
+        with checkpoint.reading(path, what, "fetch it again"), safe_open(path, framework="pt") as file:
+            return without_prefixes({name: file.get_tensor(name) for name in file.keys()})
     try:
         zipped = zipfile.is_zipfile(path)  # pickles from before torch 1.6 are not; they may name tensors only
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         code = [name for name in named if not re.fullmatch(INERT, name)]
         if not code:
-            with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in named]):
+            with torch.serialization.safe_globals([(Inert, name) for name in named]):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a file of another format can raise anything
         code = re.findall(r"GLOBAL (\S+)", str(error))
@@ -497,18 +490,6 @@ def without_prefixes(state):
         if state and all(name.startswith(prefix) for name in state):
             return without_prefixes({name.removeprefix(prefix): t for name, t in state.items()})
     return state
-
-
-def read_json(path):
-    checkpoint.check_fetched(path)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        reject(path, f"cannot be read ({error})", "fetch it again")
-    if not isinstance(content, dict):
-        reject(path, "not a JSON object", "fetch it again")
-    return content
 
 
 def read_folder(folder):
@@ -662,10 +643,11 @@ def latent_scale(path, file, s):
 
 
 @one_line_errors
-def load_unet(path, new_attention_order=False, file=None, **known):
+def load_unet(path, file=None, **known):
     """(settings, state dict) of the U-Net in a file or folder, its EMA's weights if there are any.
 
-    new_attention_order: see unet_layers.  known: settings of unet.UNet that the file does not say, such as num_heads.
+    known: settings of unet.UNet that the file does not say, such as num_heads.  file: its tensors, if they have been
+    read.
     """
     path = checkpoint.find(path)
     state, config, _ = read_part(path, "unet", file)
@@ -680,7 +662,7 @@ def load_unet(path, new_attention_order=False, file=None, **known):
             reject(path, "does not say its number of heads", "set --num_heads=N or --head_dim=N")
         inferred |= dict(num_heads=release.get("num_heads", 0), head_dim=release.get("head_dim", 0))
     s = combine(path, UNET, inferred, checkpoint.tuples(known))
-    return s, to_ours(state, key_table(unet_layers(s, new_attention_order), layout), path)
+    return s, to_ours(state, key_table(unet_layers(s), layout), path)
 
 
 def read_unet_config(config, path, inferred):
@@ -814,6 +796,15 @@ def find_merges(path):
             return "\n".join(["#version: 0.2", *lines, ""]).encode()
 
 
+def byte_letters():
+    """{character: byte} of GPT-2's and CLIP's vocabularies, in their order: what is printable is written as itself, the
+    other 68 bytes as the characters from 256 on.
+    """
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
 CLIP_VOCAB = "set --clip_vocab=FILE: bpe_simple_vocab_16e6.txt.gz or a folder with merges.txt"
 AGAIN = f"fetch it again, or {CLIP_VOCAB}"
 
@@ -839,14 +830,12 @@ def read_merges(source):
         checkpoint.check_fetched(where)
         with open(where, "rb") as file:
             content = file.read()
-    try:
+    with checkpoint.reading(where, "cannot be read", AGAIN):
         if content[:2] == b"\x1f\x8b":
             content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(2**26)
         if len(content) >= 2**26:  # the real one has 3 MB
             reject(where, "more than 64 MB", AGAIN)
         lines = content.decode().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        reject(where, f"cannot be read ({error})", AGAIN)
     lines = lines[1:] if "#version" in lines[0] else lines
     return [line for line in lines[: 49152 - 256 - 2] if line.strip()], vocab, where  # CLIP uses only these
 
@@ -1238,8 +1227,7 @@ def unet_config(s, side):
 def clip_files(s, merges):
     """The config and tokenizer of a CLIP tower with settings s, as in transformers: {file: content}, JSON or text."""
     lines, _, where = read_merges(merges)
-    plain = [chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]]
-    letters = plain + [chr(256 + i) for i in range(256 - len(plain))]
+    letters = list(byte_letters())
     names = letters + [f"{letter}</w>" for letter in letters] + [line.replace(" ", "") for line in lines]
     names += ["<|startoftext|>", "<|endoftext|>"]
     if len(names) != s["vocab"]:

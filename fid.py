@@ -39,12 +39,12 @@ import checkpoint
 import metrics
 import sample
 from checkpoint import UserError, reject, write_whole
-from common import install_excepthook, off_mps, progress_bar, setup
+from common import check_same_settings, install_excepthook, progress_bar, setup
 from configurator import configure, find_settings
-from data.dataset import BadImage, Dataset, crop_box, to_tensor
+from data.dataset import BadImage, Dataset, crop_and_resize, to_tensor
 from grid import as_rgb, save_grid, to_pil, to_uint8
 from lpips_train import LPIPS, MIN_SIDE, TAPS
-from metrics import NEIGHBORS, frechet, gaussian, load_inception, mmd, precision_recall
+from metrics import NEIGHBORS, frechet, gaussian, load_inception, mmd, off_mps, precision_recall
 from sample import choose_conditions, earlier_files, generate, latent_sides, load_from_settings
 from vae import VAE
 
@@ -121,13 +121,13 @@ def generate_many(path, count, chunk, generate_rows, labels, settings, machine):
     interrupted run are used if its `settings` (JSON) were the same, and rejected otherwise.
     """
     settings, folder = json.loads(json.dumps(settings)), f"{path}.parts"
+    words = dict(then="then", remedy="use those, or another --samples")
     if os.path.exists(path) and not os.path.exists(folder):
-        check_same_settings(path, read_settings(path), settings)
+        check_same_settings(path, read_settings(path), settings, **words)
         return
     os.makedirs(folder, exist_ok=True)
     if os.path.exists(f"{folder}/settings.json"):
-        with open(f"{folder}/settings.json") as file:
-            check_same_settings(folder, json.load(file), settings)
+        check_same_settings(folder, checkpoint.read_json(f"{folder}/settings.json"), settings, **words)
     else:  # by all ranks alike
         write_whole(f"{folder}/settings.json", lambda file: file.write(json.dumps(settings).encode()))
     starts = range(0, count, chunk)
@@ -141,13 +141,6 @@ def generate_many(path, count, chunk, generate_rows, labels, settings, machine):
     if machine.rank == 0:
         assemble(path, parts, count, labels, settings)
         shutil.rmtree(folder)
-
-
-def check_same_settings(path, before, settings):
-    differ = [f"{name}: {before.get(name)} then, {value} now" for name, value in settings.items()
-              if before.get(name) != value]  # fmt: skip
-    if differ:
-        reject(path, f"generated with other settings ({'; '.join(differ)})", "use those, or another --samples")
 
 
 def read_settings(path):
@@ -204,22 +197,14 @@ def open_set(source, name, split="all"):
     elif not source or not os.path.exists(source):
         reject(f"--{name}={source}", "no such file", "give an .npz, or a folder of images")
     elif str(source).endswith(".npz"):
-        try:
-            with np.load(source, allow_pickle=False) as file:
-                images = Array(file["arr_0"], source)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            reject(source, f"does not load ({error})", "give an .npz with the images as arr_0, uint8 (N,H,W,3)")
+        remedy = "give an .npz with the images as arr_0, uint8 (N,H,W,3)"
+        with checkpoint.reading(source, "does not load", remedy), np.load(source, allow_pickle=False) as file:
+            images = Array(file["arr_0"], source)
     else:
         images = Dataset(source, split)
         if names := earlier_files(source) - {"grid.png"}:  # written by sample.py
             return images, [i for i in range(len(images)) if images.key(i) in names]
     return images, range(len(images))
-
-
-def crop_and_resize(image, side):
-    x, y, w, h = crop_box(*image.size, (side, side))
-    image = image.crop((x, y, x + w, y + h))
-    return image if w == side else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
 def first_side(images, which):
@@ -241,7 +226,7 @@ def features(extract, images, which, name, side, as_is, batch_size, device):
         try:
             image = images.image(i)
             if not as_is:
-                image = crop_and_resize(image, side)
+                image = crop_and_resize(image, (side, side))
             elif image.size != (side, side):
                 reject(images.key(i), f"{image.width}x{image.height}, not {side}x{side}", "set image_size to resize")
             batch.append(torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1))
@@ -392,8 +377,8 @@ def save_pairs(path, pairs, samples, train, side):
             file.write(json.dumps(record) + "\n")
     images, captions = [], []
     for distance, i, j in sorted(pairs)[:16]:
-        image = as_rgb(to_tensor(crop_and_resize(train.image(j // 2), side)))
-        images += [to_tensor(crop_and_resize(samples.image(i), side)), image.flip(2) if j % 2 else image]
+        image = as_rgb(to_tensor(crop_and_resize(train.image(j // 2), (side, side))))
+        images += [to_tensor(crop_and_resize(samples.image(i), (side, side))), image.flip(2) if j % 2 else image]
         captions += [f"{samples.key(i)}: {distance:.2f}", "mirrored " * (j % 2) + train.key(j // 2)]
     save_grid(f"{path}.png", torch.stack(images), captions, columns=8)
 
@@ -402,7 +387,7 @@ if __name__ == "__main__":
     generating = {name: setting for name, setting in find_settings(vars(sample)).items() if name not in UNUSED}
     cfg = configure(globals(), more=generating)
     install_excepthook()
-    machine = setup(cfg.replace(deterministic=False))
+    machine = setup(cfg)
     networks = {name: cfg[name] for name in ("inception_weights", "trunk", "trunk_weights")}
     if cfg.nearest and (not cfg.reference or cfg.split != "all"):
         raise UserError("--nearest=true needs --reference=DIR, the data set of training, without --split")

@@ -16,7 +16,6 @@ The same command again resumes the run. An image, in what it prints, is a judged
 """
 
 import importlib.util
-import json
 import math
 import os
 
@@ -28,12 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import common
+import convert
 from checkpoint import UserError, part, reject, with_prefix
 from configurator import configure
 from data.dataset import loader, permute, seed_of
 from data.forms import open_npy
 from grid import as_rgb
-from metrics import ssim
+from metrics import off_mps, ssim
 
 # data
 dataset = "data/bapps"  # output folder of data/bapps/prepare.py
@@ -128,34 +128,23 @@ def make_trunk(net):
     return nn.Sequential(*layers)
 
 
-def read_pth(path):
-    """The tensors of a published file; no code in it is run."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is something else can raise anything
-        reject(path, f"does not load ({str(error)[:100] or type(error).__name__})", "give a .pth file of tensors")
-    return tensors if isinstance(tensors, dict) else {}
-
-
 def load_trunk(net, path=None):
     """torchvision's weights for make_trunk(net), of the model or of its `features`: from path, or fetched once."""
     if path:
-        tensors = read_pth(path)
+        tensors = convert.read_tensors(str(path))
     else:
         path = TRUNK_URL + TRUNK_FILES[net]
-        try:
+        remedy = "download it and set trunk_weights (train_vae.py: lpips_trunk) to the file"
+        with checkpoint.reading(path, "could not be fetched", remedy):
             tensors = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
-            remedy = "download it and set trunk_weights (train_vae.py: lpips_trunk) to the file"
-            reject(path, f"could not be fetched ({error})", remedy)
     tensors = {name.removeprefix("features."): t for name, t in tensors.items()}
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in make_trunk(net).state_dict().items()}
     for name, shape in wanted.items():
-        found = tuple(tensors[name].shape) if isinstance(tensors.get(name), torch.Tensor) else "missing"
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != shape:
             reject(path, f"{name} is {found}, {net} needs {shape}", f"give {net}'s weights, or set another net")
-    return {name: tensors[name].float() for name in wanted}
+    return {name: tensors[name].to(torch.float32, copy=True) for name in wanted}  # the file may be mapped
 
 
 def load_heads(net, path=None):
@@ -178,8 +167,9 @@ def load_heads(net, path=None):
         trunk, trunk_hash = part(tensors, "model.trunk"), meta["model"].get("trunk_hash")
         heads = [t for _, t in sorted(part(tensors, "model.heads").items())]  # fewer than ten
     else:
-        tensors = read_pth(path)
-        heads = [tensors.get(f"lin{k}.model.1.weight", torch.zeros(0)).flatten().float() for k in range(len(tensors))]
+        tensors = convert.read_tensors(path)
+        heads = [tensors.get(f"lin{k}.model.1.weight", torch.zeros(0)).flatten() for k in range(len(tensors))]
+        heads = [weight.to(torch.float32, copy=True) for weight in heads]
     if [len(w) for w in heads] != channels:
         found = f"LPIPS heads of {[len(w) for w in heads]} channels, {net} needs {channels}"
         reject(path, found, f"give heads trained on {net}, or set another net")
@@ -355,7 +345,7 @@ def average_precision(distances, same):
 def evaluate(metrics, judgements, cfg, machine, autocast):
     """{metric: {category: score}} of functions of two batches: 2AFC agreement, or for JND average precision."""
     count, others = len(judgements), judgements.per_item - 1
-    distances = common.off_mps(torch.zeros(len(metrics), count, others, device=machine.device)).double()
+    distances = off_mps(torch.zeros(len(metrics), count, others, device=machine.device)).double()
     starts = range(machine.rank * cfg.batch_size, count, machine.world * cfg.batch_size)
     for start in common.progress_bar(starts, "evaluating"):
         end = min(start + cfg.batch_size, count)
@@ -364,7 +354,7 @@ def evaluate(metrics, judgements, cfg, machine, autocast):
         for m, metric in enumerate(metrics.values()):
             for k in range(others):
                 with autocast:
-                    distances[m, start:end, k] = common.off_mps(metric(x[:, 0], x[:, k + 1])).double()
+                    distances[m, start:end, k] = off_mps(metric(x[:, 0], x[:, k + 1])).double()
     common.sum_over_ranks(distances)  # every pair was measured by one rank
     score, judge = two_afc if others == 2 else average_precision, judgements.judge.to(distances.device)
     return {
@@ -391,7 +381,7 @@ def other_metrics(cfg, machine):
     metrics = {name: LPIPS(cfg.net, cfg.trunk_weights, head) for name, head in (heads | {"uniform": "uniform"}).items()}
     metrics = {name: metric.to(machine.device, machine.param_dtype) for name, metric in metrics.items()}
     metrics["L2"] = lambda x, y: (x - y).square().mean(dim=(1, 2, 3))
-    return metrics | {"SSIM": lambda x, y: -ssim(common.off_mps(x), common.off_mps(y))}
+    return metrics | {"SSIM": lambda x, y: -ssim(off_mps(x), off_mps(y))}
 
 
 def evaluate_heads(ours, others, validation, cfg, machine, autocast):
@@ -431,10 +421,7 @@ if __name__ == "__main__":
     side = min(judgements.size for judgements in (images, *validation.values()))
     if side < MIN_SIDE[cfg.net]:
         reject(cfg.dataset, f"patches of {side} pixels, {cfg.net} needs {MIN_SIDE[cfg.net]}", "choose another net")
-    if not os.path.exists(f"{cfg.dataset}/meta.json"):
-        reject(f"{cfg.dataset}/meta.json", "not there", "run data/bapps/prepare.py to its end")
-    with open(f"{cfg.dataset}/meta.json") as file:
-        description = json.load(file)["what"]
+    description = checkpoint.read_json(f"{cfg.dataset}/meta.json", "run data/bapps/prepare.py to its end")["what"]
 
     # model
     torch.manual_seed(seed_of(cfg.seed, "init"))

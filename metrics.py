@@ -11,6 +11,12 @@ import torch.nn.functional as F
 NEIGHBORS = 3  # k of precision and recall
 ROWS = 512  # rows of an (N,M) matrix in memory at once
 
+
+def off_mps(t):
+    """A tensor; on an Apple GPU, which lacks float64 and torch.special.ndtri, its copy on the CPU."""
+    return t.cpu() if t.device.type == "mps" else t
+
+
 # --- pairs of images ---
 
 
@@ -145,9 +151,8 @@ def load_inception(weights, device):
         from torch_fidelity.metric_prc import prc_features_to_metric  # noqa: F401 (version 0.3 has none)
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         reason = str(error).splitlines()[0]
-        raise ImportError(
-            f"inception_weights needs torch-fidelity ({reason}); pip install 'torch-fidelity>=0.4'"
-        ) from None
+        remedy = "pip install 'torch-fidelity>=0.4'"
+        raise ImportError(f"inception_weights needs torch-fidelity ({reason}); {remedy}") from None
     try:
         file = io.BytesIO()  # torch-fidelity unpickles without weights_only: give it tensors that are read already
         torch.save(torch.load(weights, map_location="cpu", weights_only=True), file)

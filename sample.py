@@ -408,9 +408,8 @@ def latent_sides(pipeline, size):
     if not size:
         return pipeline.latent_shape[1:]
     if len(size) > 2 or any(side % pipeline.multiple or side < 1 for side in size):
-        raise UserError(
-            f"size={','.join(f'{side:g}' for side in size)} must be one or two multiples of {pipeline.multiple}"
-        )
+        given = ",".join(f"{side:g}" for side in size)
+        raise UserError(f"size={given} must be one or two multiples of {pipeline.multiple}")
     return tuple(int(side) // pipeline.factor for side in (size[0], size[-1]))
 
 
@@ -458,14 +457,12 @@ def decode(pipeline, x, tile=0, batch=0):
 
 def read_prompts(path):
     """The lines of a prompts file that are not empty."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte order mark
-            lines = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        reject(path, f"cannot be read as UTF-8 ({why})", "give a file with one prompt per line")
+    remedy = "give a file with one prompt per line"
+    # some editors begin a file with a byte order mark
+    with checkpoint.reading(path, "cannot be read as UTF-8", remedy), open(path, encoding="utf-8-sig") as file:
+        lines = [line.strip() for line in file if line.strip()]
     if not lines:
-        reject(path, "no prompts in it", "give a file with one prompt per line")
+        reject(path, "no prompts in it", remedy)
     return lines
 
 
@@ -583,13 +580,10 @@ def open_images(path):
     if not files:
         reject(path, "no images in it", "give an image, or a folder of images")
     for file in files:
-        try:
-            with Image.open(file) as image:
-                check_size(image)
-                image.load()
-                images[file.name] = image
-        except Exception as error:  # Pillow's plugins raise exceptions of many types
-            reject(file, f"does not open as an image ({error})", "give an image")
+        with checkpoint.reading(file, "does not open as an image", "give an image"), Image.open(file) as image:
+            check_size(image)
+            image.load()
+            images[file.name] = image
     return images
 
 
@@ -706,7 +700,7 @@ if __name__ == "__main__":
     install_excepthook()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("sample.py runs in one process; for torchrun see fid.py")
-    machine = setup(cfg.replace(deterministic=False))
+    machine = setup(cfg)
     cfg, pipeline, options = load_from_settings(cfg, machine)
     what, records = plan(pipeline, cfg)
     options |= what
@@ -722,9 +716,8 @@ if __name__ == "__main__":
         images = generate(pipeline, progress=True, **options)
     seconds = time.time() - started
     grid = save_samples(folder, images, records, cfg)
-    how = (
-        f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, {generate.evaluations} network evaluations each"
-    )
+    how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}"
+    how += f", {generate.evaluations} network evaluations each"
     print(f"{len(images)} images in {seconds:.1f} s ({how}): {folder}/grid.png")
     if cfg.show:
         grid.show()

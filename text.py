@@ -47,23 +47,20 @@ def make_tokenizer(source="bytes"):
         with open(source, "rb") as file:
             ranks = read_ranks(file.read(), source)
     else:
-        try:
+        remedy = "use bytes, a .tiktoken file or one of tiktoken's names"
+        with checkpoint.reading(f"tokenizer {source!r}", "not a file, and tiktoken cannot load it", remedy):
             return tiktoken.get_encoding(source)
-        except Exception as error:  # an unknown name is a ValueError; a failed download can raise anything
-            what = f"not a file, and tiktoken cannot load it ({type(error).__name__})"
-            reject(f"tokenizer {source!r}", what, "use bytes, a .tiktoken file or one of tiktoken's names")
     return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 def read_ranks(content, path):
     """{token: rank} from the content of a .tiktoken file, lines of "base64(token) rank"."""
-    try:
+    remedy = "train one with data/prepare.py"
+    with checkpoint.reading(path, "not a .tiktoken file of 'base64 rank' lines", remedy):
         lines = (line.split() for line in content.splitlines() if line.strip())
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    except ValueError as error:
-        reject(path, f"not a .tiktoken file of 'base64 rank' lines ({error})", "train one with data/prepare.py")
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([i]) in ranks for i in range(256)):
-        reject(path, "its ranks are not 0, 1, 2, ..., or a single byte is missing", "train one with data/prepare.py")
+        reject(path, "its ranks are not 0, 1, 2, ..., or a single byte is missing", remedy)
     return ranks
 
 
@@ -92,11 +89,9 @@ class LayoutTokenizer:
 
     @classmethod
     def from_json(cls, text):
-        try:
+        with checkpoint.reading("tokenizer layout", "invalid", 'write layout {"names": ["cat", "dog"], "grid": 32}'):
             settings = json.loads(text)
             names, grid = settings["names"], settings.get("grid", 32)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            reject("tokenizer layout", f"invalid ({error!r})", 'write layout {"names": ["cat", "dog"], "grid": 32}')
         return cls(names, grid)
 
     def parse(self, text):
@@ -144,11 +139,9 @@ class CLIPTokenizer:
         import tiktoken
 
         lines, vocab, where = convert.read_merges(merges)
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these are written as themselves, and come first
-        other = [b for b in range(256) if b not in plain]
-        byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
-        token = {name: bytes([b]) for name, b in byte.items()}
-        token |= {name + "</w>": bytes([b, 255]) for name, b in byte.items()}
+        letters = convert.byte_letters()
+        token = {letter: bytes([b]) for letter, b in letters.items()}
+        token |= {letter + "</w>": bytes([b, 255]) for letter, b in letters.items()}
         for line in lines:
             try:
                 first, second = line.split()
@@ -288,8 +281,6 @@ class CLIPTextEncoder(TextTransformer):
     Tokens are start, the prompt's, end, padding. Attention is causal, so padding does not affect the prompt.
     """
 
-    towers = convert.TOWERS  # settings of the published ones, by name: clip_l, openclip_h
-
     def __init__(
         self, width, layers, heads, length=77, activation="quick_gelu", layer="last", pad="end", vocab=49408,
         merges=None,
@@ -316,12 +307,6 @@ class CLIPTextEncoder(TextTransformer):
     def bpe(self):
         """The tokenizer as bytes, the content of a merges.txt."""
         return self.tokenizer.merges
-
-    @classmethod
-    def named(cls, name, merges=None):
-        """A published encoder, clip_l or openclip_h, with random weights."""
-        assert name in cls.towers, f"text encoder {name!r}: must be one of {', '.join(cls.towers)}"
-        return cls(**cls.towers[name], merges=merges)
 
     @classmethod
     def from_pretrained(cls, path, name="", merges=None):

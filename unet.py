@@ -265,7 +265,7 @@ class UNet(nn.Module):
         super().__init__()
         self.settings = settings
         levels, emb_dim = len(channel_mult), 4 * channels
-        res_blocks, self_attn = by_level(num_res_blocks, levels), by_level(self_attention, levels)
+        res_blocks, self_attn = convert.by_level(num_res_blocks, levels), convert.by_level(self_attention, levels)
         check_settings(settings, res_blocks, self_attn)
         self.side_multiple = unet_patch * 2 ** (levels - 1)  # sides of x must be multiples of it
 
@@ -360,12 +360,6 @@ class UNet(nn.Module):
             if meta["stage"] != "ldm":
                 checkpoint.reject(path, f"stage {meta['stage']}, without a U-Net", "give a checkpoint of train_ldm.py")
             return checkpoint.build(cls, meta["model"]["unet"], checkpoint.part(tensors, "ema.unet"), path, OTHER_CLASS)
-
-
-def by_level(value, levels):
-    """A setting as a tuple with one value for each level."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return values * levels if len(values) == 1 else values
 
 
 def check_settings(s, res_blocks, self_attn):

@@ -1,4 +1,6 @@
-"""The autoencoder: images (B,3,H,W) in [-1,1] <-> latents (B,C,H/f,W/f); and its PatchGAN discriminator.
+"""The autoencoder: images (B,C,H,W) in [-1,1] <-> latents (B,D,H/f,W/f); and its PatchGAN discriminator.
+
+Images have a channel for each letter of `image_mode`: C is 1 (L), 3 (RGB) or 4 (RGBA).
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752). The defaults are
 the published KL-f8 (83,653,863 parameters). Settings of the other published models:
@@ -26,8 +28,8 @@ import torch.utils.checkpoint
 
 import checkpoint
 import convert
-from common import off_mps
 from conv import Conv2d, upsample_conv
+from metrics import off_mps
 
 # --- blocks ---
 
@@ -235,7 +237,7 @@ class Decoder(nn.Module):
 
 
 class Posterior:
-    """A diagonal Gaussian over latents: mean and logvar (B,C,h,w), logvar clamped to [-30, 20]."""
+    """A diagonal Gaussian over latents: mean and logvar (B,D,h,w), logvar clamped to [-30, 20]."""
 
     def __init__(self, moments):
         moments = moments if moments.dtype == torch.float64 else moments.float()  # autocast gives bfloat16
@@ -256,7 +258,7 @@ class Posterior:
         return self.mean + self.std * noise
 
     def kl(self):
-        """KL(q || N(0, I)) of each latent dimension in nats, (B,C,h,w)."""
+        """KL(q || N(0, I)) of each latent dimension in nats, (B,D,h,w)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar)
 
 
@@ -365,14 +367,14 @@ class VAE(nn.Module):
         latent_proj: 1x1 convolutions quant_conv and post_quant_conv around the latents.
         bottleneck: kl | vq. VQ has codebook_size codes and the weight vq_beta on the commitment loss (vq_legacy: on the
             codebook loss).
-        embed_dim: latent channels C, between the two 1x1 convolutions; 0: z_channels.
+        embed_dim: latent channels D, between the two 1x1 convolutions; 0: z_channels.
         activation: silu | swiglu.  downsample: conv | avg | max.  upsample: nearest | bilinear | bicubic.
         linear_attention: linear-time attention at the end of each level, and in the middle in place of the quadratic.
         patch_size: p > 1 folds p x p pixels into channels first, which makes small models fast.
         pixel_channels: n > 0 ends the decoder with n channels of each pixel, SiLU and a 1x1 convolution, so that its
             patches are not linear in its features: sharper edges.
         norm_groups: groups of each GroupNorm.  tanh_out: tanh on the decoder's output.
-        image_mode: L | RGB | RGBA, of the images: a channel for each letter.
+        image_mode: L | RGB | RGBA, of the images.
         """
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -400,14 +402,14 @@ class VAE(nn.Module):
         return bool(torch.isfinite(self.latent_mean).all() and torch.isfinite(self.latent_std).all())
 
     def encode(self, x):
-        """Images (B,3,H,W) in [-1,1], sides multiples of f -> Posterior (VQ: Quantized) over latents (B,C,H/f,W/f)."""
+        """Images (B,C,H,W) in [-1,1], sides multiples of f -> Posterior (VQ: Quantized) over latents (B,D,H/f,W/f)."""
         for side in x.shape[-2:]:
             assert side % self.factor == 0, f"image side {side}: must be a multiple of {self.factor}; resize or crop"
         z = self.quant_conv(self.encoder(x))
         return Posterior(z) if self.quantize is None else Quantized(z)
 
     def decode(self, z):
-        """Latents (B,C,h,w), not normalized, before quantization -> images (B,3,f h,f w), about [-1,1]."""
+        """Latents (B,D,h,w), not normalized, before quantization -> images (B,C,f h,f w), about [-1,1]."""
         if self.quantize is not None:
             z = self.quantize.lookup(self.quantize.nearest(z))
         z = z.to(self.decoder.conv_out.weight.dtype)  # `encode` returns float32 even in bfloat16
@@ -446,7 +448,7 @@ class VAE(nn.Module):
     def forward(self, x, noise=None, turns=0, sides=()):
         """Images -> (reconstructions, posterior).
 
-        noise: (B,C,h,w) for the posterior's sample; None samples it.  turns, sides: of turn_and_scale, applied to the
+        noise: (B,D,h,w) for the posterior's sample; None samples it.  turns, sides: of turn_and_scale, applied to the
         latents before decoding.
         """
         posterior = self.encode(x)

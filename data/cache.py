@@ -8,7 +8,6 @@ A cache is a folder named by a hash of all that its content depends on: a change
 to a temporary name first, so after a kill the next build makes only what is missing.
 """
 
-import io
 import math
 import os
 import shutil
@@ -65,15 +64,12 @@ class LatentCache(torch.utils.data.Dataset):
         return range(shard * SHARD, min((shard + 1) * SHARD, len(self.dataset)))
 
     def is_complete(self, shard):
-        """Whether the file of a shard is there, with the header and the size that it must have."""
-        head, shape = io.BytesIO(), (len(self.members(shard)), *self.shape)
-        np.lib.format.write_array_header_1_0(head, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        """Whether the file of a shard is there, with the type and the shape that it must have."""
         try:
-            with open(self.path(shard), "rb") as f:
-                same = f.read(len(head.getvalue())) == head.getvalue()
-                return same and f.seek(0, os.SEEK_END) == len(head.getvalue()) + 2 * math.prod(shape)
-        except FileNotFoundError:
+            found = np.load(self.path(shard), mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError):  # not there, or cut short
             return False
+        return (found.dtype, found.shape) == (np.float16, (len(self.members(shard)), *self.shape))
 
     @torch.no_grad()
     def build(self, vae, device, autocast, workers, rank, world):
@@ -91,9 +87,8 @@ class LatentCache(torch.utils.data.Dataset):
         mine = [self.members(shard) for shard in missing if shard % world == rank]
         spans, parts = [span[at : at + 32] for span in mine for at in range(0, len(span), 32)], []
         batches = in_batches(Images(self.dataset), spans, torch.stack, workers)
-        with tqdm(
-            desc="caching latents", total=sum(map(len, spans)), disable=True if rank or not spans else None
-        ) as bar:
+        hidden = True if rank or not spans else None  # None: shown on a terminal
+        with tqdm(desc="caching latents", total=sum(map(len, spans)), disable=hidden) as bar:
             for span, x in zip(spans, batches):
                 x = x.to(device, vae.latent_mean.dtype)
                 pair = []

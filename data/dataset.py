@@ -50,7 +50,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from checkpoint import UserError, reject
+from checkpoint import POINTER, UserError, reject
 from data import forms
 from data.forms import HELD_OUT, IMAGES, NAMES, OWN, SPLITS, TALLIES
 from data.shards import Indexes, Remote, StoredIndexes, digest
@@ -181,6 +181,13 @@ def crop_box(width, height, sides, crop="center", u=None):
     return (width - w) // 2, (height - h) // 2, w, h
 
 
+def crop_and_resize(image, sides, crop="center", u=None, resample=Image.Resampling.LANCZOS):
+    """The `crop_box` of a PIL image, resized to `sides`; LANCZOS is antialiased."""
+    x, y, w, h = crop_box(*image.size, sides, crop, u)
+    image = image.crop((x, y, x + w, y + h))
+    return image if (h, w) == sides else image.resize(sides[::-1], resample)
+
+
 def to_tensor(image):
     """PIL L, RGB or RGBA -> float32 (C, H, W) in [-1, 1]."""
     x = torch.from_numpy(np.atleast_3d(np.array(image, dtype=np.float32)))  # (H, W, C)
@@ -309,40 +316,38 @@ class Dataset:
     # finding files, choosing a split
 
     def _index(self, paths, cache_dir):
-        """(format, indexes, what is left out): of images.npy, else of the shards, tar or parquet, that have more bytes,
-        unless there are as many image files outside of them.
+        """(format, indexes, what is left out): of images.npy, else of the shards, unless there are as many image files
+        outside of them, else of the folder.
         """
         npy = [path for path in paths if path.lower() in [f"{split}/images.npy".lstrip("/") for split in SPLITS]]
-        images = [path for path in paths if path.lower().endswith(IMAGES) and os.path.basename(path) not in OWN]
-        shards = [path for path in paths if os.path.basename(path).lower() not in forms.METADATA]
-        by_form = {form: [path for path in shards if path.lower().endswith(f".{form}")] for form in ("tar", "parquet")}
-        with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
-            stamp = self.remote.stamps.get if self.remote else self._stat
-            stamps = {form: list(pool.map(stamp, shards)) for form, shards in by_form.items()}
-        form = max(stamps, key=lambda form: (sum(size or 0 for size, *_ in stamps[form]), len(stamps[form])))
-        shards, left = by_form[form], forms.Left()
         if npy and not self.remote:
-            form, indexes = "npy", Indexes([forms.index_npy(self.root, path) for path in npy])
-        elif shards:
+            indexes = Indexes([forms.index_npy(self.root, path) for path in npy])
+            return "npy", indexes, forms.unread(paths, indexes.headers)
+        form, shards, stamps = self._find_shards(paths)
+        left = forms.Left()
+        if shards:
             origin = self.path if self.remote else os.path.realpath(self.path)
             index = functools.partial(getattr(forms, f"index_{form}"), self._open_file)
             folder = f"{cache_dir}/index-{digest('v10', form, origin)}"
-            indexes = StoredIndexes(folder, list(zip(shards, stamps[form])), index)
+            indexes = StoredIndexes(folder, list(zip(shards, stamps)), index)
             n = sum(header["n"] for header in indexes.headers)
-            if images and not self.remote and n <= len(images):
-                why = "with no more images than there are outside" if n else "without images"
-                left.add(f".{form} files {why}", shards[0], len(shards))
-                paths, shards = sorted(set(paths) - set(shards)), []
-        if not shards and form != "npy":
-            return "folder", Indexes([] if self.remote else forms.index_folder(self.root, paths)), left
-        read = {name for header in indexes.headers for name in header["files"]}
-        # img2dataset writes KEY.parquet and KEY_stats.json beside KEY.tar
-        stems = {os.path.splitext(path)[0] for path in read if path.lower().endswith(("tar", "parquet"))}
-        read |= {stem + ending for stem in stems for ending in (".parquet", "_stats.json")}
-        for path in paths:
-            if path not in read and os.path.basename(path) not in OWN:
-                left.add_file(path)
-        return form, indexes, left
+            images = [path for path in paths if path.lower().endswith(IMAGES) and os.path.basename(path) not in OWN]
+            if self.remote or not images or n > len(images):
+                return form, indexes, forms.unread(paths, indexes.headers)
+            why = "with no more images than there are outside" if n else "without images"
+            left.add(f".{form} files {why}", shards[0], len(shards))
+        others = sorted(set(paths) - set(shards))
+        return "folder", Indexes([] if self.remote else forms.index_folder(self.root, others)), left
+
+    def _find_shards(self, paths):
+        """(form, shards, their sizes and times): the tar or the parquet files, whichever have more bytes."""
+        shards = [path for path in paths if os.path.basename(path).lower() not in forms.METADATA]
+        by_form = {form: [path for path in shards if path.lower().endswith(f".{form}")] for form in ("tar", "parquet")}
+        with ThreadPoolExecutor(16) as pool:  # on a network each takes a while
+            stamp = self.remote.stamps.get if self.remote else lambda name: forms.stat(f"{self.root}/{name}")
+            stamps = {form: list(pool.map(stamp, shards)) for form, shards in by_form.items()}
+        form = max(stamps, key=lambda form: (sum(size or 0 for size, *_ in stamps[form]), len(stamps[form])))
+        return form, by_form[form], stamps[form]
 
     def _choose_split(self, split):
         """(part, {shard: number of its items}) of a split.
@@ -506,14 +511,8 @@ class Dataset:
         crop "center" takes the largest one; "random" one of 0.5 to 1 of its sides (as latent-diffusion does), size and
         position from u = (size, x, y), three numbers in [0, 1).
         """
-        image = to_tensor(self._crop_and_resize(self.image(i), crop, u, Image.Resampling.LANCZOS))  # antialiased
+        image = to_tensor(crop_and_resize(self.image(i), self.sides, crop, u))
         return image.flip(-1) if flip else image
-
-    def _crop_and_resize(self, image, crop, u, resample):
-        """The rectangle of a PIL image chosen by crop and u, resized to `sides`."""
-        x, y, w, h = crop_box(*image.size, self.sides, crop, u)
-        image = image.crop((x, y, x + w, y + h))
-        return image if (h, w) == self.sides else image.resize(self.sides[::-1], resample)
 
     def size(self, i):
         """(width, height) of image i, upright; only a PNG is decoded, whose EXIF may follow its pixels."""
@@ -564,7 +563,7 @@ class Dataset:
             raise BadImage(f"{self.key(i)}: it has no map")
         if image.size != self.size(i):
             raise BadImage(f"{self.key(i)}: its map is {image.size}, the image {self.size(i)}: make them the same size")
-        image = self._crop_and_resize(image, crop, u, Image.Resampling.NEAREST)
+        image = crop_and_resize(image, self.sides, crop, u, Image.Resampling.NEAREST)
         classes = torch.from_numpy(np.array(image, dtype=np.int64))
         classes[classes == 255] = -1
         return classes.flip(-1) if flip else classes
@@ -637,9 +636,6 @@ class Dataset:
 
     # reading
 
-    def _stat(self, name):
-        return forms.stat(f"{self.root}/{name}")
-
     def _open_file(self, name):
         return self.remote.open(name) if self.remote else open(f"{self.root}/{name}", "rb")
 
@@ -653,7 +649,6 @@ class Dataset:
             data = forms.image_bytes(self._cell(item.header["columns"][part], item.header["files"][0], group, row))
         else:
             name = item.header["files"][file] if file >= 0 else item.key
-            name = os.path.splitext(item.key)[0] + ".map.png" if file < 0 and part == "map" else name
             with self._open_file(name) as f:  # opened each time, so that workers share no file position
                 f.seek(at)
                 data = f.read(size)
@@ -661,7 +656,7 @@ class Dataset:
                 raise ValueError(f"{name} ends after {at + len(data)} bytes, the index says {at + size}")
         if not data and part == "image":
             raise ValueError("it has 0 bytes")
-        if data and data.startswith(forms.POINTER):
+        if data and data.startswith(POINTER):
             raise ValueError("a git-lfs pointer: fetch the file itself (git lfs pull)")
         return data
 
@@ -954,9 +949,8 @@ def begin_worker(number):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m data.dataset", description="Describe a data set and measure how fast it is read."
-    )
+    about = "Describe a data set and measure how fast it is read."
+    parser = argparse.ArgumentParser(prog="python -m data.dataset", description=about)
     parser.add_argument("path")
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--buckets", type=int, default=0, help="report buckets with sides that are multiples of this")
@@ -970,12 +964,10 @@ if __name__ == "__main__":
             buckets = ds.in_buckets(args.buckets)
             sizes = [(size, bucket.sides) for bucket in buckets for size in bucket.image_sizes()]
             total = sum(math.prod(size) for size, _ in sizes)
-            at_one_size = sum(math.prod(crop_box(*size, ds.sides)[2:]) for size, _ in sizes)
-            in_buckets = sum(math.prod(crop_box(*size, sides)[2:]) for size, sides in sizes)
+            lost = 1 - sum(math.prod(crop_box(*size, ds.sides)[2:]) for size, _ in sizes) / total
+            lost_in_buckets = 1 - sum(math.prod(crop_box(*size, sides)[2:]) for size, sides in sizes) / total
             print(Buckets([Stream(bucket, 0) for bucket in buckets], 0, 1))
-            print(
-                f"cropping loses {1 - at_one_size / total:.1%} of the pixels, in buckets {1 - in_buckets / total:.1%}"
-            )
+            print(f"cropping loses {lost:.1%} of the pixels, in buckets {lost_in_buckets:.1%}")
         stream, count, bad, began, worked = Stream(ds, 0), 0, 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - began < args.seconds:
             bad += len(stream[count]["bad"])

@@ -11,6 +11,7 @@ No image is decoded here. Labels, captions and objects are read once, into the i
 import codecs
 import csv
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -21,11 +22,12 @@ import tarfile
 import unicodedata
 import zlib
 from array import array
+from pathlib import Path
 
 import numpy as np
 from PIL import ContainerIO, Image
 
-from checkpoint import reject
+from checkpoint import POINTER, check_fetched, check_pointer, reading, reject
 
 Image.preinit()  # the common formats first: they are tried in this order
 Image.init()  # all of Pillow's formats but stubs without a decoder, and EPS, which runs ghostscript
@@ -47,17 +49,16 @@ COLUMNS = 11  # label; file, offset, size of the image; of the map; offset, size
 NOWHERE = (0, 0, 0)  # size 0: the item has no such part
 TALLIES = ("labels", "captions", "maps", "objects")  # what is counted: items that have one
 NO_BYTES = "rows without the bytes of an image"  # but, perhaps, its path
-POINTER = b"version https://git-lfs"
 
 
 class Index:
     """The items of one shard: label, (file, offset, size) of image and map, and a record: JSON {key, text, objects}.
 
-    `file` counts in `files`; -1 is the file that the key names (for a map: KEY.map.png). In parquet the image is
-    (0, row group, row), the map (0, 0, 1 if there is such a column). A label is an int, or a class name, numbered in
-    sorted order. `names[i]` is label i in words, `split` one of SPLITS, `prefix` the beginning of all keys. The header
-    is what is known without the rows: the number of items, how many have a label, a caption, a map, objects (of all, of
-    those held out), and what was left out, {reason: [count, example]}.
+    `file` counts in `files`; -1 is the file that the key names. In parquet the image is (0, row group, row), the map
+    (0, 0, 1 if there is such a column). A label is an int, or a class name, numbered in sorted order. `names[i]` is
+    label i in words, `split` one of SPLITS, `prefix` the beginning of all keys. The header is what is known without the
+    rows: the number of items, how many have a label, a caption, a map, objects (of all, of those held out), and what
+    was left out, {reason: [count, example]}.
     """
 
     def __init__(self, split="", files=(), prefix="", names=(), left=None, **more):
@@ -126,6 +127,19 @@ class Left(dict):
         self.add(f"{os.path.splitext(path)[1].lower() or 'other'} files", path)
 
 
+def unread(paths, headers):
+    """The Left of files beside those that shards or arrays, by their headers, are read from."""
+    read = {name for header in headers for name in header["files"]}
+    # img2dataset writes KEY.parquet and KEY_stats.json beside KEY.tar
+    stems = {os.path.splitext(path)[0] for path in read if path.lower().endswith(("tar", "parquet"))}
+    read |= {stem + ending for stem in stems for ending in (".parquet", "_stats.json")}
+    left = Left()
+    for path in paths:
+        if path not in read and os.path.basename(path) not in OWN:
+            left.add_file(path)
+    return left
+
+
 # --- a folder of images ---
 
 
@@ -151,11 +165,8 @@ def index_folder(root, paths):
         size, stamp = stat(f"{root}/{path}")
         map_where, files = NOWHERE, indexes[-1].header["files"]
         if map_path := parts.get(path, {}).get(".map.png"):
-            file = -1
-            if map_path != os.path.splitext(path)[0] + ".map.png":  # in other letters
-                files.append(map_path)
-                file = len(files) - 1
-            map_where = file, 0, stat(f"{root}/{map_path}")[0]
+            map_where = len(files), 0, stat(f"{root}/{map_path}")[0]
+            files.append(map_path)
         label = {"label": number[rest.split("/")[0]]} if number and "/" in rest else {}
         indexes[-1].add(path, (-1, 0, size), map_where, stamp, **label | about.get(path, {}))
     return indexes
@@ -274,7 +285,7 @@ def read_table(path, left):
     if path.lower().endswith(".jsonl"):
         return json_lines(path)
     text = read_text(path) or "\n"  # of an empty file the first line is empty
-    try:
+    with reading(path, "is not CSV", "correct it"):
         # the delimiter and quotes that give the first line a name of FILES
         for quote, delimiter in itertools.product("\"'", ",;\t|"):
             options = dict(delimiter=delimiter, quotechar=quote, skipinitialspace=True)
@@ -284,8 +295,6 @@ def read_table(path, left):
                 break
         else:
             rows = [names, *rows]
-    except csv.Error as e:
-        reject(path, f"is not CSV ({e})", "correct it")
     last = len(names) - 1
     for row in rows:
         if len(row) > len(names) and names[last].lower() in CAPTIONS:  # a caption that has delimiters and no quotes
@@ -316,21 +325,18 @@ def header_size(file):
 
 def upright_size(image, exif):
     """(width, height) of a PIL image once it is upright: EXIF's orientations 5 to 8 are rotated by 90 degrees."""
-    return image.size[::-1] if exif.get(0x0112, 1) >= 5 else image.size
+    return image.size[::-1] if exif.get(0x0112) in (5, 6, 7, 8) else image.size
 
 
 def list_files(root):
     """Every file under root as a sorted relative path; links are followed, hidden files left out."""
-    first = os.path.realpath(root)
-    found, above = [], {root: [first[:i] or "/" for i, letter in enumerate(first) if letter == "/"]}
+    first, found = os.path.realpath(root), []
     for folder, folders, files in os.walk(root, followlinks=True):
-        real, way = os.path.realpath(folder), above.pop(folder)  # way: the real folders above it
-        if real in way:  # a link that leads back up would never end
-            folders.clear()
+        inside = folder[len(root) :].strip("/")
+        if os.path.islink(folder) and os.path.realpath(folder) in map(os.path.realpath, Path(first, inside).parents):
+            folders.clear()  # a link that leads back up would never end
             continue
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX", "__pycache__", "@eaDir"))]
-        above |= {os.path.join(folder, name): (*way, real) for name in folders}
-        inside = folder[len(root) :].strip("/")
         found += [f"{inside}/{name}".lstrip("/") for name in files if not name.startswith(".")]
     return sorted(found)
 
@@ -451,17 +457,14 @@ def samples_of_key(files, index):
         yield key, {extension: where for _, _, extension, where in files}
         return
     index.header["repeated"] += 1
-    runs, last = [], -2
-    for number, _, extension, where in files:
-        if number != last + 1:
-            runs.append([{}])
-        if extension in runs[-1][-1]:
-            runs[-1].append({})
-        runs[-1][-1][extension] = where
-        last = number
-    for run in runs:
-        is_clear = len({tuple(sample) for sample in run}) == 1
-        for sample in run:
+    for _, run in itertools.groupby(enumerate(files), lambda pair: pair[1][0] - pair[0]):  # adjacent members
+        samples = [{}]
+        for _, (_, _, extension, where) in run:
+            if extension in samples[-1]:
+                samples.append({})
+            samples[-1][extension] = where
+        is_clear = len({tuple(sample) for sample in samples}) == 1
+        for sample in samples:
             parts = sample if is_clear else {end: where for end, where in sample.items() if end in IMAGES}
             for extension in sample.keys() - parts.keys():
                 index.left.add("tar members that fit several images", key + extension)
@@ -494,11 +497,9 @@ def index_parquet(open_shard, shard):
         reject(path, f"declares {rows} rows, so it is damaged", "fetch it again")
     number = 0
     for group in range(f.num_row_groups):
-        try:
+        with reading(path, "is damaged", "fetch it again"):
             values = f.read_row_group(group, columns=about, use_threads=False).to_pylist()
             missing = rows_without_bytes(f, group, pixels)
-        except Exception as e:  # of many types
-            reject(path, f"is damaged ({e})", "fetch it again")
         for row in range(f.metadata.row_group(group).num_rows):
             if row in missing:
                 index.left.add(NO_BYTES, f"{prefix}{number:06d}")
@@ -568,10 +569,11 @@ def shard_split(path):
 
 
 def decode(data):
-    """bytes as text: UTF-8, UTF-16 or UTF-32, else cp1252; a byte order mark is no part of it."""
-    boms = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
-    encoding = next((name for name, marks in boms.items() if data.startswith(marks)), "utf-8-sig")
-    if encoding == "utf-8-sig" and b"\0" in data[:2]:  # UTF-16 of a Latin letter, without the mark
+    """bytes as text: UTF-8 or UTF-16, else cp1252; a byte order mark is no part of it."""
+    encoding = "utf-8-sig"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif b"\0" in data[:2]:  # UTF-16 of a Latin letter, without the mark
         encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
     try:
         return data.decode(encoding)
@@ -580,19 +582,9 @@ def decode(data):
 
 
 def read_text(path):
-    try:
-        with open(path, "rb") as f:
-            check_pointer(f, path)
-            return decode(f.read())
-    except OSError as e:
-        reject(path, f"cannot be read ({e.strerror})", "correct or remove it")
-
-
-def check_pointer(f, path):
-    """Rejects an open file that git-lfs has not fetched; else its position is the beginning."""
-    if f.read(len(POINTER)) == POINTER:
-        reject(path, "is a git-lfs pointer", "fetch the file itself: git lfs pull")
-    f.seek(0)
+    with reading(path, "cannot be read", "correct or remove it"), open(path, "rb") as f:
+        check_pointer(f, path)
+        return decode(f.read())
 
 
 def parse(text):
@@ -646,18 +638,15 @@ def json_lines(path):
     """The value of every line that is not blank."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as e:
-                reject(f"{path} line {number}", f"is not JSON ({e})", "correct or delete it")
+            with reading(f"{path} line {number}", "is not JSON", "correct or delete it"):
+                value = json.loads(line)
+            yield value
 
 
 def read_classes(path):
     """Class names from JSON: a list, an object {index: name} or {name: index}, or {"classes": list}."""
-    try:
+    with reading(path, "is not JSON", "correct it, or remove it"):
         names = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as e:
-        reject(path, f"is not JSON ({e})", "correct it, or remove it")
     if isinstance(names, dict) and not path.endswith("meta.json"):
         if all(isinstance(number, int) for number in names.values()):  # class_to_idx of torchvision
             names = {str(number): name for name, number in names.items()}
@@ -673,31 +662,31 @@ def read_classes(path):
 
 def open_npy(path):
     """The array in a .npy file, mapped."""
-    reason = "it is an .npz"
-    with open(path, "rb") as f:
-        check_pointer(f, path)
-    try:
+    check_fetched(path)
+    with reading(path, "does not load as .npy", "write it again"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(array, np.ndarray):
-            return array
-    except Exception as e:  # headers are read as Python's literals, which fail in many ways
-        reason = (str(e) or type(e).__name__)[:200]
-    reject(path, f"does not load as .npy ({reason})", "write it again")
+    if not isinstance(array, np.ndarray):
+        reject(path, "is an .npz", "write one array as .npy")
+    return array
+
+
+def need(module, why):
+    """An optional module."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        reject(why, f"needs {package}, which is not installed", f"pip install {package}")
 
 
 def open_parquet(path, file=None):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        reject(path, "is parquet, which needs pyarrow", "pip install pyarrow")
+    parquet = need("pyarrow.parquet", path)
     file = file or open(path, "rb")
     check_pointer(file, path)
-    try:
-        f = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+    with reading(path, "does not open as parquet", "fetch or write it again"):
+        f = parquet.ParquetFile(file, pre_buffer=False)
         f.schema_arrow.names  # noqa: B018  where some damage shows
         return f
-    except Exception as e:  # of many types
-        reject(path, f"does not open as parquet ({e})", "fetch or write it again")
 
 
 def hub_names(f, column):

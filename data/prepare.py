@@ -28,7 +28,6 @@ import functools
 import glob
 import hashlib
 import http.client
-import importlib
 import io
 import itertools
 import json
@@ -48,11 +47,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoint
 from checkpoint import UserError, reject, write_whole
-from common import install_excepthook
+from common import check_same_settings, install_excepthook
 from configurator import configure, find_settings
-from data.dataset import BadImage, as_bad_image, to_mode
-from data.forms import IMAGES, PIXELS, captions_of, hub_names, image_bytes, list_files, open_parquet, parse
+from data.dataset import BadImage, as_bad_image, crop_box, to_mode
+from data.forms import IMAGES, PIXELS, captions_of, hub_names, image_bytes, list_files, need, open_parquet, parse
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, also the limit of data/dataset.py; larger ones may be bombs
@@ -60,8 +60,6 @@ MAX_BYTES = 2**30  # of a file in an archive, unpacked
 BATCH = 16  # images that a worker converts at a time
 BPE_CAPTIONS = 2_000_000  # most captions that the tokenizer is trained on
 NOT_CONTENT = ("workers", "out_dir", "download", "verify", "repack", "threads")  # settings that change no shard
-# meta.json has these after the script's own settings
-LAST = ("size", "crop", "quality", "min_side", "min_bytes", "drop_duplicates", "vocab_size", "shard_mb")
 
 # settings of every script that packs; a script's own of the same name takes its place
 size = 256  # >= 1: short side in pixels; smaller images are not enlarged
@@ -95,10 +93,9 @@ def is_made(folder, meta):
     """Whether folder/meta.json equals meta. If not it is deleted, as the files that it describes will be replaced."""
     path = f"{folder}/meta.json"
     if os.path.exists(path):
-        with open(path) as f:
-            if json.load(f) == json.loads(json.dumps(meta)):  # tuples become lists
-                print(f"{folder}: up to date")
-                return True
+        if checkpoint.read_json(path, "delete it") == json.loads(json.dumps(meta)):  # tuples become lists
+            print(f"{folder}: up to date")
+            return True
         os.remove(path)
     os.makedirs(folder, exist_ok=True)
     return False
@@ -141,20 +138,9 @@ def fetch(url, path, md5):
 def from_hub(repo, patterns):
     """Fetch files of a data set on the Hugging Face hub; returns their folder, in the cache below HF_HOME."""
     hub = need("huggingface_hub", "--download=True")
-    try:
+    remedy = "run again to continue; some sets need `hf auth login` and their terms accepted"
+    with reading(repo, "download failed", remedy):
         return hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
-    except Exception as e:  # of many types, from three packages
-        remedy = "run again to continue; some sets need `hf auth login` and their terms accepted"
-        reject(repo, f"download failed ({e})", remedy)
-
-
-def need(module, why):
-    """An optional module."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[0]
-        reject(why, f"needs {package}, which is not installed", f"pip install {package}")
 
 
 # --- sources ---
@@ -167,13 +153,9 @@ def check_source(source, what, setting="source"):
     return source
 
 
-@contextlib.contextmanager
-def reading(archive):
-    """Errors of damaged tar, zip and gzip files become one line."""
-    try:
-        yield
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
-        reject(archive, f"the archive is damaged ({e})", "download it again")
+def reading(path, what="the archive is damaged", remedy="download it again"):
+    """Context in which errors of damaged files become one line."""
+    return checkpoint.reading(path, what, remedy)
 
 
 def parquet_files(source):
@@ -201,11 +183,9 @@ def parquet_rows(path, columns=None):
         reject(path, f"no column {missing[0]!r}, only {', '.join(there)}", "check that it is the right file")
     row = 0
     for group in range(f.num_row_groups):
-        try:
+        with reading(path, "damaged"):
             table = f.read_row_group(group, [pixels, *columns], use_threads=False)  # threads do not survive a fork
             records = table.select(columns).to_pylist() if columns else [{}] * table.num_rows
-        except Exception as e:  # of many types
-            reject(path, f"damaged ({e})", "download it again")
         for at, record in enumerate(records):
             yield row, functools.partial(parquet_image, table.column(pixels), at), record
             row += 1
@@ -309,19 +289,12 @@ def shrink(image, data, record, size, crop, quality):
     image = to_mode(image)
     if not is_jpeg:  # Pillow gives the upright size of a TIFF from the start, of others only now
         width, height = image.size
-    x, y, w, h = 0, 0, width, height
-    if crop == "center":
-        w = h = min(width, height)
-        x, y = (width - w) // 2, (height - h) // 2
+    x, y, w, h = crop_box(width, height, (1, 1)) if crop == "center" else (0, 0, width, height)
     scale = min(1, size / min(w, h))  # never enlarged
     target = (max(round(w * scale), 1), max(round(h * scale), 1))
     record = dict(record, width=width, height=height)
     if record.get("objects"):
-        objects = dict(record["objects"])
-        u, v = (width, height) if objects.pop("unit", "pixel") == "image" else (1, 1)  # boxes as shares of the image
-        p, q = target[0] / w, target[1] / h
-        boxes = [((a * u - x) * p, (b * v - y) * q, c * u * p, d * v * q) for a, b, c, d in objects["bbox"]]
-        record["objects"] = objects | dict(bbox=[[round(value, 2) for value in box] for box in boxes])
+        record["objects"] = in_crop(record["objects"], (width, height), (x, y, w, h), target)
     if is_plain and target == (width, height):
         return bytes(data), ".jpg", record  # as it is: compressing again would only harm
     u, v = image.width / width, image.height / height  # less than 1 after draft
@@ -334,6 +307,15 @@ def shrink(image, data, record, size, crop, quality):
     else:
         image.save(file, "PNG")
     return file.getvalue(), ".jpg" if quality else ".png", record
+
+
+def in_crop(objects, size, crop, target):
+    """Objects with their boxes in pixels of the crop (x, y, w, h) of an image of this size, resized to target."""
+    objects, (x, y, w, h) = dict(objects), crop
+    u, v = size if objects.pop("unit", "pixel") == "image" else (1, 1)  # boxes as shares of the image
+    p, q = target[0] / w, target[1] / h
+    boxes = [((a * u - x) * p, (b * v - y) * q, c * u * p, d * v * q) for a, b, c, d in objects["bbox"]]
+    return objects | dict(bbox=[[round(value, 2) for value in box] for box in boxes])
 
 
 def start_worker():
@@ -387,6 +369,7 @@ def train_bpe(captions, vocab_size):
     """Byte-level BPE in tiktoken's text form: a line 'base64(token) rank' each, the 256 bytes first, then merges."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+    from convert import byte_letters
     from text import SPLIT_PATTERN
 
     tokenizer = Tokenizer(models.BPE())
@@ -396,10 +379,7 @@ def train_bpe(captions, vocab_size):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
-    # GPT-2 writes bytes as printable characters: those that print as themselves, the other 68 in order from 256 on
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    byte_of = {chr(b): b for b in plain} | {chr(256 + k): b for k, b in enumerate(others)}
+    byte_of = byte_letters()
     by_rank = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     merged = [bytes(byte_of[c] for c in token) for token in by_rank if len(token) > 1]
     tokens = [bytes([b]) for b in range(256)] + merged
@@ -472,12 +452,9 @@ def begin(out_dir, settings):
             reject(shards[0], "was not made by this command", REMEDY)
         os.makedirs(out_dir, exist_ok=True)
         save(path, json.dumps({"settings": settings}))
-    with open(path) as f:
-        meta = json.load(f)
+    meta = checkpoint.read_json(path, REMEDY)
     before = meta.get("settings", {})
-    for name in before | settings:
-        if before.get(name) != settings.get(name):
-            reject(out_dir, f"was made with {name}={before.get(name)}, not {settings.get(name)}", REMEDY)
+    check_same_settings(out_dir, before, dict.fromkeys(before) | settings, then="then", remedy=REMEDY)
     return meta if all(os.path.exists(f"{out_dir}/{name}") for name in meta.get("shards", ["-"])) else None
 
 
@@ -522,8 +499,7 @@ def pack(items, cfg, classes=(), total=None, **about):
     classes: names of the labels.  total: number of items, for the progress bar.  about: more fields for meta.json.
     """
     out, seen = cfg.out_dir, set()
-    names = [*(name for name in cfg if name not in (*NOT_CONTENT, *LAST)), *(name for name in LAST if name in cfg)]
-    settings = json.loads(json.dumps({name: cfg[name] for name in names}))
+    settings = json.loads(json.dumps({name: value for name, value in cfg.items() if name not in NOT_CONTENT}))
     if meta := begin(out, settings):
         print(f"{out}: up to date")
         return meta

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import UserError, reject, write_whole
+from checkpoint import UserError, reading, reject, write_whole
 from data.forms import COLUMNS
 
 try:
@@ -152,10 +152,8 @@ class Remote:
             reject(url, f"cannot be looked up ({type(why).__name__}: {why})", remedy)
         self.names = sorted(self.paths)
         self.folder = f"{cache_dir}/shards-{digest(url.split('://')[0], self.base)}"
-        try:
+        with reading(url, f"its shards cannot be kept in {self.folder}", "set another cache_dir"):
             os.makedirs(self.folder, exist_ok=True)
-        except OSError as e:
-            reject(url, f"its shards cannot be kept in {self.folder} ({e})", "set another cache_dir")
         largest = max([self.sizes[name] or 0 for name in self.names if name.endswith((".tar", ".parquet"))], default=0)
         if largest > gigabytes * 1e9:
             what = f"cache_gb={gigabytes} is less than one of its files, of {largest / 1e9:.3g} GB"

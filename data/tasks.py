@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from checkpoint import reject
 from data.cache import LatentCache
-from data.dataset import BadImage, seed_of, to_tensor
+from data.dataset import BadImage, first_good, seed_of, to_tensor
 from diffusion import make_schedule
 from grid import to_pil
 
@@ -257,14 +257,11 @@ class WithCondition(torch.utils.data.Dataset):
         return fields | {"condition": condition}
 
     def __getitem__(self, p):
-        bad, (first, count) = [], self.stream.span(p)
-        for attempt in range(100):
+        first, count = self.stream.span(p)
+
+        def read(attempt):
             at = first + seed_of(self.seed, "replace condition", p, attempt) % count if attempt else p
             item = self.stream[at]
-            bad += item["bad"]
-            try:
-                return {**item, **self.condition(at, item), "bad": bad}
-            except BadImage as e:
-                bad.append(str(e))
-        what = f"all of 100 images tried have no {self.task} condition ({bad[0]})"
-        reject(f"dataset {self.dataset.path}", what, "look at the data")
+            return item | self.condition(at, item)
+
+        return first_good(read, self.dataset)

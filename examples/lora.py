@@ -121,7 +121,7 @@ def unet_names(settings):
 def read_lora(path):
     """{layer, as in diffusers with _ for dots: [down, up, alpha / rank]} of a file of diffusers, peft or kohya."""
     tensors, beside = convert.read_tensors(path), os.path.join(os.path.dirname(path), "adapter_config.json")
-    config, found = convert.read_json(beside) if os.path.exists(beside) else {}, {}
+    config, found = checkpoint.read_json(beside) if os.path.exists(beside) else {}, {}
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     for name, t in tensors.items():
@@ -185,7 +185,7 @@ def merged(path, lora_path, scale, out):
 if __name__ == "__main__":
     cfg = configure(globals())
     common.install_excepthook()
-    machine = common.setup(cfg.replace(deterministic=False, compile="false"))
+    machine = common.setup(cfg)
     file = cfg.out or ("out/merged.safetensors" if cfg.merge else "out/lora.safetensors")
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     if cfg.merge:

@@ -166,7 +166,7 @@ if __name__ == "__main__":
     common.install_excepthook()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("examples.meanflow runs in one process: start it without torchrun")
-    machine = common.setup(cfg.replace(deterministic=False, compile="false", dtype="float32"))
+    machine = common.setup(cfg.replace(dtype="float32"))
     pipeline = load_pipeline(cfg.init_from)
     tensors, meta = checkpoint.read(cfg.init_from, "ema", "text", "vae")
     if meta["model"]["cond"] == "layout":

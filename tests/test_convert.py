@@ -49,15 +49,15 @@ def same_weights(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def keys(model, layout="compvis", **options):
+def keys(model, layout="compvis"):
     layers = convert.unet_layers if isinstance(model, UNet) else convert.vae_layers
-    return convert.key_table(layers(model.settings, **options), layout)
+    return convert.key_table(layers(model.settings), layout)
 
 
-def renamed(model, layout="compvis", **options):
+def renamed(model, layout="compvis"):
     """A model's state dict with the names of another layout."""
     state = {name: t for name, t in model.state_dict().items() if not name.startswith("latent_")}
-    state = convert.to_theirs(state, keys(model, layout, **options))
+    state = convert.to_theirs(state, keys(model, layout))
     return {name: t.contiguous() for name, t in state.items()}
 
 
@@ -277,25 +277,20 @@ def test_vae_of_compvis(name, tmp_path):
 
 
 def test_attention_blocks_of_compvis(tmp_path):
-    """qkv is a convolution over the pixels; q, k and v alternate by head, as in QKVAttentionLegacy, or do not."""
+    """qkv is a convolution over the pixels; q, k and v alternate by head, as in QKVAttentionLegacy."""
     heads, c, pixels = 3, 48, 10
     settings = dict(channels=16, channel_mult=(1, 3), attention_ds=(2,), transformer_depth=0, norm_groups=8)
     unet, file = fill(UNet(num_heads=heads, **settings)), str(tmp_path / "unet.safetensors")
-    for new_order in (False, True):
-        state, x = renamed(unet, new_order=new_order), normal(2, c, pixels)
-        assert state["middle_block.1.qkv.weight"].shape == (3 * c, c, 1)
-        qkv = torch.nn.functional.conv1d(x, state["middle_block.1.qkv.weight"], state["middle_block.1.qkv.bias"])
-        if new_order:
-            q, k, v = (part.reshape(2 * heads, c // heads, pixels) for part in qkv.chunk(3, dim=1))
-        else:
-            q, k, v = qkv.reshape(2 * heads, 3 * c // heads, pixels).split(c // heads, dim=1)
-        weights = torch.einsum("bct,bcs->bts", q, k / (c // heads) ** 0.5).softmax(-1)
-        h = torch.einsum("bts,bcs->bct", weights, v).reshape(2, c, pixels)
-        proj = state["middle_block.1.proj_out.weight"], state["middle_block.1.proj_out.bias"]
-        close(unet.middle_block[1].attn(x.mT), torch.nn.functional.conv1d(h, *proj).mT)
-        save_file(state, file)
-        again = UNet.from_pretrained(file, num_heads=heads, norm_groups=8, new_attention_order=new_order)
-        same_weights(again.state_dict(), unet.state_dict())
+    state, x = renamed(unet), normal(2, c, pixels)
+    assert state["middle_block.1.qkv.weight"].shape == (3 * c, c, 1)
+    qkv = torch.nn.functional.conv1d(x, state["middle_block.1.qkv.weight"], state["middle_block.1.qkv.bias"])
+    q, k, v = qkv.reshape(2 * heads, 3 * c // heads, pixels).split(c // heads, dim=1)
+    weights = torch.einsum("bct,bcs->bts", q, k / (c // heads) ** 0.5).softmax(-1)
+    h = torch.einsum("bts,bcs->bct", weights, v).reshape(2, c, pixels)
+    proj = state["middle_block.1.proj_out.weight"], state["middle_block.1.proj_out.bias"]
+    close(unet.middle_block[1].attn(x.mT), torch.nn.functional.conv1d(h, *proj).mT)
+    save_file(state, file)
+    same_weights(UNet.from_pretrained(file, num_heads=heads, norm_groups=8).state_dict(), unet.state_dict())
     refused("does not say its number of heads; set --num_heads=N or --head_dim=N", UNet.from_pretrained, file)
 
 

@@ -595,7 +595,7 @@ REFUSED = {
     "npy maps": ({"images.npy": GREY, "maps.npy": GREY[:1]}, r"uint8 \(1, 8, 8\); make it uint8 \(2, 8, 8\)"),
     "parquet without images": ({"a.parquet": {"photo": [P]}}, r"1 rows .* \(a.parquet has photo\); .* not their"),
     "maps in color": ({"1.png": P, "1.map.png": P}, "none of 1 maps reads .1.png.*mode RGB: save one channel"),
-    **{f"a pointer for {name}": ({"1.png": P, name: POINTER}, f"{name}: is a git-lfs pointer; fetch the file itself")
+    **{f"a pointer for {name}": ({"1.png": P, name: POINTER}, f"{name}: a git-lfs pointer, not the file itself")
        for name in ("0.tar", "0.parquet", "images.npy", "classes.json", "metadata.csv")},
     "parquet that is none": ({"a.parquet": b"PAR1 not really"}, "does not open as parquet"),
 }  # fmt: skip
@@ -1194,7 +1194,7 @@ def test_remote_faults(memory, monkeypatch, capsys):
         ("cache_gb=1e-06 is less than one of its files", "memory://set", dict(cache_gb=1e-6), None),
         ("cannot be kept in taken/shards-.*; set another cache_dir", "memory://set", dict(cache_dir="taken"), None),
         ("s3://bucket/x: cannot be read .*; pip install fsspec", "s3://bucket/x", {}, "fsspec"),
-        ("pip install pyarrow", path.parent / "tables", {}, "pyarrow"),
+        ("pip install pyarrow", path.parent / "tables", {}, "pyarrow.parquet"),
     ):
         with pytest.raises(UserError, match=message), monkeypatch.context() as patch:
             if missing:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import fill
+from conftest import fill, near
 from PIL import Image
 from test_diffusion import MEAN, mixture_denoiser, normal
 
@@ -45,10 +45,6 @@ def run(command):
         return out
 
     return run
-
-
-def near(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 def test_slerp():
@@ -223,6 +219,9 @@ def test_classifier(run, command, tmp_path):
     np.savez("unlabelled.npz", arr_0=images)
     status, _, err = command("examples/classifier.py", *args, "--samples=unlabelled.npz")
     assert status == 1 and "unlabelled.npz: has no classes (arr_1)" in err
+    np.savez("large.npz", arr_0=images.repeat(2, 1).repeat(2, 2), arr_1=[0, 1, 1, 1])
+    status, _, err = command("examples/classifier.py", *args, "--samples=large.npz")
+    assert status == 1 and "classifier.py: large.npz: has images of (32, 32, 3), not (16, 16, 3); generate" in err
 
 
 @pytest.mark.parametrize("name", ["class", "inpaint"])

@@ -258,7 +258,7 @@ def test_generating_resumes_by_chunk(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         generate_many(path, 23, 5, killed_after(2), labels, settings, ALONE)
     assert sorted(os.listdir(path + ".parts")) == ["00000000.npy", "00000005.npy", "settings.json"]
-    with pytest.raises(UserError, match=r"parts: generated with other settings \(seed: 1 then, 2 now\)"):
+    with pytest.raises(UserError, match="parts: has other settings: seed=1 then, 2 now"):
         generate_many(path, 23, 5, rows_of, labels, settings | {"seed": 2}, ALONE)
     generate_many(path, 23, 5, killed_after(-1), labels, settings, ALONE)
     assert calls == [range(0, 5), range(5, 10), range(10, 15), range(15, 20), range(20, 23)], "none twice"
@@ -268,10 +268,10 @@ def test_generating_resumes_by_chunk(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["samples.npz"]
     generate_many(path, 23, 5, killed_after(5), labels, settings, ALONE)  # is there already
     for other in ({"seed": 2}, {"steps": 3}):
-        with pytest.raises(UserError, match=r"samples.npz: generated with other settings"):
+        with pytest.raises(UserError, match="samples.npz: has other settings"):
             generate_many(path, 23, 5, rows_of, labels, settings | other, ALONE)
     np.savez(path, arr_0=rows_of(range(3)))
-    with pytest.raises(UserError, match="seed: None then, 1 now"):
+    with pytest.raises(UserError, match="seed=None then, 1 now"):
         generate_many(path, 23, 5, rows_of, labels, settings, ALONE)
     monkeypatch.setattr(fid.dist, "barrier", lambda: None)
     calls.clear()
@@ -310,8 +310,8 @@ def test_command_generates_and_scores(runs, command, tmp_path, squeeze):
             )
             assert f"{line}memorization 0.1 +- {found['deviation']:.2g}; samples.npz.nearest.{space}.png\n" in out
     for changed, message in (
-        ("--seed=4", r"samples.npz: generated with other settings \(seed: 3 then, 4 now\)"),
-        (f"--ckpt={runs['none'].path}", r"other settings \(ckpt: "),
+        ("--seed=4", "samples.npz: has other settings: seed=3 then, 4 now"),
+        (f"--ckpt={runs['none'].path}", "other settings: ckpt="),
         (f"--ckpt={runs['sr'].path}", "is not for a checkpoint with task=sr"),
     ):
         status, _, err = command(*args, changed)

@@ -295,7 +295,7 @@ def test_other_settings_other_sources_and_foreign_shards_are_refused(items, caps
     pack(items[:30])
     pack(iter(()), workers=3)  # workers change no shard
     assert "up to date" in capsys.readouterr().out
-    refused("out: was made with size=32, not 64; delete *.tar", pack, items, size=64)
+    refused("out: has other settings: size=32 then, 64 now; delete *.tar", pack, items, size=64)
     Path("out/train-00000.tar").unlink()
     pack(items[:30])  # a lost shard is made again
     assert Path("out/train-00000.tar").exists()
@@ -756,8 +756,8 @@ def test_laion400m_is_fetched(asked, capsys):
     assert asked[0].items() >= dict(options, output_format="webdataset").items()
     assert len(Dataset("out", "all")) == 14 and len(Dataset("out/.fetched", "all")) == 18  # .fetched is hidden
     Path("out/meta.json").rename("meta.json")
-    for changed, what in (({"size": 64}, "size=32, not 64"), ({"urls": "more"}, "urls=lists")):
-        refused(f".fetched: was fetched with {what}", run, **dict(urls="lists") | changed)
+    for changed, what in (({"size": 64}, "size=32 then, 64 now"), ({"urls": "more"}, "urls=lists")):
+        refused(f".fetched: has other settings: {what}", run, **dict(urls="lists") | changed)
     Path("meta.json").rename("out/meta.json")
     shutil.rmtree("out/.fetched")
     run(urls="lists")
@@ -1143,3 +1143,5 @@ def test_emoji_files_and_comparison(monkeypatch, capsys):
     assert "up to date" in out and "1 of 2 samples of trained" in out and "1 of 1 samples of held-out" in out
     assert load(Path("samples/compare.png").read_bytes()).width >= 3 * 32
     refused("samples.jsonl: no such file", prepare_emoji, compare="nowhere")
+    source("large", {"0.png": encoded(0, "PNG", 64, 64), "samples.jsonl": [{"file": "0.png", "prompt": "snail"}]})
+    refused("0.png: is (64, 64, 3), not (32, 32, 3); sample RGB images with --size=32", prepare_emoji, compare="large")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fill
+from conftest import fill, near
 from PIL import Image
 
 import checkpoint
@@ -70,10 +70,6 @@ def left_half(count=2, side=32):
     mask = torch.zeros(count, 1, side, side)
     mask[..., : side // 2] = 1
     return mask
-
-
-def near(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 def by_hand(pipeline, cond, null, seeds, steps, guidance=1.0, sampler="ddim", spacing="trailing", options=(), **guided):

@@ -52,7 +52,7 @@ def test_tokenizers_decode_what_they_encode(tmp_path):
 
 BAD_FILES = [
     (b"no base64 here", "not a .tiktoken file"),
-    (b"YQ== zero\n", "not a .tiktoken file of 'base64 rank' lines .invalid literal"),
+    (b"YQ== zero\n", "not a .tiktoken file of 'base64 rank' lines .ValueError: invalid literal"),
     (tiktoken_file()[:-3], "ranks are not 0, 1, 2, ..."),  # truncated: the last rank is 2
     (b"".join(tiktoken_file().splitlines(True)[1:]), "a single byte is missing"),
 ]
@@ -69,13 +69,13 @@ def test_bad_tokenizer_files(tmp_path, content, message):
 
 def test_unknown_tokenizer_names(monkeypatch, tmp_path):
     for name in ("gpt7", str(tmp_path)):
-        refused("not a file, and tiktoken cannot load it (ValueError); use bytes", make_tokenizer, name)
+        refused("not a file, and tiktoken cannot load it (ValueError: ", make_tokenizer, name)
 
     def offline(name):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    refused("cannot load it (ConnectionError)", make_tokenizer, "gpt2")
+    refused("cannot load it (ConnectionError: no network)", make_tokenizer, "gpt2")
 
 
 def test_bpe_is_a_source_of_the_same_tokenizer(monkeypatch):
@@ -351,13 +351,11 @@ def test_published_towers(merges):
     published = [("clip_l", 123_060_480, 768, 12, 49407), ("openclip_h", 340_387_840, 1024, 23, 0)]
     for name, count, width, blocks, pad in published:
         with torch.device("meta"):
-            tower = CLIPTextEncoder.named(name, merges)
+            tower = CLIPTextEncoder(**convert.TOWERS[name], merges=merges)
             again = CLIPTextEncoder(**json.loads(json.dumps(tower.settings)), merges=tower.bpe())
         assert sum(t.numel() for t in tower.state_dict().values()) == count
         assert (tower.length, tower.width, len(tower.blocks), tower.pad) == (77, width, blocks, pad)
         assert again.settings == tower.settings and again.bpe() == tower.bpe()
-    with pytest.raises(AssertionError, match="text encoder 'clip_g': must be one of clip_l, openclip_h"):
-        CLIPTextEncoder.named("clip_g", merges)
 
 
 JOINT = dict(text_width=16, text_layers=2, text_heads=2, text_length=12)
@@ -400,8 +398,8 @@ def test_bad_settings():
 
 def test_the_frozen_encoder_of_a_checkpoint(tmp_path, monkeypatch):
     tower = fill(CLIPTextEncoder(**SMALL | dict(heads=1))).eval()
-    small = {name: tower.settings[name] for name in CLIPTextEncoder.towers["clip_l"]}
-    monkeypatch.setitem(CLIPTextEncoder.towers, "clip_l", small)
+    small = {name: tower.settings[name] for name in convert.TOWERS["clip_l"]}
+    monkeypatch.setitem(convert.TOWERS, "clip_l", small)
     weights, merges, other = f"{tmp_path}/clip.pt", f"{tmp_path}/merges.txt", f"{tmp_path}/other.pt"
     torch.save(tower.state_dict(), weights)
     torch.save(fill(copy.deepcopy(tower), 1).state_dict(), other)
@@ -423,4 +421,3 @@ def test_the_frozen_encoder_of_a_checkpoint(tmp_path, monkeypatch):
         refused("set --tower_weights=FILE", CLIPTextEncoder.of_checkpoint, ours, weights=path)
     os.rename(weights, f"{tmp_path}/moved.pt")
     assert torch.equal(CLIPTextEncoder.of_checkpoint(ours, f"{tmp_path}/moved.pt")(TEXTS), tower(TEXTS))
-    assert CLIPTextEncoder.towers is convert.TOWERS

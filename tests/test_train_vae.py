@@ -638,7 +638,7 @@ WRONG = {
     "--image_size=17": "image_size=17 is not a multiple of 2",
     "--norm_groups=3": "norm_groups=3: must divide ch * ch_mult",
     "--measure_latents": "out: no such checkpoint",
-    "--image_size=32 --perceptual_weight=1 --lpips_trunk=none.pth": "none.pth: does not load",
+    "--image_size=32 --perceptual_weight=1 --lpips_trunk=none.pth": "none.pth: no such file",
 }
 
 

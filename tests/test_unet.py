@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill
+from conftest import fill, normal
 
 import checkpoint
 import convert
@@ -20,10 +20,6 @@ from unet import AttentionBlock, Denoiser, ResBlock, Rescaler, SpatialTransforme
 
 TINY = dict(in_channels=3, out_channels=3, channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_ds=(1, 2))
 TINY |= dict(num_heads=2, norm_groups=4)
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def inputs_of(settings, batch=2):

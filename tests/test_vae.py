@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill
+from conftest import fill, normal
 
 import checkpoint
 import convert
@@ -20,10 +20,6 @@ VQ = dict(bottleneck="vq", codebook_size=16)
 
 def images(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def count(module):

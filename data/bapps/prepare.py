@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from checkpoint import UserError, reject, replacing
+from checkpoint import UserError, reading, reject, replacing
 from data.dataset import Dataset, first_good, seed_of
 from data.forms import IMAGES
 from data.prepare import is_made, run, save
@@ -75,19 +75,14 @@ def list_category(folder, parts):
 
 
 def read_patch(path, size):
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except Exception as e:  # a damaged file can raise anything
-        reject(path, f"cannot be decoded ({e})", "unpack it again")
+    with reading(path, "cannot be decoded", "unpack it again"), Image.open(path) as image:
+        image = image.convert("RGB")
     return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def read_judgement(path):
-    try:
+    with reading(path, "cannot be loaded", "unpack it again"):
         value = np.load(path, allow_pickle=False).astype(np.float32)
-    except Exception as e:  # a damaged file can raise anything
-        reject(path, f"cannot be loaded ({str(e)[:200]})", "unpack it again")
     if value.size != 1 or not 0 <= value.item() <= 1:
         reject(path, f"is {value.tolist()}, not one number in [0, 1]", "unpack it again")
     return value.item()

@@ -175,7 +175,12 @@ def compare_folder(folder, out_dir):
     if not records:
         reject(index, "none of its prompts is a caption here", "sample with --prompts=data/emoji/prompts.txt")
     prompts = [record["prompt"] for record in records]
-    samples = np.stack([Image.open(f"{folder}/{os.path.basename(record['file'])}") for record in records])
+    files = [f"{folder}/{os.path.basename(record['file'])}" for record in records]
+    samples, wanted = [np.asarray(Image.open(file)) for file in files], images.shape[1:]
+    for file, sample in zip(files, samples):
+        if sample.shape != wanted:
+            reject(file, f"is {sample.shape}, not {wanted}", f"sample RGB images with --size={wanted[0]}")
+    samples = np.stack(samples)
     small, others = (torch.from_numpy(x[:, ::2, ::2].astype(np.float32)).flatten(1) for x in (samples, images))
     distances = torch.cdist(small, others)
     own = [captions.index(prompt) for prompt in prompts]

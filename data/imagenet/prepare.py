@@ -72,13 +72,11 @@ def read_kit(source):
         with reading(path), tarfile.open(path, "r:gz") as tar:
             members = {os.path.basename(m.name): m for m in tar if m.isfile()}
             files = {name: tar.extractfile(members[name]).read() for name in KIT_FILES if name in members}
-        try:
+        with reading(path, "cannot be read"):
             synsets = scipy.loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
             by_number = {int(row["ILSVRC2012_ID"]): (str(row["WNID"]), str(row["words"])) for row in synsets}
             truth = [by_number[int(number)][0] for number in files[KIT_FILES[1]].split()]
             names = {synset: words for number, (synset, words) in by_number.items() if number <= 1000}
-        except (KeyError, ValueError, TypeError) as e:
-            reject(path, f"cannot be read ({e})", "download it again")
     return names, truth
 
 

@@ -21,7 +21,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
-from checkpoint import reject
+from checkpoint import read_json, reject
+from common import check_same_settings
 from data.forms import IMAGES, NOWHERE, Index, captions_of, decode, parse, tar_samples
 from data.prepare import check_source, need, pack, parquet_rows, run, save
 
@@ -46,11 +47,8 @@ def fetch_urls(cfg, folder, **options):
     os.makedirs(folder, exist_ok=True)
     now, mark = {"urls": cfg.urls, "size": cfg.size, "quality": cfg.quality}, f"{folder}/.settings"
     if os.path.exists(mark):  # img2dataset would skip the shards of another list or size too
-        with open(mark) as f:
-            before = json.load(f)
-        if changed := [name for name in now if before.get(name) != now[name]]:
-            what = f"was fetched with {changed[0]}={before.get(changed[0])}, not {now[changed[0]]}"
-            reject(folder, what, "delete it, or set another out_dir")
+        remedy = "delete it, or set another out_dir"
+        check_same_settings(folder, read_json(mark, remedy), now, then="then", remedy=remedy)
     save(mark, json.dumps(now))
     img2dataset.download(
         output_folder=folder,

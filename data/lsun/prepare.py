@@ -17,7 +17,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.prepare import check_source, in_fraction, need, pack, run
+from data.prepare import check_source, in_fraction, need, pack, reading, run
 
 source = ""  # folder with CATEGORY_train_lmdb/ and CATEGORY_val_lmdb/
 out_dir = "data/lsun/shards"  # folder for the shards
@@ -35,7 +35,7 @@ def get(env, key):
 def items(lmdb, source, folders, classes, fraction):
     for category, split in folders:
         path = f"{source}/{category}_{split}_lmdb"
-        try:
+        with reading(path, "damaged", "unpack it again"):
             env = lmdb.open(path, readonly=True, lock=False, readahead=False, max_readers=1)
             with env.begin(write=False) as transaction:
                 for key in transaction.cursor().iternext(keys=True, values=False):
@@ -43,8 +43,6 @@ def items(lmdb, source, folders, classes, fraction):
                     if split == "val" or in_fraction(name, fraction):
                         image = functools.partial(get, env, key)
                         yield dict(key=name, image=image, split=split, label=classes.index(category))
-        except lmdb.Error as e:
-            reject(path, f"damaged ({e})", "unpack it again")
 
 
 def prepare(cfg):

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import reject
-from data.prepare import MAX_BYTES, check_source, fetch, is_made, run, save
+from data.prepare import MAX_BYTES, check_source, fetch, is_made, reading, run, save
 
 source = "data/mnist/raw"  # folder of the four .gz files
 download = False  # fetch the files that are missing or damaged
@@ -36,11 +36,8 @@ MD5 = {
 def read_idx(path, ndim):
     """The uint8 array in a gzipped idx file: 00 00 08 ndim, big-endian sizes, the bytes."""
     check_source(path, f"a folder with the files of {mirror}, or add --download=True")
-    try:
-        with gzip.open(path) as f:
-            raw = f.read(MAX_BYTES)
-    except (OSError, EOFError, zlib.error) as e:
-        reject(path, f"the archive is damaged ({e})", "download it again")
+    with reading(path), gzip.open(path) as f:
+        raw = f.read(MAX_BYTES)
     shape = np.frombuffer(raw[4 : 4 + 4 * ndim].ljust(4 * ndim, b"\0"), ">u4").tolist()
     data = np.frombuffer(raw[4 + 4 * ndim :], np.uint8)
     if raw[:4] != bytes([0, 0, 8, ndim]) or len(data) != math.prod(shape):

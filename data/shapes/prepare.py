@@ -19,11 +19,13 @@ import sys
 import zlib
 
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 from checkpoint import UserError, reject
 from data.prepare import is_made, run, save, train_bpe
+from grid import save_grid
 
 n_train = 12000  # >= 1: images in out_dir/train
 n_val = 1000  # >= 1: images in out_dir/val
@@ -269,18 +271,6 @@ def choose_prompts(train_captions, seed):
     return [next(unseen if k % 4 == 3 else seen) for k in range(N_PROMPTS)]
 
 
-def contact_sheet(images, captions, columns=8):
-    cell = 132
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * cell, rows * (cell + 28)), "gray")
-    pen = ImageDraw.Draw(sheet)
-    for k, (image, text) in enumerate(zip(images, captions)):
-        x, y = k % columns * cell, k // columns * (cell + 28)
-        sheet.paste(Image.fromarray(image).resize((128, 128), Image.NEAREST), (x + 2, y + 2))
-        pen.text((x + 2, y + 130), text.removeprefix("a ").replace(" on a ", "\non "), fill="white")
-    return sheet
-
-
 def prepare(cfg):
     if cfg.score:
         score_folder(cfg.score, cfg.seed)
@@ -300,7 +290,8 @@ def prepare(cfg):
         save(f"{folder}/maps.npy", maps)
         save(f"{folder}/captions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         if split == "val":
-            contact_sheet(images[:40], captions[:40]).save(f"{cfg.out_dir}/sheet.png")
+            some = torch.from_numpy(images[:40]).permute(0, 3, 1, 2) / 127.5 - 1
+            save_grid(f"{cfg.out_dir}/sheet.png", some, captions[:40], columns=8)
         else:
             every = [f"{color} {shape}" for color in PALETTE for shape in SHAPES]
             save(f"{cfg.out_dir}/classes.json", json.dumps(SHAPES) + "\n")
