@@ -1,4 +1,4 @@
-# Shapes at 64 px from captions: the quick start, on the autoencoder that demo.sh trains in two steps. Prompt score 98.4 %.
+# Shapes at 64 px from captions: the quick start, on the autoencoder that demo.sh trains in two steps. Scores 98 %.
 dataset = "data/shapes"
 image_size = 64
 flip = False
