@@ -1,4 +1,4 @@
-# Emoji at 64 px, f8, 16 channels: the autoencoder, 26.9 dB on the held-out images after 345 CPU seconds of one thread.
+# Emoji at 64 px, f8, 16 channels: the autoencoder, 28.3 dB on the held-out images after 2,400 steps.
 dataset = "data/emoji"
 image_size = 64
 crop = "center"
@@ -6,6 +6,7 @@ flip = False
 workers = 0
 # a 4x4 pixel-unshuffle stem keeps the work at 16x16 and 8x8
 patch_size = 4
+pixel_channels = 16
 ch = 64
 ch_mult = (1, 1)
 num_res_blocks = 1
@@ -18,18 +19,18 @@ perceptual_weight = 0.0
 disc_weight = 0.0
 batch_size = 8
 grad_accum = 1
-max_steps = 3200
+max_steps = 2400
 optimizer = "muon"
-muon_lr = 0.01
-kl_weight = 1e-4
+muon_lr = 0.02
+kl_weight = 1e-2
 lr = 3e-3
 lr_schedule = "cosine"
 warmup_steps = 50
 beta1 = 0.9
 beta2 = 0.99
 ema_decay = 0.995
-eval_every = 800
-save_every = 800
+eval_every = 1200
+save_every = 600
 log_every = 250
 val_images = 256
 latent_images = 2000
