@@ -125,7 +125,7 @@ def test_an_edit_that_keeps_the_size_makes_another_and_a_copy_does_not(form, kee
     assert folder(path) != before
 
 
-@pytest.mark.parametrize("damage", ("killed", "cut short", "no head"))
+@pytest.mark.parametrize("damage", ("killed", "cut short", "no head", "bad head"))
 def test_a_file_that_is_not_complete_is_made_again(stream, vae, damage, capsys):
     cache = build(LatentCache(stream, vae, "cache"), vae)
     before, path = contents(cache), cache.path(1)
@@ -134,7 +134,8 @@ def test_a_file_that_is_not_complete_is_made_again(stream, vae, damage, capsys):
         os.rename(path, f"{path}.123.tmp")
     else:
         with open(path, "wb") as f:
-            f.write({"cut short": data[:-1], "no head": b"\0" * len(data)}[damage])
+            bad = {"cut short": data[:-1], "no head": b"\0" * len(data), "bad head": data.replace(b"}", b"(", 1)}
+            f.write(bad[damage])
     times = [os.stat(cache.path(shard)).st_mtime_ns for shard in (0, 2)]
     capsys.readouterr()
     build(cache, vae)
