@@ -127,7 +127,8 @@ def generate_many(path, count, chunk, generate_rows, labels, settings, machine):
         return
     os.makedirs(folder, exist_ok=True)
     if os.path.exists(f"{folder}/settings.json"):
-        check_same_settings(folder, checkpoint.read_json(f"{folder}/settings.json"), settings, **words)
+        before = checkpoint.read_json(f"{folder}/settings.json", f"delete {folder}")
+        check_same_settings(folder, before, settings, **words)
     else:  # by all ranks alike
         write_whole(f"{folder}/settings.json", lambda file: file.write(json.dumps(settings).encode()))
     starts = range(0, count, chunk)

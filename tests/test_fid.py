@@ -260,6 +260,12 @@ def test_generating_resumes_by_chunk(tmp_path, monkeypatch):
     assert sorted(os.listdir(path + ".parts")) == ["00000000.npy", "00000005.npy", "settings.json"]
     with pytest.raises(UserError, match="parts: has other settings: seed=1 then, 2 now"):
         generate_many(path, 23, 5, rows_of, labels, settings | {"seed": 2}, ALONE)
+    file = tmp_path / "samples.npz.parts/settings.json"
+    saved = file.read_text()
+    file.write_text(saved[:-1])
+    with pytest.raises(UserError, match="settings.json: cannot be read .*; delete .*samples.npz.parts$"):
+        generate_many(path, 23, 5, rows_of, labels, settings, ALONE)
+    file.write_text(saved)
     generate_many(path, 23, 5, killed_after(-1), labels, settings, ALONE)
     assert calls == [range(0, 5), range(5, 10), range(10, 15), range(15, 20), range(20, 23)], "none twice"
     with np.load(path) as npz:
