@@ -153,7 +153,7 @@ def check_source(source, what, setting="source"):
     return source
 
 
-def reading(path, what="the archive is damaged", remedy="download it again"):
+def reading(path, what="cannot be read, or is damaged", remedy="download it again"):
     """Context in which errors of damaged files become one line."""
     return checkpoint.reading(path, what, remedy)
 
