@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quick start: render the data, train the autoencoder, its decoder alone, and the denoiser; sample 256 prompts, score them.
+# The quick start: render data, train an autoencoder, its decoder alone and a denoiser, sample 256 prompts, score them.
 set -ex
 cd "$(dirname "$0")"
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000}  # idle OpenMP threads yield their core sooner

@@ -1,6 +1,6 @@
 """MeanFlow (Geng et al. 2025, arXiv 2505.13447; improved in 2512.02012): turn a flow model into one of a single step.
 
-    python train_ldm.py config/shapes_ldm.py
+    bash demo.sh                                                                                # out/shapes_ldm
     python -m examples.meanflow --init_from=out/shapes_ldm --dataset=data/shapes                # out/meanflow
     python sample.py --ckpt=out/meanflow --prompts=data/shapes/prompts.txt --steps=1
 
