@@ -284,7 +284,10 @@ def orthogonalized(matrices, rank, world):
 
 
 def newton_schulz(matrices):
-    """Five steps x <- a x + b (x x^T) x + c (x x^T)^2 x on wide matrices (m,n) of one m, and on CUDA of one n."""
+    """Five steps x <- a x + b (x x^T) x + c (x x^T)^2 x on wide matrices (m,n), divided by their norms first.
+
+    All have one m, on CUDA also one n.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     if matrices[0].is_cuda:
         x = torch.stack(matrices)
