@@ -257,11 +257,13 @@ class WithCondition(torch.utils.data.Dataset):
         return fields | {"condition": condition}
 
     def __getitem__(self, p):
-        first, count = self.stream.span(p)
+        replaced, (first, count) = [], self.stream.span(p)  # replaced: bad images, of all attempts
 
         def read(attempt):
             at = first + seed_of(self.seed, "replace condition", p, attempt) % count if attempt else p
             item = self.stream[at]
-            return item | self.condition(at, item)
+            replaced.extend(item["bad"])
+            return item | self.condition(at, item) | {"bad": []}
 
-        return first_good(read, self.dataset)
+        item = first_good(read, self.dataset)
+        return item | {"bad": replaced + item["bad"]}

@@ -260,6 +260,21 @@ def test_a_class_that_has_no_name_is_not_taken_for_unknown(scenes, tmp_path):
     assert max(item["condition"]["map"].max() for item in items) == 2
     bad = [line for item in items for line in item["bad"]]
     assert len(bad) > 4 and all("class 3 of its map is not among 3: name all in map_classes.json" in b for b in bad)
+    stream, tried = fewer.stream, []
+
+    class Replacing:
+        """A stream in which each item stands for another whose image is bad."""
+
+        def span(self, p):
+            return stream.span(p)
+
+        def __getitem__(self, p):
+            tried.append(f"{p}.png: no image")
+            return stream[p] | {"bad": tried[-1:]}
+
+    fewer.stream = Replacing()
+    twice = next(item["bad"] for item in (fewer[p] for p in range(20)) if len(item["bad"]) > 1)
+    assert len(twice) % 2 and [line for line in twice if "no image" in line] == tried[-(len(twice) + 1) // 2 :]
 
 
 def test_what_is_refused(small_data):
