@@ -2,7 +2,7 @@
 # The quick start: render data, train an autoencoder, its decoder alone and a denoiser, sample 256 prompts, score them.
 set -ex
 cd "$(dirname "$0")"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # steps are too small for more, and threads wait for each other on a busy core
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # steps are small: threads would wait for each other
 python data/shapes/prepare.py
 python train_vae.py config/shapes_vae.py
 python train_vae.py config/shapes_vae.py --init_from=out/shapes_vae --out_dir=out/shapes_decoder --train=decoder \
