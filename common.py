@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from checkpoint import UserError, reject, write_whole
-from metrics import off_mps  # noqa: F401  for the scripts, as common.off_mps
 
 # dense bf16 (V100: fp16)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}

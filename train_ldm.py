@@ -1,6 +1,6 @@
 """Train a denoiser (stage 2) on the latents of a trained autoencoder, or on pixels.
 
-    python train_ldm.py config/shapes_ldm.py --first_stage=out/shapes_vae             # 2 CPU cores, minutes
+    python train_ldm.py config/shapes_ldm.py --first_stage=out/shapes_vae             # 1 CPU core, minutes
     python train_ldm.py --dataset=DIR --first_stage=out/vae --cond=text               # one GPU
     python train_ldm.py --dataset=DIR --init_from=FILE_OR_FOLDER --lr=1e-5            # fine-tune, also Stable Diffusion
     torchrun --nproc_per_node=8 train_ldm.py --dataset=DIR --first_stage=out/vae      # eight GPUs
@@ -32,6 +32,7 @@ from data.dataset import BadImage, Buckets, Stream, collate, loader, seed_of, tr
 from data.tasks import WithCondition, augment_low, check_task, image_condition, layout_string, show_condition
 from diffusion import OBJECTIVES, SCHEDULES, make_denoiser, make_schedule, samplers, t_max, target, to_x0, unet_time  # noqa: F401
 from grid import as_rgb, save_grid
+from metrics import off_mps
 from sample import Pipeline, generate, read_prompts
 from text import CLIPTextEncoder, TextEncoder, make_tokenizer
 from unet import Denoiser, Rescaler, UNet
@@ -179,7 +180,7 @@ def noise_schedule(cfg):
 def training_times(u, cfg):
     """Times (B,) of the training distribution from u (B,) uniform in [0,1)."""
     if cfg.timesteps == "logit_normal":
-        u = torch.sigmoid(cfg.t_mean + cfg.t_std * torch.special.ndtri(common.off_mps(u)).to(u.device))
+        u = torch.sigmoid(cfg.t_mean + cfg.t_std * torch.special.ndtri(off_mps(u)).to(u.device))
     elif cfg.timesteps == "shifted":
         u = cfg.t_shift * u / (1 + (cfg.t_shift - 1) * u)
     table = noise_schedule(cfg)
@@ -365,7 +366,7 @@ class Conditioner:
 def evaluate(denoiser, validation, conditioner, cfg, machine, autocast):
     """Validation loss, not weighted, in all and by tenths of t; an image's noise and t are always the same."""
     cfg, count = cfg.replace(timesteps="uniform", cond_drop=0.0), len(validation)
-    losses = common.off_mps(torch.zeros(count, device=machine.device)).double()
+    losses = off_mps(torch.zeros(count, device=machine.device)).double()
     times = (0.5 + torch.arange(count, dtype=torch.float64) * 0.6180339887498949) % 1.0  # golden ratio: evenly spread
     stride = machine.world * cfg.batch_size
     for start in common.progress_bar(range(machine.rank, count, stride), "evaluating"):
@@ -375,7 +376,7 @@ def evaluate(denoiser, validation, conditioner, cfg, machine, autocast):
         eps = [torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(seed_of("val", i))) for i in rows]
         noise = {"eps": torch.stack(eps).to(x0), "t": times[list(rows)].to(x0), "drop": x0.new_ones(len(rows))}
         with autocast:
-            losses[list(rows)] = common.off_mps(prediction_error(denoiser, inputs, noise, cfg)[0]).double()
+            losses[list(rows)] = off_mps(prediction_error(denoiser, inputs, noise, cfg)[0]).double()
     common.sum_over_ranks(losses)  # every image was on one rank
     losses, tenth = losses.cpu(), (times * 10).long()
     bins = [losses[tenth == k] for k in range(10)]

@@ -1,6 +1,6 @@
 """Stage 1: train the autoencoder on images: L1 or L2, LPIPS, KL or codebook, GAN.
 
-    python data/shapes/prepare.py && python train_vae.py config/shapes_vae.py         # 2 CPU cores, minutes
+    python data/shapes/prepare.py && python train_vae.py config/shapes_vae.py         # 1 CPU core, minutes
     python train_vae.py --dataset=DIR                                                 # one GPU, KL-f8 at 256 px
     torchrun --nproc_per_node=8 train_vae.py --batch_size=12 --dataset=DIR            # eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_vae.py --dataset=DIR
@@ -28,7 +28,7 @@ from configurator import configure
 from data.dataset import BadImage, Buckets, Dataset, Stream, loader, seed_of, train_and_validation, uniform
 from grid import as_rgb, save_grid, to_uint8
 from lpips_train import LPIPS, MIN_SIDE, make_trunk
-from metrics import frechet, gaussian, load_inception, psnr, ssim
+from metrics import frechet, gaussian, load_inception, off_mps, psnr, ssim
 from vae import VAE, Attention, Discriminator, ResBlock, turn_and_scale
 
 # data
@@ -352,7 +352,7 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
     """
     rows, features, examples, activations = [], ([], []), None, []
     size = len(vae.quantize.embedding.weight) if vae.quantize else 0
-    codes = common.off_mps(torch.zeros(size, device=machine.device)).double()
+    codes = off_mps(torch.zeros(size, device=machine.device)).double()
     hooks = [
         block.register_forward_hook(lambda module, inputs, output: activations.append(output.abs().amax()))
         for block in vae.modules()
@@ -373,7 +373,7 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
         rows.append({name: t.cpu().double() for name, t in row.items()})
         if vae.quantize:
             indices = vae.quantize.nearest(posterior.mean).flatten()
-            codes += common.off_mps(torch.bincount(indices, minlength=size))
+            codes += off_mps(torch.bincount(indices, minlength=size))
         for images, f in zip((x, y), features if inception else ()):
             f.append(inception(to_uint8(as_rgb(images))).cpu())
         examples = examples or (x[:8].cpu(), y[:8].cpu())
@@ -390,7 +390,7 @@ def evaluate(vae, validation, cfg, machine, autocast, lpips=None, inception=None
 
 def image_scores(x, y, posterior):
     """Scores of images x, their reconstructions y and their latents: {name: (B,), or by channel (B,C)}."""
-    x, y, mean, std, kl = map(common.off_mps, (x, y, posterior.mean, posterior.std, posterior.kl()))
+    x, y, mean, std, kl = map(off_mps, (x, y, posterior.mean, posterior.std, posterior.kl()))
     mean, std = mean.double(), std.double()
     scores = {"val_l1": (y - x).abs().mean(dim=(1, 2, 3)), "val_psnr": psnr(y, x), "val_ssim": ssim(y, x)}
     scores |= {"val_kl": kl.sum(dim=(1, 2, 3)) / x[0].numel(), "val_posterior_std": std.mean(dim=(1, 2, 3))}
@@ -484,7 +484,7 @@ def latent_statistics(vae, images, cfg, machine, autocast):
     With a codebook all channels share one deviation: the nearest code is the same in any one unit, but not in several.
     The variance of a sample is the variance of the mean plus the mean of the variance, so no noise is needed.
     """
-    sums = common.off_mps(torch.zeros(3, vae.latent_channels, device=machine.device)).double()  # of 1, z, z^2
+    sums = off_mps(torch.zeros(3, vae.latent_channels, device=machine.device)).double()  # of 1, z, z^2
     picks, stride = common.spread(len(images), cfg.latent_images), machine.world * cfg.batch_size
     for start in common.progress_bar(range(machine.rank, len(picks), stride), "latent statistics"):
         rows = []
@@ -494,7 +494,7 @@ def latent_statistics(vae, images, cfg, machine, autocast):
         if rows:
             with autocast:
                 posterior = vae.encode(torch.stack(rows).to(machine.device, vae.latent_mean.dtype))
-            mean, std = (common.off_mps(t).double() for t in (posterior.mean, posterior.std))
+            mean, std = (off_mps(t).double() for t in (posterior.mean, posterior.std))
             var = std**2
             sums += torch.stack([value.sum(dim=(0, 2, 3)) for value in (torch.ones_like(mean), mean, mean**2 + var)])
     common.sum_over_ranks(sums)
