@@ -239,7 +239,7 @@ def vae_training(bench, side, count, peer):
             net.decoder.compile()
         else:  # all but the last layer, as in train_vae.py
             net.decoder.features = torch.compile(net.decoder.features)
-    batch, noise = {"image": bench.images(count, side).clamp(-1, 1)}, bench.latents(count, side)
+    batch, noise = {"image": bench.images(count, side).clamp(-1, 1)}, {"noise": bench.latents(count, side)}
     adaptive, last_layer = torch.zeros((), device=bench.device), net.decoder.conv_out.weight
 
     def run():

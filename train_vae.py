@@ -73,6 +73,7 @@ lpips_heads = ""  # our checkpoint or a published .pth; "" is the published v0.1
 kl_weight = 1e-6  # >= 0: of the KL summed over an image's latents, divided by its C H W values, as the means are
 codebook_weight = 1.0  # >= 0: vq, of the codebook loss
 restart_every = 1000  # >= 0: vq, steps after which codes unused in them become encoder outputs; 0 disables it
+latent_noise = 0.0  # >= 0: of noise added before decoding, in standard deviations of the latents, times |N(0,1)|
 equivariance_prob = 0.0  # in [0, 1]: share of steps that rotate and scale latents and images alike (EQ-VAE)
 # discriminator
 disc_weight = 0.5  # >= 0: of the generator's GAN term, times the adaptive weight; 0 disables it
@@ -157,6 +158,7 @@ def check_settings(cfg):
             measuring and not (cfg.eval_only or cfg.measure_latents),
             f"{measuring} needs --eval_only or --measure_latents",
         ),
+        (cfg.latent_noise and cfg.bottleneck == "vq", "latent_noise needs bottleneck=kl"),
         (cfg.train == "decoder" and not cfg.init_from, "--train=decoder needs a trained autoencoder; set init_from"),
         (len(cfg.image_size) not in (1, 2), "image_size must be a side, or height,width"),
         (smallest < side, f"image_size={smallest} is below {side}, which is the least of {parts}"),
@@ -204,13 +206,13 @@ def widened(x):
 def train_step(vae, batch, noise, cfg, lpips=None, disc=None, gan_weight=None, transform=()):
     """One forward pass -> ({name: scalar term}, posterior); "loss" trains the autoencoder, "disc_loss" disc.
 
-    batch["image"] (B,C,H,W) in [-1,1].  noise (B,C,h,w): selects the latent sample.
+    batch["image"] (B,C,H,W) in [-1,1].  noise: of `step_noise`, for one micro-step.
     gan_weight: of the autoencoder's GAN term; None: it has none.
     transform: (turns, sides) of turn_and_scale, applied to the latents and to the images (EQ-VAE).
     The gradient of neither loss reaches the other's parameters.
     """
     x, values, terms = batch["image"], batch["image"].numel(), {}
-    reconstruction, posterior = vae(x, noise, *transform)
+    reconstruction, posterior = vae(x, **noise, **dict(zip(("turns", "sides"), transform)))
     reconstruction = widened(reconstruction)
     if transform:
         x = turn_and_scale(x, transform[0], transform[1] and reconstruction.shape[2:])
@@ -252,14 +254,22 @@ def discriminator_terms(disc, x, reconstruction, cfg):
 
 
 def step_noise(step, shape, cfg, machine, micro_steps):
-    """[(B,C,h,w) for each micro-step]: this rank's slice of the noise of a step, a function of (seed, step).
+    """[{name: (B,C,h,w)} for each micro-step]: this rank's slice of the noise of a step, a function of (seed, step).
 
     The same for the global batch on any number of ranks.  shape: (C,h,w) of the latents.
+    "noise" selects the latent sample; with latent_noise "jitter" is added to it (Zheng et al. 2025, arXiv 2510.11690).
     """
     generator = torch.Generator(machine.device).manual_seed(seed_of(cfg.seed, "vae noise", step))
     slots = (micro_steps, machine.world, cfg.batch_size)
-    noise = torch.randn(*slots, *shape, generator=generator, device=machine.device)
-    return noise[:, machine.rank].to(machine.param_dtype)
+
+    def normal(*shape):
+        return torch.randn(*slots, *shape, generator=generator, device=machine.device)
+
+    noise = {"noise": normal(*shape)}
+    if cfg.latent_noise:
+        noise["jitter"] = cfg.latent_noise * normal(1, 1, 1).abs() * normal(*shape)
+    mine = {name: n[:, machine.rank].to(machine.param_dtype) for name, n in noise.items()}
+    return [{name: n[micro] for name, n in mine.items()} for micro in range(micro_steps)]
 
 
 def gan_ramp(number, cfg):

@@ -445,14 +445,18 @@ class VAE(nn.Module):
         """The inverse of `normalize`."""
         return x0 * self.latent_std.view(1, -1, 1, 1) + self.latent_mean.view(1, -1, 1, 1)
 
-    def forward(self, x, noise=None, turns=0, sides=()):
+    def forward(self, x, noise=None, turns=0, sides=(), jitter=None):
         """Images -> (reconstructions, posterior).
 
         noise: (B,D,h,w) for the posterior's sample; None samples it.  turns, sides: of turn_and_scale, applied to the
-        latents before decoding.
+        latents before decoding.  jitter: (B,D,h,w), added to them before, in units of their batch's standard deviation
+        in each channel.
         """
         posterior = self.encode(x)
-        z = turn_and_scale(posterior.sample(noise), turns, sides)
+        z = posterior.sample(noise)
+        if jitter is not None:
+            z = z + jitter * z.detach().std(dim=(0, 2, 3), keepdim=True)
+        z = turn_and_scale(z, turns, sides)
         if self.quantize is not None:
             z, posterior.loss, posterior.indices = self.quantize(z)
         return self.decoder(self.post_quant_conv(z.to(self.decoder.conv_out.weight.dtype))), posterior

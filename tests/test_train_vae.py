@@ -71,7 +71,7 @@ def test_loss_does_not_depend_on_resolution(recon_loss, recon):
     for size, batch in ((16, 1), (16, 4), (64, 2)):
         x, noise = torch.rand(batch, 3, size, size) - 0.5, torch.randn(batch, 4, size // 8, size // 8)
         cfg = settings(recon_loss=recon_loss, kl_weight=2.0)
-        terms, _ = train_step(Offset(0.25), {"image": x}, noise, cfg)
+        terms, _ = train_step(Offset(0.25), {"image": x}, {"noise": noise}, cfg)
         kl = 0.5 * (0.5**2 + 0.3**2 - 1 - math.log(0.3**2)) * 4 / (3 * 64)  # 4 latents for 8 x 8 pixels
         assert terms["recon"].item() == pytest.approx(recon, rel=1e-5)
         assert terms["kl"].item() == pytest.approx(kl, rel=1e-5)
@@ -87,7 +87,7 @@ def game(trunk):
     torch.manual_seed(1)
     vae, lpips, disc = tiny_vae().double(), LPIPS("squeeze", trunk).double(), Discriminator(1).double()
     x = torch.rand(3, 3, 24, 24, dtype=torch.float64) * 2 - 1
-    return vae, {"image": x}, torch.randn(3, 4, 12, 12, dtype=torch.float64), lpips, disc
+    return vae, {"image": x}, {"noise": torch.randn(3, 4, 12, 12, dtype=torch.float64)}, lpips, disc
 
 
 @pytest.mark.parametrize("loss", ("hinge", "vanilla", "least_squares"))
@@ -104,7 +104,7 @@ def test_the_gradient_of_neither_player_reaches_the_other(loss, game):
     assert all(torch.equal(p.grad, g) for p, g in zip(vae.parameters(), before))
     # the GAN term does reach the autoencoder, with its weight
     alone = torch.autograd.grad(train_step(vae, batch, noise, cfg, lpips, disc, 0.0)[0]["loss"], vae.parameters())
-    gan = torch.autograd.grad(generator_loss(disc(vae(batch["image"], noise)[0]), loss), vae.parameters())
+    gan = torch.autograd.grad(generator_loss(disc(vae(batch["image"], **noise)[0]), loss), vae.parameters())
     for g, a, b in zip(gan, alone, before):
         torch.testing.assert_close(a + 0.5 * g, b, rtol=1e-8, atol=1e-12)
     assert "gan" not in train_step(vae, batch, noise, cfg, lpips, disc)[0], "warm-up: it has no GAN term"
@@ -139,7 +139,8 @@ class Slope(torch.nn.Module):
 
 @pytest.mark.parametrize("size", (8, 32))  # means per pixel: the resolution does not matter
 def test_regularization_of_the_discriminator_by_hand(size):
-    x, noise, values = torch.rand(2, 3, size, size), torch.randn(2, 4, size // 8, size // 8), {}
+    x, values = torch.rand(2, 3, size, size), {}
+    noise = {"noise": torch.randn(2, 4, size // 8, size // 8)}
     for name, weights in {"none": {}, "r1": dict(r1_weight=4.0), "lecam": dict(lecam_weight=0.5)}.items():
         disc = Slope(0.3, (0.7, -0.4))
         values[name] = train_step(Offset(-0.25), {"image": x}, noise, settings(**weights), disc=disc)[0]["disc_loss"]
@@ -161,7 +162,7 @@ def test_the_loss_with_everything_is_that_of_compvis_per_value(game):
     gradients = last_layer_gradients(train_step(vae, batch, noise, cfg, lpips, disc, 0.0)[0], last)
     ours = train_step(vae, batch, noise, cfg, lpips, disc, 0.5 * adaptive_ratio(gradients, cfg))[0]["loss"]
     posterior = vae.encode(x)
-    fake = vae.decode(posterior.mean + posterior.std * noise)
+    fake = vae.decode(posterior.mean + posterior.std * noise["noise"])
     each = (x - fake).abs() + lpips(fake, x)[:, None, None, None]
     nll, g = each.sum() / 3, -disc(fake).mean()
     norms = [torch.autograd.grad(v, last, retain_graph=True)[0].norm() for v in (nll, g)]
@@ -187,7 +188,7 @@ def test_identical_images_and_a_batch_of_one_give_no_nan(norm, trunk):
 
     vae, lpips, disc, cfg = Perfect(), LPIPS("squeeze", trunk), Discriminator(2, norm), settings(**LOSS)
     for x in (torch.rand(1, 3, 24, 24) * 2 - 1, torch.full((1, 3, 24, 24), -1.0), torch.zeros(1, 3, 24, 24)):
-        terms, _ = train_step(vae, {"image": x}, torch.zeros(1, 4, 12, 12), cfg, lpips, disc, 0.1)
+        terms, _ = train_step(vae, {"image": x}, {"noise": torch.zeros(1, 4, 12, 12)}, cfg, lpips, disc, 0.1)
         assert adaptive_ratio(last_layer_gradients(terms, vae.weight), cfg).isfinite()
         (terms["loss"] + terms["disc_loss"]).backward()
         for p in (vae.weight, *disc.parameters()):
@@ -201,20 +202,36 @@ def test_when_the_discriminator_enters():
 
 
 def test_noise_is_a_slice_of_the_global_batch():
-    noise = [train_vae.step_noise(7, (4, 2, 2), settings(batch_size=2), machine(rank, 2), 3) for rank in range(2)]
-    one = train_vae.step_noise(7, (4, 2, 2), settings(batch_size=12), machine(), 1)[0]
-    assert torch.equal(torch.stack(noise, dim=1).flatten(0, 2), one) and len(one.unique(dim=0)) == 12
-    assert not torch.equal(train_vae.step_noise(8, (4, 2, 2), settings(batch_size=12), machine(), 1)[0], one)
+    small, large = (settings(batch_size=size, latent_noise=0.3) for size in (2, 12))
+    noise = [train_vae.step_noise(7, (4, 2, 2), small, machine(rank, 2), 3) for rank in range(2)]
+    one, other = (train_vae.step_noise(step, (4, 2, 2), large, machine(), 1)[0] for step in (7, 8))
+    for name in ("noise", "jitter"):
+        slices = torch.stack([torch.stack([micro[name] for micro in rank]) for rank in noise], dim=1)
+        assert torch.equal(slices.flatten(0, 2), one[name]) and len(one[name].unique(dim=0)) == 12
+        assert not torch.equal(other[name], one[name])
+    assert train_vae.step_noise(7, (4, 2, 2), settings(), machine(), 1)[0].keys() == {"noise"}
+
+
+def test_latent_noise_has_the_deviation_of_the_latents():
+    (noise,) = train_vae.step_noise(0, (4, 16, 16), settings(batch_size=2000, latent_noise=0.3), machine(), 1)
+    deviation = noise["jitter"].flatten(1).std(dim=1)  # tau |N(0,1)| for each image
+    assert deviation.mean() == pytest.approx(0.3 * (2 / math.pi) ** 0.5, rel=0.05)
+    assert deviation.square().mean() == pytest.approx(0.3**2, rel=0.1)
+    vae, x, jitter = tiny_vae().double(), torch.rand(2, 3, 24, 24).double() * 2 - 1, noise["jitter"][:2, :, :12, :12]
+    posterior = vae.encode(x)
+    z = posterior.mean + jitter * posterior.mean.std(dim=(0, 2, 3), keepdim=True)
+    reconstruction, _ = vae(x, noise=torch.zeros_like(z), jitter=jitter.double())
+    torch.testing.assert_close(reconstruction, vae.decode(z))
 
 
 @pytest.mark.parametrize("transform", ((1, ()), (0, (4, 4)), (3, (6, 4))))
 def test_equivariance_compares_with_images_treated_alike(transform):
     class Equivariant(torch.nn.Module):
-        def forward(self, x, noise, turns=0, sides=()):
+        def forward(self, x, turns=0, sides=(), noise=None):
             return turn_and_scale(x, turns, [2 * side for side in sides]), Posterior(torch.zeros(len(x), 8, 8, 8))
 
     x, disc = torch.rand(2, 3, 16, 16) * 2 - 1, Slope(1.0)
-    noise = torch.zeros(2, 4, 8, 8)
+    noise = {"noise": torch.zeros(2, 4, 8, 8)}
     terms, _ = train_step(Equivariant(), {"image": x}, noise, settings(), None, disc, 0.5, transform)
     assert terms["recon"] == 0 and len(disc.inputs) == 3 and torch.equal(disc.inputs[1], disc.inputs[2])
     assert torch.equal(disc.inputs[1], turn_and_scale(x, transform[0], [2 * side for side in transform[1]]))
