@@ -644,6 +644,7 @@ UNFIT = {
     "--image_size=16,16,16": "image_size must be a side, or height,width",
     "--image_size=16,8": "image_size=8 is below 11",
     "--train=decoder": "needs a trained autoencoder; set init_from",
+    "--bottleneck=vq --latent_noise=0.1": "latent_noise needs bottleneck=kl",
     "--adaptive_min=2": "adaptive_min must be <= adaptive_max",
     "--eval_split=val": "--eval_split is only used with --eval_only",
     "--ckpt=out --overwrite": "--ckpt --overwrite needs --eval_only or --measure_latents",
