@@ -1,6 +1,6 @@
 """Train a denoiser (stage 2) on the latents of a trained autoencoder, or on pixels.
 
-    python train_ldm.py config/shapes_ldm.py --first_stage=out/shapes_vae             # 1 CPU core, minutes
+    python train_ldm.py config/shapes_ldm.py                                          # 1 CPU core, minutes
     python train_ldm.py --dataset=DIR --first_stage=out/vae --cond=text               # one GPU
     python train_ldm.py --dataset=DIR --init_from=FILE_OR_FOLDER --lr=1e-5            # fine-tune, also Stable Diffusion
     torchrun --nproc_per_node=8 train_ldm.py --dataset=DIR --first_stage=out/vae      # eight GPUs

@@ -73,7 +73,7 @@ lpips_heads = ""  # our checkpoint or a published .pth; "" is the published v0.1
 kl_weight = 1e-6  # >= 0: of the KL summed over an image's latents, divided by its C H W values, as the means are
 codebook_weight = 1.0  # >= 0: vq, of the codebook loss
 restart_every = 1000  # >= 0: vq, steps after which codes unused in them become encoder outputs; 0 disables it
-latent_noise = 0.0  # >= 0: of noise added before decoding, in standard deviations of the latents, times |N(0,1)|
+latent_noise = 0.0  # >= 0: noise on the latents before decoding, relative to their size, times |N(0,1)| of each image
 equivariance_prob = 0.0  # in [0, 1]: share of steps that rotate and scale latents and images alike (EQ-VAE)
 # discriminator
 disc_weight = 0.5  # >= 0: of the generator's GAN term, times the adaptive weight; 0 disables it
@@ -158,7 +158,7 @@ def check_settings(cfg):
             measuring and not (cfg.eval_only or cfg.measure_latents),
             f"{measuring} needs --eval_only or --measure_latents",
         ),
-        (cfg.latent_noise and cfg.bottleneck == "vq", "latent_noise needs bottleneck=kl"),
+        (cfg.latent_noise and cfg.bottleneck == "vq", "--latent_noise is only used with bottleneck=kl"),
         (cfg.train == "decoder" and not cfg.init_from, "--train=decoder needs a trained autoencoder; set init_from"),
         (len(cfg.image_size) not in (1, 2), "image_size must be a side, or height,width"),
         (smallest < side, f"image_size={smallest} is below {side}, which is the least of {parts}"),
@@ -212,7 +212,8 @@ def train_step(vae, batch, noise, cfg, lpips=None, disc=None, gan_weight=None, t
     The gradient of neither loss reaches the other's parameters.
     """
     x, values, terms = batch["image"], batch["image"].numel(), {}
-    reconstruction, posterior = vae(x, **noise, **dict(zip(("turns", "sides"), transform)))
+    options = dict(turns=transform[0], sides=transform[1]) if transform else {}
+    reconstruction, posterior = vae(x, **noise, **options)
     reconstruction = widened(reconstruction)
     if transform:
         x = turn_and_scale(x, transform[0], transform[1] and reconstruction.shape[2:])

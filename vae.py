@@ -449,13 +449,14 @@ class VAE(nn.Module):
         """Images -> (reconstructions, posterior).
 
         noise: (B,D,h,w) for the posterior's sample; None samples it.  turns, sides: of turn_and_scale, applied to the
-        latents before decoding.  jitter: (B,D,h,w), added to them before, in units of their batch's standard deviation
-        in each channel.
+        latents before decoding.  jitter: (B,D,h,w), noise added to the latents before that, in units of their root mean
+        square in each image.
         """
         posterior = self.encode(x)
         z = posterior.sample(noise)
         if jitter is not None:
-            z = z + jitter * z.detach().std(dim=(0, 2, 3), keepdim=True)
+            # not detached: larger latents would escape the noise
+            z = z + jitter * z.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
         z = turn_and_scale(z, turns, sides)
         if self.quantize is not None:
             z, posterior.loss, posterior.indices = self.quantize(z)

@@ -212,22 +212,23 @@ def test_noise_is_a_slice_of_the_global_batch():
     assert train_vae.step_noise(7, (4, 2, 2), settings(), machine(), 1)[0].keys() == {"noise"}
 
 
-def test_latent_noise_has_the_deviation_of_the_latents():
+def test_latent_noise_is_relative_to_the_latents():
     (noise,) = train_vae.step_noise(0, (4, 16, 16), settings(batch_size=2000, latent_noise=0.3), machine(), 1)
     deviation = noise["jitter"].flatten(1).std(dim=1)  # tau |N(0,1)| for each image
     assert deviation.mean() == pytest.approx(0.3 * (2 / math.pi) ** 0.5, rel=0.05)
     assert deviation.square().mean() == pytest.approx(0.3**2, rel=0.1)
     vae, x, jitter = tiny_vae().double(), torch.rand(2, 3, 24, 24).double() * 2 - 1, noise["jitter"][:2, :, :12, :12]
-    posterior = vae.encode(x)
-    z = posterior.mean + jitter * posterior.mean.std(dim=(0, 2, 3), keepdim=True)
-    reconstruction, _ = vae(x, noise=torch.zeros_like(z), jitter=jitter.double())
-    torch.testing.assert_close(reconstruction, vae.decode(z))
+    z = vae.encode(x).mean
+    z = torch.stack([mean + one * mean.square().mean().sqrt() for mean, one in zip(z, jitter)])
+    for turns, sides in ((0, ()), (1, (8, 8))):
+        reconstruction, _ = vae(x, torch.zeros_like(z), turns, sides, jitter=jitter.double())
+        torch.testing.assert_close(reconstruction, vae.decode(turn_and_scale(z, turns, sides)))
 
 
 @pytest.mark.parametrize("transform", ((1, ()), (0, (4, 4)), (3, (6, 4))))
 def test_equivariance_compares_with_images_treated_alike(transform):
     class Equivariant(torch.nn.Module):
-        def forward(self, x, turns=0, sides=(), noise=None):
+        def forward(self, x, noise, turns=0, sides=()):
             return turn_and_scale(x, turns, [2 * side for side in sides]), Posterior(torch.zeros(len(x), 8, 8, 8))
 
     x, disc = torch.rand(2, 3, 16, 16) * 2 - 1, Slope(1.0)
@@ -430,7 +431,7 @@ def test_a_stopped_run_can_be_measured(start, killed, small_data, tmp_path):
 # --- runs: LPIPS, GAN, VQ ---
 
 ALL_ON = "--image_size=24,40 --perceptual_weight=1 --lpips_net=squeeze --disc_weight=0.5 --disc_layers=1 --disc_start=3"
-ALL_ON += " --optimizer=muon --weight_decay=0.1"
+ALL_ON += " --optimizer=muon --weight_decay=0.1 --latent_noise=0.3"
 ALL_ON = (
     ALL_ON + " --dtype=float64 --disc_warmup=1 --disc_ramp=1 --adaptive_max=0.5 --lecam_weight=0.01 --r1_weight=0.1"
 ).split()
@@ -644,7 +645,7 @@ UNFIT = {
     "--image_size=16,16,16": "image_size must be a side, or height,width",
     "--image_size=16,8": "image_size=8 is below 11",
     "--train=decoder": "needs a trained autoencoder; set init_from",
-    "--bottleneck=vq --latent_noise=0.1": "latent_noise needs bottleneck=kl",
+    "--bottleneck=vq --latent_noise=0.1": "--latent_noise is only used with bottleneck=kl",
     "--adaptive_min=2": "adaptive_min must be <= adaptive_max",
     "--eval_split=val": "--eval_split is only used with --eval_only",
     "--ckpt=out --overwrite": "--ckpt --overwrite needs --eval_only or --measure_latents",
