@@ -73,7 +73,7 @@ lpips_heads = ""  # our checkpoint or a published .pth; "" is the published v0.1
 kl_weight = 1e-6  # >= 0: of the KL summed over an image's latents, divided by its C H W values, as the means are
 codebook_weight = 1.0  # >= 0: vq, of the codebook loss
 restart_every = 1000  # >= 0: vq, steps after which codes unused in them become encoder outputs; 0 disables it
-latent_noise = 0.0  # >= 0: noise on the latents before decoding, relative to their size, times |N(0,1)| of each image
+latent_noise = 0.0  # >= 0: noise on the latents before decoding, in their deviations, times |N(0,1)| of each image
 equivariance_prob = 0.0  # in [0, 1]: share of steps that rotate and scale latents and images alike (EQ-VAE)
 # discriminator
 disc_weight = 0.5  # >= 0: of the generator's GAN term, times the adaptive weight; 0 disables it

@@ -449,14 +449,14 @@ class VAE(nn.Module):
         """Images -> (reconstructions, posterior).
 
         noise: (B,D,h,w) for the posterior's sample; None samples it.  turns, sides: of turn_and_scale, applied to the
-        latents before decoding.  jitter: (B,D,h,w), noise added to the latents before that, in units of their root mean
-        square in each image.
+        latents before decoding.  jitter: (B,D,h,w), noise added to the latents before that, in units of each channel's
+        standard deviation over the batch.
         """
         posterior = self.encode(x)
         z = posterior.sample(noise)
         if jitter is not None:
             # not detached: larger latents would escape the noise
-            z = z + jitter * z.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+            z = z + jitter * z.std(dim=(0, 2, 3), correction=0, keepdim=True)
         z = turn_and_scale(z, turns, sides)
         if self.quantize is not None:
             z, posterior.loss, posterior.indices = self.quantize(z)

@@ -219,10 +219,26 @@ def test_latent_noise_is_relative_to_the_latents():
     assert deviation.square().mean() == pytest.approx(0.3**2, rel=0.1)
     vae, x, jitter = tiny_vae().double(), torch.rand(2, 3, 24, 24).double() * 2 - 1, noise["jitter"][:2, :, :12, :12]
     z = vae.encode(x).mean
-    z = torch.stack([mean + one * mean.square().mean().sqrt() for mean, one in zip(z, jitter)])
+    z = z + jitter * z.std(dim=(0, 2, 3), correction=0, keepdim=True)
     for turns, sides in ((0, ()), (1, (8, 8))):
         reconstruction, _ = vae(x, torch.zeros_like(z), turns, sides, jitter=jitter.double())
         torch.testing.assert_close(reconstruction, vae.decode(turn_and_scale(z, turns, sides)))
+
+
+def test_larger_latents_do_not_escape_the_noise(monkeypatch):
+    vae, scale = tiny_vae().double(), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    encode, unscaled = vae.encode, vae.post_quant_conv.forward
+
+    def scaled(x):
+        posterior = encode(x)
+        posterior.mean = scale * posterior.mean
+        return posterior
+
+    monkeypatch.setattr(vae, "encode", scaled)
+    monkeypatch.setattr(vae.post_quant_conv, "forward", lambda z: unscaled(z / scale))
+    x, zero = torch.rand(2, 3, 24, 24).double() * 2 - 1, torch.zeros(2, 4, 12, 12).double()
+    (slope,) = torch.autograd.grad(vae(x, zero, jitter=torch.randn_like(zero))[0].square().mean(), scale)
+    assert abs(slope) < 1e-12
 
 
 @pytest.mark.parametrize("transform", ((1, ()), (0, (4, 4)), (3, (6, 4))))
@@ -431,7 +447,7 @@ def test_a_stopped_run_can_be_measured(start, killed, small_data, tmp_path):
 # --- runs: LPIPS, GAN, VQ ---
 
 ALL_ON = "--image_size=24,40 --perceptual_weight=1 --lpips_net=squeeze --disc_weight=0.5 --disc_layers=1 --disc_start=3"
-ALL_ON += " --optimizer=muon --weight_decay=0.1 --latent_noise=0.3"
+ALL_ON += " --optimizer=muon --weight_decay=0.1"
 ALL_ON = (
     ALL_ON + " --dtype=float64 --disc_warmup=1 --disc_ramp=1 --adaptive_max=0.5 --lecam_weight=0.01 --r1_weight=0.1"
 ).split()
@@ -531,8 +547,8 @@ def test_a_killed_vq_run_resumes_bit_for_bit(vq, start, tmp_path):
 
 def test_decoder_only(start, finished, small_data, tmp_path):
     base = finished("vae")
-    args = (f"--init_from={base.out}", "--train=decoder", "--tanh_out=true", "--recon_loss=l2", "--eval_every=3")
-    args += ("--save_every=2", *GAME)
+    args = (f"--init_from={base.out}", "--train=decoder", "--tanh_out=true", "--recon_loss=l2", "--latent_noise=0.2")
+    args += ("--eval_every=3", "--save_every=2", *GAME)
     tuned = start("vae", *args).finish()
     tensors, ema = tuned.checkpoint[0], part(base.checkpoint[0], "ema")
     for prefix in ("model", "ema"):
